@@ -1,0 +1,305 @@
+"""Files that are whole or not there: atomic writes, sealed JSON, payloads with receipts, and a folder's lock.
+
+A document is JSON that carries a seal, the sha256 of the rest of it. A payload is any other file; its receipt, a document
+with the payload's sha256, is written last: a receipt that fits its payload means done.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extraction.errors import StoreError
+
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+RECEIPT = ".receipt.json"
+RERUN = "run the same command again"
+REMAKE = "run the command that makes it again"
+DELETE = f"delete it, then {REMAKE} (`traitline verify` lists all such files)"
+_FREE_SPACE = f"free some disk space, then {RERUN}: finished shards are kept"
+_MAKE_WRITABLE = "make the folder writable for this user, or choose another output folder"
+_REMEDIES = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: _FREE_SPACE,
+    errno.EACCES: _MAKE_WRITABLE,
+    errno.EPERM: _MAKE_WRITABLE,
+    errno.EROFS: _MAKE_WRITABLE,
+    errno.ENOENT: f"if it was deleted or moved while in use, {RERUN}",
+}
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+_NO_FOLDER_FSYNC = {errno.EINVAL, errno.EOPNOTSUPP}
+_ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")  # line ends to other programs, and what UTF-8 can't hold
+_NEW_FILE = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with one file, and what to do. A StoreError carries one as its only argument."""
+
+    path: Path
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}; {self.remedy}"
+
+
+def complaint(path: Path, problem: str, remedy: str) -> StoreError:
+    """The error to raise for a finding."""
+    return StoreError(Finding(path, problem, remedy))
+
+
+@contextmanager
+def reporting(path: Path, action: str) -> Iterator[None]:
+    """Turn an OSError of the block into a StoreError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, f"check the path and the disk, then {RERUN}")
+        raise complaint(path, f"can't {action} ({error.strerror or error})", remedy) from error
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Put `data` at `path`: after a kill or a power cut the file holds the old bytes or the new ones, never a part."""
+    temporary = _temporary(path)
+    with reporting(path, "write"):
+        try:
+            _write_synced(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, durably; one that isn't there is as good."""
+    with reporting(path, "delete"), suppress(FileNotFoundError):
+        os.unlink(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can (Windows and some network mounts can't)."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FSYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def check_writable(folder: Path) -> None:
+    """Create and delete an empty file, since permission bits don't tell the truth on network mounts."""
+    probe = _temporary(folder / "probe")
+    with reporting(folder, "write in this folder"):
+        _write_synced(probe, b"")
+        os.unlink(probe)
+
+
+def orphans(folder: Path) -> list[Path]:
+    """The temporary files in `folder` whose writer is dead, or had this process's number before it."""
+    found = ((path, TEMPORARY.fullmatch(path.name)) for path in sorted(folder.glob(".*.tmp")))
+    return [path for path, match in found if match and not _is_alive_elsewhere(int(match[1]))]
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    """Create `path` (mode 0666 less the umask), write all of `data`, and wait until the disk has it."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    handle = os.open(path, os.O_WRONLY | os.O_EXCL | _NEW_FILE, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_alive_elsewhere(pid: int) -> bool:
+    """True when another process of this machine has the number. Windows can't be asked: there os.kill kills."""
+    if pid == os.getpid() or sys.platform == "win32":
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# JSON
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON that stays one line everywhere, and valid UTF-8. ValueError for NaN and Infinity."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+@contextmanager
+def refusing_nan(path: Path) -> Iterator[None]:
+    """Turn JSON's ValueError into a StoreError."""
+    try:
+        yield
+    except ValueError as error:
+        raise complaint(path, f"can't hold NaN or Infinity ({error})", "write null for a missing value") from None
+
+
+def plain(path: Path, value: Any) -> Any:
+    """`value` as it reads back from JSON: tuples are lists, keys are strings."""
+    with refusing_nan(path):
+        return json.loads(to_json(value))
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of a plain value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_document(path: Path, body: Mapping[str, Any]) -> None:
+    """Write sealed JSON."""
+    atomic_write(path, _sealed(plain(path, body)))
+
+
+def read_document(path: Path, remedy: str = REMAKE) -> dict[str, Any]:
+    """The body of a document. Whatever differs from what was written, even in one bit, is a StoreError."""
+    data = read_bytes(path)
+    try:
+        body: dict[str, Any] = json.loads(data.decode())
+        del body["seal"]
+        sound = _sealed(body) == data
+    except (ValueError, TypeError, KeyError, RecursionError):
+        sound = False
+    if not sound:
+        raise complaint(path, "was changed or damaged since it was written: its seal is broken", remedy)
+    return body
+
+
+def _sealed(body: Mapping[str, Any]) -> bytes:
+    assert "seal" not in body
+    return (to_json({**body, "seal": digest(body)}, indent=2, sort_keys=True) + "\n").encode()
+
+
+# Payloads
+
+
+def commit(path: Path, data: bytes, facts: Mapping[str, Any]) -> None:
+    """Payload first, receipt last. A receipt of older bytes goes before both, so that it never vouches for new ones."""
+    receipt = {**facts, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    remove(receipt_path(path))
+    atomic_write(path, data)
+    write_document(receipt_path(path), receipt)
+
+
+def receipt_path(path: Path) -> Path:
+    """Where the receipt of the payload at `path` lies."""
+    return path.with_name(path.name.removesuffix(path.suffix) + RECEIPT)
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """The receipt of the payload at `path`."""
+    receipt = receipt_path(path)
+    if not receipt.exists():
+        raise complaint(path, "isn't finished: it has no receipt", REMAKE)
+    return read_document(receipt)
+
+
+def read_payload(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """A payload's bytes, found to be those that were written, and its receipt."""
+    receipt = read_receipt(path)
+    data = read_bytes(path)
+    _check_size(path, len(data), receipt)
+    if hashlib.sha256(data).hexdigest() != receipt["sha256"]:
+        raise complaint(path, "was changed or damaged since it was written: its sha256 is wrong", DELETE)
+    return data, receipt
+
+
+def check_payload(path: Path) -> None:
+    """StoreError unless the payload at `path` has a receipt and the size that it says. Doesn't read the payload."""
+    receipt = read_receipt(path)
+    with reporting(path, "read"):
+        size = path.stat().st_size
+    _check_size(path, size, receipt)
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file."""
+    with reporting(path, "read"):
+        return path.read_bytes()
+
+
+def _check_size(path: Path, size: int, receipt: Mapping[str, Any]) -> None:
+    if size != receipt["size"]:
+        raise complaint(path, f"has {size} bytes, but its receipt says {receipt['size']}", REMAKE)
+
+
+# Locks
+
+
+@contextmanager
+def hold_lock(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock file at `path`, alone or with other sharers; it is free as soon as this process ends, however."""
+    with reporting(path, "lock"):
+        handle = os.open(path, os.O_RDWR | _NEW_FILE, 0o666)
+    try:
+        with reporting(path, "lock"):
+            if not _try_lock(handle, path, shared):
+                raise _busy(path.parent, os.read(handle, 20).decode("ascii", "replace") or "unknown")
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def _busy(folder: Path, holder: str) -> StoreError:
+    remedy = "wait for it to end, or give this run another --experiment name"
+    return complaint(folder, f"another process (pid {holder}) is working on this run", remedy)
+
+
+def _try_lock(handle: int, path: Path, shared: bool) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # a byte that nobody reads: locks are mandatory here
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return shared
+        finally:
+            os.lseek(handle, 0, os.SEEK_SET)
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(f"{path}: this file system has no locks; start only one process on this run", stacklevel=4)
+    return True

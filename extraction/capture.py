@@ -1,0 +1,233 @@
+"""Pooled activations of a running batch, read through hooks in the same pass that generates.
+
+A token's activation is a layer's output at the position where that token is the INPUT. Sums run on the device in float32
+(float64 for float64 models), one vector per slot; a half-precision running sum would stick.
+
+Shapes: K points (site by layer), B slots, R rows that enter, P prompt columns, L layers, D hidden, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from extraction.errors import ActivationError
+from extraction.pooling import pool_mean
+from extraction.sites import taps_of, watch_taps
+
+if TYPE_CHECKING:
+    from extraction.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What to keep of every example: layers (from 0), sites and poolings."""
+
+    layers: tuple[int, ...]
+    sites: tuple[str, ...] = ("residual",)
+    poolings: tuple[str, ...] = ("response_mean",)
+
+    def by_site(self, pooled: dict[str, Tensor], example_id: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Split {pooling: [.., K, D]} into {`site.pooling`: [.., L, D]}. Raises ActivationError on NaN or Inf."""
+        n_layers = len(self.layers)
+        split = {
+            f"{site}.{pooling}": points.narrow(-2, i * n_layers, n_layers).contiguous()
+            for pooling, points in pooled.items()
+            for i, site in enumerate(self.sites)
+        }
+        for name, hidden_LD in split.items():
+            self._refuse_non_finite(name, hidden_LD, example_id, dtype)
+        return split
+
+    def _refuse_non_finite(self, name: str, hidden_LD: Tensor, example_id: str, dtype: torch.dtype) -> None:
+        if hidden_LD.isfinite().all():
+            return
+        bad_L = ~hidden_LD.isfinite().all(-1).reshape(-1, len(self.layers)).all(0)
+        layer = self.layers[int(bad_L.nonzero()[0, 0])]
+        raise ActivationError(
+            f"{example_id}: the {name} activation at layer {layer} is NaN or infinite in {_short(dtype)}: "
+            "load the model with --dtype bfloat16 or float32"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Accumulator:
+    """One pooling of a running batch. `step` sees [K, B, D] of the tokens just fed, and their ages [B] (0: the first)."""
+
+    def __init__(self, shape_KBD: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.sum_KBD = torch.zeros(shape_KBD, dtype=dtype, device=device)
+
+    def enter(self, rows_R: Tensor) -> None:
+        """Forget the slots' former examples."""
+        self.sum_KBD[:, rows_R] = 0
+
+    def prompt(self, point: int, rows_R: Tensor, hidden_RPD: Tensor, mask_RP: Tensor) -> None:
+        """See the prompt of the rows that enter, left-padded, at one point."""
+
+    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
+        """See the tokens of one decode step."""
+
+    def emit(self, slot: int, n_tokens: int) -> Tensor:
+        """The pooled vectors [K, D] of a slot whose response has `n_tokens` tokens."""
+        return self.sum_KBD[:, slot].clone()
+
+    def repack(self, rows_B: Tensor) -> None:
+        """Keep only these slots."""
+        self.sum_KBD = self.sum_KBD[:, rows_B]
+
+
+class ResponseMean(Accumulator):
+    """Mean over the response's tokens."""
+
+    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
+        self.sum_KBD += hidden_KBD
+
+    def emit(self, slot: int, n_tokens: int) -> Tensor:
+        return self.sum_KBD[:, slot] / n_tokens
+
+
+class ResponseFirst(Accumulator):
+    """Mean over the response's first `n` tokens (or all, if it has fewer)."""
+
+    n = 1
+
+    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
+        self.sum_KBD += torch.where((age_B < self.n)[None, :, None], hidden_KBD.to(self.sum_KBD.dtype), 0)
+
+    def emit(self, slot: int, n_tokens: int) -> Tensor:
+        return self.sum_KBD[:, slot] / min(n_tokens, self.n)
+
+
+class ResponseLast(Accumulator):
+    """The response's last token."""
+
+    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
+        self.sum_KBD = hidden_KBD.to(self.sum_KBD.dtype)
+
+
+class ResponseAll(Accumulator):
+    """Every token of the response: emits [T, K, D]."""
+
+    def __init__(self, shape_KBD: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.rows: list[list[Tensor]] = [[] for _ in range(shape_KBD[1])]
+
+    def enter(self, rows_R: Tensor) -> None:
+        for row in rows_R.tolist():
+            self.rows[row] = []
+
+    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
+        for row, kept in zip(hidden_KBD.to(self.dtype).unbind(1), self.rows, strict=True):
+            kept.append(row.clone())
+
+    def emit(self, slot: int, n_tokens: int) -> Tensor:
+        return torch.stack(self.rows[slot][:n_tokens])
+
+    def repack(self, rows_B: Tensor) -> None:
+        self.rows = [self.rows[row] for row in rows_B.tolist()]
+
+
+class PromptMean(Accumulator):
+    """Mean over the prompt's tokens."""
+
+    def prompt(self, point: int, rows_R: Tensor, hidden_RPD: Tensor, mask_RP: Tensor) -> None:
+        self.sum_KBD[point, rows_R] = pool_mean(hidden_RPD, mask_RP).to(self.sum_KBD)
+
+
+class PromptLast(Accumulator):
+    """The prompt's last token."""
+
+    def prompt(self, point: int, rows_R: Tensor, hidden_RPD: Tensor, mask_RP: Tensor) -> None:
+        self.sum_KBD[point, rows_R] = hidden_RPD[:, -1].to(self.sum_KBD)
+
+
+ACCUMULATORS: dict[str, type[Accumulator]] = {
+    "response_mean": ResponseMean,
+    "response_first": ResponseFirst,
+    "response_last": ResponseLast,
+    "all": ResponseAll,
+    "prompt_mean": PromptMean,
+    "prompt_last": PromptLast,
+}
+
+
+def accumulator_of(pooling: str) -> Callable[..., Accumulator]:
+    """The accumulator of a pooling's name, such as `response_mean` or `response_first:5`."""
+    kind, _, n = pooling.partition(":")
+    return type(kind, (ACCUMULATORS[kind],), {"n": int(n)}) if n else ACCUMULATORS[kind]
+
+
+class Observer:
+    """Watches a model while it generates, and keeps every accumulator of a capture up to date."""
+
+    def __init__(self, lm: LanguageModel, capture: Capture, slots: int) -> None:
+        self.capture, self.device, self.dtype = capture, lm.device, lm.dtype
+        self.taps = taps_of(lm, capture.sites, capture.layers)
+        wide = torch.float64 if lm.dtype == torch.float64 else torch.float32
+        shape = (len(self.taps), slots, lm.hidden_size)
+        self.poolings = {name: accumulator_of(name)(shape, wide, lm.device) for name in capture.poolings}
+        self.reads_prompts = any(pooling.startswith("prompt") for pooling in capture.poolings)
+        self._note: Callable[[int, Tensor], None] = _ignore
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks stay on for a whole run; outside of `entering` and `stepping` they note nothing."""
+        with watch_taps(self.taps, lambda point, hidden_BTD: self._note(point, hidden_BTD)):
+            yield
+
+    @contextmanager
+    def entering(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
+        """Around the prefill of the rows that enter."""
+        for accumulator in self.poolings.values():
+            accumulator.enter(rows_R)
+
+        def note(point: int, hidden_RPD: Tensor) -> None:
+            for accumulator in self.poolings.values():
+                accumulator.prompt(point, rows_R, hidden_RPD.to(self.device), mask_RP)
+
+        with self._noting(note if self.reads_prompts else _ignore):
+            yield
+
+    @contextmanager
+    def stepping(self, age_B: Tensor) -> Iterator[None]:
+        """Around one decode step of every slot."""
+        seen: list[Tensor | None] = [None] * len(self.taps)
+
+        def note(point: int, hidden_B1D: Tensor) -> None:
+            seen[point] = hidden_B1D[:, 0].to(self.device)
+
+        with self._noting(note):
+            yield
+        hidden_KBD = torch.stack(seen)  # type: ignore[arg-type]
+        for accumulator in self.poolings.values():
+            accumulator.step(hidden_KBD, age_B)
+
+    def emit(self, slot: int, n_tokens: int, example_id: str) -> dict[str, Tensor]:
+        """`site.pooling` -> [L, D] (`all`: [T, L, D]) of a slot that has ended. Raises ActivationError on NaN or Inf."""
+        pooled = {name: acc.emit(slot, n_tokens).cpu() for name, acc in self.poolings.items()} if n_tokens else {}
+        return self.capture.by_site(pooled, example_id, self.dtype)
+
+    def repack(self, rows_B: Tensor) -> None:
+        """Keep only these slots."""
+        for accumulator in self.poolings.values():
+            accumulator.repack(rows_B)
+
+    @contextmanager
+    def _noting(self, note: Callable[[int, Tensor], None]) -> Iterator[None]:
+        self._note = note
+        try:
+            yield
+        finally:
+            self._note = _ignore
+
+
+def _ignore(_point: int, _hidden_BTD: Tensor) -> None:
+    """What hooks do between passes."""

@@ -1,0 +1,87 @@
+"""The values that travel between rooms. Frozen, without behaviour that needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+POLARITIES = ("pos", "neg")
+
+
+@dataclass(frozen=True)
+class InstructionPair:
+    """Two instructions that ask for opposite ends of a trait."""
+
+    positive: str
+    negative: str
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What the lexical judge counts: phrases (case-insensitive, whole words) or patterns that start with `re:`."""
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NaturalPrompt:
+    """A prompt that shows one side of a trait by itself, with no instruction."""
+
+    prompt: str
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Trait:
+    """A trait: either instruction pairs x questions, or two lists of natural prompts."""
+
+    name: str
+    description: str
+    instructions: tuple[InstructionPair, ...] = ()
+    questions: tuple[str, ...] = ()
+    positive_prompts: tuple[NaturalPrompt, ...] = ()
+    negative_prompts: tuple[NaturalPrompt, ...] = ()
+    rubric: str | None = None
+    markers: Markers | None = None
+
+    @property
+    def is_natural(self) -> bool:
+        """True when the sides are lists of natural prompts."""
+        return not self.instructions
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt of one trait and polarity, with a stable id: the unit that a user sees.
+
+    `system` is the instruction of an instructed trait (or the system prompt of a natural one).
+    """
+
+    id: str
+    trait: str
+    polarity: str
+    instruction_id: int
+    question_id: int
+    repeat: int
+    question: str
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example made ready for one model: the text that it sees, and its ids."""
+
+    example: Example
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model answered. `token_ids` never holds a stop token; `finish_reason` is `stop`, `stop_string` or `length`."""
+
+    prompt: Prompt
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    scores: dict[str, float | None] = field(default_factory=dict)
