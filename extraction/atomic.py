@@ -1,7 +1,7 @@
 """Files that are whole or not there: atomic writes, sealed JSON, payloads with receipts, and a folder's lock.
 
-A document is JSON that carries a seal, the sha256 of the rest of it. A payload is any other file; its receipt, a document
-with the payload's sha256, is written last: a receipt that fits its payload means done.
+A document is JSON that carries a seal: the sha256 of the rest of it. A payload is any other file. Its receipt, a
+document with the payload's sha256, is written last, so that a receipt which fits its payload means done.
 """
 
 from __future__ import annotations
@@ -125,9 +125,7 @@ def _temporary(path: Path) -> Path:
 
 def _write_synced(path: Path, data: bytes) -> None:
     """Create `path` (mode 0666 less the umask), write all of `data`, and wait until the disk has it."""
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-    handle = os.open(path, os.O_WRONLY | os.O_EXCL | _NEW_FILE, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_TRUNC | _NEW_FILE, 0o666)
     try:
         rest = memoryview(data)
         while rest:

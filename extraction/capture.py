@@ -110,7 +110,7 @@ class ResponseLast(Accumulator):
     """The response's last token."""
 
     def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
-        self.sum_KBD = hidden_KBD.to(self.sum_KBD.dtype)
+        self.sum_KBD.copy_(hidden_KBD)
 
 
 class ResponseAll(Accumulator):
@@ -173,6 +173,7 @@ class Observer:
         self.taps = taps_of(lm, capture.sites, capture.layers)
         wide = torch.float64 if lm.dtype == torch.float64 else torch.float32
         shape = (len(self.taps), slots, lm.hidden_size)
+        self.fed_KBD = torch.zeros(shape, dtype=lm.dtype, device=lm.device)
         self.poolings = {name: accumulator_of(name)(shape, wide, lm.device) for name in capture.poolings}
         self.reads_prompts = any(pooling.startswith("prompt") for pooling in capture.poolings)
         self._note: Callable[[int, Tensor], None] = _ignore
@@ -191,7 +192,7 @@ class Observer:
 
         def note(point: int, hidden_RPD: Tensor) -> None:
             for accumulator in self.poolings.values():
-                accumulator.prompt(point, rows_R, hidden_RPD.to(self.device), mask_RP)
+                accumulator.prompt(point, rows_R, hidden_RPD.to(self.device).reshape(*mask_RP.shape, -1), mask_RP)
 
         with self._noting(note if self.reads_prompts else _ignore):
             yield
@@ -199,16 +200,15 @@ class Observer:
     @contextmanager
     def stepping(self, age_B: Tensor) -> Iterator[None]:
         """Around one decode step of every slot."""
-        seen: list[Tensor | None] = [None] * len(self.taps)
+        n_slots = len(age_B)
 
         def note(point: int, hidden_B1D: Tensor) -> None:
-            seen[point] = hidden_B1D[:, 0].to(self.device)
+            self.fed_KBD[point].copy_(hidden_B1D.reshape(n_slots, -1))  # a copy: models may change it in place later
 
         with self._noting(note):
             yield
-        hidden_KBD = torch.stack(seen)  # type: ignore[arg-type]
         for accumulator in self.poolings.values():
-            accumulator.step(hidden_KBD, age_B)
+            accumulator.step(self.fed_KBD, age_B)
 
     def emit(self, slot: int, n_tokens: int, example_id: str) -> dict[str, Tensor]:
         """`site.pooling` -> [L, D] (`all`: [T, L, D]) of a slot that has ended. Raises ActivationError on NaN or Inf."""
@@ -217,6 +217,7 @@ class Observer:
 
     def repack(self, rows_B: Tensor) -> None:
         """Keep only these slots."""
+        self.fed_KBD = self.fed_KBD[:, rows_B]
         for accumulator in self.poolings.values():
             accumulator.repack(rows_B)
 

@@ -5,7 +5,7 @@ A block's output is a plain tensor in transformers 5 and a tuple in older code; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,40 +22,55 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A module's first argument, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 @contextmanager
-def watch(modules: Mapping[Hashable, nn.Module], observe: Callable[[Any, Tensor], None]) -> Iterator[None]:
+def watch(modules: Mapping[Any, nn.Module], observe: Callable[[Any, Tensor], None]) -> Iterator[None]:
     """Call `observe(key, output)` after each module runs, while the block lasts. Outputs must not be changed."""
 
-    def hook_for(key: Hashable) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            observe(key, hidden_of(output))
+    def hook(key: Any, _args: Any, _kwargs: Any, output: Any) -> None:
+        observe(key, hidden_of(output))
 
-        return hook
-
-    with _attached({key: (module, hook_for(key)) for key, module in modules.items()}):
+    with _attached(modules, hook):
         yield
 
 
 @contextmanager
-def steer(modules: Mapping[Hashable, nn.Module], change: Callable[[Any, Tensor], Tensor]) -> Iterator[None]:
+def watch_inputs(modules: Mapping[Any, nn.Module], observe: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Call `observe(key, first input)` after each module runs, while the block lasts."""
+
+    def hook(key: Any, args: Any, kwargs: Any, _output: Any) -> None:
+        observe(key, input_of(args, kwargs))
+
+    with _attached(modules, hook):
+        yield
+
+
+@contextmanager
+def steer(modules: Mapping[Any, nn.Module], change: Callable[[Any, Tensor], Tensor]) -> Iterator[None]:
     """Replace each module's output by `change(key, output)`, a new tensor, while the block lasts."""
 
-    def hook_for(key: Hashable) -> Callable[..., Any]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            changed = change(key, hidden_of(output))
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+    def hook(key: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
+        changed = change(key, hidden_of(output))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        return hook
-
-    with _attached({key: (module, hook_for(key)) for key, module in modules.items()}):
+    with _attached(modules, hook):
         yield
 
 
 @contextmanager
-def _attached(hooks: Mapping[Hashable, tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def _attached(modules: Mapping[Any, nn.Module], hook: Callable[[Any, Any, Any, Any], Any]) -> Iterator[None]:
     handles: list[Any] = []
+
+    def keyed(key: Any) -> Callable[..., Any]:
+        return lambda _module, args, kwargs, output: hook(key, args, kwargs, output)
+
     try:
-        handles.extend(module.register_forward_hook(hook) for module, hook in hooks.values())
+        for key, module in modules.items():
+            handles.append(module.register_forward_hook(keyed(key), with_kwargs=True))
         yield
     finally:
         for handle in handles:

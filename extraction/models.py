@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from extraction.errors import ModelError
+from extraction.slots import SlotCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from extraction.configs import ModelSpec
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"}
 
@@ -56,6 +60,91 @@ class LanguageModel:
             inputs["logits_to_keep"] = 1
         return self.model(input_ids=input_ids_BT, **inputs).logits[:, -1]  # type: ignore[no-any-return]
 
+    def hidden_states(self, input_ids_BT: Tensor) -> None:
+        """One pass through the decoder without the head, for its hooks alone; no mask, so pads must be on the right."""
+        self.model.base_model(input_ids=input_ids_BT, use_cache=False)
+
+
+def load(spec: ModelSpec) -> LanguageModel:
+    """Load a model and its tokenizer from a folder or the local cache or the hub, weights complete or not at all.
+
+    Raises ModelError, in one line that never shows a token, where anything is missing, gated, truncated or foreign.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
+    with _explaining(spec):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            spec.source, dtype=_dtype(spec), device_map=pick_device(spec), output_loading_info=True, **common
+        )
+    with _explaining(spec):
+        tokenizer = AutoTokenizer.from_pretrained(spec.source, **common)
+    broken = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if broken:
+        raise ModelError(f"{spec.name}: {len(broken)} weights are missing or misshapen ({broken[0]}); fetch it again")
+    return wrap(model, tokenizer)
+
+
+def read_config(spec: ModelSpec) -> Any:
+    """The text config of a model, without its weights. Raises ModelError as `load` does."""
+    from transformers import AutoConfig
+
+    with _explaining(spec):
+        config = AutoConfig.from_pretrained(
+            spec.source, trust_remote_code=spec.trust_remote_code, revision=spec.revision
+        )
+    return config.get_text_config()
+
+
+def pick_device(spec: ModelSpec) -> str:
+    """The device asked for, or the best there is: CUDA (and ROCm), Apple's, else the processor."""
+    if spec.device != "auto":
+        _refuse_absent(spec.device)
+        return spec.device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _refuse_absent(device: str) -> None:
+    kind, _, index = device.partition(":")
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if int(index or 0) >= count.get(kind, 1):
+        raise ModelError(f"--device {device!r}: this machine has no such device; give auto or cpu")
+
+
+def _dtype(spec: ModelSpec) -> Any:
+    return "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+
+
+@contextmanager
+def _explaining(spec: ModelSpec) -> Iterator[None]:
+    """Turn what a loader raises, whatever it is, into one line with a remedy."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as failure:  # loaders raise what their file formats raise
+        text = " ".join(str(failure).split())
+        remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in text), "check the model's files")
+        reason = "" if any(sign in text for sign in _REMEDIES) else f" ({text[:160]})"
+        raise ModelError(f"model {spec.name}: can't be loaded from {spec.source}{reason}: {remedy}") from failure
+
+
+_REMEDIES = {
+    "trust_remote_code": "it needs code of its own; read that code, then give --trust-remote-code",
+    "trust remote code": "it needs code of its own; read that code, then give --trust-remote-code",
+    "gated repo": "it is gated; accept its licence on the hub and log in",
+    "401 Client": "it is private or gated; log in to the hub",
+    "Unrecognized configuration class": "it is not a causal language model; a decoder-only text model is needed",
+    "couldn't connect": "it is not in the local cache and the hub can't be reached; download it first, or give a folder",
+    "offline mode": "it is not in the local cache and offline mode is on; download it first, or give a folder",
+    "not the path to a directory": "no such model on the hub, nor in the local cache; check the name",
+    "is not a local folder": "no such model on the hub, nor in the local cache; check the name",
+    "deserializing header": "its weights are truncated or damaged; fetch them again",
+    "incomplete metadata": "its weights are truncated or damaged; fetch them again",
+}
+
 
 def wrap(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, stop_ids: Iterable[int] | None = None
@@ -72,7 +161,7 @@ def wrap(
             "they don't belong together; give the model's own tokenizer"
         )
     stops = frozenset(stop_ids) if stop_ids is not None else _stop_ids(model, tokenizer)
-    return LanguageModel(
+    lm = LanguageModel(
         model=model.eval(),
         tokenizer=tokenizer,
         layers=layers,
@@ -83,6 +172,31 @@ def wrap(
         max_positions=_max_positions(config),
         keeps_last_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
+    _prove_cached_decoding(lm)
+    return lm
+
+
+@torch.inference_mode()
+def _prove_cached_decoding(lm: LanguageModel) -> None:
+    """Three tokens at once, then two and one through the cache: a causal model gives the same last logits."""
+    ids_BT = torch.arange(3, device=lm.device).remainder(lm.vocab_size).unsqueeze(0)
+    cache = SlotCache(lm.n_layers, slots=1, columns=3)
+    try:
+        with cache.entering(torch.zeros(1, dtype=torch.long, device=lm.device), cursor=2):
+            lm.last_logits(ids_BT[:, :2], past_key_values=cache, use_cache=True)
+        cached_V = lm.last_logits(ids_BT[:, 2:], past_key_values=cache, use_cache=True)[0].float()
+        whole_V = lm.last_logits(ids_BT, use_cache=False)[0].float()
+    except Exception as failure:  # an architecture may object in any way
+        raise ModelError(
+            f"{_name(lm.model)} can't decode with a key-value cache of slots ({type(failure).__name__}: "
+            f"{' '.join(str(failure).split())[:120]}); use an attention-only causal model"
+        ) from failure
+    tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.1
+    if not torch.allclose(cached_V, whole_V, atol=tolerance * float(whole_V.abs().max()), rtol=0, equal_nan=True):
+        raise ModelError(
+            f"{_name(lm.model)} is not a causal model with a key-value cache: token by token it gives other logits "
+            "than all at once; use a decoder-only model"
+        )
 
 
 def find_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:

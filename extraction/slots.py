@@ -9,6 +9,8 @@ Shapes: B slots, H heads, S columns, C head dimension, R rows that enter, P prom
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +100,15 @@ class SlotCache(Cache):
     def __init__(self, n_layers: int, slots: int, columns: int) -> None:
         self.window = Window(slots, columns)
         super().__init__(layers=[SlotLayer(self.window) for _ in range(n_layers)])
+
+    @contextmanager
+    def entering(self, rows: Tensor, cursor: int) -> Iterator[None]:
+        """Around a prefill: its keys and values go into these slots, and end at the cursor."""
+        self.window.entering, self.window.cursor = rows, cursor
+        try:
+            yield
+        finally:
+            self.window.entering = None
 
     def repack(self, rows: Tensor | None = None) -> None:
         """Roll live columns to the left edge; with `rows`, shrink the batch to those slots."""

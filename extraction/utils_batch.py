@@ -20,10 +20,12 @@ from torch import Tensor
 from extraction.capture import Capture, Observer
 from extraction.decoding.sample import Sample, uniforms
 from extraction.errors import PromptError
+from extraction.models import LanguageModel, wrap
 from extraction.slots import SlotCache
+from extraction.teacher import Text, forced_activations
 
 if TYPE_CHECKING:
-    from extraction.models import LanguageModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int], None]
 
@@ -77,6 +79,92 @@ def generate(
             yield from done
 
 
+def teacher_force(
+    lm: LanguageModel,
+    texts: Sequence[Text],
+    *,
+    capture: Capture,
+    batch_size: int = 16,
+    on_progress: Progress | None = None,
+) -> Iterator[Completion]:
+    """Activations of responses that exist already: `texts` are (id, prompt ids, response ids), never re-tokenised.
+
+    Yields completions, longest first; `finish_reason` is `given`. Errors as in `generate`.
+    """
+    responses = {example_id: tuple(response) for example_id, _, response in texts}
+    for example_id, kept in forced_activations(lm, texts, capture=capture, batch_size=batch_size):
+        if on_progress is not None:
+            on_progress(len(responses[example_id]))
+        yield Completion(example_id, responses[example_id], "given", kept)
+
+
+def generate_batch_with_activations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 150,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
+    sites: Sequence[str] = ("residual",),
+    poolings: Sequence[str] = ("response_mean",),
+) -> list[dict[str, Any]]:
+    """Generate for every prompt, capturing in the same pass. For people who script.
+
+    `prompts` are exact texts: apply a chat template before. Returns, in their order, dicts with prompt, response,
+    token_ids, finish_reason and activations (`site.pooling` -> [L, D], row i the i-th of `layers`, default all).
+    """
+    lm = wrap(model, tokenizer)
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    requests = [Request(str(i), tuple(ids), max_new_tokens, seed) for i, ids in enumerate(encoded)]
+    capture = Capture(tuple(range(lm.n_layers)) if layers is None else tuple(layers), tuple(sites), tuple(poolings))
+    strategy = Sample(temperature, top_k, top_p)
+    done = {c.id: c for c in generate(lm, requests, batch_size=batch_size, strategy=strategy, capture=capture)}
+    return [
+        {
+            "prompt": prompt,
+            "response": tokenizer.decode(done[str(i)].token_ids, skip_special_tokens=True),
+            "token_ids": list(done[str(i)].token_ids),
+            "finish_reason": done[str(i)].finish_reason,
+            "activations": done[str(i)].activations,
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def get_activations_from_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = 16,
+    layers: Sequence[int] | None = None,
+    sites: Sequence[str] = ("residual",),
+    poolings: Sequence[str] = ("response_mean",),
+) -> list[dict[str, Tensor]]:
+    """Activations of texts in one teacher-forced pass. For people who script.
+
+    A text is a string, all of which counts as response, or (prompt ids, response ids), which are taken as they are.
+    Returns, in their order, `site.pooling` -> [L, D].
+    """
+    lm = wrap(model, tokenizer)
+    pairs = [((), _encode(tokenizer, text)) if isinstance(text, str) else text for text in texts]
+    forced = [(str(i), prompt, response) for i, (prompt, response) in enumerate(pairs)]
+    capture = Capture(tuple(range(lm.n_layers)) if layers is None else tuple(layers), tuple(sites), tuple(poolings))
+    done = {c.id: c.activations for c in teacher_force(lm, forced, capture=capture, batch_size=batch_size)}
+    return [done[str(i)] for i in range(len(texts))]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text, with exactly one BOS if the tokenizer has one of its own accord."""
+    bos = tokenizer.bos_token
+    return list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
+
+
 def _check(request: Request, lm: LanguageModel, *, feeds_last: bool) -> None:
     n_prompt = len(request.token_ids)
     n_total = n_prompt + request.max_new_tokens - (not feeds_last)
@@ -116,9 +204,9 @@ class RunningBatch:
         self.lm, self.strategy, self.stop_strings = lm, strategy, stop_strings
         self.queue = sorted(requests, key=lambda request: -len(request.token_ids))[::-1]
         n_slots = max(1, min(batch_size, len(requests)))
-        longest = max((len(r.token_ids) for r in requests), default=1)
         self.budget = max((r.max_new_tokens for r in requests), default=1)
-        self.longest = longest + self.budget
+        self.longest = max((len(r.token_ids) + r.max_new_tokens for r in requests), default=1)
+        self.last_position = min(self.longest, lm.max_positions or self.longest) - 1
         columns = self.longest + max(32, self.longest // 4)
         self.cache = SlotCache(lm.n_layers, n_slots, columns)
         self.observer = Observer(lm, capture, n_slots) if capture is not None else None
@@ -128,7 +216,7 @@ class RunningBatch:
         self.token_B1 = torch.full((n_slots, 1), lm.pad_id, dtype=torch.long, device=device)
         self.first_column_B1 = torch.zeros(n_slots, 1, dtype=torch.long, device=device)
         self.prompt_length_B1 = torch.zeros(n_slots, 1, dtype=torch.long, device=device)
-        self.uniform_BT = torch.zeros(n_slots, self.budget + 1, dtype=_wide(device), device=device)
+        self.uniform_BT = torch.zeros(n_slots, self.budget, dtype=_wide(device), device=device)
 
     @property
     def has_work(self) -> bool:
@@ -168,10 +256,9 @@ class RunningBatch:
         rows_R = torch.tensor(rows, device=self.lm.device)
         self._seat(rows, rows_R, entering, mask_RP)
         position_RP = (mask_RP.cumsum(1) - 1).clamp_(min=0)
-        self.cache.window.entering = rows_R
-        with self.observer.entering(rows_R, mask_RP) if self.observer else nullcontext():
+        observing = self.observer.entering(rows_R, mask_RP) if self.observer else nullcontext()
+        with observing, self.cache.entering(rows_R, self.cache.window.cursor):
             logits_RV = self._forward(ids_RP, mask_RP, position_RP)
-        self.cache.window.entering = None
         token_R = self.strategy(logits_RV, self.uniform_BT[rows_R, 0])
         self.token_B1[rows_R, 0] = token_R
         return self._accept(rows, token_R.tolist(), done)
@@ -195,7 +282,7 @@ class RunningBatch:
         self.first_column_B1[rows_R] = cursor - length_R1
         self.prompt_length_B1[rows_R] = length_R1
         if self.strategy.draws:
-            drawn = np.stack([uniforms(r.id, r.seed, self.budget + 1) for r in entering])
+            drawn = np.stack([uniforms(r.id, r.seed, self.budget) for r in entering])
             self.uniform_BT[rows_R] = torch.from_numpy(drawn).to(self.uniform_BT)
         self._find_start()
 
@@ -206,13 +293,13 @@ class RunningBatch:
         window = self.cache.window
         if window.cursor >= window.columns:
             self._roll()
-        position_B1 = (window.cursor - self.first_column_B1).clamp_(max=self.longest - 1)
+        position_B1 = (window.cursor - self.first_column_B1).clamp_(0, self.last_position)  # idle rows drift
         age_B1 = position_B1 - self.prompt_length_B1
         with self.observer.stepping(age_B1[:, 0]) if self.observer else nullcontext():
             mask_BS = self.mask_BS[:, window.start : window.cursor + 1]
             logits_BV = self._forward(self.token_B1, mask_BS, position_B1)
         window.cursor += 1
-        uniform_B1 = self.uniform_BT.gather(1, (age_B1 + 1).clamp_(0, self.budget)) if self.strategy.draws else None
+        uniform_B1 = self.uniform_BT.gather(1, (age_B1 + 1).clamp_(0, self.budget - 1)) if self.strategy.draws else None
         token_B = self.strategy(logits_BV, None if uniform_B1 is None else uniform_B1[:, 0])
         self.token_B1 = token_B.unsqueeze(1)
         rows = [i for i, slot in enumerate(self.slots) if slot is not None]
@@ -223,9 +310,7 @@ class RunningBatch:
             ids_BT, attention_mask=mask_BS, position_ids=position_BT, past_key_values=self.cache, use_cache=True
         )
 
-    def _accept(
-        self, rows: list[int], tokens: list[int], done: list[Completion], *, sampled_all: bool = False
-    ) -> int:
+    def _accept(self, rows: list[int], tokens: list[int], done: list[Completion], *, sampled_all: bool = False) -> int:
         """Append each row's token, or end the row. Returns how many tokens joined a response."""
         n_tokens = 0
         for i, row in enumerate(rows):

@@ -1,0 +1,35 @@
+# Two commands do everything: `make extract TRAIT=uncertainty_calibration` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TRAIT ?= uncertainty_calibration
+EXPERIMENT ?= pocket
+
+# the extras that a target needs are installed once, and again when what is asked for changes
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (once)..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(if $(filter core,$*),.,".[$*]")
+	@touch $@
+
+.PHONY: extract test check bench clean
+
+extract: $(VENV)/.installed-core
+	@$(BIN)/traitline extract --experiment "$(EXPERIMENT)" --traits "$(TRAIT)" \
+	  $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH_SIZE),--batch-size "$(BATCH_SIZE)") \
+	  $(if $(N_EXAMPLES),--n-examples "$(N_EXAMPLES)") $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(VENV)/.installed-test $(VENV)/.installed-check
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed-bench
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

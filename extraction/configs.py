@@ -1,0 +1,706 @@
+"""Config files and names: strict YAML, schemas as tables, and where the files are looked for.
+
+A rule is a function of a value and its place: it returns the value, or raises the place's error.
+A schema is a table of rules. Unknown keys are errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from extraction.errors import ConfigError
+
+Rule = Callable[[Any, "Place"], Any]
+Key = str | int
+
+MAX_YAML_BYTES = 1_000_000
+MAX_YAML_DEPTH = 20
+PACKAGE = Path(__file__).resolve().parent
+SITES = ("residual", "attention", "mlp", "residual_mid")
+POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_last", "all")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_POOLING = re.compile(r"response_first:[1-9][0-9]{0,5}")
+_LAYER_RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?")
+
+
+# --- what a message shows -------------------------------------------------------------------------------------------
+
+
+def show(value: object) -> str:
+    """A value as one short line, whatever it holds."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
+
+
+def show_path(path: str | os.PathLike[str]) -> str:
+    """A path as a user would type it: relative to the current folder where it lies inside it."""
+    text = os.fspath(path)
+    here = os.getcwd() + os.sep
+    text = text.removeprefix(here) if text.startswith(here) else text
+    return text if text.isprintable() and len(text) <= 300 else show(text)
+
+
+def suggest(value: object, known: Iterable[str]) -> str:
+    """`did you mean 'x'?`, or the known values where none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value stands: a file's line and key, or (without a source) an option of the command line."""
+
+    source: str | None
+    lines: Mapping[tuple[Key, ...], int] = field(default_factory=dict)
+    keys: tuple[Key, ...] = ()
+    error: type[ConfigError] = ConfigError
+
+    def at(self, key: Key) -> Place:
+        """The place of one entry of this value."""
+        return replace(self, keys=(*self.keys, key))
+
+    def __str__(self) -> str:
+        if self.source is None:
+            return "--" + next((key for key in reversed(self.keys) if isinstance(key, str)), "").replace("_", "-")
+        outward = (self.keys[:n] for n in range(len(self.keys), -1, -1))
+        line = next((self.lines[keys] for keys in outward if keys in self.lines), 1)
+        return f"{self.source}:{line}" + (f": '{'.'.join(map(str, self.keys))}'" if self.keys else "")
+
+    def fail(self, problem: str) -> ConfigError:
+        """The error to raise: the place, then the problem with its remedy."""
+        return self.error(f"{self}: {problem}")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def open_input(path: str | os.PathLike[str], limit: int, error: type[ConfigError] = ConfigError) -> BinaryIO:
+    """Open a regular file of at most `limit` bytes. A FIFO, a folder or a device is refused, and never opened."""
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe or a device"
+            raise error(f"{show_path(path)}: is {kind}; give a regular file")
+        if info.st_size > limit:
+            raise error(f"{show_path(path)}: {info.st_size} bytes; at most {limit} are read, split the file")
+        return open(path, "rb")
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or str(failure)
+        raise error(f"{show_path(path)}: {reason.lower()}; check the path and its permissions") from failure
+
+
+def decode_utf8(data: bytes, offset: int, place: str, error: type[ConfigError] = ConfigError) -> str:
+    """Strict UTF-8; `offset` is where `data` starts in its file."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as failure:
+        byte = data[failure.start]
+        raise error(
+            f"{place}: invalid UTF-8 at byte {offset + failure.start} (0x{byte:02x}); save the file as UTF-8"
+        ) from failure
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file's data, and the place of everything in it."""
+
+    data: Any
+    place: Place
+
+
+def read_yaml(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Any:
+    """The data of one YAML file. Raises a one-line error with the file's line where something is wrong."""
+    return read_document(path, error).data
+
+
+def read_document(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Document:
+    """As `read_yaml`, and keeps the line of every value.
+
+    Refused: duplicate keys, aliases, anchors, tags, several documents, deep nesting, NUL, invalid UTF-8, lone
+    surrogates. `yes`, `no`, `on` and dates stay text, as in YAML 1.2.
+    """
+    source = show_path(path)
+    with open_input(path, MAX_YAML_BYTES, error) as file:
+        raw = file.read(MAX_YAML_BYTES + 1)
+    if len(raw) > MAX_YAML_BYTES:
+        raise error(f"{source}: more than {MAX_YAML_BYTES} bytes; split the file")
+    text = decode_utf8(raw, 0, source, error).removeprefix("\ufeff")
+    if "\0" in text:
+        raise error(f"{source}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; remove it")
+    try:
+        node = _Loader(text).get_single_node()
+        lines: dict[tuple[Key, ...], int] = {}
+        data = None if node is None else _value(node, (), lines)
+    except yaml.YAMLError as failure:
+        raise error(_yaml_message(failure, text, source)) from failure
+    if data is None:
+        raise error(f"{source}: is empty; it needs 'key: value' lines")
+    return Document(data, Place(source, lines, error=error))
+
+
+class _Loader(yaml.SafeLoader):
+    """The plain types of YAML 1.2; no anchors, aliases or tags; limited depth."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor:
+            raise _Refused(f"'{event.anchor}' is an anchor or alias; write the value out", event.start_mark)
+        if event.tag:
+            raise _Refused(f"the tag {show(event.tag)} is not allowed; remove it", event.start_mark)
+        if self.depth >= MAX_YAML_DEPTH:
+            raise _Refused(f"nested more than {MAX_YAML_DEPTH} deep; flatten it", event.start_mark)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("int", r"^[-+]?[0-9]{1,18}$", "-+0123456789"),
+    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$", "-+.0123456789"),
+    ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", "-+."),
+):
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    "bool": lambda text: text.lower() == "true",
+    "null": lambda text: None,
+    "int": int,
+    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+}
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """Valid YAML that a config must not hold."""
+
+    def __init__(self, problem: str, mark: Any) -> None:
+        super().__init__(problem=problem, problem_mark=mark)
+
+
+def _value(node: Any, keys: tuple[Key, ...], lines: dict[tuple[Key, ...], int]) -> Any:
+    """The data under a node; notes the line of every value on the way."""
+    lines[keys] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        return dict(_entries(node, keys, lines))
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, (*keys, i), lines) for i, item in enumerate(node.value)]
+    if node.tag in _SCALARS:
+        return _SCALARS[node.tag](node.value)
+    return _text(node)
+
+
+def _entries(node: Any, keys: tuple[Key, ...], lines: dict[tuple[Key, ...], int]) -> Iterator[tuple[str, Any]]:
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag in _SCALARS:
+            raise _Refused(f"the key {show(key_node.value)} is not text; quote it", key_node.start_mark)
+        key, line = _text(key_node), key_node.start_mark.line + 1
+        if key in seen:
+            raise _Refused(f"the key {show(key)} stands on line {seen[key]} too; keep one", key_node.start_mark)
+        seen[key] = line
+        yield key, _value(value_node, (*keys, key), lines)
+        lines[(*keys, key)] = line
+
+
+def _text(node: Any) -> str:
+    r"""Text without lone surrogates or NUL; the pairs that JSON writes (`\ud83d\ude00`) are joined."""
+    try:
+        text = str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise _Refused(f"{show(node.value)} holds a lone surrogate; remove it", node.start_mark) from None
+    if "\0" in text:
+        raise _Refused(f"{show(text)} holds a NUL character; remove it", node.start_mark)
+    return text
+
+
+def _yaml_message(failure: yaml.YAMLError, text: str, source: str) -> str:
+    if isinstance(failure, yaml.reader.ReaderError):
+        line = text[: failure.position].count("\n") + 1
+        return f"{source}:{line}: holds the control character U+{ord(text[failure.position]):04X}; remove it"
+    if isinstance(failure, yaml.MarkedYAMLError) and failure.problem_mark is not None:
+        line = failure.problem_mark.line + 1
+        remedy = "" if isinstance(failure, _Refused) else "; check the indentation and the quotes"
+        return f"{source}:{line}: {' '.join(str(failure.problem).split())}{remedy}"
+    return f"{source}: {' '.join(str(failure).split())}; check the file"
+
+
+# --- rules ----------------------------------------------------------------------------------------------------------
+
+
+def text(value: Any, place: Place) -> str:
+    """Text with something in it."""
+    if not isinstance(value, str):
+        remedy = (
+            "write some" if value is None else "quote it" if isinstance(value, bool | int | float) else "write text"
+        )
+        raise place.fail(f"{show(value)} is not text; {remedy}")
+    if not value.strip():
+        raise place.fail(f"{show(value)} is empty; write some text")
+    return value
+
+
+def flag(value: Any, place: Place) -> bool:
+    """true or false."""
+    if not isinstance(value, bool):
+        raise place.fail(f"{show(value)} is not true or false; write one of them, unquoted")
+    return value
+
+
+def whole(low: int, high: int = 2**63 - 1) -> Rule:
+    """A whole number from low to high."""
+
+    def rule(value: Any, place: Place) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise place.fail(f"{show(value)} is not a whole number; give one from {low} up")
+        if not low <= value <= high:
+            raise place.fail(f"{value} is out of range; give a whole number from {low} to {high}")
+        return value
+
+    return rule
+
+
+def number(low: float, high: float, *, above: bool = False) -> Rule:
+    """A finite number from low (or above it) to high."""
+    span = f"{'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
+
+    def rule(value: Any, place: Place) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise place.fail(f"{show(value)} is not a number; give one {span}")
+        if not low <= value <= high or (above and value == low):  # NaN fails every comparison
+            raise place.fail(f"{value} is out of range; give a number {span}")
+        return float(value)
+
+    return rule
+
+
+def choice(*known: str) -> Rule:
+    """One of the known words."""
+
+    def rule(value: Any, place: Place) -> str:
+        if value not in known:
+            raise place.fail(f"{show(value)} is not known; {suggest(value, known)}")
+        return str(value)
+
+    return rule
+
+
+def items(rule: Rule, *, distinct: bool = False) -> Rule:
+    """A list in which every entry obeys the rule."""
+
+    def check(value: Any, place: Place) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple):
+            raise place.fail(f"{show(value)} is not a list; write it as [a, b]")
+        found = tuple(rule(item, place.at(i)) for i, item in enumerate(value))
+        for i, item in enumerate(found):
+            if distinct and item in found[:i]:
+                raise place.at(i).fail(f"{show(item)} stands there twice; keep one")
+        return found
+
+    return check
+
+
+def section(table: Mapping[str, Rule], required: Iterable[str] = ()) -> Rule:
+    """A mapping whose keys are the table's, some of them required."""
+
+    def check(value: Any, place: Place) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise place.fail(f"{show(value)} is not a mapping; write 'key: value' lines")
+        for key in value:
+            if key not in table:
+                raise place.at(key).fail(f"{show(key)} is not a known key; {suggest(key, table)}")
+        for key in required:
+            if key not in value:
+                raise place.fail(f"{key!r} is missing; add a line '{key}: ...'")
+        return {key: table[key](item, place.at(key)) for key, item in value.items()}
+
+    return check
+
+
+# --- names and places -----------------------------------------------------------------------------------------------
+
+
+def check_name(name: str, what: str, error: type[ConfigError] = ConfigError) -> str:
+    """A name that is safe as a file name everywhere."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or _WINDOWS_DEVICE.fullmatch(name):
+        raise error(
+            f"{what} {show(name)}: not a name; use letters, digits, '.', '_' and '-', at most 64, "
+            "a letter or digit first, and no device name of Windows"
+        )
+    return name
+
+
+def distinct_names(names: Iterable[str], what: str, error: type[ConfigError] = ConfigError) -> tuple[str, ...]:
+    """Safe names, of which no two are the same up to case and Unicode form (they would share a folder)."""
+    seen: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFKC", str(name)).casefold()
+        if key in seen:
+            raise error(f"{what} {show(name)}: given twice (as {show(seen[key])}); keep one")
+        seen[key] = name
+    return tuple(check_name(name, what, error) for name in seen.values())
+
+
+def find_root(explicit: str | os.PathLike[str] | None = None) -> Path:
+    """The folder whose configs are read and whose experiments are written.
+
+    `--root` or TRAITLINE_ROOT; else the current folder if it has `configs/`; else the checkout that holds this
+    package; else the current folder.
+    """
+    named = explicit or os.environ.get("TRAITLINE_ROOT")
+    if named:
+        folder = Path(named)
+        if "\0" in str(named) or not folder.is_dir():
+            raise ConfigError(
+                f"--root {show(str(named))}: no such folder; create it, or leave --root and TRAITLINE_ROOT out"
+            )
+        return folder.resolve()
+    here = Path.cwd()
+    if not (here / "configs").is_dir() and (PACKAGE.parent / "configs").is_dir():
+        return PACKAGE.parent
+    return here
+
+
+def config_folders(kind: str, root: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Where configs of a kind are looked for, nearest first: the root, the checkout, the copy in the package."""
+    bases = (Path(root) / "configs", PACKAGE.parent / "configs", PACKAGE / "_configs")
+    found = {(base / kind).resolve(): base / kind for base in reversed(bases) if (base / kind).is_dir()}
+    return tuple(reversed(found.values()))
+
+
+def config_names(kind: str, root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The names of all configs of a kind, sorted."""
+    paths = (path for folder in config_folders(kind, root) for path in folder.glob("*.yaml"))
+    return tuple(sorted({path.stem for path in paths if _NAME.fullmatch(path.stem)}))
+
+
+def find_config(
+    kind: str, name: str, root: str | os.PathLike[str], error: type[ConfigError] = ConfigError
+) -> Path | None:
+    """The file of a named config, or None. Raises for an unsafe name, and for a link that leads out of its folder."""
+    check_name(name, kind.removesuffix("s"), error)
+    for folder in config_folders(kind, root):
+        path = folder / f"{name}.yaml"
+        if path.exists() or path.is_symlink():
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise error(f"{show_path(path)}: links to a place outside {show_path(folder)}; copy the file there")
+            return path
+    return None
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how to load it. `source` is a hub id, or the absolute path of a folder."""
+
+    name: str
+    source: str
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    raw: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """True when the source is a folder of this machine."""
+        return os.path.isabs(self.source)
+
+
+def _only_on_the_command_line(value: Any, place: Place) -> bool:
+    if flag(value, place) and place.source is not None:
+        raise place.fail("a file can't allow a model's own code to run; give --trust-remote-code")
+    return bool(value)
+
+
+def _device(value: Any, place: Place) -> str:
+    if not isinstance(value, str) or not _DEVICE.fullmatch(value):
+        raise place.fail(f"{show(value)} is not a device; give auto, cpu, cuda, cuda:1 or mps")
+    return value
+
+
+_MODEL: dict[str, Rule] = {
+    "dtype": choice("auto", "float32", "bfloat16", "float16"),
+    "device": _device,
+    "revision": text,
+    "raw": flag,
+    "trust_remote_code": _only_on_the_command_line,
+}
+_MODEL_FILE = {**_MODEL, "source": text, "path": text}
+
+
+def resolve_model(name: str, root: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> ModelSpec:
+    """A short name of configs/models, else a folder, else a hub id with a `/`. An override of None was not given."""
+    options = {key: value for key, value in (overrides or {}).items() if value is not None}
+    spec = _named_model(name, root) or _model_at(name)
+    if spec is None:
+        raise ConfigError(
+            f"model {show(name)}: no such short name, folder or hub id (owner/name); "
+            + suggest(name, config_names("models", root))
+        )
+    return replace(spec, **section(_MODEL)(options, Place(None)))
+
+
+def _named_model(name: str, root: str | os.PathLike[str]) -> ModelSpec | None:
+    path = find_config("models", name, root) if _NAME.fullmatch(name) else None
+    if path is None:
+        return None
+    document = read_document(path)
+    fields = section(_MODEL_FILE)(document.data, document.place)
+    if ("path" in fields) == ("source" in fields):
+        raise document.place.fail("give either 'source' (a hub id) or 'path' (a folder), one of them")
+    if "path" in fields:
+        fields["source"] = str(_model_folder(fields.pop("path"), root))
+    elif not _HUB_ID.fullmatch(fields["source"]):
+        raise document.place.at("source").fail(f"{show(fields['source'])} is not a hub id; write it as owner/name")
+    return ModelSpec(name=name, **fields)
+
+
+def _model_folder(path: str, root: str | os.PathLike[str]) -> Path:
+    """Relative paths are looked for in the package (the bundled model), then under the root."""
+    bundled = PACKAGE / path
+    return bundled if bundled.is_dir() or not (Path(root) / path).is_dir() else (Path(root) / path).resolve()
+
+
+def _model_at(name: str) -> ModelSpec | None:
+    try:
+        if name and Path(name).is_dir():
+            return ModelSpec(name=Path(name).resolve().name, source=str(Path(name).resolve()))
+    except (OSError, ValueError):
+        return None
+    return ModelSpec(name=name, source=name) if len(name) <= 200 and _HUB_ID.fullmatch(name) else None
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def parse_layers(spec: str, n_layers: int, place: str = "--layers") -> tuple[int, ...]:
+    """`all`, `16`, `10-20` (both ends), `3,5,8-10` as increasing layer numbers, counted from 0."""
+    ranges = _layer_ranges(spec, place)
+    if ranges is None:
+        return tuple(range(n_layers))
+    for _, high in ranges:
+        if high >= n_layers:
+            raise ConfigError(f"{place} {show(spec)}: layer {high} is out of range; the last layer is {n_layers - 1}")
+    layers = [layer for low, high in ranges for layer in range(low, high + 1)]
+    twice = next((layer for i, layer in enumerate(layers) if layer in layers[:i]), None)
+    if twice is not None:
+        raise ConfigError(f"{place} {show(spec)}: layer {twice} stands there twice; name it once")
+    return tuple(sorted(layers))
+
+
+def _layer_ranges(spec: str, place: str) -> list[tuple[int, int]] | None:
+    """The ranges as written; None for all."""
+    if spec.strip().lower() == "all":
+        return None
+    ranges = []
+    for part in spec.split(","):
+        match = _LAYER_RANGE.fullmatch(part.strip())
+        if match is None:
+            raise ConfigError(f"{place} {show(spec)}: {show(part)} is not a layer; write all, 16, 10-20 or 3,5,8-10")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high < low:
+            raise ConfigError(f"{place} {show(spec)}: {show(part)} runs backwards; write {high}-{low}")
+        ranges.append((low, high))
+    return ranges
+
+
+def layers_text(value: Any, place: Place) -> str:
+    """Layers as text, in any of the forms of a config file; whether they exist is known once the model is."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    for part in parts:
+        if isinstance(part, bool) or not isinstance(part, str | int):
+            raise place.fail(f"{show(part)} is not a layer; write all, 16, '10-20' or [3, 5, '8-10']")
+    spec = ",".join(str(part) for part in parts)
+    try:
+        _layer_ranges(spec, "")
+    except ConfigError as failure:
+        raise place.fail(str(failure).strip()) from failure
+    return spec
+
+
+# --- experiments ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """How responses are sampled. Temperature 0 is greedy, top_k 0 and top_p 1 cut nothing."""
+
+    max_new_tokens: int = 80
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """What is kept of the activations. `layers` as `parse_layers` reads it."""
+
+    layers: str = "all"
+    sites: tuple[str, ...] = ("residual",)
+    poolings: tuple[str, ...] = ("response_mean",)
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment, resolved. `n_examples` counts per polarity; `traits` is what runs when none is named."""
+
+    name: str
+    model: str
+    traits: tuple[str, ...] = ()
+    n_examples: int = 100
+    seed: int = 0
+    generation: GenerationSpec = GenerationSpec()
+    capture: CaptureSpec = CaptureSpec()
+    judge: str = "auto"
+    threshold: float = 50.0
+    batch_size: int | str = "auto"
+    shard_size: int = 100
+    instruction_as: str = "auto"
+
+
+def _batch_size(value: Any, place: Place) -> int | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}", value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
+        raise place.fail(f"{show(value)} is not a batch size; give a whole number from 1 to 100000, or auto")
+    return value
+
+
+def _pooling(value: Any, place: Place) -> str:
+    if value in POOLINGS or (isinstance(value, str) and _POOLING.fullmatch(value)):
+        return str(value)
+    raise place.fail(f"{show(value)} is not a pooling; {suggest(value, [*POOLINGS, 'response_first:8'])}")
+
+
+def _not_empty(rule: Rule) -> Rule:
+    def check(value: Any, place: Place) -> Any:
+        if value in ([], ()):
+            raise place.fail("[] names nothing; give at least one")
+        return rule(value, place)
+
+    return check
+
+
+def _trait_names(value: Any, place: Place) -> tuple[str, ...]:
+    return distinct_names(items(text)(value, place), f"{place}: trait", place.error)
+
+
+_GENERATION: dict[str, Rule] = {
+    "max_new_tokens": whole(1, 1_000_000),
+    "temperature": number(0, 100),
+    "top_k": whole(0, 10_000_000),
+    "top_p": number(0, 1, above=True),
+    "stop_strings": items(text, distinct=True),
+}
+_CAPTURE: dict[str, Rule] = {
+    "layers": layers_text,
+    "sites": _not_empty(items(choice(*SITES), distinct=True)),
+    "poolings": _not_empty(items(_pooling, distinct=True)),
+    "dtype": choice("float32", "bfloat16", "float16"),
+}
+_EXPERIMENT: dict[str, Rule] = {
+    "model": text,
+    "traits": _trait_names,
+    "n_examples": whole(1, 1_000_000),
+    "seed": whole(0),
+    "generation": section(_GENERATION),
+    "capture": section(_CAPTURE),
+    "judge": choice("auto", "lexical", "none"),
+    "threshold": number(0, 100),
+    "batch_size": _batch_size,
+    "shard_size": whole(1, 1_000_000),
+    "instruction_as": choice("auto", "system", "user"),
+}
+_SECTIONS = {"generation": _GENERATION, "capture": _CAPTURE}
+_KINDS: dict[str, Callable[..., Any]] = {"generation": GenerationSpec, "capture": CaptureSpec}
+
+
+def load_experiment(
+    name: str, root: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
+) -> tuple[Experiment, tuple[str, ...]]:
+    """An experiment by name, and notes for the user where something was inferred.
+
+    Overrides are flat (`model`, `temperature`, `layers`, ...), as options are; one that is None was not given. A name
+    without a file takes its model from its prefix (`gemma_2b_foo` -> gemma_2b) and the other settings by default.
+    """
+    path = find_config("experiments", name, root)
+    options = _nest({key: value for key, value in (overrides or {}).items() if value is not None})
+    chosen = section(_EXPERIMENT)(options, Place(None))
+    notes: tuple[str, ...] = ()
+    if path is not None:
+        document = read_document(path)
+        fields = section(_EXPERIMENT, required=("model",))(document.data, document.place)
+    else:
+        fields, notes = _inferred(name, root, chosen.get("model"))
+    sections = {key: kind(**{**fields.get(key, {}), **chosen.get(key, {})}) for key, kind in _KINDS.items()}
+    return Experiment(name=name, **{**fields, **chosen, **sections}), notes
+
+
+def _nest(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat options in the experiment's own form: `temperature` goes under `generation`."""
+    nested: dict[str, Any] = {}
+    for key, value in options.items():
+        home = next((name for name, table in _SECTIONS.items() if key in table), None)
+        if home:
+            nested.setdefault(home, {})[key] = value
+        elif key in _EXPERIMENT and key not in _SECTIONS:
+            nested[key] = value
+        else:
+            known = [*_EXPERIMENT, *_GENERATION, *_CAPTURE]
+            raise ConfigError(f"{show(key)} is not an option of an experiment; {suggest(key, known)}")
+    return nested
+
+
+def _inferred(name: str, root: str | os.PathLike[str], model: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The fields of an experiment that has no file, and the note that says so."""
+    experiments, models = config_names("experiments", root), config_names("models", root)
+    prefixes = [known for known in models if re.match(rf"{re.escape(known)}([._-]|$)", name)]
+    near = difflib.get_close_matches(name, experiments, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if model is None and not prefixes:
+        raise ConfigError(
+            f"configs/experiments/{name}.yaml: no such file, and no model's short name starts the name{hint}; "
+            f"create it, give --model, or take one of: {', '.join(experiments) or 'none'}"
+        )
+    source = "from --model" if model else "from the name"
+    fields = {"model": model or max(prefixes, key=len)}
+    note = f"configs/experiments/{name}.yaml: no such file{hint}: model {fields['model']} {source}, the rest by default"
+    return fields, (note,)
+
+
+def experiment_to_dict(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as JSON holds it, for run.json."""
+    return {key: _plain(value) for key, value in asdict(experiment).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,118 @@
+"""The teacher-forced pass: activations of texts that exist already, by their stored token ids.
+
+Rows are packed by length and padded on the right, so no row sees a pad; the LM head is skipped, and the pass ends at the
+highest layer asked for.
+
+Shapes: B rows, T tokens, K points (site by layer), D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extraction.capture import Capture
+from extraction.errors import PromptError
+from extraction.hooks import Enough
+from extraction.pooling import pool_first, pool_last, pool_mean
+from extraction.sites import Tap, taps_of, watch_taps
+
+if TYPE_CHECKING:
+    from extraction.models import LanguageModel
+
+Text = tuple[str, Sequence[int], Sequence[int]]  # id, prompt ids, response ids
+Pool = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # hidden_BTD, prompt_BT, response_BT, n -> [B, D]
+
+POOLS: dict[str, Pool] = {
+    "response_mean": lambda hidden, _prompt, response, _n: pool_mean(hidden, response),
+    "response_first": lambda hidden, _prompt, response, n: pool_first(hidden, response, n),
+    "response_last": lambda hidden, _prompt, response, _n: pool_last(hidden, response),
+    "prompt_mean": lambda hidden, prompt, _response, _n: pool_mean(hidden, prompt),
+    "prompt_last": lambda hidden, prompt, _response, _n: pool_last(hidden, prompt),
+}
+
+
+def forced_activations(
+    lm: LanguageModel, texts: Sequence[Text], *, capture: Capture, batch_size: int
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield (id, `site.pooling` -> [L, D] on the CPU; `all`: [T, L, D]) of every text with a response, longest first.
+
+    Raises PromptError for a text past the model's positions, ActivationError where an activation is not finite.
+    """
+    for text in texts:
+        _check(text, lm)
+    taps = taps_of(lm, capture.sites, capture.layers)
+    longest_first = sorted(texts, key=lambda text: -len(text[1]) - len(text[2]))
+    for i in range(0, len(longest_first), batch_size):
+        rows = longest_first[i : i + batch_size]
+        pooled = _forced(lm, rows, taps, capture)
+        for row, (example_id, _, _) in enumerate(rows):
+            kept = {name: points[row] for name, points in pooled.items()}
+            yield example_id, capture.by_site(kept, example_id, lm.dtype)
+
+
+def _check(text: Text, lm: LanguageModel) -> None:
+    example_id, prompt_ids, response_ids = text
+    n_total = len(prompt_ids) + len(response_ids)
+    if not response_ids:
+        raise PromptError(f"{example_id}: the response has no tokens, so it has no activation; leave it out")
+    if lm.max_positions is not None and n_total > lm.max_positions:
+        raise PromptError(
+            f"{example_id}: {n_total} tokens pass the model's {lm.max_positions} positions; shorten the text"
+        )
+
+
+@torch.inference_mode()
+def _forced(
+    lm: LanguageModel, rows: Sequence[Text], taps: tuple[Tap, ...], capture: Capture
+) -> dict[str, Sequence[Tensor]]:
+    """One batch: pooling -> a [K, D] (`all`: [T, K, D]) for each row."""
+    ids_BT, prompt_BT, response_BT = right_padded(rows, lm.pad_id, lm.device)
+    found: dict[str, dict[int, list[Tensor]]] = {pooling: {} for pooling in capture.poolings}
+    remaining = set(range(len(taps)))
+
+    def note(point: int, hidden: Tensor) -> None:
+        hidden_BTD = hidden.to(lm.device).reshape(*ids_BT.shape, -1)
+        for pooling, points in found.items():
+            points[point] = list(_pooled(pooling, hidden_BTD, prompt_BT, response_BT))
+        remaining.discard(point)
+        if not remaining:
+            raise Enough
+
+    with suppress(Enough), watch_taps(taps, note):
+        lm.hidden_states(ids_BT)
+    return {pooling: _by_row(points) for pooling, points in found.items()}
+
+
+def _pooled(pooling: str, hidden_BTD: Tensor, prompt_BT: Tensor, response_BT: Tensor) -> Sequence[Tensor]:
+    """A [D] (`all`: [T, D]) for each row."""
+    kind, _, n = pooling.partition(":")
+    if kind == "all":
+        wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
+        return [hidden_TD[live_T].to(wide) for hidden_TD, live_T in zip(hidden_BTD, response_BT, strict=True)]
+    return POOLS[kind](hidden_BTD, prompt_BT, response_BT, int(n or 0)).unbind(0)
+
+
+def _by_row(points: dict[int, list[Tensor]]) -> Sequence[Tensor]:
+    """From point -> row -> [.., D] to row -> [.., K, D] on the CPU."""
+    by_point = [points[point] for point in range(len(points))]
+    return [torch.stack(row, dim=-2).cpu() for row in zip(*by_point, strict=True)]
+
+
+def right_padded(rows: Sequence[Text], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [B, T] that start at the left edge, and which of them are prompt and response."""
+    width = max(len(prompt) + len(response) for _, prompt, response in rows)
+    ids_BT = np.full((len(rows), width), pad_id, dtype=np.int64)
+    prompt_BT, response_BT = np.zeros((2, len(rows), width), dtype=bool)
+    for row, (_, prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids_BT[row, :end] = [*prompt, *response]
+        prompt_BT[row, : len(prompt)] = True
+        response_BT[row, len(prompt) : end] = True
+    ids, prompts, responses = (torch.from_numpy(array).to(device) for array in (ids_BT, prompt_BT, response_BT))
+    return ids, prompts, responses

@@ -1,0 +1,458 @@
+"""Configs: what a file may hold, what every refusal says, and where files are looked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from extraction import configs
+from extraction.configs import (
+    config_names,
+    experiment_to_dict,
+    find_config,
+    find_root,
+    load_experiment,
+    parse_layers,
+    read_yaml,
+    resolve_model,
+)
+from extraction.errors import ConfigError
+
+SHIPPED = Path(configs.__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A root with one experiment; the current folder is the root, and no other configs are in reach."""
+    for kind in ("experiments", "models", "traits"):
+        (tmp_path / "configs" / kind).mkdir(parents=True)
+    (tmp_path / "configs/models/small.yaml").write_text("source: owner/small\n")
+    (tmp_path / "configs/models/small_chat.yaml").write_text("source: owner/small-chat\ndtype: float32\n")
+    monkeypatch.setattr(configs, "PACKAGE", tmp_path / "elsewhere" / "extraction")
+    monkeypatch.delenv("TRAITLINE_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_experiment(root, body, name="e"):
+    path = root / "configs/experiments" / f"{name}.yaml"
+    path.write_bytes(body if isinstance(body, bytes) else body.encode())
+    return path
+
+
+def refusal(call, *args, **kwargs):
+    """The message of the ConfigError that a call must raise; always one line of printable text."""
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert message.isprintable(), message
+    return message
+
+
+def attempt(call, *args):
+    """What a call returns, or the ConfigError that it raises; any other exception goes through."""
+    try:
+        return call(*args)
+    except ConfigError as failure:
+        return failure
+
+
+# --- YAML -----------------------------------------------------------------------------------------------------------
+
+BAD_YAML = {
+    "duplicate key": (b"a: 1\nb: 2\na: 3\n", ":3: the key 'a' stands on line 1 too"),
+    "nested duplicate": (b"x:\n  a: 1\n  a: 1\n", ":3: the key 'a'"),
+    "alias bomb": (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", ":1: 'a' is an anchor or alias"),
+    "merge key": (b"base: &base {a: 1}\nb:\n  <<: *base\n", "write the value out"),
+    "python tag": (b"a: !!python/object/apply:os.system ['true']\n", ":1: the tag"),
+    "own tag": (b"a: !env HOME\n", "the tag '!env' is not allowed"),
+    "NUL": (b"a: 1\nb: x\0y\n", ":2: holds a NUL byte"),
+    "escaped NUL": (b'a: "x\\0y"\n', ":1: 'x\\x00y' holds a NUL"),
+    "control character": (b"a: 1\nb: \x07\n", ":2: holds the control character U+0007"),
+    "invalid UTF-8": (b"a: 1\nb: \xff\n", "invalid UTF-8 at byte 8 (0xff)"),
+    "invalid UTF-8 after a BOM": (b"\xef\xbb\xbfa: \xff\n", "invalid UTF-8 at byte 6"),
+    "UTF-16": ("a: 1\n".encode("utf-16-le") + b"\xff", "invalid UTF-8"),
+    "lone surrogate": (b'a: 1\nb: "\\ud800"\n', ":2: '\\ud800' holds a lone surrogate"),
+    "deep": (b"[" * 5000, "nested more than 20 deep"),
+    "unclosed": (b"a: [1, 2\nb: 3\n", ":2: "),
+    "tab": (b"a:\n\t- 1\n", ":2: "),
+    "two documents": (b"a: 1\n---\nb: 2\n", "document"),
+    "number as a key": (b"1: a\n", "the key '1' is not text; quote it"),
+    "empty": (b"# nothing\n", "is empty"),
+}
+
+
+@pytest.mark.parametrize(("body", "fragment"), BAD_YAML.values(), ids=BAD_YAML)
+def test_bad_yaml_is_refused_with_its_line(tmp_path, body, fragment):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(body)
+    message = refusal(read_yaml, path)
+    assert "bad.yaml" in message
+    assert fragment in message
+
+
+def test_good_yaml_reads_the_same_with_bom_and_crlf(tmp_path):
+    body = 'a: "x: y"\nb: [no, yes, on, off, 2024-01-01, 12:30, 0o7, 1_000]\n'
+    body += "c: {n: 1, f: 1e3, t: true, z: null}\nd: |\n  two\n  lines\n"
+    plain, windows = tmp_path / "plain.yaml", tmp_path / "windows.yaml"
+    plain.write_bytes(body.encode())
+    windows.write_bytes(b"\xef\xbb\xbf" + body.replace("\n", "\r\n").encode())
+    assert read_yaml(plain) == read_yaml(windows)
+    assert read_yaml(plain) == {
+        "a": "x: y",
+        "b": ["no", "yes", "on", "off", "2024-01-01", "12:30", "0o7", "1_000"],
+        "c": {"n": 1, "f": 1000.0, "t": True, "z": None},
+        "d": "two\nlines\n",
+    }
+
+
+def test_json_is_yaml_and_surrogate_pairs_are_joined(tmp_path):
+    data = {"smile": "\U0001f600", "list": [1, -2.5, True, None], "text": "a\tb\u00e9"}
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(data))
+    assert read_yaml(path) == data
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "absent", "nul", "long"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    path = tmp_path / "x.yaml"
+    if kind == "fifo":
+        os.mkfifo(path)
+    given_path = {"folder": tmp_path, "device": "/dev/zero", "nul": "a\0b.yaml", "long": "x" * 5000}.get(kind, path)
+    assert ";" in refusal(read_yaml, given_path)
+
+
+def test_a_file_over_the_limit_is_refused_unread(tmp_path):
+    path = tmp_path / "x.yaml"
+    with path.open("wb") as file:
+        file.truncate(10 * 2**30)  # sparse
+    assert "at most 1000000" in refusal(read_yaml, path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.binary(max_size=80), st.text(alphabet=":-[]{}&*!|>'\"#%@`,? \n\tab01\ud800\u2028", max_size=60)))
+@example(b"? a\n: b\n")
+@example(b"{[a]: 1}")
+@example(b"%YAML 9.9\n--- a\n")
+def test_any_bytes_give_data_or_one_line(tmp_path_factory, body):
+    path = tmp_path_factory.mktemp("fuzz") / "f.yaml"
+    path.write_bytes(body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass"))
+    data = attempt(read_yaml, path)
+    assert not isinstance(data, ConfigError) or str(data).isprintable()
+
+
+# --- experiments ----------------------------------------------------------------------------------------------------
+
+BAD_FIELDS = {
+    "generation: {temprature: 1}": ("'temprature' is not a known key; did you mean 'temperature'?",),
+    "n_example: 5": ("did you mean 'n_examples'?",),
+    "zzz: 5": ("known: batch_size",),
+    "generation: {temperature: -1}": ("'generation.temperature': -1 is out of range", "from 0 to 100"),
+    "generation: {temperature: .inf}": ("inf is out of range",),
+    "generation: {temperature: .nan}": ("nan is out of range",),
+    "generation: {temperature: 1e999}": ("inf is out of range",),
+    "generation: {temperature: hot}": ("'hot' is not a number",),
+    "generation: {top_p: 0}": ("0 is out of range; give a number above 0",),
+    "generation: {top_p: 1.5}": ("1.5 is out of range",),
+    "generation: {top_k: -1}": ("-1 is out of range",),
+    "generation: {max_new_tokens: 0}": ("0 is out of range; give a whole number from 1",),
+    "generation: {max_new_tokens: 1.5}": ("1.5 is not a whole number",),
+    "generation: {stop_strings: END}": ("'END' is not a list",),
+    "generation: {stop_strings: ['']}": ("'generation.stop_strings.0': '' is empty",),
+    "generation: 5": ("5 is not a mapping",),
+    "n_examples: 0": ("0 is out of range",),
+    "n_examples: true": ("True is not a whole number",),
+    "n_examples: '5'": ("'5' is not a whole number",),
+    "batch_size: 0": ("0 is not a batch size",),
+    "batch_size: many": ("'many' is not a batch size",),
+    "shard_size: 0": ("0 is out of range",),
+    "threshold: 101": ("101 is out of range",),
+    "seed: -1": ("-1 is out of range",),
+    "judge: lexcial": ("did you mean 'lexical'?",),
+    "instruction_as: assistant": ("'assistant' is not known",),
+    "traits: [a, A]": ("'A': given twice",),
+    "traits: [true]": ("True is not text; quote it",),
+    "traits: [../x]": ("'../x': not a name",),
+    "capture: {layers: 20-10}": ("'20-10' runs backwards; write 10-20",),
+    "capture: {layers: [1.5]}": ("1.5 is not a layer",),
+    "capture: {sites: [residuals]}": ("did you mean 'residual'?",),
+    "capture: {sites: []}": ("give at least one",),
+    "capture: {poolings: ['response_first:0']}": ("did you mean 'response_first:8'?",),
+    "capture: {poolings: [response_mean, response_mean]}": ("twice",),
+    "capture: {dtype: float}": ("is not known",),
+    "model: 5": ("the key 'model' stands on line 1 too",),
+}
+
+
+@pytest.mark.parametrize("line", BAD_FIELDS)
+def test_a_bad_field_is_refused_with_its_place(root, line):
+    write_experiment(root, f"model: small\n{line}\n")
+    message = refusal(load_experiment, "e", root)
+    assert message.startswith("configs/experiments/e.yaml:2: ")
+    for fragment in BAD_FIELDS[line]:
+        assert fragment in message
+
+
+def test_a_full_experiment_reads_as_written(root):
+    write_experiment(
+        root,
+        "model: small\ntraits: [b, a]\nn_examples: 7\nseed: 3\n"
+        "generation: {max_new_tokens: 5, temperature: 0, top_k: 4, top_p: 0.5, stop_strings: ['no', \"\\n\\n.\"]}\n"
+        "capture: {layers: [3, 5, 8-10], sites: [mlp], poolings: ['response_first:4', all], dtype: float16}\n"
+        "judge: none\nthreshold: 60\nbatch_size: auto\nshard_size: 9\ninstruction_as: user\n",
+    )
+    experiment, notes = load_experiment("e", root)
+    assert notes == ()
+    assert json.loads(json.dumps(experiment_to_dict(experiment))) == {
+        "name": "e",
+        "model": "small",
+        "traits": ["b", "a"],
+        "n_examples": 7,
+        "seed": 3,
+        "generation": {
+            "max_new_tokens": 5,
+            "temperature": 0.0,
+            "top_k": 4,
+            "top_p": 0.5,
+            "stop_strings": ["no", "\n\n."],
+        },
+        "capture": {
+            "layers": "3,5,8-10",
+            "sites": ["mlp"],
+            "poolings": ["response_first:4", "all"],
+            "dtype": "float16",
+        },
+        "judge": "none",
+        "threshold": 60.0,
+        "batch_size": "auto",
+        "shard_size": 9,
+        "instruction_as": "user",
+    }
+
+
+def test_an_experiment_without_a_model_is_refused(root):
+    write_experiment(root, "n_examples: 5\n")
+    assert "'model' is missing" in refusal(load_experiment, "e", root)
+
+
+def test_overrides_win_and_those_not_given_do_not(root):
+    write_experiment(root, "model: small\ngeneration: {temperature: 0.5, top_k: 3}\ncapture: {layers: all}\n")
+    options = {"temperature": 0.0, "layers": "2-4", "batch_size": "8", "n_examples": None, "model": "small_chat"}
+    experiment, _ = load_experiment("e", root, options)
+    assert (experiment.generation.temperature, experiment.generation.top_k) == (0.0, 3)
+    assert (experiment.capture.layers, experiment.batch_size, experiment.n_examples) == ("2-4", 8, 100)
+    assert experiment.model == "small_chat"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "fragment"),
+    [
+        ("temperature", float("nan"), "--temperature: nan is out of range"),
+        ("max_new_tokens", 0, "--max-new-tokens: 0 is out of range"),
+        ("layers", "x", "--layers: 'x': 'x' is not a layer"),
+        ("stop_strings", ["x", ""], "--stop-strings: '' is empty"),
+        ("temprature", 1.0, "did you mean 'temperature'?"),
+        ("generation", {}, "is not an option"),
+    ],
+)
+def test_a_bad_override_names_its_option(root, option, value, fragment):
+    write_experiment(root, "model: small\n")
+    assert fragment in refusal(load_experiment, "e", root, {option: value})
+
+
+def test_a_name_without_a_file_takes_the_longest_model_that_starts_it_and_says_so(root):
+    experiment, notes = load_experiment("small_chat_foo", root)
+    assert experiment.model == "small_chat"
+    assert "small_chat_foo.yaml: no such file" in notes[0]
+    assert "model small_chat from the name" in notes[0]
+    assert load_experiment("small_foo", root)[0].model == "small"
+    assert load_experiment("other", root, {"model": "small"})[1]
+
+
+@pytest.mark.parametrize("name", ["smallish", "other"])
+def test_a_name_that_no_model_starts_is_refused(root, name):
+    write_experiment(root, "model: small\n", name="others")
+    assert "take one of: others" in refusal(load_experiment, name, root)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/etc/x", "CON", "con.yaml", "LPT1", "x" * 300, "a\0b", "a/b", "", ".x", "-x", "a b", "\u00e9", "a\n"],
+)
+def test_unsafe_names_are_refused(root, name):
+    assert "not a name" in refusal(load_experiment, name, root)
+
+
+def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(root):
+    outside = root / "secret.yaml"
+    outside.write_text("model: small\n")
+    (root / "configs/experiments/out.yaml").symlink_to(outside)
+    assert "links to a place outside" in refusal(load_experiment, "out", root)
+    write_experiment(root, "model: small\n", name="real")
+    (root / "configs/experiments/alias.yaml").symlink_to("real.yaml")
+    assert load_experiment("alias", root)[0].model == "small"
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_a_short_name_then_a_folder_then_a_hub_id(root):
+    (root / "small").mkdir()
+    (root / "weights").mkdir()
+    assert resolve_model("small", root).source == "owner/small"
+    assert resolve_model("./small", root).source == str(root / "small")
+    assert resolve_model("weights", root).is_local
+    assert resolve_model("owner/other", root).source == "owner/other"
+    assert not resolve_model("owner/other", root).is_local
+
+
+@pytest.mark.parametrize("name", ["smal", "../up", "/no/such", "", "a\0b", "a/b/c", "../../a", "x" * 300])
+def test_an_unknown_model_is_refused_with_the_known_ones(root, name):
+    assert "small" in refusal(resolve_model, name, root)
+
+
+@pytest.mark.parametrize(
+    ("body", "fragment"),
+    [
+        ("source: owner/x\npath: y\n", "either 'source'"),
+        ("dtype: float32\n", "either 'source'"),
+        ("source: justname\n", "is not a hub id"),
+        ("source: owner/x\ndtype: int8\n", "'int8' is not known"),
+        ("source: owner/x\nraw: yes\n", "'yes' is not true or false"),
+        ("source: owner/x\ndevice: gpu\n", "'gpu' is not a device"),
+        ("source: owner/x\ntrust_remote_code: true\n", "give --trust-remote-code"),
+        ("- source\n", "is not a mapping"),
+    ],
+)
+def test_a_bad_model_file_is_refused(root, body, fragment):
+    (root / "configs/models/bad.yaml").write_text(body)
+    message = refusal(resolve_model, "bad", root)
+    assert message.startswith("configs/models/bad.yaml:")
+    assert fragment in message
+
+
+def test_remote_code_is_trusted_by_the_command_line_alone(root):
+    assert not resolve_model("small", root).trust_remote_code
+    assert resolve_model("small", root, {"trust_remote_code": True, "dtype": None}).trust_remote_code
+    assert "--dtype: 'int8'" in refusal(resolve_model, "small", root, {"dtype": "int8"})
+
+
+def test_a_relative_path_is_the_packages_then_the_roots(root):
+    (root / "configs/models/mine.yaml").write_text("path: my/weights\n")
+    (root / "my/weights").mkdir(parents=True)
+    assert resolve_model("mine", root).source == str(root / "my/weights")
+    (configs.PACKAGE / "my/weights").mkdir(parents=True)
+    assert resolve_model("mine", root).source == str(configs.PACKAGE / "my/weights")
+
+
+# --- where things are -----------------------------------------------------------------------------------------------
+
+
+def test_the_root_is_named_or_here_or_the_checkout(root, monkeypatch, tmp_path_factory):
+    bare = tmp_path_factory.mktemp("bare")
+    assert find_root() == root
+    assert find_root(str(bare)) == bare
+    monkeypatch.setenv("TRAITLINE_ROOT", str(bare))
+    assert find_root() == bare
+    monkeypatch.delenv("TRAITLINE_ROOT")
+    monkeypatch.chdir(bare)
+    assert find_root() == bare
+    (configs.PACKAGE.parent / "configs").mkdir(parents=True)
+    assert find_root() == configs.PACKAGE.parent
+    assert "no such folder" in refusal(find_root, "/no/such/folder")
+
+
+def test_configs_are_looked_for_in_the_root_the_checkout_and_the_package(root):
+    for base, text in ((configs.PACKAGE / "_configs", "packaged"), (configs.PACKAGE.parent / "configs", "checkout")):
+        (base / "models").mkdir(parents=True)
+        for name in {"packaged": ["p", "c", "r"], "checkout": ["c", "r"]}[text]:
+            (base / "models" / f"{name}.yaml").write_text(f"source: owner/{text}\n")
+    (root / "configs/models/r.yaml").write_text("source: owner/root\n")
+    sources = {name: resolve_model(name, root).source for name in "pcr"}
+    assert sources == {"p": "owner/packaged", "c": "owner/checkout", "r": "owner/root"}
+    assert config_names("models", root) == ("c", "p", "r", "small", "small_chat")
+    assert find_config("models", "absent", root) is None
+
+
+def test_every_shipped_config_loads():
+    models = config_names("models", SHIPPED)
+    assert {"pocket", "gemma_2b", "gemma_9b", "llama_8b", "qwen_7b", "qwen3_4b", "mistral_7b"} <= set(models)
+    assert Path(resolve_model("pocket", SHIPPED).source) == configs.PACKAGE / "pocket" / "pocket"
+    for name in models:
+        assert resolve_model(name, SHIPPED).name == name
+    for name in ("pocket", "gemma_2b_cognitive", "gemma_2b_cognitive_nov20"):
+        experiment, notes = load_experiment(name, SHIPPED)
+        assert notes == ()
+        assert experiment.model in models
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "layers"),
+    [("all", (0, 1, 2, 3, 4, 5)), ("2", (2,)), ("1-3", (1, 2, 3)), ("5, 0,2 - 3", (0, 2, 3, 5)), ("4-4", (4,))],
+)
+def test_layers_are_read(spec, layers):
+    assert parse_layers(spec, 6) == layers
+
+
+@pytest.mark.parametrize(
+    ("spec", "fragment"),
+    [
+        ("6", "layer 6 is out of range; the last layer is 5"),
+        ("0-999999", "the last layer is 5"),
+        ("3-1", "write 1-3"),
+        ("1,1", "layer 1 stands there twice"),
+        ("1-4,3", "layer 3 stands there twice"),
+        ("", "'' is not a layer"),
+        ("1,,2", "'' is not a layer"),
+        ("-1", "'-1' is not a layer"),
+        ("1.5", "is not a layer"),
+        ("\u0663", "is not a layer"),
+        ("9" * 5000, "is not a layer"),
+    ],
+)
+def test_bad_layers_are_refused(spec, fragment):
+    assert fragment in refusal(parse_layers, spec, 6)
+
+
+@given(st.sets(st.integers(0, 40), min_size=1), st.randoms(use_true_random=False))
+def test_layers_survive_any_way_of_writing_them(layers, random):
+    """However a set of layers is cut into ranges and shuffled, it reads back as itself, in order."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and parts[-1][-1] == layer - 1 and random.random() < 0.7:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    random.shuffle(parts)
+    spec = ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+    assert parse_layers(spec, 41) == tuple(sorted(layers))
+
+
+@given(st.text(alphabet="0123456789,- al", max_size=12), st.integers(1, 50))
+def test_any_layer_text_gives_increasing_layers_or_one_line(spec, n_layers):
+    layers = attempt(parse_layers, spec, n_layers)
+    if isinstance(layers, ConfigError):
+        assert str(layers).isprintable()
+    else:
+        assert layers == tuple(sorted(set(layers)))
+        assert 0 <= layers[0] <= layers[-1] < n_layers
+
+
+# --- the house ------------------------------------------------------------------------------------------------------
+
+
+def test_the_input_rooms_import_neither_torch_nor_transformers():
+    rooms = "extraction.configs, extraction.traits, extraction.prompts"
+    code = f"import sys, {rooms}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SHIPPED, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,286 @@
+"""Traits: what makes one valid, and how examples are dealt from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extraction import configs
+from extraction.errors import TraitError
+from extraction.records import InstructionPair, NaturalPrompt, Trait
+from extraction.traits import (
+    list_traits,
+    load_trait,
+    make_examples,
+    parse_trait_list,
+    trait_fingerprint,
+    trait_notes,
+)
+
+SHIPPED = Path(configs.__file__).resolve().parent.parent
+
+GOOD = {
+    "name": "t",
+    "description": "A trait.",
+    "instructions": [{"positive": "Be warm.", "negative": "Be cold."}, {"positive": "Smile.", "negative": "Frown."}],
+    "questions": ["How are you?", "What is rain?", "Why?"],
+    "rubric": "Rate {answer} to {question} from 0 to 100, or REFUSAL.",
+    "markers": {"positive": ["dear", "re:\\bkind\\w*"], "negative": ["whatever"]},
+}
+NATURAL = {
+    "name": "t",
+    "description": "A trait.",
+    "positive_prompts": ["What a day!", {"prompt": "Go on.", "system": "Be glad."}, "Third."],
+    "negative_prompts": ["Oh no.", "Go on."],
+}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    (tmp_path / "configs/traits").mkdir(parents=True)
+    monkeypatch.setattr(configs, "PACKAGE", tmp_path / "elsewhere" / "extraction")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_trait(root, data, name="t"):
+    """A trait file, one top-level key a line (JSON is YAML)."""
+    text = data if isinstance(data, str) else "".join(f"{key}: {json.dumps(value)}\n" for key, value in data.items())
+    (root / "configs/traits" / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return name
+
+
+def refusal(call, *args):
+    with pytest.raises(TraitError) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert message.isprintable(), message
+    return message
+
+
+def instructed(n_pairs, n_questions):
+    pairs = tuple(InstructionPair(f"do {i}", f"don't {i}") for i in range(n_pairs))
+    return Trait(name="t", description="d", instructions=pairs, questions=tuple(f"q {i}?" for i in range(n_questions)))
+
+
+def natural(n_positive, n_negative):
+    positive, negative = (
+        tuple(NaturalPrompt(f"{side} {i}") for i in range(n)) for side, n in (("good", n_positive), ("bad", n_negative))
+    )
+    return Trait(name="t", description="d", positive_prompts=positive, negative_prompts=negative)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_an_instructed_trait_reads_as_written(root):
+    trait = load_trait(write_trait(root, GOOD), root)
+    assert trait.instructions[1] == InstructionPair("Smile.", "Frown.")
+    assert trait.questions == ("How are you?", "What is rain?", "Why?")
+    assert trait.markers is not None
+    assert trait.markers.positive == ("dear", "re:\\bkind\\w*")
+    assert not trait.is_natural
+    assert list_traits(root) == ("t",)
+
+
+def test_a_natural_trait_reads_as_written(root):
+    trait = load_trait(write_trait(root, NATURAL), root)
+    assert trait.is_natural
+    assert trait.positive_prompts[1] == NaturalPrompt("Go on.", "Be glad.")
+    assert trait.negative_prompts[1] == NaturalPrompt("Go on.")
+
+
+def test_block_scalars_lose_the_line_end_that_yaml_gives_them(root):
+    write_trait(
+        root,
+        "name: t\ndescription: >\n  folded\n  text\ninstructions:\n  - positive: |\n      one\n      two\n"
+        "    negative: three\nquestions: [no]\n",
+    )
+    trait = load_trait("t", root)
+    assert (trait.description, trait.instructions[0].positive, trait.questions) == ("folded text", "one\ntwo", ("no",))
+
+
+BAD_TRAITS = {
+    "no positive prompts": (NATURAL | {"positive_prompts": []}, "'positive' has 0 prompts; a trait needs both sides"),
+    "no negative prompts": (NATURAL | {"negative_prompts": []}, "'negative' has 0 prompts; a trait needs both sides"),
+    "negative prompts null": (NATURAL | {"negative_prompts": None}, "'negative' has 0 prompts"),
+    "negative instructions absent": (GOOD | {"instructions": [{"positive": "x"}]}, "'negative' has 0 prompts"),
+    "one instruction empty": (
+        GOOD | {"instructions": [{"positive": "x", "negative": "y"}, {"positive": "z", "negative": " "}]},
+        "t.yaml:3: 'instructions.1.negative': ' ' is empty",
+    ),
+    "one instruction absent": (
+        GOOD | {"instructions": [{"positive": "x", "negative": "y"}, {"positive": "z"}]},
+        "'negative' is missing",
+    ),
+    "no instructions": (GOOD | {"instructions": []}, "0 instructions; a trait needs"),
+    "no questions": (GOOD | {"questions": []}, "0 questions; a trait needs"),
+    "nothing at all": ({"name": "t", "description": "d"}, "0 instructions; a trait needs"),
+    "both kinds": (GOOD | {"positive_prompts": ["x"], "negative_prompts": ["y"]}, "the one or the other"),
+    "no name": ({key: value for key, value in GOOD.items() if key != "name"}, "'name' is missing"),
+    "another name": (GOOD | {"name": "u"}, "'u' is not the file's name; write 'name: t'"),
+    "unsafe name": (GOOD | {"name": "../t"}, "'../t': not a name"),
+    "unknown key": (GOOD | {"question": ["x"]}, "did you mean 'questions'?"),
+    "foreign pair": (GOOD | {"instructions": [{"pos": "x", "neg": "y"}]}, "has 0 prompts"),
+    "questions is text": (GOOD | {"questions": "Why?"}, "'Why?' is not a list"),
+    "a question is true": (GOOD | {"questions": [True]}, "True is not text; quote it"),
+    "a question is a number": (GOOD | {"questions": [5]}, "5 is not text; quote it"),
+    "question twice": (GOOD | {"questions": ["Why?", "How?", "why? "]}, "'questions.2': 'why?' is entry 0 again"),
+    "question twice in Unicode": (GOOD | {"questions": ["caf\u00e9?", "cafe\u0301?"]}, "is entry 0 again"),
+    "instruction twice": (
+        GOOD | {"instructions": [{"positive": "x", "negative": "y"}, {"positive": "X", "negative": "z"}]},
+        "'instructions.1.positive': 'X' is entry 0 again",
+    ),
+    "same instruction on both sides": (
+        GOOD | {"instructions": [{"positive": "x", "negative": "X "}]},
+        "stands on both sides",
+    ),
+    "same prompt on both sides": (NATURAL | {"negative_prompts": ["What a day!"]}, "positive side too"),
+    "prompt twice": (NATURAL | {"negative_prompts": ["x", "x"]}, "'x' is entry 0 again"),
+    "prompt with an unknown key": (NATURAL | {"negative_prompts": [{"text": "x"}]}, "known: prompt, system"),
+    "rubric without answer": (GOOD | {"rubric": "Rate {question}."}, "{answer} does not stand in it"),
+    "rubric without question": (GOOD | {"rubric": "Rate {answer}."}, "{question} does not stand in it"),
+    "marker on both sides": (
+        GOOD | {"markers": {"positive": ["ab", "Perhaps"], "negative": ["perhaps"]}},
+        "'markers.negative.0': 'perhaps' is counted by the positive marker 'Perhaps' too",
+    ),
+    "marker met by the other side's pattern": (
+        GOOD | {"markers": {"positive": ["re:perhaps|maybe"], "negative": ["Maybe"]}},
+        "'Maybe' is counted by the positive marker",
+    ),
+    "marker twice": (GOOD | {"markers": {"positive": ["x", "X"], "negative": []}}, "is entry 0 again"),
+    "bad pattern": (GOOD | {"markers": {"positive": ["re:(x"], "negative": []}}, "is not a regular expression"),
+    "pattern of nothing": (GOOD | {"markers": {"positive": ["re:x*"], "negative": []}}, "matches nothing at all"),
+    "no markers": (GOOD | {"markers": {"positive": [], "negative": []}}, "no marker on either side"),
+    "one side of markers": (GOOD | {"markers": {"positive": ["x"]}}, "'negative' is missing"),
+    "a list": ("- x\n", "is not a mapping"),
+}
+
+
+@pytest.mark.parametrize(("data", "fragment"), BAD_TRAITS.values(), ids=BAD_TRAITS)
+def test_a_bad_trait_is_refused(root, data, fragment):
+    message = refusal(load_trait, write_trait(root, data), root)
+    assert message.startswith("configs/traits/t.yaml:")
+    assert fragment in message
+
+
+def test_patterns_that_differ_by_case_alone_are_two_markers(root):
+    write_trait(root, GOOD | {"markers": {"positive": ["re:x\\w"], "negative": ["re:x\\W"]}})
+    assert load_trait("t", root).markers is not None
+
+
+def test_a_lone_surrogate_in_a_trait_is_refused_with_its_line(root):
+    write_trait(root, 'name: t\ndescription: "\\ud800"\n')
+    assert "t.yaml:2: '\\ud800' holds a lone surrogate" in refusal(load_trait, "t", root)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "CON", "x" * 300, "a\0b", "tt"])
+def test_an_unsafe_or_unknown_trait_is_refused(root, name):
+    write_trait(root, GOOD)
+    assert "not a name" in (message := refusal(load_trait, name, root)) or "did you mean 't'" in message
+
+
+def test_trait_lists():
+    assert parse_trait_list("a, b,c") == ("a", "b", "c")
+    for bad, fragment in {
+        "a,b,A": "'A': given twice (as 'a')",
+        "a,\uff41": "given twice",
+        "a,,b": "a name is empty",
+        "": "a name is empty",
+        "a,../b": "not a name",
+        "a,\u00e9": "not a name",
+    }.items():
+        assert fragment in refusal(parse_trait_list, bad)
+
+
+def test_the_fingerprint_follows_every_field_and_nothing_else(root):
+    trait = load_trait(write_trait(root, GOOD), root)
+    again = load_trait(write_trait(root, dict(reversed(GOOD.items()))), root)
+    assert trait_fingerprint(trait) == trait_fingerprint(again)
+    changes = {
+        "name": "u",
+        "description": "x",
+        "instructions": (),
+        "questions": ("x",),
+        "rubric": None,
+        "markers": None,
+    }
+    changes |= {"positive_prompts": (NaturalPrompt("x"),), "negative_prompts": (NaturalPrompt("x"),)}
+    assert changes.keys() == {field.name for field in dataclasses.fields(Trait)}
+    fingerprints = {trait_fingerprint(dataclasses.replace(trait, **{key: value})) for key, value in changes.items()}
+    assert len(fingerprints | {trait_fingerprint(trait)}) == len(changes) + 1
+
+
+def test_every_shipped_trait_loads_and_gives_a_hundred_examples_a_side():
+    for name in list_traits(SHIPPED):
+        trait = load_trait(name, SHIPPED)
+        assert trait_notes(trait, 100) == ()
+        assert len({example.id for example in make_examples(trait, 100)}) == 200
+
+
+# --- examples -------------------------------------------------------------------------------------------------------
+
+
+def cells(examples):
+    return [(example.instruction_id, example.question_id, example.repeat) for example in examples]
+
+
+def spread(values, among):
+    counts = Counter(values)
+    return max(counts[i] for i in range(among)) - min(counts[i] for i in range(among))
+
+
+@given(st.integers(1, 7), st.integers(1, 24), st.integers(1, 120))
+def test_any_number_of_examples_is_balanced(n_pairs, n_questions, n):
+    """Pairs and questions differ by at most one, and no cell comes again before all have come."""
+    examples = make_examples(instructed(n_pairs, n_questions), n)
+    sides = [examples[0::2], examples[1::2]]
+    assert [{example.polarity for example in side} for side in sides] == [{"pos"}, {"neg"}]
+    assert cells(sides[0]) == cells(sides[1])
+    assert len({example.id for example in examples}) == 2 * n
+    assert spread([pair for pair, _, _ in cells(sides[0])], n_pairs) <= 1
+    assert spread([question for _, question, _ in cells(sides[0])], n_questions) <= 1
+    assert [repeat for _, _, repeat in cells(sides[0])] == [i // (n_pairs * n_questions) for i in range(n)]
+    assert len(set(cells(sides[0]))) == n
+
+
+def test_a_plain_row_by_row_walk_is_not_balanced():
+    """The law above can fail: the obvious order breaks it."""
+    rows = [(i // 20, i % 20) for i in range(10)]
+    assert spread([pair for pair, _ in rows], 5) > 1
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 40), st.integers(0, 40), st.booleans())
+def test_the_first_of_more_examples_are_the_same(one, other, n, more, is_natural):
+    trait = natural(one, other) if is_natural else instructed(one, other)
+    assert make_examples(trait, n + more)[: 2 * n] == make_examples(trait, n)
+
+
+def test_a_hundred_of_five_by_twenty_is_every_cell_once():
+    examples = make_examples(instructed(5, 20), 100)
+    assert sorted(cells(examples[::2])) == [(i, q, 0) for i in range(5) for q in range(20)]
+    first, twin = examples[:2]
+    assert (first.id, first.system, first.question) == ("pos-i00-q000-r00", "do 0", "q 0?")
+    assert (twin.id, twin.system, twin.question) == ("neg-i00-q000-r00", "don't 0", "q 0?")
+    assert make_examples(instructed(5, 20), 101)[-1].id == "neg-i00-q000-r01"
+
+
+def test_natural_sides_of_unequal_length_are_dealt_and_reported():
+    trait = natural(3, 2)
+    ids = [example.id for example in make_examples(trait, 3)]
+    assert ids == ["pos-n0000-r00", "neg-n0000-r00", "pos-n0001-r00", "neg-n0001-r00", "pos-n0002-r00", "neg-n0000-r01"]
+    unequal, repeats = trait_notes(trait, 3)
+    assert "3 positive and 2 negative prompts" in unequal
+    assert "of 2 negative prompts" in repeats
+    assert trait_notes(natural(3, 3), 3) == ()
+    assert "6 distinct prompts" in trait_notes(instructed(2, 3), 7)[0]
+
+
+def test_no_examples_are_refused():
+    assert "at least 1" in refusal(make_examples, natural(1, 1), 0)

@@ -1,0 +1,361 @@
+"""Tiny random models of many architectures, their prompts and tokenizer, and references that don't know the engine.
+
+Weights are drawn so that greedy continuations differ between prompts and depend on positions and mask: a test
+that drops either must fail. Shapes: T tokens, L layers, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 97
+LAYERS = 3
+HIDDEN = 32
+MAX_POSITIONS = 128
+WINDOW = 8  # shorter than the prompts
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ROTARY: dict[str, Any] = {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
+_EXPERTS: dict[str, Any] = _ROTARY | {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+_LATENT: dict[str, Any] = _EXPERTS | {  # keys and values have different widths
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+_UNTIED = {"tie_word_embeddings": False}  # where scaled embeddings would make every tied continuation constant
+_PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_ALTERNATING = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+# name -> (transformers' model type, what differs from the common sizes)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    # rotary positions
+    "llama": ("llama", _ROTARY),
+    "qwen2": ("qwen2", _ROTARY),
+    "qwen3": ("qwen3", _ROTARY),
+    "gemma": ("gemma", _ROTARY | _UNTIED),
+    "phi": ("phi", _ROTARY | {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", _ROTARY),
+    "olmo": ("olmo", _ROTARY),
+    "olmo2": ("olmo2", _ROTARY),
+    "granite": ("granite", _ROTARY | {"residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0}),
+    "cohere": ("cohere", _ROTARY | {"logit_scale": 1.0}),
+    "stablelm": ("stablelm", _ROTARY | {"partial_rotary_factor": 0.5}),
+    "smollm3": ("smollm3", _ROTARY),
+    "glm": ("glm", _ROTARY),
+    "glm4": ("glm4", _ROTARY),
+    "gpt_neox": ("gpt_neox", {"intermediate_size": 48}),
+    "gptj": ("gptj", {"rotary_dim": 4}),
+    "codegen": ("codegen", {"rotary_dim": 4}),
+    "falcon": ("falcon", {}),
+    "nemotron": ("nemotron", _ROTARY),
+    "persimmon": ("persimmon", {"intermediate_size": 48}),
+    "helium": ("helium", _ROTARY),
+    "nanochat": ("nanochat", _ROTARY),
+    "apertus": ("apertus", _ROTARY | _PLAIN_ROPE),
+    "seed_oss": ("seed_oss", _ROTARY),
+    "hunyuan": ("hunyuan_v1_dense", _ROTARY),
+    "ernie4_5": ("ernie4_5", _ROTARY),
+    "diffllama": ("diffllama", _ROTARY),
+    "bitnet": ("bitnet", _ROTARY),
+    # learned or sinusoidal absolute positions
+    "gpt2": ("gpt2", {}),
+    "gpt_bigcode": ("gpt_bigcode", {}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN}),
+    "biogpt": ("biogpt", _UNTIED | {"intermediate_size": 48}),
+    "xglm": ("xglm", _UNTIED | {"ffn_dim": 48}),
+    # ALiBi
+    "bloom": ("bloom", _UNTIED),
+    "mpt": ("mpt", _UNTIED),
+    "falcon_alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}),
+    # windows shorter than the prompts, soft-capping, sinks
+    "mistral": ("mistral", _ROTARY | {"sliding_window": WINDOW}),
+    "ministral": ("ministral", _ROTARY | _ALTERNATING),
+    "starcoder2": ("starcoder2", _ROTARY | _UNTIED | {"sliding_window": WINDOW}),
+    "gemma2": ("gemma2", _ROTARY | _ALTERNATING | _UNTIED | {"query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", _ROTARY | _ALTERNATING | _UNTIED | {"query_pre_attn_scalar": 8}),
+    "cohere2": ("cohere2", _ROTARY | _ALTERNATING | {"logit_scale": 1.0}),
+    "olmo3": ("olmo3", _ROTARY | _ALTERNATING),
+    "exaone4": ("exaone4", _ROTARY | _ALTERNATING),
+    "gpt_neo": (
+        "gpt_neo",
+        {"attention_types": [[["global", "local", "global"], 1]], "window_size": WINDOW, "intermediate_size": 48},
+    ),
+    "gpt_oss": ("gpt_oss", _EXPERTS | _ALTERNATING | _PLAIN_ROPE),
+    # mixture of experts, latent attention
+    "mixtral": ("mixtral", _EXPERTS),
+    "qwen2_moe": ("qwen2_moe", _EXPERTS | {"shared_expert_intermediate_size": 16}),
+    "qwen3_moe": ("qwen3_moe", _EXPERTS),
+    "olmoe": ("olmoe", _EXPERTS),
+    "granitemoe": ("granitemoe", _EXPERTS | {"attention_multiplier": 0.3}),
+    "phimoe": ("phimoe", _EXPERTS),
+    "llama4": ("llama4_text", _EXPERTS | {"intermediate_size_mlp": 48, "attention_chunk_size": MAX_POSITIONS}),
+    "deepseek_v2": ("deepseek_v2", _LATENT),
+    "deepseek_v3": ("deepseek_v3", _LATENT),
+}
+
+# What the engine refuses: name -> (model type, what differs)
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("t5", {"d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4}),
+    "bart": ("bart", {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48}),
+    "mamba": ("mamba", {"state_size": 4}),
+    "rwkv": ("rwkv", {"context_length": MAX_POSITIONS}),
+    "recurrent_gemma": ("recurrent_gemma", _ROTARY | {"lru_width": HIDDEN, "attention_window_size": WINDOW}),
+    "jamba": ("jamba", _EXPERTS | {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 4}),
+    "lfm2": ("lfm2", _ROTARY | {"layer_types": ["conv", "full_attention", "conv"]}),
+    "qwen3_next": (
+        "qwen3_next",
+        _EXPERTS
+        | {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "shared_expert_intermediate_size": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "openai-gpt": ("openai-gpt", {}),
+    "bert-generation": ("bert-generation", {"intermediate_size": 48}),
+    "vit": ("vit", {"image_size": 16, "patch_size": 8, "intermediate_size": 48}),
+}
+
+
+def _config(model_type: str, changes: dict[str, Any]) -> Any:
+    """A tiny config; skips the test when this transformers has no such architecture."""
+    try:
+        return AutoConfig.for_model(model_type, **_COMMON | changes)
+    except ValueError as error:
+        if "Unrecognized model identifier" not in str(error):
+            raise
+        import transformers
+
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+
+
+def _draw(model: nn.Module, seed: int) -> None:
+    """Overwrite every parameter with seeded values; norms and biases keep their initial value plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.dim() < 2:
+            noise = parameter.detach().double() + 0.1 * noise
+        else:
+            noise = noise * (0.3 if "emb" in name or name.endswith(("wte.weight", "wpe.weight")) else 2.0 / HIDDEN**0.5)
+        parameter.data.copy_(noise.to(parameter.dtype))
+
+
+def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A seeded random model of one of ARCHITECTURES, in eval mode; `changes` go to its config."""
+    model_type, differences = ARCHITECTURES[name]
+    config = _config(model_type, differences | changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _draw(model, seed)
+    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+@cache
+def shared_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """`tiny_model`, built once a process; tests that change a model build their own."""
+    return tiny_model(name, dtype=dtype)
+
+
+def refused_model(name: str) -> PreTrainedModel:
+    """A model of one of REFUSED, loaded as a user would: whatever auto class takes it."""
+    from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
+
+    model_type, changes = REFUSED[name]
+    auto = {"t5": AutoModelForSeq2SeqLM, "bart": AutoModelForSeq2SeqLM, "vit": AutoModelForImageClassification}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = auto.get(name, AutoModelForCausalLM).from_config(_config(model_type, changes))
+    _draw(model, seed=0)
+    return model.eval()
+
+
+# --- prompts and tokenizer -------------------------------------------------------------------------------------------
+
+
+def prompts(n: int, seed: int = 0, vocab: int = VOCABULARY, longest: int = 24) -> list[tuple[int, ...]]:
+    """Dissimilar prompts of lengths 1 to `longest`, both among them; ids 0, 1, 2 are left to pad, BOS and EOS."""
+    rng = random.Random(seed)
+    lengths = [longest, 1] + [rng.randint(2, longest - 1) for _ in range(n)]
+    return [tuple(rng.randrange(3, vocab) for _ in range(length)) for length in lengths[:n]]
+
+
+_SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+_CHARACTERS = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"()-_/+*=<>|{}[]#@&%$"
+CHAT_TEMPLATE = (
+    "{{ '<bos>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, 97 as the models have, with a chat template; text comes back as it went in."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    words = (_SPECIAL + list(_CHARACTERS))[:VOCABULARY]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in _SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+# --- references: one sequence at a time, no padding, transformers alone ----------------------------------------------
+
+
+def until_stop(token_ids: Iterable[int], stop_ids: Iterable[int]) -> tuple[int, ...]:
+    """The tokens before the first stop token."""
+    stops, kept = set(stop_ids), []
+    for token in token_ids:
+        if token in stops:
+            break
+        kept.append(token)
+    return tuple(kept)
+
+
+@torch.no_grad()
+def reference_greedy(
+    model: PreTrainedModel, ids: Sequence[int], n: int, stop_ids: Iterable[int] = ()
+) -> tuple[int, ...]:
+    """What `model.generate` answers greedily, without the stop token."""
+    prompt_1T = torch.tensor([list(ids)])
+    stops = sorted(stop_ids) or [model.config.get_text_config().vocab_size]  # an id that no token has: never stop
+    config = GenerationConfig(do_sample=False, max_new_tokens=n, eos_token_id=stops, pad_token_id=0)
+    out_1T = model.generate(prompt_1T, attention_mask=torch.ones_like(prompt_1T), generation_config=config)
+    return until_stop(out_1T[0, len(ids) :].tolist(), stop_ids)
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks: the outermost list of the right length."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return min(lists, key=lambda item: (item[0].count("."), len(item[0])))[1]
+
+
+def _alone(ids: Sequence[int]) -> dict[str, Tensor]:
+    prompt_1T = torch.tensor([list(ids)])
+    return {"input_ids": prompt_1T, "attention_mask": torch.ones_like(prompt_1T)}
+
+
+def _plain(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def taps(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[Tensor]]:
+    """Copies of what each module returns (or is given), in call order."""
+    seen: list[Tensor] = []
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append(_plain(output).detach().clone())
+
+    def before(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    handles = [
+        m.register_forward_pre_hook(before, with_kwargs=True) if inputs else m.register_forward_hook(after)
+        for m in modules
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def reference_hidden(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """Block outputs [L, T, D]: transformers' hidden states, and a hook for the last (theirs is after the norm)."""
+    with taps([blocks(model)[-1]]) as last:
+        out = model(**_alone(ids), output_hidden_states=True, use_cache=False)
+    return torch.stack([*(h[0] for h in out.hidden_states[1:-1]), last[0].reshape(1, len(ids), -1)[0]])
+
+
+@torch.no_grad()
+def reference_site(
+    model: PreTrainedModel, ids: Sequence[int], pick: Callable[[nn.Module], nn.Module], *, inputs: bool = False
+) -> Tensor:
+    """What the picked part of every block returns (or is given): [L, T, D]."""
+    with taps([pick(block) for block in blocks(model)], inputs=inputs) as seen:
+        model(**_alone(ids), use_cache=False)
+    return torch.stack([tensor.reshape(len(ids), -1) for tensor in seen])
+
+
+def pooled(hidden_LTD: Tensor, n_prompt: int, pooling: str) -> Tensor:
+    """Pool a reference over prompt + response, as the engine's poolings are named."""
+    prompt_LTD, response_LTD = hidden_LTD[:, :n_prompt].double(), hidden_LTD[:, n_prompt:].double()
+    if pooling.startswith("response_first:"):
+        return response_LTD[:, : int(pooling.split(":")[1])].mean(1)
+    table = {
+        "response_mean": lambda: response_LTD.mean(1),
+        "response_last": lambda: response_LTD[:, -1],
+        "prompt_mean": lambda: prompt_LTD.mean(1),
+        "prompt_last": lambda: prompt_LTD[:, -1],
+        "all": lambda: response_LTD.transpose(0, 1),
+    }
+    return table[pooling]()
+
+
+def deviation(got: Tensor, wanted: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value wanted; infinite on shapes that differ or NaN."""
+    if got.shape != wanted.shape or not torch.isfinite(got).all():
+        return float("inf")
+    scale = wanted.double().abs().max().clamp_min(1e-30)
+    return float((got.double() - wanted.double()).abs().max() / scale) if wanted.numel() else 0.0
