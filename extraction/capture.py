@@ -1,7 +1,7 @@
 """Pooled activations of a running batch, read through hooks in the same pass that generates.
 
-A token's activation is a layer's output at the position where that token is the INPUT. Sums run on the device in float32
-(float64 for float64 models), one vector per slot; a half-precision running sum would stick.
+A token's activation is a layer's output at the position where that token is the INPUT. Sums run on the device in
+float32 (float64 for float64 models), one vector per slot; a half-precision running sum would stick.
 
 Shapes: K points (site by layer), B slots, R rows that enter, P prompt columns, L layers, D hidden, T tokens.
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from extraction.errors import ActivationError
-from extraction.pooling import pool_mean
+from extraction.pooling import parse_pooling, pool_mean
 from extraction.sites import taps_of, watch_taps
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class Accumulator:
-    """One pooling of a running batch. `step` sees [K, B, D] of the tokens just fed, and their ages [B] (0: the first)."""
+    """One pooling of a running batch. `step` sees [K, B, D] of the tokens just fed, and their ages [B], from 0."""
 
     def __init__(self, shape_KBD: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.sum_KBD = torch.zeros(shape_KBD, dtype=dtype, device=device)
@@ -95,15 +96,17 @@ class ResponseMean(Accumulator):
 
 
 class ResponseFirst(Accumulator):
-    """Mean over the response's first `n` tokens (or all, if it has fewer)."""
+    """Mean over the response's first `count` tokens (or all, if it has fewer)."""
 
-    n = 1
+    def __init__(self, *args: Any, count: int) -> None:
+        super().__init__(*args)
+        self.count = count
 
     def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
-        self.sum_KBD += torch.where((age_B < self.n)[None, :, None], hidden_KBD.to(self.sum_KBD.dtype), 0)
+        self.sum_KBD += hidden_KBD.where((age_B < self.count)[None, :, None], 0)
 
     def emit(self, slot: int, n_tokens: int) -> Tensor:
-        return self.sum_KBD[:, slot] / min(n_tokens, self.n)
+        return self.sum_KBD[:, slot] / min(n_tokens, self.count)
 
 
 class ResponseLast(Accumulator):
@@ -160,9 +163,10 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
 
 
 def accumulator_of(pooling: str) -> Callable[..., Accumulator]:
-    """The accumulator of a pooling's name, such as `response_mean` or `response_first:5`."""
-    kind, _, n = pooling.partition(":")
-    return type(kind, (ACCUMULATORS[kind],), {"n": int(n)}) if n else ACCUMULATORS[kind]
+    """What keeps a pooling, such as `response_mean` or `response_first:5`. Raises ConfigError for an unknown one."""
+    asked = parse_pooling(pooling)
+    kind = ACCUMULATORS[asked.name]
+    return kind if asked.count is None else partial(kind, count=asked.count)
 
 
 class Observer:
@@ -175,13 +179,17 @@ class Observer:
         shape = (len(self.taps), slots, lm.hidden_size)
         self.fed_KBD = torch.zeros(shape, dtype=lm.dtype, device=lm.device)
         self.poolings = {name: accumulator_of(name)(shape, wide, lm.device) for name in capture.poolings}
-        self.reads_prompts = any(pooling.startswith("prompt") for pooling in capture.poolings)
+        self.reads_prompts = any(parse_pooling(pooling).part == "prompt" for pooling in capture.poolings)
         self._note: Callable[[int, Tensor], None] = _ignore
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hooks stay on for a whole run; outside of `entering` and `stepping` they note nothing."""
-        with watch_taps(self.taps, lambda point, hidden_BTD: self._note(point, hidden_BTD)):
+
+        def note(point: int, hidden_BTD: Tensor) -> None:
+            self._note(point, hidden_BTD)  # whatever it is at that moment
+
+        with watch_taps(self.taps, note):
             yield
 
     @contextmanager
@@ -211,7 +219,7 @@ class Observer:
             accumulator.step(self.fed_KBD, age_B)
 
     def emit(self, slot: int, n_tokens: int, example_id: str) -> dict[str, Tensor]:
-        """`site.pooling` -> [L, D] (`all`: [T, L, D]) of a slot that has ended. Raises ActivationError on NaN or Inf."""
+        """`site.pooling` -> [L, D] (`all`: [T, L, D]) of a slot that has ended. ActivationError on NaN or Inf."""
         pooled = {name: acc.emit(slot, n_tokens).cpu() for name, acc in self.poolings.items()} if n_tokens else {}
         return self.capture.by_site(pooled, example_id, self.dtype)
 

@@ -1,30 +1,33 @@
-"""Config files and names: strict YAML, schemas as tables, and where the files are looked for.
-
-A rule is a function of a value and its place: it returns the value, or raises the place's error.
-A schema is a table of rules. Unknown keys are errors that name the nearest known key.
-"""
+"""Config files: what models and experiments may hold, what their names may be, and where the files are looked for."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import yaml
+from typing import Any
 
 from extraction.errors import ConfigError
+from extraction.schema import (
+    Place,
+    Rule,
+    choice,
+    flag,
+    items,
+    number,
+    read_document,
+    section,
+    show,
+    show_path,
+    suggest,
+    text,
+    whole,
+)
 
-Rule = Callable[[Any, "Place"], Any]
-Key = str | int
-
-MAX_YAML_BYTES = 1_000_000
-MAX_YAML_DEPTH = 20
 PACKAGE = Path(__file__).resolve().parent
 SITES = ("residual", "attention", "mlp", "residual_mid")
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_last", "all")
@@ -35,306 +38,6 @@ _DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _POOLING = re.compile(r"response_first:[1-9][0-9]{0,5}")
 _LAYER_RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?")
-
-
-# --- what a message shows -------------------------------------------------------------------------------------------
-
-
-def show(value: object) -> str:
-    """A value as one short line, whatever it holds."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
-
-
-def show_path(path: str | os.PathLike[str]) -> str:
-    """A path as a user would type it: relative to the current folder where it lies inside it."""
-    text = os.fspath(path)
-    here = os.getcwd() + os.sep
-    text = text.removeprefix(here) if text.startswith(here) else text
-    return text if text.isprintable() and len(text) <= 300 else show(text)
-
-
-def suggest(value: object, known: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or the known values where none is near."""
-    names = sorted(known)
-    near = difflib.get_close_matches(str(value), names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value stands: a file's line and key, or (without a source) an option of the command line."""
-
-    source: str | None
-    lines: Mapping[tuple[Key, ...], int] = field(default_factory=dict)
-    keys: tuple[Key, ...] = ()
-    error: type[ConfigError] = ConfigError
-
-    def at(self, key: Key) -> Place:
-        """The place of one entry of this value."""
-        return replace(self, keys=(*self.keys, key))
-
-    def __str__(self) -> str:
-        if self.source is None:
-            return "--" + next((key for key in reversed(self.keys) if isinstance(key, str)), "").replace("_", "-")
-        outward = (self.keys[:n] for n in range(len(self.keys), -1, -1))
-        line = next((self.lines[keys] for keys in outward if keys in self.lines), 1)
-        return f"{self.source}:{line}" + (f": '{'.'.join(map(str, self.keys))}'" if self.keys else "")
-
-    def fail(self, problem: str) -> ConfigError:
-        """The error to raise: the place, then the problem with its remedy."""
-        return self.error(f"{self}: {problem}")
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def open_input(path: str | os.PathLike[str], limit: int, error: type[ConfigError] = ConfigError) -> BinaryIO:
-    """Open a regular file of at most `limit` bytes. A FIFO, a folder or a device is refused, and never opened."""
-    try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):
-            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe or a device"
-            raise error(f"{show_path(path)}: is {kind}; give a regular file")
-        if info.st_size > limit:
-            raise error(f"{show_path(path)}: {info.st_size} bytes; at most {limit} are read, split the file")
-        return open(path, "rb")
-    except (OSError, ValueError) as failure:
-        reason = getattr(failure, "strerror", None) or str(failure)
-        raise error(f"{show_path(path)}: {reason.lower()}; check the path and its permissions") from failure
-
-
-def decode_utf8(data: bytes, offset: int, place: str, error: type[ConfigError] = ConfigError) -> str:
-    """Strict UTF-8; `offset` is where `data` starts in its file."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as failure:
-        byte = data[failure.start]
-        raise error(
-            f"{place}: invalid UTF-8 at byte {offset + failure.start} (0x{byte:02x}); save the file as UTF-8"
-        ) from failure
-
-
-@dataclass(frozen=True)
-class Document:
-    """A YAML file's data, and the place of everything in it."""
-
-    data: Any
-    place: Place
-
-
-def read_yaml(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Any:
-    """The data of one YAML file. Raises a one-line error with the file's line where something is wrong."""
-    return read_document(path, error).data
-
-
-def read_document(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Document:
-    """As `read_yaml`, and keeps the line of every value.
-
-    Refused: duplicate keys, aliases, anchors, tags, several documents, deep nesting, NUL, invalid UTF-8, lone
-    surrogates. `yes`, `no`, `on` and dates stay text, as in YAML 1.2.
-    """
-    source = show_path(path)
-    with open_input(path, MAX_YAML_BYTES, error) as file:
-        raw = file.read(MAX_YAML_BYTES + 1)
-    if len(raw) > MAX_YAML_BYTES:
-        raise error(f"{source}: more than {MAX_YAML_BYTES} bytes; split the file")
-    text = decode_utf8(raw, 0, source, error).removeprefix("\ufeff")
-    if "\0" in text:
-        raise error(f"{source}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; remove it")
-    try:
-        node = _Loader(text).get_single_node()
-        lines: dict[tuple[Key, ...], int] = {}
-        data = None if node is None else _value(node, (), lines)
-    except yaml.YAMLError as failure:
-        raise error(_yaml_message(failure, text, source)) from failure
-    if data is None:
-        raise error(f"{source}: is empty; it needs 'key: value' lines")
-    return Document(data, Place(source, lines, error=error))
-
-
-class _Loader(yaml.SafeLoader):
-    """The plain types of YAML 1.2; no anchors, aliases or tags; limited depth."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.anchor:
-            raise _Refused(f"'{event.anchor}' is an anchor or alias; write the value out", event.start_mark)
-        if event.tag:
-            raise _Refused(f"the tag {show(event.tag)} is not allowed; remove it", event.start_mark)
-        if self.depth >= MAX_YAML_DEPTH:
-            raise _Refused(f"nested more than {MAX_YAML_DEPTH} deep; flatten it", event.start_mark)
-        self.depth += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("int", r"^[-+]?[0-9]{1,18}$", "-+0123456789"),
-    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$", "-+.0123456789"),
-    ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", "-+."),
-):
-    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
-
-_SCALARS: dict[str, Callable[[str], Any]] = {
-    "bool": lambda text: text.lower() == "true",
-    "null": lambda text: None,
-    "int": int,
-    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
-}
-
-
-class _Refused(yaml.MarkedYAMLError):
-    """Valid YAML that a config must not hold."""
-
-    def __init__(self, problem: str, mark: Any) -> None:
-        super().__init__(problem=problem, problem_mark=mark)
-
-
-def _value(node: Any, keys: tuple[Key, ...], lines: dict[tuple[Key, ...], int]) -> Any:
-    """The data under a node; notes the line of every value on the way."""
-    lines[keys] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        return dict(_entries(node, keys, lines))
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(item, (*keys, i), lines) for i, item in enumerate(node.value)]
-    if node.tag in _SCALARS:
-        return _SCALARS[node.tag](node.value)
-    return _text(node)
-
-
-def _entries(node: Any, keys: tuple[Key, ...], lines: dict[tuple[Key, ...], int]) -> Iterator[tuple[str, Any]]:
-    seen: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag in _SCALARS:
-            raise _Refused(f"the key {show(key_node.value)} is not text; quote it", key_node.start_mark)
-        key, line = _text(key_node), key_node.start_mark.line + 1
-        if key in seen:
-            raise _Refused(f"the key {show(key)} stands on line {seen[key]} too; keep one", key_node.start_mark)
-        seen[key] = line
-        yield key, _value(value_node, (*keys, key), lines)
-        lines[(*keys, key)] = line
-
-
-def _text(node: Any) -> str:
-    r"""Text without lone surrogates or NUL; the pairs that JSON writes (`\ud83d\ude00`) are joined."""
-    try:
-        text = str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
-    except UnicodeDecodeError:
-        raise _Refused(f"{show(node.value)} holds a lone surrogate; remove it", node.start_mark) from None
-    if "\0" in text:
-        raise _Refused(f"{show(text)} holds a NUL character; remove it", node.start_mark)
-    return text
-
-
-def _yaml_message(failure: yaml.YAMLError, text: str, source: str) -> str:
-    if isinstance(failure, yaml.reader.ReaderError):
-        line = text[: failure.position].count("\n") + 1
-        return f"{source}:{line}: holds the control character U+{ord(text[failure.position]):04X}; remove it"
-    if isinstance(failure, yaml.MarkedYAMLError) and failure.problem_mark is not None:
-        line = failure.problem_mark.line + 1
-        remedy = "" if isinstance(failure, _Refused) else "; check the indentation and the quotes"
-        return f"{source}:{line}: {' '.join(str(failure.problem).split())}{remedy}"
-    return f"{source}: {' '.join(str(failure).split())}; check the file"
-
-
-# --- rules ----------------------------------------------------------------------------------------------------------
-
-
-def text(value: Any, place: Place) -> str:
-    """Text with something in it."""
-    if not isinstance(value, str):
-        remedy = (
-            "write some" if value is None else "quote it" if isinstance(value, bool | int | float) else "write text"
-        )
-        raise place.fail(f"{show(value)} is not text; {remedy}")
-    if not value.strip():
-        raise place.fail(f"{show(value)} is empty; write some text")
-    return value
-
-
-def flag(value: Any, place: Place) -> bool:
-    """true or false."""
-    if not isinstance(value, bool):
-        raise place.fail(f"{show(value)} is not true or false; write one of them, unquoted")
-    return value
-
-
-def whole(low: int, high: int = 2**63 - 1) -> Rule:
-    """A whole number from low to high."""
-
-    def rule(value: Any, place: Place) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise place.fail(f"{show(value)} is not a whole number; give one from {low} up")
-        if not low <= value <= high:
-            raise place.fail(f"{value} is out of range; give a whole number from {low} to {high}")
-        return value
-
-    return rule
-
-
-def number(low: float, high: float, *, above: bool = False) -> Rule:
-    """A finite number from low (or above it) to high."""
-    span = f"{'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
-
-    def rule(value: Any, place: Place) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise place.fail(f"{show(value)} is not a number; give one {span}")
-        if not low <= value <= high or (above and value == low):  # NaN fails every comparison
-            raise place.fail(f"{value} is out of range; give a number {span}")
-        return float(value)
-
-    return rule
-
-
-def choice(*known: str) -> Rule:
-    """One of the known words."""
-
-    def rule(value: Any, place: Place) -> str:
-        if value not in known:
-            raise place.fail(f"{show(value)} is not known; {suggest(value, known)}")
-        return str(value)
-
-    return rule
-
-
-def items(rule: Rule, *, distinct: bool = False) -> Rule:
-    """A list in which every entry obeys the rule."""
-
-    def check(value: Any, place: Place) -> tuple[Any, ...]:
-        if not isinstance(value, list | tuple):
-            raise place.fail(f"{show(value)} is not a list; write it as [a, b]")
-        found = tuple(rule(item, place.at(i)) for i, item in enumerate(value))
-        for i, item in enumerate(found):
-            if distinct and item in found[:i]:
-                raise place.at(i).fail(f"{show(item)} stands there twice; keep one")
-        return found
-
-    return check
-
-
-def section(table: Mapping[str, Rule], required: Iterable[str] = ()) -> Rule:
-    """A mapping whose keys are the table's, some of them required."""
-
-    def check(value: Any, place: Place) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise place.fail(f"{show(value)} is not a mapping; write 'key: value' lines")
-        for key in value:
-            if key not in table:
-                raise place.at(key).fail(f"{show(key)} is not a known key; {suggest(key, table)}")
-        for key in required:
-            if key not in value:
-                raise place.fail(f"{key!r} is missing; add a line '{key}: ...'")
-        return {key: table[key](item, place.at(key)) for key, item in value.items()}
-
-    return check
 
 
 # --- names and places -----------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from extraction.configs import decode_utf8, open_input, show, show_path
 from extraction.errors import PromptError, TraitError
 from extraction.records import Example, Prompt
+from extraction.schema import decode_utf8, open_input, show, show_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ A shard is the unit of work, of commit and of resume. The model is loaded when t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from extraction.capture import Capture
     from extraction.models import LanguageModel
-    from extraction.utils_batch import Completion, Request
+    from extraction.utils_batch import Completion
 
 Row = dict[str, Any]
 
@@ -105,7 +105,7 @@ def make_shard(
     engine: Engine, examples: Sequence[Example], index: int, folder: RunFolder, mode: Mode, listener: Listener
 ) -> None:
     """One shard from a clean state: responses first, activations after them, each with its receipt."""
-    from extraction.utils_batch import Completion, generate
+    from extraction.utils_batch import generate
 
     job, lm, prompts = engine.job, engine.lm, engine.prompts(examples)
     started = time.perf_counter()

@@ -1,7 +1,7 @@
 """Where in a decoder block an activation is read, found by structure and proven by numbers.
 
-`residual` is the block's output. The other sites are found by probing: a short pass records every module of a block, and
-the arithmetic of the residual stream tells them apart:
+`residual` is the block's output. The other sites are found by probing: a short pass records every module of a block,
+and the arithmetic of the residual stream tells them apart:
 
     residual_mid = residual_in + a * attention        residual_out = residual_mid + b * mlp
 
@@ -44,6 +44,9 @@ def taps_of(lm: LanguageModel, sites: tuple[str, ...], layers: tuple[int, ...]) 
     unknown = [site for site in sites if site not in SITES]
     if unknown:
         raise ModelError(f"site {unknown[0]!r} is unknown: use one of {', '.join(SITES)}")
+    beyond = [layer for layer in layers if not 0 <= layer < lm.n_layers]
+    if beyond:
+        raise ModelError(f"layer {beyond[0]} is out of range: the model has layers 0 to {lm.n_layers - 1}")
     found = {layer: {"residual": Tap(lm.layers[layer])} for layer in layers}
     if set(sites) != {"residual"}:
         for layer, passes in _probe(lm, layers).items():
@@ -84,7 +87,7 @@ class _Pass:
 
 
 def _probe(lm: LanguageModel, layers: tuple[int, ...]) -> dict[int, list[_Pass]]:
-    """Run a few tokens through the model; note every module inside the blocks, in order of completion, the block last."""
+    """Run a few tokens through the model; note every module inside the blocks as it completes, the block last."""
     names = {
         (layer, name): module
         for layer in layers
@@ -118,7 +121,8 @@ def _as_TD(value: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
 def _found_by_numbers(passes: list[_Pass]) -> dict[str, Tap]:
     """Sites of one block: the stream between attention and MLP, and what each of them adds."""
     *inner, block = passes
-    assert block.given_TD is not None and block.gave_TD is not None
+    assert block.given_TD is not None
+    assert block.gave_TD is not None
     for reader in inner:
         if reader.given_TD is None:
             continue

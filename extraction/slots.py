@@ -48,10 +48,11 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Prefill: put the rows into their slots, attend to themselves. Decode: write the cursor's column, attend to all."""
+        """Prefill: rows go into their slots, and see themselves. Decode: write the cursor's column, see all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         window, width = self.window, key_states.shape[2]
         if window.entering is not None:
             rows, columns = window.entering.to(self.keys.device), slice(window.cursor - width, window.cursor)

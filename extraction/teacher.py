@@ -1,14 +1,14 @@
 """The teacher-forced pass: activations of texts that exist already, by their stored token ids.
 
-Rows are packed by length and padded on the right, so no row sees a pad; the LM head is skipped, and the pass ends at the
-highest layer asked for.
+Rows are packed by length and padded on the right, so no row sees a pad; the LM head is skipped, and the pass ends at
+the highest layer asked for.
 
 Shapes: B rows, T tokens, K points (site by layer), D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -19,22 +19,13 @@ from torch import Tensor
 from extraction.capture import Capture
 from extraction.errors import PromptError
 from extraction.hooks import Enough
-from extraction.pooling import pool_first, pool_last, pool_mean
+from extraction.pooling import parse_pooling
 from extraction.sites import Tap, taps_of, watch_taps
 
 if TYPE_CHECKING:
     from extraction.models import LanguageModel
 
 Text = tuple[str, Sequence[int], Sequence[int]]  # id, prompt ids, response ids
-Pool = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # hidden_BTD, prompt_BT, response_BT, n -> [B, D]
-
-POOLS: dict[str, Pool] = {
-    "response_mean": lambda hidden, _prompt, response, _n: pool_mean(hidden, response),
-    "response_first": lambda hidden, _prompt, response, n: pool_first(hidden, response, n),
-    "response_last": lambda hidden, _prompt, response, _n: pool_last(hidden, response),
-    "prompt_mean": lambda hidden, prompt, _response, _n: pool_mean(hidden, prompt),
-    "prompt_last": lambda hidden, prompt, _response, _n: pool_last(hidden, prompt),
-}
 
 
 def forced_activations(
@@ -91,11 +82,11 @@ def _forced(
 
 def _pooled(pooling: str, hidden_BTD: Tensor, prompt_BT: Tensor, response_BT: Tensor) -> Sequence[Tensor]:
     """A [D] (`all`: [T, D]) for each row."""
-    kind, _, n = pooling.partition(":")
-    if kind == "all":
+    asked = parse_pooling(pooling)
+    if asked.name == "all":
         wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
         return [hidden_TD[live_T].to(wide) for hidden_TD, live_T in zip(hidden_BTD, response_BT, strict=True)]
-    return POOLS[kind](hidden_BTD, prompt_BT, response_BT, int(n or 0)).unbind(0)
+    return asked(hidden_BTD, prompt_BT if asked.part == "prompt" else response_BT).unbind(0)
 
 
 def _by_row(points: dict[int, list[Tensor]]) -> Sequence[Tensor]:

@@ -12,23 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from extraction.configs import (
-    Document,
-    Place,
-    Rule,
-    check_name,
-    config_names,
-    distinct_names,
-    find_config,
-    items,
-    read_document,
-    section,
-    show,
-    suggest,
-    text,
-)
+from extraction.configs import check_name, config_names, distinct_names, find_config
 from extraction.errors import TraitError
 from extraction.records import POLARITIES, Example, InstructionPair, Markers, NaturalPrompt, Trait
+from extraction.schema import Document, Place, Rule, items, read_document, section, show, suggest, text
 
 MAX_PATTERN = 300
 

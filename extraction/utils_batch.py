@@ -98,7 +98,7 @@ def teacher_force(
         yield Completion(example_id, responses[example_id], "given", kept)
 
 
-def generate_batch_with_activations(
+def generate_batch_with_activations(  # noqa: PLR0913 (a script's one call)
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],

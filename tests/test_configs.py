@@ -20,10 +20,10 @@ from extraction.configs import (
     find_root,
     load_experiment,
     parse_layers,
-    read_yaml,
     resolve_model,
 )
 from extraction.errors import ConfigError
+from extraction.schema import read_yaml
 
 SHIPPED = Path(configs.__file__).resolve().parent.parent
 

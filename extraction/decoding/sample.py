@@ -17,7 +17,7 @@ from extraction.errors import ActivationError, ConfigError
 
 @dataclass(frozen=True)
 class Sample:
-    """Logits [B, V] and uniforms [B] in, tokens [B] out. Temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in.
+    """Logits [B, V] and uniforms [B] in, tokens [B] out. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
 
     The order is transformers': temperature, top-k, top-p (the token that crosses the threshold is kept).
     """
@@ -67,7 +67,7 @@ def _keep_nucleus(scores_BV: Tensor, top_p: float) -> Tensor:
 
 
 def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Inverse CDF: the first token whose cumulative probability exceeds the uniform. Tokens of probability 0 never win."""
+    """Inverse CDF: the first token whose cumulative probability exceeds the uniform. A probability of 0 never wins."""
     wide = torch.float32 if scores_BV.device.type == "mps" else torch.float64
     cdf_BV = scores_BV.softmax(-1).cumsum(-1, dtype=wide)
     total_B1 = cdf_BV[:, -1:]
