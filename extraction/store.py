@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,8 @@ Row = dict[str, Any]
 Labels = Mapping[str, bool]  # an example's id, and whether it must have an activation
 
 LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer"
-EXECUTION_FIELDS = ("batch_size", "device", "workers", "self_check", "gpu_price")  # may differ between two starts
+# what may differ between two starts: it changes no response and no activation
+EXECUTION_FIELDS = ("batch_size", "device", "workers", "self_check", "gpu_price", "judge", "threshold")
 STAGES = {"responses": "responses/shards", "activations": "activations"}
 PAYLOADS = {  # folder: suffix
     "responses/shards": ".jsonl",
@@ -161,7 +162,7 @@ class RunFolder:
 
     def read_responses_shard(self, index: int) -> list[Row]:
         """The rows of one shard, in the order written."""
-        return _rows(read_payload(self._shard_path("responses", index))[0])
+        return list(_rows(read_payload(self._shard_path("responses", index))[0]))
 
     def write_activations_shard(
         self, index: int, ids: Sequence[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
@@ -201,15 +202,16 @@ class RunFolder:
         """The sha256 of every shard of a stage, in order: what later results are made from."""
         return [str(read_receipt(path)["sha256"]) for path in self._payload_paths(STAGES[stage])]
 
-    def activation_facts(self) -> dict[str, Any]:
-        """The first activation shard's receipt: its `tensors` by name, and the `meta` that its writer gave."""
-        return read_receipt(self._shard_path("activations", 0))
+    def shard_facts(self, stage: str, index: int) -> dict[str, Any]:
+        """A shard's receipt: the `meta` that its writer gave, and the `tensors` of activations by name."""
+        return read_receipt(self._shard_path(stage, index))
 
-    def write_responses(self, rows_by_polarity: Mapping[str, Sequence[Row]], sources: Sequence[str] = ()) -> None:
-        """responses/pos.jsonl and neg.jsonl: the shards' rows with their scores."""
+    def write_responses(self, rows_by_polarity: Mapping[str, Iterable[Row]], sources: Sequence[str] = ()) -> None:
+        """responses/pos.jsonl and neg.jsonl: the shards' rows with their scores, taken one at a time."""
         for polarity in POLARITIES:
-            path, rows = self._responses_path(polarity), rows_by_polarity[polarity]
-            commit(path, _jsonl(path, rows), {"rows": len(rows), "sources": list(sources)})
+            path = self._responses_path(polarity)
+            data = _jsonl(path, rows_by_polarity[polarity])
+            commit(path, data, {"rows": data.count(b"\n"), "sources": list(sources)})
 
     def assembled_from(self) -> list[str] | None:
         """The sources that both sides' responses were written with; None while either is not whole."""
@@ -221,8 +223,8 @@ class RunFolder:
             return None
         return list(made_from[0]) if made_from[0] == made_from[1] else None
 
-    def read_responses(self, polarity: str) -> list[Row]:
-        """The rows of one polarity."""
+    def read_responses(self, polarity: str) -> Iterator[Row]:
+        """The rows of one polarity, one at a time."""
         return _rows(read_payload(self._responses_path(polarity))[0])
 
     def write_vectors(self, method: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -339,15 +341,19 @@ class RunFolder:
 # The bytes of the two formats. What was read has passed its sha256, so it is what we wrote.
 
 
-def _jsonl(path: Path, rows: Sequence[Row]) -> bytes:
+def _jsonl(path: Path, rows: Iterable[Row]) -> bytes:
     """One object a line, its keys in the caller's order."""
-    _check_labels(path, [row["id"] for row in rows], {})
+    lines, ids = bytearray(), []
     with refusing_nan(path):
-        return "".join(to_json(row) + "\n" for row in rows).encode()
+        for row in rows:
+            ids.append(row["id"])
+            lines += f"{to_json(row)}\n".encode()
+    _check_labels(path, ids, {})
+    return bytes(lines)
 
 
-def _rows(data: bytes) -> list[Row]:
-    return [json.loads(line) for line in data.decode().split("\n")[:-1]]
+def _rows(data: bytes) -> Iterator[Row]:
+    return (json.loads(line) for line in data.split(b"\n")[:-1])
 
 
 def _safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:

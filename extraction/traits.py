@@ -226,16 +226,18 @@ def _natural_key(prompt: NaturalPrompt) -> str:
 # --- examples -------------------------------------------------------------------------------------------------------
 
 
-def make_examples(trait: Trait, n_per_side: int) -> tuple[Example, ...]:
-    """`n_per_side` positive examples, each beside its negative twin, so that any cut holds both.
+def make_examples(trait: Trait, n_per_side: int, start: int = 0, stop: int | None = None) -> tuple[Example, ...]:
+    """`n_per_side` positive examples, each beside its negative twin, so that any cut holds both: [start, stop) of them.
 
     Any number of the first ones is spread evenly: the counts of two instruction pairs, or of two questions, differ by
-    at most one. The first n of more examples are the same n. Past the distinct prompts they repeat (`r01`, ...).
+    at most one. The first n of more examples are the same n. Past the distinct prompts they repeat (`r01`, ...), with
+    other random numbers.
     """
     if n_per_side < 1:
         raise TraitError(f"trait {trait.name}: {n_per_side} examples a side; at least 1 is needed")
     make = _natural_example if trait.is_natural else _instructed_example
-    return tuple(make(trait, polarity, step) for step in range(n_per_side) for polarity in POLARITIES)
+    end = 2 * n_per_side if stop is None else min(stop, 2 * n_per_side)
+    return tuple(make(trait, POLARITIES[i % 2], i // 2) for i in range(start, end))
 
 
 def _instructed_example(trait: Trait, polarity: str, step: int) -> Example:

@@ -107,8 +107,8 @@ def test_rows_read_back_and_lines_are_lines_for_every_program(
 def test_assembled_responses_read_back(folder: RunFolder, rows: list) -> None:
     rows = [{**row, "id": f"pos-{i}"} for i, row in enumerate(rows)]
     folder.write_responses({"pos": rows, "neg": []})
-    assert folder.read_responses("pos") == through_json(rows)
-    assert folder.read_responses("neg") == []
+    assert list(folder.read_responses("pos")) == through_json(rows)
+    assert list(folder.read_responses("neg")) == []
 
 
 @QUICK
