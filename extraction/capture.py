@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from extraction.errors import ActivationError
+from extraction.errors import ActivationError, ModelError
 from extraction.pooling import parse_pooling, pool_mean
 from extraction.sites import taps_of, watch_taps
 
@@ -198,9 +198,10 @@ class Observer:
         for accumulator in self.poolings.values():
             accumulator.enter(rows_R)
 
-        def note(point: int, hidden_RPD: Tensor) -> None:
+        def note(point: int, hidden: Tensor) -> None:
+            hidden_RPD = shaped(hidden, *mask_RP.shape, self.fed_KBD.shape[2]).to(self.device)
             for accumulator in self.poolings.values():
-                accumulator.prompt(point, rows_R, hidden_RPD.to(self.device).reshape(*mask_RP.shape, -1), mask_RP)
+                accumulator.prompt(point, rows_R, hidden_RPD, mask_RP)
 
         with self._noting(note if self.reads_prompts else _ignore):
             yield
@@ -210,8 +211,9 @@ class Observer:
         """Around one decode step of every slot."""
         n_slots = len(age_B)
 
-        def note(point: int, hidden_B1D: Tensor) -> None:
-            self.fed_KBD[point].copy_(hidden_B1D.reshape(n_slots, -1))  # a copy: models may change it in place later
+        def note(point: int, hidden: Tensor) -> None:
+            # a copy: models may change it in place later
+            self.fed_KBD[point].copy_(shaped(hidden, n_slots, 1, self.fed_KBD.shape[2])[:, 0])
 
         with self._noting(note):
             yield
@@ -236,6 +238,16 @@ class Observer:
             yield
         finally:
             self._note = _ignore
+
+
+def shaped(hidden: Tensor, n_rows: int, n_tokens: int, width: int) -> Tensor:
+    """[B, T, D], also where a module works on flattened tokens. ModelError for any other shape."""
+    if hidden.shape[-1] != width or hidden.numel() != n_rows * n_tokens * width:
+        raise ModelError(
+            f"an activation has shape {list(hidden.shape)} where {[n_rows, n_tokens, width]} is expected: "
+            "this architecture's blocks can't be captured; generate without activations (`traitline generate`)"
+        )
+    return hidden.reshape(n_rows, n_tokens, width)
 
 
 def _ignore(_point: int, _hidden_BTD: Tensor) -> None:

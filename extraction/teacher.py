@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.capture import Capture
+from extraction.capture import Capture, shaped
 from extraction.errors import PromptError
 from extraction.hooks import Enough
 from extraction.pooling import parse_pooling
@@ -68,7 +68,7 @@ def _forced(
     remaining = set(range(len(taps)))
 
     def note(point: int, hidden: Tensor) -> None:
-        hidden_BTD = hidden.to(lm.device).reshape(*ids_BT.shape, -1)
+        hidden_BTD = shaped(hidden, *ids_BT.shape, lm.hidden_size).to(lm.device)
         for pooling, points in found.items():
             points[point] = list(_pooled(pooling, hidden_BTD, prompt_BT, response_BT))
         remaining.discard(point)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -60,11 +61,39 @@ _LATENT: dict[str, Any] = _EXPERTS | {  # keys and values have different widths
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }
-_UNTIED = {"tie_word_embeddings": False}  # where scaled embeddings would make every tied continuation constant
-_PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-_ALTERNATING = {
+_UNTIED: dict[str, Any] = {
+    "tie_word_embeddings": False
+}  # where scaled embeddings would make every tied continuation constant
+_PLAIN_ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_ALTERNATING: dict[str, Any] = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+_LLAMA3_ROPE = _PLAIN_ROPE["rope_parameters"] | {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_SCALED_QUERIES = _PLAIN_ROPE["rope_parameters"] | {  # a query's scale grows with its position
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.5,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+_GEMMA4: dict[str, Any] = {  # the last layer reads the second one's keys
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 1,
+    "global_head_dim": 16,
 }
 
 # name -> (transformers' model type, what differs from the common sizes)
@@ -98,10 +127,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("ernie4_5", _ROTARY),
     "diffllama": ("diffllama", _ROTARY),
     "bitnet": ("bitnet", _ROTARY),
+    "arcee": ("arcee", _ROTARY),
+    "gpt_neox_sequential": ("gpt_neox", {"intermediate_size": 48, "use_parallel_residual": False}),
+    "falcon_new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "llama_3_1": ("llama", _ROTARY | {"rope_parameters": _LLAMA3_ROPE}),
+    "ministral3": ("ministral3", _ROTARY | {"sliding_window": WINDOW, "rope_parameters": _SCALED_QUERIES}),
     # learned or sinusoidal absolute positions
     "gpt2": ("gpt2", {}),
     "gpt_bigcode": ("gpt_bigcode", {}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN}),
+    "opt_post_norm": ("opt", _UNTIED | {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "ctrl": ("ctrl", _UNTIED | {"dff": 48}),
     "biogpt": ("biogpt", _UNTIED | {"intermediate_size": 48}),
     "xglm": ("xglm", _UNTIED | {"ffn_dim": 48}),
     # ALiBi
@@ -121,6 +157,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neo",
         {"attention_types": [[["global", "local", "global"], 1]], "window_size": WINDOW, "intermediate_size": 48},
     ),
+    "vaultgemma": ("vaultgemma", _ROTARY | _ALTERNATING | _UNTIED),
+    "gemma4": ("gemma4_text", _ROTARY | _UNTIED | _GEMMA4),
     "gpt_oss": ("gpt_oss", _EXPERTS | _ALTERNATING | _PLAIN_ROPE),
     # mixture of experts, latent attention
     "mixtral": ("mixtral", _EXPERTS),
@@ -130,6 +168,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", _EXPERTS | {"attention_multiplier": 0.3}),
     "phimoe": ("phimoe", _EXPERTS),
     "llama4": ("llama4_text", _EXPERTS | {"intermediate_size_mlp": 48, "attention_chunk_size": MAX_POSITIONS}),
+    "llama4_chunked": ("llama4_text", _EXPERTS | {"intermediate_size_mlp": 48, "attention_chunk_size": WINDOW}),
+    "jetmoe": ("jetmoe", {"intermediate_size": 48, "kv_channels": 8, "num_key_value_heads": 2, "num_local_experts": 4}),
+    "flex_olmo": ("flex_olmo", _EXPERTS),
+    "minimax_m2": ("minimax_m2", _EXPERTS),
+    "glm4_moe": ("glm4_moe", _EXPERTS | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "hunyuan_moe": ("hunyuan_v1_moe", _EXPERTS | {"moe_topk": 2}),
+    "ernie4_5_moe": ("ernie4_5_moe", _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}),
     "deepseek_v2": ("deepseek_v2", _LATENT),
     "deepseek_v3": ("deepseek_v3", _LATENT),
 }
@@ -164,7 +209,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 def _config(model_type: str, changes: dict[str, Any]) -> Any:
     """A tiny config; skips the test when this transformers has no such architecture."""
     try:
-        return AutoConfig.for_model(model_type, **_COMMON | changes)
+        return AutoConfig.for_model(model_type, **deepcopy(_COMMON | changes))  # some configs change their lists
     except ValueError as error:
         if "Unrecognized model identifier" not in str(error):
             raise
