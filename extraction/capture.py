@@ -8,6 +8,7 @@ Shapes: K points (site by layer), B slots, R rows that enter, P prompt columns, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
 def accumulator_of(pooling: str) -> Callable[..., Accumulator]:
     """What keeps a pooling, such as `response_mean` or `response_first:5`. Raises ConfigError for an unknown one."""
     asked = parse_pooling(pooling)
-    kind = ACCUMULATORS[asked.name]
+    kind: Callable[..., Accumulator] = ACCUMULATORS[asked.name]
     return kind if asked.count is None else partial(kind, count=asked.count)
 
 
@@ -199,7 +200,7 @@ class Observer:
             accumulator.enter(rows_R)
 
         def note(point: int, hidden: Tensor) -> None:
-            hidden_RPD = shaped(hidden, *mask_RP.shape, self.fed_KBD.shape[2]).to(self.device)
+            hidden_RPD = shaped(hidden, (*mask_RP.shape, self.fed_KBD.shape[2])).to(self.device)
             for accumulator in self.poolings.values():
                 accumulator.prompt(point, rows_R, hidden_RPD, mask_RP)
 
@@ -213,7 +214,7 @@ class Observer:
 
         def note(point: int, hidden: Tensor) -> None:
             # a copy: models may change it in place later
-            self.fed_KBD[point].copy_(shaped(hidden, n_slots, 1, self.fed_KBD.shape[2])[:, 0])
+            self.fed_KBD[point].copy_(shaped(hidden, (n_slots, 1, self.fed_KBD.shape[2]))[:, 0])
 
         with self._noting(note):
             yield
@@ -240,14 +241,14 @@ class Observer:
             self._note = _ignore
 
 
-def shaped(hidden: Tensor, n_rows: int, n_tokens: int, width: int) -> Tensor:
+def shaped(hidden: Tensor, shape_BTD: tuple[int, ...]) -> Tensor:
     """[B, T, D], also where a module works on flattened tokens. ModelError for any other shape."""
-    if hidden.shape[-1] != width or hidden.numel() != n_rows * n_tokens * width:
+    if hidden.shape[-1] != shape_BTD[-1] or hidden.numel() != math.prod(shape_BTD):
         raise ModelError(
-            f"an activation has shape {list(hidden.shape)} where {[n_rows, n_tokens, width]} is expected: "
+            f"an activation has shape {list(hidden.shape)} where {list(shape_BTD)} is expected: "
             "this architecture's blocks can't be captured; generate without activations (`traitline generate`)"
         )
-    return hidden.reshape(n_rows, n_tokens, width)
+    return hidden.reshape(shape_BTD)
 
 
 def _ignore(_point: int, _hidden_BTD: Tensor) -> None:

@@ -6,6 +6,7 @@
     |-- ModelError         the model can't be loaded, or can't do what is asked
     |   |-- PromptError    one prompt can't be encoded for this model
     |   `-- ActivationError  an activation is NaN or Inf
+    |       `-- LogitsError    no token can be chosen from some rows' logits
     `-- StoreError         the run's folder: damaged, locked, full, read-only
         `-- RunMismatch    the folder holds a run with another config
 
@@ -35,6 +36,15 @@ class PromptError(ModelError):
 
 class ActivationError(ModelError):
     """An activation is NaN or Inf: names the layer, the example and the dtype."""
+
+
+class LogitsError(ActivationError):
+    """No token can be chosen from the logits of some rows: NaN, or nothing but -inf. `rows` are their numbers."""
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        named = ", ".join(f"row {row}" for row in rows)
+        super().__init__(f"the logits of {named} are NaN or all -inf: try --dtype bfloat16 or float32")
+        self.rows = rows
 
 
 class StoreError(TraitlineError):

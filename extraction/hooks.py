@@ -19,7 +19,8 @@ class Enough(Exception):
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a module's output, whether bare or first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -47,7 +47,9 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return, union-attr]
+        embeddings: Any = self.model.get_input_embeddings()
+        device: torch.device = embeddings.weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,8 +59,15 @@ class LanguageModel:
     def last_logits(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
         """One forward pass; the logits of the last position alone: [B, V]."""
         if self.keeps_last_logits:
-            inputs["logits_to_keep"] = 1
-        return self.model(input_ids=input_ids_BT, **inputs).logits[:, -1]  # type: ignore[no-any-return]
+            inputs["logits_to_keep"] = self._last_position(input_ids_BT)
+        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, **inputs).logits
+        return logits_BTV[:, -1]
+
+    def _last_position(self, input_ids_BT: Tensor) -> int | Tensor:
+        # Layers that share keys and values (Gemma-4) cut the prompt itself when told a number, not when told an index.
+        if getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 0):
+            return torch.tensor([input_ids_BT.shape[1] - 1], device=input_ids_BT.device)
+        return 1
 
     def hidden_states(self, input_ids_BT: Tensor) -> None:
         """One pass through the decoder without the head, for its hooks alone; no mask, so pads must be on the right."""
@@ -70,19 +79,26 @@ def load(spec: ModelSpec) -> LanguageModel:
 
     Raises ModelError, in one line that never shows a token, where anything is missing, gated, truncated or foreign.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
     with _explaining(spec):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            spec.source, dtype=_dtype(spec), device_map=pick_device(spec), output_loading_info=True, **common
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            spec.source,
+            dtype=_dtype(spec),
+            device_map=pick_device(spec),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            **common,
         )
-    with _explaining(spec):
-        tokenizer = AutoTokenizer.from_pretrained(spec.source, **common)
-    broken = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    model, info = loaded
+    tokenizer = read_tokenizer(spec)
+    broken = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if broken:
         raise ModelError(f"{spec.name}: {len(broken)} weights are missing or misshapen ({broken[0]}); fetch it again")
-    return wrap(model, tokenizer)
+    with _explaining(spec):
+        return wrap(model, tokenizer)
 
 
 def read_config(spec: ModelSpec) -> Any:
@@ -93,7 +109,20 @@ def read_config(spec: ModelSpec) -> Any:
         config = AutoConfig.from_pretrained(
             spec.source, trust_remote_code=spec.trust_remote_code, revision=spec.revision
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model {spec.name} is an encoder-decoder; a decoder-only (causal) model is needed")
     return config.get_text_config()
+
+
+def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises ModelError as `load` does."""
+    from transformers import AutoTokenizer
+
+    with _explaining(spec):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            spec.source, trust_remote_code=spec.trust_remote_code, revision=spec.revision
+        )
+    return tokenizer
 
 
 def pick_device(spec: ModelSpec) -> str:
@@ -137,10 +166,12 @@ _REMEDIES = {
     "gated repo": "it is gated; accept its licence on the hub and log in",
     "401 Client": "it is private or gated; log in to the hub",
     "Unrecognized configuration class": "it is not a causal language model; a decoder-only text model is needed",
-    "couldn't connect": "it is not in the local cache and the hub can't be reached; download it first, or give a folder",
+    "couldn't connect": "it is not in the local cache and the hub can't be reached; fetch it first, or give a folder",
     "offline mode": "it is not in the local cache and offline mode is on; download it first, or give a folder",
     "not the path to a directory": "no such model on the hub, nor in the local cache; check the name",
     "is not a local folder": "no such model on the hub, nor in the local cache; check the name",
+    "out of memory": "the device has too little memory; use a smaller model, --dtype bfloat16 or --device cpu",
+    "no file named": "it has no weights in safetensors; fetch them, or convert the pickled ones",
     "deserializing header": "its weights are truncated or damaged; fetch them again",
     "incomplete metadata": "its weights are truncated or damaged; fetch them again",
 }
@@ -149,13 +180,14 @@ _REMEDIES = {
 def wrap(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, stop_ids: Iterable[int] | None = None
 ) -> LanguageModel:
-    """Look a model over. Raises ModelError where the engine can't run it: encoder-decoder, recurrent state, no LM head."""
+    """Look a model over. Raises ModelError where the engine can't run it: encoder-decoder, recurrent, no LM head."""
     config = model.config.get_text_config()
     _refuse_unsupported(model, config)
     layers = find_layers(model)
-    embeddings = model.get_input_embeddings()
-    vocab_size = int(model.get_output_embeddings().weight.shape[0])
-    if tokenizer is not None and len(tokenizer) > max(vocab_size, embeddings.weight.shape[0]):
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    vocab_size = int(head.weight.shape[0])
+    if tokenizer is not None and len(tokenizer) > max(vocab_size, int(embeddings.weight.shape[0])):
         raise ModelError(
             f"{_name(model)}: the tokenizer knows {len(tokenizer)} tokens and the model {vocab_size}: "
             "they don't belong together; give the model's own tokenizer"
@@ -169,7 +201,7 @@ def wrap(
         vocab_size=vocab_size,
         stop_ids=stops,
         pad_id=_pad_id(config, tokenizer, stops),
-        max_positions=_max_positions(config),
+        max_positions=max_positions(config),
         keeps_last_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
     _prove_cached_decoding(lm)
@@ -186,13 +218,17 @@ def _prove_cached_decoding(lm: LanguageModel) -> None:
             lm.last_logits(ids_BT[:, :2], past_key_values=cache, use_cache=True)
         cached_V = lm.last_logits(ids_BT[:, 2:], past_key_values=cache, use_cache=True)[0].float()
         whole_V = lm.last_logits(ids_BT, use_cache=False)[0].float()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as failure:  # an architecture may object in any way
         raise ModelError(
             f"{_name(lm.model)} can't decode with a key-value cache of slots ({type(failure).__name__}: "
             f"{' '.join(str(failure).split())[:120]}); use an attention-only causal model"
         ) from failure
+    finite_V = cached_V.isfinite() & whole_V.isfinite()  # what is not finite is named when a job meets it
+    scale = float(whole_V[finite_V].abs().max()) if finite_V.any() else 0.0
     tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.1
-    if not torch.allclose(cached_V, whole_V, atol=tolerance * float(whole_V.abs().max()), rtol=0, equal_nan=True):
+    if ((cached_V - whole_V)[finite_V].abs() > tolerance * scale).any():
         raise ModelError(
             f"{_name(lm.model)} is not a causal model with a key-value cache: token by token it gives other logits "
             "than all at once; use a decoder-only model"
@@ -242,16 +278,23 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
 def _pad_id(config: Any, tokenizer: PreTrainedTokenizerBase | None, stops: frozenset[int]) -> int:
     """Any id will do: padding is known by the mask, never by the id."""
     for holder in (tokenizer, config):
-        if isinstance(getattr(holder, "pad_token_id", None), int) and holder.pad_token_id >= 0:
-            return int(holder.pad_token_id)
+        pad_id = getattr(holder, "pad_token_id", None)
+        if isinstance(pad_id, int) and pad_id >= 0:
+            return pad_id
     return min(stops, default=0)
 
 
-def _max_positions(config: Any) -> int | None:
-    for field in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(getattr(config, field, None), int):
-            return int(getattr(config, field))
-    return None
+def max_positions(config: Any) -> int | None:
+    """The longest sequence; None: no limit. Shorter than the config's where a long row would change its neighbours."""
+    limits = [getattr(config, field, None) for field in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    limits = [next((limit for limit in [*limits, getattr(config, "seq_length", None)] if isinstance(limit, int)), None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # the whole batch gets other rotary tables past the original context
+        field = "original_max_position_embeddings"
+        limits.append(rope.get(field) or getattr(config, field, None))
+    if getattr(config, "attn_temperature_tuning", None) and getattr(config, "floor_scale", None):
+        limits.append(int(config.floor_scale) * 3 // 4)  # Llama 4 scales by columns, which a window has more of
+    return min((limit for limit in limits if limit), default=None)
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -66,7 +66,7 @@ class SlotLayer(CacheLayerMixin):
 
     def repack(self, rows: Tensor | None, start: int, cursor: int) -> None:
         """Keep only these rows (None: all), and roll columns `[start, cursor)` to the left edge."""
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             return
         self.keys, self.values = (_repacked(states, rows, start, cursor) for states in (self.keys, self.values))
 
@@ -100,7 +100,8 @@ class SlotCache(Cache):
 
     def __init__(self, n_layers: int, slots: int, columns: int) -> None:
         self.window = Window(slots, columns)
-        super().__init__(layers=[SlotLayer(self.window) for _ in range(n_layers)])
+        self.slot_layers = [SlotLayer(self.window) for _ in range(n_layers)]
+        super().__init__(layers=list(self.slot_layers))
 
     @contextmanager
     def entering(self, rows: Tensor, cursor: int) -> Iterator[None]:
@@ -114,7 +115,7 @@ class SlotCache(Cache):
     def repack(self, rows: Tensor | None = None) -> None:
         """Roll live columns to the left edge; with `rows`, shrink the batch to those slots."""
         window = self.window
-        for layer in self.layers:
+        for layer in self.slot_layers:
             layer.repack(rows, window.start, window.cursor)
         window.cursor, window.start = window.cursor - window.start, 0
         window.slots = window.slots if rows is None else len(rows)

@@ -68,7 +68,7 @@ def _forced(
     remaining = set(range(len(taps)))
 
     def note(point: int, hidden: Tensor) -> None:
-        hidden_BTD = shaped(hidden, *ids_BT.shape, lm.hidden_size).to(lm.device)
+        hidden_BTD = shaped(hidden, (*ids_BT.shape, lm.hidden_size)).to(lm.device)
         for pooling, points in found.items():
             points[point] = list(_pooled(pooling, hidden_BTD, prompt_BT, response_BT))
         remaining.discard(point)

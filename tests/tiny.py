@@ -81,7 +81,7 @@ _SCALED_QUERIES = _PLAIN_ROPE["rope_parameters"] | {  # a query's scale grows wi
     "rope_type": "yarn",
     "factor": 8.0,
     "original_max_position_embeddings": 16,
-    "llama_4_scaling_beta": 0.5,
+    "llama_4_scaling_beta": 0.1,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
     "mscale": 1.0,

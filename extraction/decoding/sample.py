@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.errors import ActivationError, ConfigError
+from extraction.errors import ConfigError, LogitsError
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sample:
         return self.temperature > 0
 
     def __call__(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Tensor:
-        """Choose a token for every row. Raises ActivationError where a row's logits are NaN."""
+        """Choose a token for every row. Raises LogitsError where a row has none."""
         if not self.draws:
             best_B, token_B = logits_BV.max(dim=-1)
             return _checked(token_B, best_B)
@@ -76,9 +76,9 @@ def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _checked(token_B: Tensor, witness_B: Tensor) -> Tensor:
-    if witness_B.isnan().any():
-        row = int(witness_B.isnan().nonzero()[0, 0])
-        raise ActivationError(f"the logits of row {row} are NaN: try --dtype bfloat16 or float32")
+    bad_B = witness_B.isnan() | (witness_B == float("-inf"))
+    if bad_B.any():
+        raise LogitsError(tuple(bad_B.nonzero()[:, 0].tolist()))
     return token_B
 
 

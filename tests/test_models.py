@@ -1,0 +1,294 @@
+"""What the engine needs to know of a model, and the one line that refuses a model which can't be right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, PreTrainedModel
+
+from extraction.configs import ModelSpec
+from extraction.errors import ModelError
+from extraction.models import LanguageModel, find_layers, load, wrap
+from extraction.utils_batch import Capture, Request, generate
+from tests.tiny import (
+    ARCHITECTURES,
+    HIDDEN,
+    LAYERS,
+    MAX_POSITIONS,
+    VOCABULARY,
+    blocks,
+    prompts,
+    reference_greedy,
+    shared_model,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, which may not be longer."""
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def answers(lm: LanguageModel, n: int = 8) -> list[tuple[int, ...]]:
+    """What a model says to five prompts of different lengths, three at a time."""
+    requests = [Request(str(i), row, n) for i, row in enumerate(prompts(5))]
+    done = {c.id: c.token_ids for c in generate(lm, requests, batch_size=3)}
+    return [done[r.id] for r in requests]
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_described(name: str) -> None:
+    model = shared_model(name)
+    lm = wrap(model)
+    assert lm.layers == tuple(blocks(model))
+    assert (lm.n_layers, lm.hidden_size, lm.vocab_size) == (LAYERS, HIDDEN, VOCABULARY)
+    assert (lm.device, lm.dtype) == (torch.device("cpu"), torch.float32)
+    assert (lm.stop_ids, lm.pad_id) == (frozenset({2}), 0)
+    assert lm.max_positions == MAX_POSITIONS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "olmo2", "mixtral"])
+def test_a_model_may_have_any_precision(name: str, dtype: torch.dtype) -> None:
+    if name == "mixtral" and dtype == torch.float64:
+        pytest.skip("transformers runs no experts in float64 on a CPU")
+    assert wrap(shared_model(name, dtype)).dtype == dtype
+
+
+def test_layers_that_cannot_be_told_apart_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.twin = torch.nn.ModuleList(torch.nn.Identity() for _ in range(LAYERS))
+    with pytest.raises(ModelError, match="2 module lists of 3"):
+        find_layers(model)
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ModelError, match="0 module lists of 7") as caught:
+        wrap(model)
+    assert "LlamaForCausalLM" in one_line(caught.value)
+
+
+# --- stop, pad and vocabulary -----------------------------------------------------------------------------------------
+
+
+def with_ids(*, pad: int | None, eos: int | list[int] | None) -> PreTrainedModel:
+    """A Llama whose config says these ids."""
+    model = tiny_model("llama")
+    model.config.pad_token_id, model.config.eos_token_id = pad, eos
+    model.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=eos)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("pad", "eos"), [(0, 2), (2, 2), (None, 2), (0, 0), (-1, 2), (None, None), (57, [2, 40]), (96, [96])]
+)
+def test_padding_is_known_by_the_mask_whatever_its_id(pad: int | None, eos: Any) -> None:
+    """The same answers whether the pad is EOS, 0, absent, negative, or a token of the prompts."""
+    lm = wrap(with_ids(pad=pad, eos=eos), stop_ids=())
+    assert 0 <= lm.pad_id < VOCABULARY
+    model = shared_model("llama")
+    assert answers(lm) == [reference_greedy(model, row, 8) for row in prompts(5)]
+
+
+def test_padding_changes_no_prompt_that_holds_its_id() -> None:
+    model = shared_model("gpt2")
+    rows = [(0, 0, 5, 0), (7,), (0,), tuple(range(9))]
+    requests = [Request(str(i), row, 6) for i, row in enumerate(rows)]
+    done = {c.id: c.token_ids for c in generate(wrap(model, stop_ids=()), requests, batch_size=4)}
+    assert [done[r.id] for r in requests] == [reference_greedy(model, row, 6) for row in rows]
+
+
+def test_every_id_that_ends_a_response_counts() -> None:
+    """The generation config's, the config's and the tokenizer's, one or many."""
+    model = with_ids(pad=0, eos=[5, 6])
+    model.generation_config.eos_token_id = [7, 8]
+    assert wrap(model, tiny_tokenizer()).stop_ids == {2, 5, 6, 7, 8}
+    assert wrap(model).stop_ids == {5, 6, 7, 8}
+    assert wrap(model, stop_ids=[9]).stop_ids == {9}
+    assert wrap(model, stop_ids=()).stop_ids == frozenset()
+
+
+def test_without_eos_a_response_ends_with_its_budget() -> None:
+    lm = wrap(with_ids(pad=None, eos=None))
+    assert lm.stop_ids == frozenset()
+    done = list(generate(lm, [Request("e", (5, 6), 9)], batch_size=1, capture=Capture((0,))))
+    assert (len(done[0].token_ids), done[0].finish_reason) == (9, "length")
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="97 tokens and the model 60"):
+        wrap(tiny_model("llama", vocab_size=60), tiny_tokenizer())
+    assert wrap(tiny_model("llama", vocab_size=128), tiny_tokenizer()).vocab_size == 128  # padded embeddings are common
+
+
+def test_the_tiny_tokenizer_gives_text_back() -> None:
+    tokenizer = tiny_tokenizer()
+    assert len(tokenizer) == VOCABULARY
+    text = "Is it  so?\nYes, (perhaps) 3 of 5!"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    chat = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert chat == "<bos><|system|>\nBe brief.<|end|>\n<|user|>\nHello<|end|>\n<|assistant|>\n"
+    assert tokenizer.convert_ids_to_tokens(tokenizer(chat, add_special_tokens=False)["input_ids"][:2]) == [
+        "<bos>",
+        "<|system|>",
+    ]
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a tiny model and its tokenizer."""
+    folder = tmp_path / "tiny"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def spec(folder: Path | str, **options: Any) -> ModelSpec:
+    """A model file's content."""
+    return ModelSpec(name="tiny", source=str(folder), device="cpu", **options)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_a_saved_model_comes_back(saved: Path, dtype: str) -> None:
+    lm = load(spec(saved, dtype=dtype))
+    assert lm.dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    assert lm.tokenizer is not None
+    assert len(lm.tokenizer) == VOCABULARY
+    if lm.dtype == torch.float32:
+        assert answers(lm) == answers(wrap(shared_model("llama")))
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def empty(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def scribble(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\xff" * 4096)
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_one_tensor(folder: Path) -> None:
+    change_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def misshape_one_tensor(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(folder, lambda tensors: tensors.update({name: tensors[name][:5].clone()}))
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def run_own_code(folder: Path) -> None:
+    change_config(folder, model_type="mine", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+
+
+def unknown_architecture(folder: Path) -> None:
+    change_config(folder, model_type="nobody-knows")
+
+
+def encoder_decoder(folder: Path) -> None:
+    change_config(folder, model_type="t5", architectures=["T5ForConditionalGeneration"])
+
+
+def vision_only(folder: Path) -> None:
+    change_config(folder, model_type="vit", architectures=["ViTModel"])
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def lose_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def lose_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+def another_tokenizer(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"word{i}" for i in range(50)])
+    tokenizer.save_pretrained(folder)
+
+
+DAMAGE = {
+    truncate: "truncated|damaged",
+    empty: "truncated|damaged",
+    scribble: "truncated|damaged",
+    lose_weights: "safetensors",
+    lose_one_tensor: "up_proj",
+    misshape_one_tensor: "up_proj",
+    run_own_code: "code",
+    unknown_architecture: "nobody-knows",
+    encoder_decoder: "causal",
+    vision_only: "causal",
+    break_config: "config|JSON",
+    lose_config: "config",
+    lose_tokenizer: "tokenizer",
+    another_tokenizer: "tokenizer",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_or_foreign_model_is_refused_in_one_line(saved: Path, damage: Callable[[Path], None]) -> None:
+    damage(saved)
+    with pytest.raises(ModelError, match=DAMAGE[damage]) as caught:
+        load(spec(saved))
+    message = one_line(caught.value)
+    assert "tiny" in message or "Llama" in message
+    assert len(message) < 400
+    assert not (saved / "ran").exists()
+
+
+def test_an_absent_model_is_refused_offline_without_showing_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for source in ("nobody/nothing", str(tmp_path / "absent")):
+        with pytest.raises(ModelError) as caught:
+            load(spec(source))
+        assert source in one_line(caught.value)
+        assert "hf_secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps:7"])
+def test_a_device_that_is_not_there_is_refused(saved: Path, device: str) -> None:
+    with pytest.raises(ModelError, match=device):
+        load(ModelSpec(name="tiny", source=str(saved), device=device))
