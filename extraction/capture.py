@@ -9,8 +9,8 @@ Shapes: K points (site by layer), B slots, R rows that enter, P prompt columns, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from extraction.errors import ActivationError, ModelError
+from extraction.hooks import Enough, watch
 from extraction.pooling import parse_pooling, pool_mean
 from extraction.sites import taps_of, watch_taps
 
@@ -239,6 +240,20 @@ class Observer:
             yield
         finally:
             self._note = _ignore
+
+
+def first_overflow(lm: LanguageModel, token_ids: Sequence[int]) -> int | None:
+    """The first layer whose output is NaN or infinite for a text read alone; None where all are finite."""
+    found: list[int] = []
+
+    def note(layer: int, hidden_BTD: Tensor) -> None:
+        if not hidden_BTD.isfinite().all():
+            found.append(layer)
+            raise Enough
+
+    with suppress(Enough), watch(dict(enumerate(lm.layers)), note):
+        lm.hidden_states(torch.tensor([list(token_ids)], device=lm.device))
+    return found[0] if found else None
 
 
 def shaped(hidden: Tensor, shape_BTD: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.capture import Capture, Observer
+from extraction.capture import Capture, Observer, first_overflow
 from extraction.decoding.sample import Sample, uniforms
 from extraction.errors import ActivationError, LogitsError, PromptError
 from extraction.models import LanguageModel, wrap
@@ -314,12 +314,18 @@ class RunningBatch:
             for row in failure.rows:
                 slot = self.slots[rows[row]]
                 if slot is not None:
-                    dtype = str(self.lm.dtype).removeprefix("torch.")
-                    raise ActivationError(
-                        f"{slot.request.id}: the logits after {len(slot.tokens)} response tokens are NaN or all -inf "
-                        f"in {dtype}: load the model with --dtype bfloat16 or float32"
-                    ) from failure
+                    raise self._no_choice(slot) from failure
             return self.strategy(logits_BV.index_fill(0, logits_BV.new_tensor(failure.rows).long(), 0.0), uniform_B)
+
+    def _no_choice(self, slot: _Slot) -> ActivationError:
+        """What to raise where a live row has no sound logits: names the example, the first bad layer, the dtype."""
+        layer = first_overflow(self.lm, [*slot.request.token_ids, *slot.tokens])
+        where = "the head" if layer is None else f"layer {layer}"
+        dtype = str(self.lm.dtype).removeprefix("torch.")
+        return ActivationError(
+            f"{slot.request.id}: the logits after {len(slot.tokens)} response tokens are NaN or all -inf in {dtype}, "
+            f"from {where} on: load the model with --dtype bfloat16 or float32"
+        )
 
     def _forward(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor) -> Tensor:
         return self.lm.last_logits(
