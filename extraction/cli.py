@@ -1,125 +1,28 @@
-"""The command line: options shared by all doors, the `traitline` group, errors as one line and exit code 2."""
+"""The command line: options shared by all doors, and the `traitline` group."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from types import FrameType
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from extraction import __version__
-from extraction.errors import TraitlineError
+from extraction.terminal import Command, Group, Terminal, one_line
 
 if TYPE_CHECKING:
     from extraction.jobs import Job
+    from extraction.stages import Vectors
 
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda token: token.replace("_", "-"),  # --batch_size is --batch-size
     "max_content_width": 100,
 }
-
-
-class Interrupted(BaseException):
-    """A signal asked this process to stop."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-class Command(click.Command):
-    """A command whose errors are one line on stderr and exit code 2; a traceback only with --debug."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("context_settings", SETTINGS)
-        super().__init__(*args, **kwargs)
-        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run it; turn what users can put right into one line."""
-        debug = ctx.params.pop("debug", False)
-        _listen_for_signals()
-        try:
-            return super().invoke(ctx)
-        except TraitlineError as failure:
-            if debug:
-                raise
-            click.echo(f"traitline: {_one_line(failure)}", err=True)
-            ctx.exit(2)
-        except Interrupted as stop:
-            click.echo("traitline: stopped; finished shards are kept, the same command goes on from there", err=True)
-            ctx.exit(128 + stop.number)
-
-
-def _one_line(failure: BaseException) -> str:
-    """ANSI and other control characters in a name or a path must not reach the terminal."""
-    text = " ".join(str(failure).split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _listen_for_signals() -> None:
-    """The first SIGINT or SIGTERM unwinds; a second one ends the process at once."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda again, _: os._exit(128 + again))
-        raise Interrupted(number)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
-
-
-class Terminal:
-    """A stage's listener that speaks to people: a bar with tokens/s and time left on a terminal, lines elsewhere."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._tokens = 0
-        self._started = 0.0
-
-    def note(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            click.echo(text, err=True)
-
-    def begin(self, title: str, n_examples: int, n_done: int) -> None:
-        """Start a bar."""
-        from tqdm import tqdm
-
-        if not sys.stderr.isatty():
-            click.echo(f"{title}: {n_done} of {n_examples} examples are there", err=True)
-        self._tokens, self._started = 0, time.perf_counter()
-        self._bar = tqdm(
-            total=n_examples,
-            initial=n_done,
-            desc=title,
-            unit=" examples",
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-            bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {postfix} {elapsed}<{remaining}",
-        )
-
-    def advance(self, n_examples: int, n_tokens: int) -> None:
-        """Move the bar."""
-        self._tokens += n_tokens
-        rate = self._tokens / max(time.perf_counter() - self._started, 1e-9)
-        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        self._bar.update(n_examples)
-
-    def end(self) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -173,7 +76,7 @@ CAPTURE: tuple[Decorator, ...] = (
     ),
 )
 BATCH: tuple[Decorator, ...] = (click.option("--batch-size", metavar="N", help="Slots of the running batch, or auto."),)
-RUN: tuple[Decorator, ...] = (
+CHECK: tuple[Decorator, ...] = (
     click.option(
         "--self-check",
         metavar="N",
@@ -182,6 +85,8 @@ RUN: tuple[Decorator, ...] = (
         show_default=True,
         help="Compare N examples alone and in a batch first.",
     ),
+)
+RUN: tuple[Decorator, ...] = (
     click.option(
         "--slice", "slice_text", metavar="K/N", default="1/1", help="Do every N-th shard, from the K-th: for clusters."
     ),
@@ -223,111 +128,99 @@ def options(*groups: tuple[Decorator, ...]) -> Decorator:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(cls=Group, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="traitline")
 def main() -> None:
     """Turn a trait into a validated direction in a language model's activations."""
 
 
-def _take(given: dict[str, Any], *names: str) -> list[Any]:
-    return [given.pop(name) for name in names]
+def command(name: str, *groups: tuple[Decorator, ...]) -> Decorator:
+    """A command of the group with these options; a door of its own too."""
+    make = main.command(name, cls=Command, context_settings=SETTINGS)
+    return lambda function: make(options(*groups)(function))
 
 
-def _make_responses(mode: str, given: dict[str, Any]) -> None:
-    """The body of stage 1's commands."""
-    from extraction.jobs import MODES
-
-    dry_run, gpu_price, threads = _take(given, "dry_run", "gpu_price", "threads")
-    job = _job(given)
-    if dry_run:
-        return _print_plan(job, MODES[mode].serial, gpu_price)
-    from extraction import stages, summary
-
-    _prepare(threads)
-    started = time.perf_counter()
-    engine = stages.generate(job, MODES[mode], Terminal())
-    _print(summary.of_generation(job, engine, time.perf_counter() - started, gpu_price))
-
-
-@main.command("generate", cls=Command)
-@options(INPUTS, GENERATION, DEVICE, RUN)
+@command("generate", INPUTS, GENERATION, CAPTURE, DEVICE, CHECK, RUN)
 def generate_command(**given: Any) -> None:
-    """Stage 1, the yardstick: responses, one prompt at a time, no activations."""
+    """Stage 1, the yardstick: responses, one prompt at a time, without activations.
+
+    What stage 2 shall capture is said here, since it is part of the run's config.
+    """
     _make_responses("responses", given)
 
 
-@main.command("combined", cls=Command)
-@options(INPUTS, GENERATION, CAPTURE, DEVICE, RUN)
+@command("combined", INPUTS, GENERATION, CAPTURE, DEVICE, CHECK, RUN)
 def combined_command(**given: Any) -> None:
     """Stage 1, one prompt at a time, with activations captured in the same pass."""
     _make_responses("combined", given)
 
 
-@main.command("batched", cls=Command)
-@options(INPUTS, GENERATION, CAPTURE, BATCH, DEVICE, RUN)
+@command("batched", INPUTS, GENERATION, CAPTURE, BATCH, DEVICE, CHECK, RUN)
 def batched_command(**given: Any) -> None:
     """Stage 1, the fast one: batched responses with activations captured in the same pass."""
     _make_responses("batched", given)
 
 
-@main.command("capture", cls=Command)
-@options(INPUTS, GENERATION, CAPTURE, BATCH, DEVICE, RUN)
+@command("capture", INPUTS, GENERATION, CAPTURE, BATCH, DEVICE, RUN)
 def capture_command(**given: Any) -> None:
-    """Stage 2: activations of stored responses, in a teacher-forced pass over their token ids."""
-    dry_run, gpu_price, threads = _take(given, "dry_run", "gpu_price", "threads")
-    job = _job(given)
-    if dry_run:
-        return _print_plan(job, False, gpu_price)
+    """Stage 2: activations of stored responses, in a teacher-forced pass over their token ids.
+
+    Settings of stage 1 are read from the run, and need not be given again.
+    """
+    how = _how(given)
+    jobs = _stored_jobs(given, loads_model=True)
+    if how.dry_run:
+        return _print_plans(jobs, "capture", how)
     from extraction import stages, summary
+    from extraction.runners import Engine
 
-    _prepare(threads)
-    started = time.perf_counter()
-    engine = stages.capture(job, Terminal())
-    _print(summary.of_generation(job, engine, time.perf_counter() - started, gpu_price))
+    _prepare(how.threads)
+    engine = Engine(jobs[0])
+    for job in jobs:
+        engine = stages.capture(job, Terminal(), engine)
+    _print(summary.of_generation(jobs, engine, how.seconds, how.gpu_price))
 
 
-@main.command("vectors", cls=Command)
-@options(INPUTS, VECTORS, STORED)
+@command("vectors", INPUTS, VECTORS, STORED)
 def vectors_command(**given: Any) -> None:
     """Stage 3: a direction per method and layer, from the examples that the judge keeps."""
     wanted = _wanted(given)
-    job = _stored_job(given)
+    jobs = _stored_jobs(given)
     from extraction import stages, summary
 
-    n_written = stages.vectors(job, wanted, Terminal())
-    _print(summary.of_vectors(job, n_written))
+    n_written = sum(stages.vectors(job, wanted, Terminal()) for job in jobs)
+    _print(summary.of_vectors(jobs, n_written))
 
 
-@main.command("validate", cls=Command)
-@options(INPUTS, VECTORS, STORED)
+@command("validate", INPUTS, VECTORS, STORED)
 def validate_command(**given: Any) -> None:
     """Stage 4: what each method and layer is worth on questions that it has not seen."""
     wanted = _wanted(given)
-    job = _stored_job(given)
+    jobs = _stored_jobs(given)
     from extraction import stages, summary
 
-    stages.validate(job, wanted, Terminal())
-    _print(summary.of_cards(job))
+    n_written = sum(stages.validate(job, wanted, Terminal()) for job in jobs)
+    _print(summary.of_cards(jobs, n_written))
 
 
-@main.command("extract", cls=Command)
-@options(INPUTS, GENERATION, CAPTURE, BATCH, VECTORS, DEVICE, RUN)
+@command("extract", INPUTS, GENERATION, CAPTURE, BATCH, VECTORS, DEVICE, CHECK, RUN)
 def extract_command(**given: Any) -> None:
     """The whole job: responses, activations, vectors and what they are worth."""
-    dry_run, gpu_price, threads = _take(given, "dry_run", "gpu_price", "threads")
-    wanted = _wanted(given, takes_layers=False)
+    how, wanted = _how(given), _wanted(given, takes_layers=False)
     job = _job(given)
-    if dry_run:
-        return _print_plan(job, False, gpu_price)
+    if how.dry_run:
+        return _print_plans([job], "batched", how)
     from extraction import stages, summary
 
-    _prepare(threads)
-    started = time.perf_counter()
+    _prepare(how.threads)
     engine, n_new = stages.extract(job, wanted, Terminal())
-    _print(summary.of_job(job, engine, n_new, time.perf_counter() - started, gpu_price))
+    if job.is_whole:
+        _print(summary.of_job(job, engine, n_new, how.seconds, how.gpu_price))
+    else:
+        _print(summary.of_generation([job], engine, how.seconds, how.gpu_price))
 
 
-@main.command("verify", cls=Command)
+@main.command("verify", cls=Command, context_settings=SETTINGS)
 @click.argument("folder", required=False, type=click.Path())
 @click.option("--root", metavar="DIR", help="Where experiments/ is; default: here, or the checkout.")
 def verify_command(folder: str | None, root: str | None) -> None:
@@ -343,12 +236,13 @@ def verify_command(folder: str | None, root: str | None) -> None:
         raise StoreError(f"{top}: no such folder; give a run's folder, or run a job first")
     findings = verify_tree(top)
     for finding in findings:
-        click.echo(_one_line(finding))
-    click.echo(f"{top}: " + (f"{len(findings)} findings" if findings else "every file is what its receipt says"))
+        click.echo(one_line(finding))
+    verdict = f"{len(findings)} findings" if findings else "every file is what its receipt says"
+    click.echo(one_line(f"{top}: {verdict}"))
     sys.exit(1 if findings else 0)
 
 
-@main.command("traits", cls=Command)
+@main.command("traits", cls=Command, context_settings=SETTINGS)
 @click.option("--root", metavar="DIR", help="Where configs/ is; default: here, or the checkout.")
 def traits_command(root: str | None) -> None:
     """List the traits that can be named, with what their positive side is."""
@@ -357,10 +251,49 @@ def traits_command(root: str | None) -> None:
 
     folder = find_root(root)
     for name in list_traits(folder):
-        click.echo(f"{name}\n    {load_trait(name, folder).description}")
+        click.echo(f"{name}\n    {one_line(load_trait(name, folder).description)}")
 
 
 # --- what the commands share ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class How:
+    """Options that say how to run, not what."""
+
+    dry_run: bool
+    gpu_price: float | None
+    threads: int | None
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        """Since the command began."""
+        return time.perf_counter() - self.started
+
+
+def _take(given: dict[str, Any], *names: str) -> list[Any]:
+    return [given.pop(name) for name in names]
+
+
+def _how(given: dict[str, Any]) -> How:
+    dry_run, gpu_price, threads = _take(given, "dry_run", "gpu_price", "threads")
+    return How(dry_run, gpu_price, threads, started=time.perf_counter())
+
+
+def _make_responses(mode: str, given: dict[str, Any]) -> None:
+    """The body of stage 1's commands."""
+    from extraction.jobs import MODES
+
+    how = _how(given)
+    job = _job(given)
+    if how.dry_run:
+        return _print_plans([job], mode, how)
+    from extraction import stages, summary
+
+    _prepare(how.threads)
+    engine = stages.generate(job, MODES[mode], Terminal())
+    _print(summary.of_generation([job], engine, how.seconds, how.gpu_price))
 
 
 def _job(given: dict[str, Any]) -> Job:
@@ -369,43 +302,47 @@ def _job(given: dict[str, Any]) -> Job:
 
     own = {key: given.pop(key) for key in ("root", "self_check", "slice_text") if key in given}
     experiment, traits = _take(given, "experiment", "traits")
-    for key in ("sites", "poolings"):
-        if given.get(key) is not None:
-            given[key] = [part.strip() for part in given[key].split(",")]
-    job = plan(experiment, traits, options=_numbers(given), **own)
+    job = plan(experiment, traits, options=_settings(given), **own)
     for note in job.notes:
-        click.echo(_one_line(note), err=True)
+        click.echo(one_line(note), err=True)
     return job
 
 
-def _stored_job(given: dict[str, Any]) -> Job:
-    """The job as its run.json has it, so that no option of stage 1 has to be given again."""
-    from extraction.jobs import stored_plan
+def _stored_jobs(given: dict[str, Any], *, loads_model: bool = False) -> list[Job]:
+    """The jobs as their run.json has them, so that no option of stage 1 has to be given again."""
+    from extraction.jobs import stored_plans
 
-    experiment, traits, model, root = _take(given, "experiment", "traits", "model", "root")
-    return stored_plan(experiment, traits, root=root, options={"model": model, **_numbers(given)})
+    own = {key: given.pop(key) for key in ("root", "slice_text") if key in given}
+    experiment, traits = _take(given, "experiment", "traits")
+    return list(stored_plans(experiment, traits, options=_settings(given), loads_model=loads_model, **own))
 
 
-def _wanted(given: dict[str, Any], *, takes_layers: bool = True) -> Any:
+def _wanted(given: dict[str, Any], *, takes_layers: bool = True) -> Vectors:
     """What stage 3 is asked for."""
     from extraction.stages import Vectors
 
     methods, site, pooling = _take(given, "methods", "site", "pooling")
-    names = tuple(part.strip() for part in methods.split(",")) if methods else None
     layers = given.pop("layers") if takes_layers else None
-    return Vectors(methods=names, layers=layers, site=site, pooling=pooling)
+    return Vectors(methods=_listed(methods), layers=layers, site=site, pooling=pooling)
 
 
+def _listed(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
+LISTS = ("sites", "poolings")
 NUMBERS: dict[str, Callable[[str], int | float]] = {
     **dict.fromkeys(("n_examples", "max_new_tokens", "top_k", "seed", "shard_size"), int),
     **dict.fromkeys(("temperature", "top_p", "threshold"), float),
 }
 
 
-def _numbers(given: dict[str, Any]) -> dict[str, Any]:
-    """Options as a config file would hold them: numbers where they are numbers; the schema judges the rest."""
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as a config file would hold them: lists, and numbers where they are numbers; the schema judges them."""
 
     def read(key: str, value: Any) -> Any:
+        if key in LISTS:
+            return _listed(value)
         try:
             return NUMBERS[key](value) if key in NUMBERS and value is not None else value
         except ValueError:
@@ -423,11 +360,13 @@ def _prepare(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _print_plan(job: Job, serial: bool, gpu_price: float | None) -> None:
+def _print_plans(jobs: Iterable[Job], work: str, how: How) -> None:
     from extraction import summary
     from extraction.forecast import forecast
 
-    _print(summary.of_plan(job, forecast(job, serial=serial, gpu_price=gpu_price)))
+    _prepare(how.threads)
+    for job in jobs:
+        _print(summary.of_plan(job, forecast(job, work, gpu_price=how.gpu_price)))
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -362,8 +362,20 @@ def load_experiment(
         fields = section(_EXPERIMENT, required=("model",))(document.data, document.place)
     else:
         fields, notes = _inferred(name, root, chosen.get("model"))
+    return _experiment(name, fields, chosen), notes
+
+
+def experiment_from_dict(stored: Mapping[str, Any], source: str, overrides: Mapping[str, Any]) -> Experiment:
+    """What `experiment_to_dict` gave, kept at `source`, with flat overrides as `load_experiment` takes them."""
+    options = _nest({key: value for key, value in overrides.items() if value is not None})
+    fields = {key: value for key, value in stored.items() if key != "name"}
+    checked = section(_EXPERIMENT, required=("model",))(fields, Place(source))
+    return _experiment(stored["name"], checked, section(_EXPERIMENT)(options, Place(None)))
+
+
+def _experiment(name: str, fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> Experiment:
     sections = {key: kind(**{**fields.get(key, {}), **chosen.get(key, {})}) for key, kind in _KINDS.items()}
-    return Experiment(name=name, **{**fields, **chosen, **sections}), notes
+    return Experiment(name=name, **{**fields, **chosen, **sections})
 
 
 def _nest(options: Mapping[str, Any]) -> dict[str, Any]:

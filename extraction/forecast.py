@@ -6,21 +6,32 @@ Shapes and sizes come from the model's config; speed from a short measurement of
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from extraction.configs import GenerationSpec
     from extraction.jobs import Job
     from extraction.models import LanguageModel
 
 MAX_AUTO_BATCH = 256
 CPU_AUTO_BATCH = 32
 SAFE_SHARE = 0.8  # of the free memory
-PROMPT_GUESS = 96  # tokens of a prompt with its instruction, where no tokenizer is loaded
+ROW_BYTES = 20  # of a response's line, per token of prompt and response
+PROBE_BYTES = 2**26
+PROBE_SECONDS = 0.1
+MAX_PROBE_ROWS = 1024
+N_SAMPLED = 64  # prompts of each trait that are encoded to know their lengths
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_ALLOC_FAILED", "can't allocate memory")
-EAGER_LAYER_SECONDS = {"cpu": 3.5e-4, "cuda": 9e-4, "mps": 1.2e-3}  # a decoder block's Python, measured
+# measured: the Python of a decoder block; what torch and transformers take by themselves; copies that live at once
+EAGER_LAYER_SECONDS = {"cpu": 3.5e-4, "cuda": 9e-4, "mps": 1.2e-3}
+LIBRARY_BYTES = {"cpu": 420_000_000}
+SCORE_COPIES = {"cpu": 7}  # elsewhere attention keeps no scores
+HIDDEN_COPIES, INNER_COPIES, LOGIT_COPIES = 4, 3, 6
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class Forecast:
     device: str
     batch_size: int
     n_parameters: int
+    n_examples: int
     memory: dict[str, int]
     prompt_tokens: int
     new_tokens: int
@@ -49,9 +61,12 @@ class Shape:
 
     n_layers: int
     hidden: int
+    inner: int  # the MLP's width
+    heads: int
     vocabulary: int
     kv_width: int  # keys and values of one token in one layer
     n_parameters: int
+    n_multiplied: int  # parameters that every token is multiplied by: all but the embeddings, unless they are the head
     n_bytes: int  # of one weight
 
 
@@ -60,12 +75,16 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    n_parameters = _count_parameters(config)
     return Shape(
         n_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
+        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        heads=heads,
         vocabulary=config.vocab_size,
         kv_width=2 * kv_heads * head_dim,
-        n_parameters=_count_parameters(config),
+        n_parameters=n_parameters,
+        n_multiplied=n_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size),
         n_bytes=dtype.itemsize,
     )
 
@@ -78,113 +97,183 @@ def _count_parameters(config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def memory_by_part(shape: Shape, batch_size: int, columns: int, n_points: int) -> dict[str, int]:
-    """Bytes of weights, cache, running sums and workspace (logits in float32, a prefill's activations)."""
-    entering = max(1, batch_size // 4 + 1)
+@dataclass(frozen=True)
+class Work:
+    """What is to be done: examples, the lengths of their prompts, the longest response, and points of capture."""
+
+    n_examples: int
+    prompt_mean: float
+    prompt_longest: int
+    max_new_tokens: int
+    n_points: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of the window, as the engine makes them."""
+        longest = self.prompt_longest + self.max_new_tokens
+        return longest + max(32, longest // 4)
+
+
+def memory_by_part(shape: Shape, work: Work, batch_size: int, device: str) -> dict[str, int]:
+    """Bytes of weights, cache, running sums, workspace (the first prefill, logits in float32) and the libraries."""
+    kind, width = device.partition(":")[0], work.prompt_longest
+    scores = SCORE_COPIES.get(kind, 0) * shape.heads * width
+    token = HIDDEN_COPIES * shape.hidden + INNER_COPIES * shape.inner + scores
+    logits = 4 * LOGIT_COPIES * batch_size * shape.vocabulary
     return {
         "weights": shape.n_parameters * shape.n_bytes,
-        "cache": batch_size * columns * shape.n_layers * shape.kv_width * shape.n_bytes,
-        "running sums": 2 * n_points * batch_size * shape.hidden * 4,
-        "workspace": 3 * batch_size * shape.vocabulary * 4 + 8 * entering * columns * shape.hidden * shape.n_bytes,
+        "cache": batch_size * work.columns * shape.n_layers * shape.kv_width * shape.n_bytes,
+        "running sums": work.n_points * batch_size * shape.hidden * (4 + shape.n_bytes),
+        "workspace": batch_size * width * token * shape.n_bytes + logits,
+        "libraries": LIBRARY_BYTES.get(kind, 0),
     }
 
 
-def columns_of(prompt_tokens: int, max_new_tokens: int) -> int:
-    """Columns of the window, as the engine makes them."""
-    longest = prompt_tokens + max_new_tokens
-    return longest + max(32, longest // 4)
-
-
-def forecast(job: Job, *, serial: bool = False, gpu_price: float | None = None) -> Forecast:
-    """Forecast the generation of every trait of a job."""
+def forecast(job: Job, work_name: str = "batched", *, gpu_price: float | None = None) -> Forecast:
+    """Forecast what is to be done for every trait of a job: `work_name` is a mode of stage 1, or `capture`."""
+    from extraction.jobs import MODES
     from extraction.models import pick_device
 
-    settings = job.experiment
-    dtype = _dtype_of(job)
-    device = pick_device(job.spec)
-    shape = shape_of(job.model_config, dtype)
-    n_points = len(job.layers) * len(settings.capture.sites) * len(settings.capture.poolings)
-    columns = columns_of(PROMPT_GUESS, settings.generation.max_new_tokens)
-    fitting = _fitting(shape, columns, n_points, device) if settings.batch_size == "auto" else int(settings.batch_size)
-    batch_size = 1 if serial else fitting
-    n_examples = sum(len(shard) for trait in job.traits for shard in job.shards(trait))
-    n_new = n_examples * settings.generation.max_new_tokens
-    seconds = _seconds(shape, n_examples, n_new, batch_size, device, dtype)
-    per_example = n_points * shape.hidden * getattr(torch, settings.capture.dtype).itemsize
+    settings, dtype, device = job.experiment, _dtype_of(job), pick_device(job.spec)
+    shape, work = shape_of(job.model_config, dtype), _work(job)
+    serial = work_name in MODES and MODES[work_name].serial
+    asked = settings.batch_size
+    fits = fitting(shape, work, device, free_memory(device)) if asked == "auto" else int(asked)
+    batch_size = 1 if serial else fits
+    batch_size = min(batch_size, work.n_examples, settings.shard_size)
+    captures = work_name == "capture" or MODES[work_name].captures
+    n_new = 0 if work_name == "capture" else work.n_examples * work.max_new_tokens
+    n_read = round(work.n_examples * (work.prompt_mean + (work.max_new_tokens if work_name == "capture" else 0)))
+    seconds = _seconds(shape, settings.generation, n_read, n_new, batch_size, Place(device, dtype))
+    activation = work.n_points * shape.hidden * getattr(torch, settings.capture.dtype).itemsize if captures else 0
     return Forecast(
         device=device,
         batch_size=batch_size,
         n_parameters=shape.n_parameters,
-        memory=memory_by_part(shape, batch_size, columns, n_points),
-        prompt_tokens=n_examples * PROMPT_GUESS,
+        n_examples=work.n_examples,
+        memory=memory_by_part(shape, work, batch_size, device),
+        prompt_tokens=round(work.n_examples * work.prompt_mean),
         new_tokens=n_new,
         seconds=seconds,
-        disk=n_examples * (per_example + 16 * (PROMPT_GUESS + settings.generation.max_new_tokens)),
+        disk=round(work.n_examples * (activation + ROW_BYTES * (work.prompt_mean + work.max_new_tokens))),
         cost=None if gpu_price is None else gpu_price * seconds / 3600,
+    )
+
+
+def _work(job: Job) -> Work:
+    """The job's examples; prompts are encoded with the model's own tokenizer, a sample of each trait."""
+    from extraction.models import max_positions, read_tokenizer
+
+    settings, tokenizer = job.experiment, read_tokenizer(job.spec)
+    shards = [shard for trait in job.traits for shard in job.own_shards(trait).values()]
+    sampled = [example for shard in shards for example in shard[:N_SAMPLED]]
+    room = max_positions(job.model_config)
+    lengths = [len(prompt.token_ids) for prompt in job.prompts(tokenizer, sampled, max_tokens=room)]
+    return Work(
+        n_examples=sum(map(len, shards)),
+        prompt_mean=sum(lengths) / max(1, len(lengths)),
+        prompt_longest=max(lengths, default=0),
+        max_new_tokens=settings.generation.max_new_tokens,
+        n_points=len(job.layers) * len(settings.capture.sites) * len(settings.capture.poolings),
     )
 
 
 def _dtype_of(job: Job) -> torch.dtype:
     if job.spec.dtype != "auto":
-        return getattr(torch, job.spec.dtype)  # type: ignore[no-any-return]
+        asked: torch.dtype = getattr(torch, job.spec.dtype)
+        return asked
     stored = getattr(job.model_config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def _seconds(shape: Shape, n_examples: int, n_new: int, batch_size: int, device: str, dtype: torch.dtype) -> float:
-    """Prefill at the device's speed; each decode step at the larger of reading the weights and multiplying by them."""
-    flops, bandwidth = measure_device(device, dtype)
-    prefill = 2 * shape.n_parameters * n_examples * PROMPT_GUESS / flops
-    n_steps = n_new / batch_size
-    step = max(shape.n_parameters * shape.n_bytes / bandwidth, 2 * shape.n_parameters * batch_size / flops)
-    overhead = EAGER_LAYER_SECONDS.get(device.partition(":")[0], 1e-3) * shape.n_layers
-    return prefill + n_steps * (step + overhead)
+def _seconds(shape: Shape, settings: GenerationSpec, n_read: int, n_new: int, batch_size: int, place: Place) -> float:
+    """Prompts at the speed of a large product; each decode step at that of a small one, plus Python and sampling."""
+    prompt_rows = min(MAX_PROBE_ROWS, max(batch_size, n_read))
+    prefill = n_read * shape.n_multiplied * place.seconds_per_weight(prompt_rows, shape.hidden) / prompt_rows
+    if not n_new:
+        return prefill
+    product = shape.n_multiplied * place.seconds_per_weight(batch_size, shape.hidden)
+    python = EAGER_LAYER_SECONDS.get(place.kind, 1e-3) * shape.n_layers
+    choice = place.seconds_to_sample(settings, batch_size, shape.vocabulary)
+    return prefill + n_new / batch_size * (product + python + choice)
 
 
-def measure_device(device: str, dtype: torch.dtype, seconds: float = 0.2) -> tuple[float, float]:
-    """(FLOP/s of a matrix product, bytes/s of a copy), each the best of repeated tries within the given time."""
-    size = 4096 if device.startswith("cuda") else 512
-    left = torch.randn(size, size, device=device).to(dtype)
-    large = torch.zeros(2**28 if device.startswith("cuda") else 2**24, dtype=torch.uint8, device=device)
-    product = _best_seconds(lambda: left @ left, device, seconds)
-    copy = _best_seconds(lambda: large.clone(), device, seconds)
-    return 2 * size**3 / product, 2 * large.numel() / copy
+@dataclass(frozen=True)
+class Place:
+    """Where a job runs, to be measured in fractions of a second."""
+
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> str:
+        """cpu, cuda or mps."""
+        return self.device.partition(":")[0]
+
+    def seconds_per_weight(self, rows: int, hidden: int) -> float:
+        """Of a product of so many rows with a matrix that, for few rows, is larger than the caches."""
+        width = max(1, PROBE_BYTES // (max(rows, hidden) * self.dtype.itemsize))
+        left = torch.randn(rows, hidden, device=self.device).to(self.dtype)
+        right = torch.zeros(width, hidden, device=self.device, dtype=self.dtype).T
+        return _best_seconds(lambda: left @ right, self.device, PROBE_SECONDS) / (hidden * width)
+
+    def seconds_to_sample(self, settings: GenerationSpec, rows: int, vocabulary: int) -> float:
+        """Of one step's choices."""
+        from extraction.decoding.sample import Sample
+
+        choose = Sample(settings.temperature, settings.top_k, settings.top_p)
+        logits_BV = torch.randn(rows, vocabulary, device=self.device).to(self.dtype)
+        uniform_B = torch.full((rows,), 0.5, device=self.device)
+        return _best_seconds(lambda: choose(logits_BV, uniform_B), self.device, PROBE_SECONDS)
 
 
-def _best_seconds(work: Any, device: str, seconds: float) -> float:
+def _best_seconds(work: Callable[[], object], device: str, seconds: float) -> float:
+    """Of repeated tries, the first of which doesn't count."""
+    work()
     best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while best == float("inf") or time.perf_counter() < end:
         started = time.perf_counter()
         work()
         if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best
 
 
-def auto_batch_size(lm: LanguageModel, max_new_tokens: int) -> int:
-    """A batch size for a loaded model: a power of two that fits the free memory, or a good one for a processor."""
-    config = lm.model.config.get_text_config()
-    shape = shape_of(config, lm.dtype)
-    columns = columns_of(PROMPT_GUESS, max_new_tokens)
-    return _fitting(shape, columns, shape.n_layers, str(lm.device), loaded=True)
+def auto_batch_size(lm: LanguageModel, prompt_lengths: Sequence[int], max_new_tokens: int) -> int:
+    """A batch size for a loaded model: the largest power of two that fits the free memory, up to what pays."""
+    shape = shape_of(lm.model.config.get_text_config(), lm.dtype)
+    work = Work(len(prompt_lengths), 0.0, max(prompt_lengths, default=1), max_new_tokens, shape.n_layers)
+    device = str(lm.device)
+    return fitting(shape, work, device, free_memory(device), loaded=True)
 
 
-def _fitting(shape: Shape, columns: int, n_points: int, device: str, *, loaded: bool = False) -> int:
-    if not device.startswith("cuda"):
-        return CPU_AUTO_BATCH
-    free = torch.cuda.mem_get_info()[0] * SAFE_SHARE
-    batch_size = MAX_AUTO_BATCH
-    while batch_size > 1:
-        parts = memory_by_part(shape, batch_size, columns, n_points)
-        if sum(parts.values()) - (parts["weights"] if loaded else 0) <= free:
+def fitting(shape: Shape, work: Work, device: str, free: int | None, *, loaded: bool = False) -> int:
+    """The largest power of two, up to what pays on the device, whose memory is within the free bytes (None: unknown).
+
+    With `loaded`, weights and libraries are there already.
+    """
+    batch_size = MAX_AUTO_BATCH if device.startswith("cuda") else CPU_AUTO_BATCH
+    while free is not None and batch_size > 1:
+        parts = memory_by_part(shape, work, batch_size, device)
+        there = parts["weights"] + parts["libraries"] if loaded else 0
+        if sum(parts.values()) - there <= free * SAFE_SHARE:
             break
         batch_size //= 2
     return batch_size
 
 
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a device; None where nobody says."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    return None
+
+
 def is_out_of_memory(failure: BaseException) -> bool:
     """Whether an error says that memory ran out, in any of the ways it is said."""
-    if isinstance(failure, torch.OutOfMemoryError):
+    if isinstance(failure, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(failure, RuntimeError) and any(sign in str(failure) for sign in OUT_OF_MEMORY)

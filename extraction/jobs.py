@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from extraction.configs import (
     Experiment,
     ModelSpec,
+    experiment_from_dict,
     experiment_to_dict,
     find_root,
     load_experiment,
     parse_layers,
     resolve_model,
 )
-from extraction.errors import ConfigError
+from extraction.errors import ConfigError, StoreError
 from extraction.judges import resolve_judge
-from extraction.records import Example, Trait
+from extraction.records import Example, Prompt, Trait
+from extraction.schema import show_path
 from extraction.store import RunFolder, run_folder
-from extraction.traits import load_trait, make_examples, parse_trait_list, trait_fingerprint, trait_notes
+from extraction.traits import (
+    list_traits,
+    load_trait,
+    make_examples,
+    parse_trait_list,
+    trait_fingerprint,
+    trait_notes,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,35 @@ class Job:
         examples, size = make_examples(trait, self.experiment.n_examples), self.experiment.shard_size
         return [examples[i : i + size] for i in range(0, len(examples), size)]
 
+    def own_shards(self, trait: Trait) -> dict[int, tuple[Example, ...]]:
+        """The shards that this slice of the job makes, by number."""
+        index, count = self.slice
+        return {i: shard for i, shard in enumerate(self.shards(trait)) if i % count == index}
+
+    @property
+    def is_whole(self) -> bool:
+        """True unless this is one slice of many."""
+        return self.slice[1] == 1
+
+    def prompts(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_tokens: int | None
+    ) -> list[Prompt]:
+        """Examples as the model sees them. Raises PromptError for one that it can't take."""
+        from extraction.prompts import encode_example
+
+        settings = self.experiment
+        return [
+            encode_example(
+                tokenizer,
+                example,
+                instruction_as=settings.instruction_as,
+                raw=self.spec.raw,
+                max_tokens=max_tokens,
+                max_new_tokens=settings.generation.max_new_tokens,
+            )
+            for example in examples
+        ]
+
     @cached_property
     def model_config(self) -> Any:
         """The model's text config, read without its weights."""
@@ -88,6 +129,7 @@ class Job:
 
 
 MODEL_OPTIONS = ("dtype", "device", "revision", "raw", "trust_remote_code")
+PINNED_MODEL_OPTIONS = ("dtype", "revision", "raw")
 
 
 def plan(
@@ -100,11 +142,9 @@ def plan(
     slice_text: str = "1/1",
 ) -> Job:
     """Read and check every input of a job. `options` are flat overrides of the experiment and of the model."""
-    given = {key: value for key, value in (options or {}).items() if value is not None}
-    folder = find_root(root)
-    model_options = {key: given.pop(key) for key in MODEL_OPTIONS if key in given}
+    folder, (given, model_options) = find_root(root), _split(options)
     settings, notes = load_experiment(experiment, folder, given)
-    names = parse_trait_list(traits) if traits else settings.traits
+    names = parse_trait_list(traits) if traits is not None else settings.traits
     if not names:
         raise ConfigError(f"experiment {experiment!r} names no traits: give --trait NAME or --traits a,b")
     loaded = tuple(load_trait(name, folder) for name in names)
@@ -122,23 +162,76 @@ def plan(
     )
 
 
+def _split(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options that were given: the experiment's, and the model's."""
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    return given, {key: given.pop(key) for key in MODEL_OPTIONS if key in given}
+
+
 def _parse_slice(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+    known = slash and all(part.isascii() and part.isdecimal() and len(part) < 7 for part in (index, count))
+    if not (known and 1 <= int(index) <= int(count)):
         raise ConfigError(f"--slice {text!r}: write which of how many, such as 1/4")
     return int(index) - 1, int(count)
 
 
-def stored_plan(
-    experiment: str, traits: str | None, *, root: str | None = None, options: Mapping[str, Any] | None = None
+def stored_plans(
+    experiment: str,
+    traits: str | None = None,
+    *,
+    root: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    slice_text: str = "1/1",
+    loads_model: bool = False,
+) -> Iterator[Job]:
+    """The jobs of runs that exist, one a trait: what is not given is as run.json has it, so it need not be repeated.
+
+    Without traits, all that have a run. A job that `loads_model` must be able to find its folder again.
+    """
+    folder, part = find_root(root), _parse_slice(slice_text)
+    names = parse_trait_list(traits) if traits is not None else _traits_with_runs(folder, experiment)
+    if not names:
+        path = show_path(folder / "experiments" / experiment)
+        raise StoreError(f"{path}: no run has begun there; make the responses first (`traitline extract` does all)")
+    loaded = [load_trait(name, folder) for name in names]
+    jobs = [_stored_job(experiment, trait, folder, options, loads_model=loads_model) for trait in loaded]
+    return (replace(job, slice=part) for job in jobs)
+
+
+def _traits_with_runs(root: Path, experiment: str) -> tuple[str, ...]:
+    runs = {name: run_folder(root / "experiments", experiment, name) for name in list_traits(root)}
+    return tuple(name for name, run in runs.items() if run.stored_config() is not None)
+
+
+def _stored_job(
+    experiment: str, trait: Trait, root: Path, options: Mapping[str, Any] | None, *, loads_model: bool
 ) -> Job:
-    """The job of a run that exists: settings of stage 1 come from its run.json, so they need not be given again."""
-    given = {key: value for key, value in (options or {}).items() if value is not None}
-    job = plan(experiment, traits, root=root, options=given)
-    stored = job.folder(job.traits[0]).stored_config()
+    folder = run_folder(root / "experiments", experiment, trait.name)
+    stored = folder.stored_config()
     if stored is None:
-        return job
-    flat = {**stored["generation"], **stored["capture"]}
-    flat |= {key: stored[key] for key in ("n_examples", "seed", "judge", "threshold", "shard_size", "instruction_as")}
-    flat |= {key: stored["model"][key] for key in MODEL_OPTIONS if key in stored["model"]}
-    return plan(experiment, traits, root=root, options={**flat, **given})
+        raise StoreError(
+            f"{show_path(folder.path)}: no run has begun there; make the responses first (`traitline extract` does all)"
+        )
+    given, model_options = _split(options)
+    model = stored["model"]
+    fields = {key: value for key, value in stored.items() if key != "trait"} | {"model": model["name"]}
+    settings = experiment_from_dict(fields, show_path(folder.config_path), given)
+    resolve_judge(settings.judge, trait)
+    model_options = {key: model[key] for key in PINNED_MODEL_OPTIONS} | model_options
+    if not loads_model and "model" not in given:
+        spec = ModelSpec(model["name"], model["source"], **{key: model[key] for key in PINNED_MODEL_OPTIONS})
+    else:
+        spec = resolve_model(_model_again(settings.model, root, given), root, model_options)
+    return Job(root=root, experiment=settings, spec=spec, traits=(trait,))
+
+
+def _model_again(name: str, root: Path, given: Mapping[str, Any]) -> str:
+    """A model that was given as a folder can't be found by what run.json keeps of it, its last part."""
+    try:
+        resolve_model(name, root)
+    except ConfigError:
+        if "model" in given:
+            raise
+        raise ConfigError(f"--model: this run's model {name!r} was a folder; give its path again") from None
+    return name

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ class Kept:
     """Ids that count, by polarity and in order; the question of every id; how many were dropped for which reason."""
 
     judge: str
+    threshold: float
     ids: Mapping[str, tuple[str, ...]]
     questions: Mapping[str, str]
     total: int
@@ -33,6 +35,7 @@ class Kept:
         """The counts, JSON-ready."""
         return {
             "judge": self.judge,
+            "threshold": None if self.judge == "none" else self.threshold,
             **{f"kept_{polarity}": len(self.ids[polarity]) for polarity in POLARITIES},
             "total": self.total,
             "dropped_empty": self.empty,
@@ -41,28 +44,31 @@ class Kept:
         }
 
 
-def kept_examples(rows_by_polarity: Mapping[str, Sequence[Row]], judge: str, threshold: float) -> Kept:
-    """Apply a judge's scores: positive at or above the threshold, negative below.
+def kept_examples(rows_by_polarity: Mapping[str, Iterable[Row]], judge: str, threshold: float) -> Kept:
+    """Apply a judge's scores: positive at or above the threshold, negative below. Rows are read once.
 
     An empty response and a missing score are dropped and counted; neither is a score of 0. Judge `none` keeps the rest.
     """
-    verdicts = {
-        row["id"]: _reason_to_drop(row, polarity, judge, threshold)
-        for polarity in POLARITIES
-        for row in rows_by_polarity[polarity]
-    }
-    reasons = list(verdicts.values())
+    ids: dict[str, list[str]] = {polarity: [] for polarity in POLARITIES}
+    questions: dict[str, str] = {}
+    dropped: Counter[str] = Counter()
+    for polarity in POLARITIES:
+        for row in rows_by_polarity[polarity]:
+            questions[row["id"]] = row["question"]
+            reason = _reason_to_drop(row, polarity, judge, threshold)
+            if reason is None:
+                ids[polarity].append(row["id"])
+            else:
+                dropped[reason] += 1
     return Kept(
         judge=judge,
-        ids={
-            polarity: tuple(row["id"] for row in rows_by_polarity[polarity] if verdicts[row["id"]] is None)
-            for polarity in POLARITIES
-        },
-        questions={row["id"]: row["question"] for rows in rows_by_polarity.values() for row in rows},
-        total=len(verdicts),
-        empty=reasons.count("empty"),
-        unscored=reasons.count("unscored"),
-        wrong_side=reasons.count("wrong side"),
+        threshold=threshold,
+        ids={polarity: tuple(kept) for polarity, kept in ids.items()},
+        questions=questions,
+        total=len(questions),
+        empty=dropped["empty"],
+        unscored=dropped["unscored"],
+        wrong_side=dropped["wrong side"],
     )
 
 

@@ -122,6 +122,9 @@ def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             spec.source, trust_remote_code=spec.trust_remote_code, revision=spec.revision
         )
+    ids = tokenizer("Words, words; 0123456789.", add_special_tokens=False)["input_ids"]
+    if set(ids) <= set(tokenizer.all_special_ids):  # some versions make an empty one where the files are absent
+        raise ModelError(f"model {spec.name}: its tokenizer knows no words; fetch the tokenizer's files again")
     return tokenizer
 
 

@@ -78,7 +78,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """What a model answered. `token_ids` never holds a stop token; `finish_reason` is `stop`, `stop_string` or `length`."""
+    """What a model answered. `token_ids` never holds a stop token.
+
+    `finish_reason` is `stop`, `stop_string` or `length`.
+    """
 
     prompt: Prompt
     text: str

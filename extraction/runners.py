@@ -6,12 +6,12 @@ A shard is the unit of work, of commit and of resume. The model is loaded when t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from extraction.errors import ConfigError
+from extraction.errors import ActivationError, ModelError
 from extraction.jobs import MODES, Job, Mode
 from extraction.records import Example, Prompt
 from extraction.store import RunFolder
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from extraction.capture import Capture
+    from extraction.decoding.sample import Sample
     from extraction.models import LanguageModel
-    from extraction.utils_batch import Completion
+    from extraction.utils_batch import Completion, Request
 
 Row = dict[str, Any]
 
@@ -52,6 +53,12 @@ class Engine:
     seconds: float = 0.0
     checked: bool = False
     batch_sizes: list[int] = field(default_factory=list)
+    fits: int | None = None  # the batch size that was found after memory had run out
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return "lm" in self.__dict__
 
     @cached_property
     def lm(self) -> LanguageModel:
@@ -72,33 +79,38 @@ class Engine:
         settings = self.job.experiment.capture
         return Capture(self.job.layers, settings.sites, settings.poolings)
 
+    def turned_to(self, job: Job) -> Engine:
+        """The same counts, for another job; with the loaded model where that has the same one."""
+        engine = replace(self, job=job)
+        if self.is_loaded and job.spec == self.job.spec:
+            engine.lm = self.lm
+        return engine
+
+    def note_work(self, done: Collection[Completion], batch_size: int, seconds: float) -> None:
+        """Count what a shard took."""
+        self.n_made += len(done)
+        self.n_tokens += sum(len(completion.token_ids) for completion in done)
+        self.seconds += seconds
+        self.batch_sizes.append(batch_size)
+
     def prompts(self, examples: Sequence[Example]) -> list[Prompt]:
         """Examples as this model sees them."""
-        from extraction.prompts import encode_example
+        assert self.lm.tokenizer is not None
+        return self.job.prompts(self.lm.tokenizer, examples, max_tokens=self.lm.max_positions)
 
-        settings = self.job.experiment
-        return [
-            encode_example(
-                self.lm.tokenizer,
-                example,
-                instruction_as=settings.instruction_as,
-                raw=self.job.spec.raw,
-                max_tokens=self.lm.max_positions,
-                max_new_tokens=settings.generation.max_new_tokens,
-            )
-            for example in examples
-        ]
-
-    def batch_size(self, mode: Mode) -> int:
+    def batch_size(self, mode: Mode, prompt_lengths: Sequence[int]) -> int:
         """How many slots: one where the mode is serial, else what was asked for."""
         from extraction.forecast import auto_batch_size
 
-        asked = self.job.experiment.batch_size
+        settings = self.job.experiment
         if mode.serial:
             return 1
-        return (
-            auto_batch_size(self.lm, self.job.experiment.generation.max_new_tokens) if asked == "auto" else int(asked)
-        )
+        if self.fits is not None:
+            return self.fits
+        asked = settings.batch_size
+        if asked != "auto":
+            return int(asked)
+        return auto_batch_size(self.lm, prompt_lengths, settings.generation.max_new_tokens)
 
 
 def make_shard(
@@ -108,7 +120,6 @@ def make_shard(
     from extraction.utils_batch import generate
 
     job, lm, prompts = engine.job, engine.lm, engine.prompts(examples)
-    started = time.perf_counter()
     done: dict[str, Completion] = {}
 
     def run(batch_size: int) -> None:
@@ -127,39 +138,41 @@ def make_shard(
             done[completion.id] = completion
             listener.advance(1, 0)
 
-    batch_size = _halving(run, engine.batch_size(mode), listener, lambda: listener.advance(-len(done), 0))
-    engine.seconds += time.perf_counter() - started
-    engine.n_tokens += sum(len(completion.token_ids) for completion in done.values())
-    engine.n_made += len(done)
-    engine.batch_sizes.append(batch_size)
+    started = time.perf_counter()
+    asked = engine.batch_size(mode, [len(prompt.token_ids) for prompt in prompts])
+    batch_size = _halving(run, asked, engine, listener, lambda: listener.advance(-len(done), 0))
+    engine.note_work(done.values(), batch_size, time.perf_counter() - started)
     ordered = [done[_request_id(prompt)] for prompt in prompts]
-    meta = _meta(engine, batch_size)
+    meta = {**_meta(engine, batch_size), "captured": mode.captures}
     rows = [_row(lm, prompt, completion) for prompt, completion in zip(prompts, ordered, strict=True)]
     folder.write_responses_shard(index, rows, meta)
     if mode.captures:
         kept = {p.example.id: c.activations for p, c in zip(prompts, ordered, strict=True) if c.activations}
-        _write_activations(job, folder, index, kept, meta)
+        _write_activations(engine, folder, index, kept, {**meta, "captured": "while generating"})
 
 
-def _halving(run: Any, batch_size: int, listener: Listener, undo: Any) -> int:
+def _halving(
+    run: Callable[[int], None], batch_size: int, engine: Engine, listener: Listener, undo: Callable[[], None]
+) -> int:
     """Run at a batch size; when memory runs out, again at half of it. Returns the size that worked."""
     from extraction.forecast import is_out_of_memory
 
     while True:
         try:
             run(batch_size)
-        except RuntimeError as failure:
+        except (RuntimeError, MemoryError) as failure:
             if not is_out_of_memory(failure):
                 raise
-            if batch_size == 1:
-                raise ConfigError(
-                    "out of memory even with --batch-size 1: use a smaller model, --dtype bfloat16, fewer --layers "
-                    "or a lower --max-new-tokens"
-                ) from failure
             undo()
+            if batch_size == 1:
+                raise ModelError(
+                    "out of memory even with --batch-size 1: use a smaller model, --dtype bfloat16, fewer --layers "
+                    "or a lower --max-new-tokens; finished shards are kept"
+                ) from failure
         else:
             return batch_size
         batch_size //= 2
+        engine.fits = batch_size
         listener.note(f"out of memory: this shard again with batch size {batch_size}")
         _free_memory()
 
@@ -178,21 +191,21 @@ def _request_id(prompt: Prompt) -> str:
     return f"{prompt.example.trait}/{prompt.example.id}"
 
 
-def _request(job: Job, prompt: Prompt) -> Any:
+def _request(job: Job, prompt: Prompt) -> Request:
     from extraction.utils_batch import Request
 
     settings = job.experiment
     return Request(_request_id(prompt), prompt.token_ids, settings.generation.max_new_tokens, settings.seed)
 
 
-def _strategy(job: Job) -> Any:
+def _strategy(job: Job) -> Sample:
     from extraction.decoding.sample import Sample
 
     settings = job.experiment.generation
     return Sample(settings.temperature, settings.top_k, settings.top_p)
 
 
-def _row(lm: LanguageModel, prompt: Prompt, completion: Any) -> Row:
+def _row(lm: LanguageModel, prompt: Prompt, completion: Completion) -> Row:
     example = prompt.example
     assert lm.tokenizer is not None
     return {
@@ -203,7 +216,7 @@ def _row(lm: LanguageModel, prompt: Prompt, completion: Any) -> Row:
         "question": example.question,
         "prompt": prompt.text,
         "prompt_token_ids": list(prompt.token_ids),
-        "response": lm.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+        "response": lm.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
     }
@@ -243,38 +256,59 @@ def _policy(engine: Engine) -> str:
 
 
 def _write_activations(
-    job: Job, folder: RunFolder, index: int, kept: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
+    engine: Engine, folder: RunFolder, index: int, kept: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
 ) -> None:
     """Rows of every pooling, in the examples' order, in the capture's dtype."""
-    import torch
-
-    dtype = getattr(torch, job.experiment.capture.dtype)
     tensors: dict[str, Tensor] = {}
-    for name in next(iter(kept.values()), {}):
+    for name in (f"{site}.{pooling}" for pooling in engine.capture.poolings for site in engine.capture.sites):
+        stored = {i: _stored(engine, activations[name], f"{i}: {name}") for i, activations in kept.items()}
         if name.endswith(".all"):
-            tensors.update({f"{name}/{i}": activations[name].to(dtype) for i, activations in kept.items()})
+            tensors.update({f"{name}/{i}": rows for i, rows in stored.items()})
         else:
-            tensors[name] = torch.stack([activations[name] for activations in kept.values()]).to(dtype)
+            tensors[name] = _stacked(engine, list(stored.values()))
     folder.write_activations_shard(index, list(kept), tensors, meta)
 
 
+def _stored(engine: Engine, hidden_LD: Tensor, place: str) -> Tensor:
+    """In the type that the run stores. Raises ActivationError where that type can't hold it."""
+    import torch
+
+    name = engine.job.experiment.capture.dtype
+    stored: Tensor = hidden_LD.to(getattr(torch, name))
+    if not stored.isfinite().all():
+        raise ActivationError(f"{place}: too large for {name}; set capture: {{dtype: float32}} in the experiment")
+    return stored
+
+
+def _stacked(engine: Engine, rows_LD: Sequence[Tensor]) -> Tensor:
+    """[n, L, D], also for a shard in which every response is empty."""
+    import torch
+
+    dtype = getattr(torch, engine.job.experiment.capture.dtype)
+    return (
+        torch.stack(list(rows_LD))
+        if rows_LD
+        else torch.empty(0, len(engine.job.layers), engine.lm.hidden_size, dtype=dtype)
+    )
+
+
 def capture_shard(engine: Engine, folder: RunFolder, index: int, listener: Listener) -> None:
+    """Activations of one shard's stored responses, from their token ids; empty responses have none."""
     from extraction.utils_batch import teacher_force
 
     rows = [row for row in folder.read_responses_shard(index) if row["token_ids"]]
     texts = [(row["id"], row["prompt_token_ids"], row["token_ids"]) for row in rows]
-    done: dict[str, Mapping[str, Tensor]] = {}
+    done: dict[str, Completion] = {}
 
     def run(batch_size: int) -> None:
         done.clear()
         for completion in teacher_force(engine.lm, texts, capture=engine.capture, batch_size=batch_size):
-            done[completion.id] = completion.activations
+            done[completion.id] = completion
             listener.advance(1, len(completion.token_ids))
 
     started = time.perf_counter()
-    batch_size = _halving(run, engine.batch_size(MODES["batched"]), listener, lambda: listener.advance(-len(done), 0))
-    engine.seconds += time.perf_counter() - started
-    engine.n_made += len(done)
-    engine.batch_sizes.append(batch_size)
-    kept = {row["id"]: done[row["id"]] for row in rows}
-    _write_activations(engine.job, folder, index, kept, _meta(engine, batch_size))
+    asked = engine.batch_size(MODES["batched"], [len(prompt_ids) for _, prompt_ids, _ in texts])
+    batch_size = _halving(run, asked, engine, listener, lambda: listener.advance(-len(done), 0))
+    engine.note_work(done.values(), batch_size, time.perf_counter() - started)
+    kept = {row["id"]: done[row["id"]].activations for row in rows}
+    _write_activations(engine, folder, index, kept, {**_meta(engine, batch_size), "captured": "from stored ids"})

@@ -1,4 +1,4 @@
-"""Before a run: a few of its own examples, in a batch through the engine and alone through the plain model, must agree."""
+"""Before a run: a few of its own examples, in a batch by the engine and alone by the plain model, must agree."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The doors' bodies, and the only room that knows the order of the work: generate, capture, vectors, validate.
 
 Each stage reads earlier folders of a run and writes its own. What is done is not done again; torch is imported only
-when there is something to compute.
+when there is something to compute. A run is pinned when its first shard is due: a start that fails before leaves
+nothing behind that another start would have to agree with.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from extraction.atomic import digest
@@ -19,6 +21,7 @@ from extraction.judges import resolve_judge
 from extraction.kept import Kept, kept_examples
 from extraction.records import POLARITIES, Example, Trait
 from extraction.runners import Engine, Listener, capture_shard, make_shard
+from extraction.schema import show_path
 from extraction.store import LAYER_CONVENTION, RunFolder
 
 if TYPE_CHECKING:
@@ -27,41 +30,70 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def generate(job: Job, mode: Mode, listener: Listener, engine: Engine | None = None) -> Engine:
+def generate(job: Job, mode: Mode, listener: Listener) -> Engine:
     """Make the responses of every trait (and, as the mode says, their activations); judge them; write both."""
-    engine = engine or Engine(job)
+    engine = Engine(job)
     for trait in job.traits:
         folder = job.folder(trait)
-        with _opened(folder, job, trait):
-            stage = "activations" if mode.captures else "responses"
-            _make_shards(engine, trait, folder, mode, listener, stage)
-            if job.slice[1] == 1:
+        with _working_in(folder, job, trait):
+            _make_shards(engine, trait, folder, mode, listener)
+            if job.is_whole:
                 _assemble(job, trait, folder)
     return engine
 
 
 @contextmanager
-def _opened(folder: RunFolder, job: Job, trait: Trait) -> Iterator[None]:
-    with folder.lock(shared=job.slice[1] > 1):
-        folder.open(job.config(trait))
+def _working_in(folder: RunFolder, job: Job, trait: Trait) -> Iterator[None]:
+    """Hold the run's lock; refuse a run with another config at once, and a folder that can't be written to."""
+    with folder.lock(shared=not job.is_whole):
+        begun = folder.stored_config() is not None
+        if begun or any(folder.shard_done("responses", i) for i in range(len(job.shards(trait)))):
+            folder.open(job.config(trait))
         yield
 
 
-def _make_shards(engine: Engine, trait: Trait, folder: RunFolder, mode: Mode, listener: Listener, stage: str) -> None:
-    job, shards = engine.job, engine.job.shards(trait)
-    index, count = job.slice
-    mine = [i for i in range(len(shards)) if i % count == index]
-    pending = [i for i in mine if not (folder.shard_done(stage, i) and folder.shard_done("responses", i))]
+def _make_shards(engine: Engine, trait: Trait, folder: RunFolder, mode: Mode, listener: Listener) -> None:
+    job, mine = engine.job, engine.job.own_shards(trait)
+    pending = {i: shard for i, shard in mine.items() if not _is_done(folder, i, mode)}
     if not pending:
         return
-    if mode.captures:
-        _ = job.layers  # refused before the weights are loaded
-    n_examples = sum(len(shards[i]) for i in mine)
-    listener.begin(f"{trait.name}: {mode.title}", n_examples, n_examples - sum(len(shards[i]) for i in pending))
+    _ = job.layers  # refused before the weights are loaded
+    _load(engine, listener)
+    for shard in pending.values():
+        engine.prompts(shard)  # every prompt is checked before the first is answered
+    _self_check_once(engine, next(iter(pending.values())), listener)
+    folder.open(job.config(trait))
+    with _progress(listener, f"{trait.name}: {mode.title}", mine, pending):
+        for i, shard in pending.items():
+            if mode.captures and _lacks_activations_alone(folder, i):
+                capture_shard(engine, folder, i, listener)
+            else:
+                make_shard(engine, shard, i, folder, mode, listener)
+
+
+def _is_done(folder: RunFolder, index: int, mode: Mode) -> bool:
+    return folder.shard_done("responses", index) and (not mode.captures or folder.shard_done("activations", index))
+
+
+def _lacks_activations_alone(folder: RunFolder, index: int) -> bool:
+    """True for responses that were made without a capture: they are not made again, but read."""
+    return folder.shard_done("responses", index) and not folder.shard_facts("responses", index)["meta"]["captured"]
+
+
+def _load(engine: Engine, listener: Listener) -> None:
+    if not engine.is_loaded:
+        listener.note(f"loading {engine.job.spec.name}")
+        _ = engine.lm
+
+
+@contextmanager
+def _progress(
+    listener: Listener, title: str, mine: Mapping[int, Sequence[Example]], pending: Mapping[int, Sequence[Example]]
+) -> Iterator[None]:
+    n_examples, n_pending = (sum(map(len, shards.values())) for shards in (mine, pending))
+    listener.begin(title, n_examples, n_examples - n_pending)
     try:
-        _self_check_once(engine, shards[pending[0]], listener)
-        for i in pending:
-            make_shard(engine, shards[i], i, folder, mode, listener)
+        yield
     finally:
         listener.end()
 
@@ -71,42 +103,42 @@ def _self_check_once(engine: Engine, examples: Sequence[Example], listener: List
     from extraction.self_check import self_check
 
     if engine.job.self_check and not engine.checked:
-        deviation = self_check(engine.lm, engine.prompts(examples[: engine.job.self_check]), engine.job.layers)
-        listener.note(f"self-check: {engine.job.self_check} examples alone and in a batch agree within {deviation:.0e}")
+        prompts = engine.prompts(examples[: engine.job.self_check])
+        deviation = self_check(engine.lm, prompts, engine.job.layers)
+        listener.note(f"self-check: {len(prompts)} examples alone and in a batch agree within {deviation:.0e}")
     engine.checked = True
 
 
-def capture(job: Job, listener: Listener, engine: Engine | None = None) -> Engine:
-    """Stage 2: activations of the responses that stage 1 stored, teacher-forced from their token ids."""
-    engine = engine or Engine(job)
+def capture(job: Job, listener: Listener, engine: Engine) -> Engine:
+    """Stage 2: activations of the responses that stage 1 stored, teacher-forced from their token ids.
+
+    `engine` is that of an earlier job, whose loaded model is used again where the two jobs have the same.
+    """
+    engine = engine.turned_to(job)
     for trait in job.traits:
         folder = job.folder(trait)
-        with _opened(folder, job, trait):
-            count = len(job.shards(trait))
-            absent = [i for i in range(count) if not folder.shard_done("responses", i)]
+        with _working_in(folder, job, trait):
+            mine = job.own_shards(trait)
+            absent = [i for i in mine if not folder.shard_done("responses", i)]
             if absent:
                 raise StoreError(
-                    f"{folder.path}: {len(absent)} of {count} shards have no responses yet; "
+                    f"{show_path(folder.path)}: {len(absent)} of {len(mine)} shards have no responses yet; "
                     "run 1_generate_responses.py first (`traitline generate`)"
                 )
-            pending = [i for i in range(count) if not folder.shard_done("activations", i)]
+            pending = {i: shard for i, shard in mine.items() if not folder.shard_done("activations", i)}
             if pending:
                 _capture_shards(engine, trait, folder, pending, listener)
     return engine
 
 
 def _capture_shards(
-    engine: Engine, trait: Trait, folder: RunFolder, pending: Sequence[int], listener: Listener
+    engine: Engine, trait: Trait, folder: RunFolder, pending: Mapping[int, Sequence[Example]], listener: Listener
 ) -> None:
-    sizes = [len(shard) for shard in engine.job.shards(trait)]
     _ = engine.job.layers  # refused before the weights are loaded
-    n_done = sum(sizes) - sum(sizes[i] for i in pending)
-    listener.begin(f"{trait.name}: capturing stored responses", sum(sizes), n_done)
-    try:
+    _load(engine, listener)
+    with _progress(listener, f"{trait.name}: capturing stored responses", engine.job.own_shards(trait), pending):
         for i in pending:
             capture_shard(engine, folder, i, listener)
-    finally:
-        listener.end()
 
 
 def _assemble(job: Job, trait: Trait, folder: RunFolder) -> None:
@@ -114,15 +146,19 @@ def _assemble(job: Job, trait: Trait, folder: RunFolder) -> None:
     count = len(job.shards(trait))
     if not all(folder.shard_done("responses", i) for i in range(count)):
         return
-    if folder.assembled_from() == folder.sources("responses"):
-        return
     name, judge = resolve_judge(job.experiment.judge, trait)
-    by_polarity: dict[str, list[Row]] = {polarity: [] for polarity in POLARITIES}
-    for i in range(count):
-        for row in folder.read_responses_shard(i):
-            scores = {} if name == "none" else {name: judge(row["question"], row["response"], trait)}
-            by_polarity[row["polarity"]].append({**row, "scores": scores})
-    folder.write_responses(by_polarity, folder.sources("responses"))
+    made_from = [f"judge {name}", *folder.sources("responses")]
+    if folder.assembled_from() == made_from:
+        return
+
+    def scored(polarity: str) -> Iterator[Row]:
+        for i in range(count):
+            for row in folder.read_responses_shard(i):
+                if row["polarity"] == polarity:
+                    scores = {} if name == "none" else {name: judge(row["question"], row["response"], trait)}
+                    yield {**row, "scores": scores}
+
+    folder.write_responses({polarity: scored(polarity) for polarity in POLARITIES}, made_from)
 
 
 # --- vectors --------------------------------------------------------------------------------------------------------
@@ -139,26 +175,27 @@ class Vectors:
 
 
 def vectors(job: Job, wanted: Vectors, listener: Listener) -> int:
-    """Stage 3: a direction per method and layer, from the examples that the judge keeps. Returns how many files are new.
+    """Stage 3: a direction per method and layer, from the examples that the judge keeps. Returns how many are new.
 
-    A file that was made from the same activations, examples and layers is left as it is. A method that the examples are
-    too few for is an error when it was named, a note when it was not.
+    A file that was made from the same activations, examples and layers is left as it is. A method that the examples
+    are too few for is an error when it was named, a note when it was not.
     """
-    written = 0
-    for trait in job.traits:
-        folder = job.folder(trait)
-        with _opened(folder, job, trait):
-            plan = _plan_vectors(job, trait, folder, wanted)
-            stale = [name for name in plan.methods if folder.vectors_header(name) != plan.header(name)]
-            for name in stale:
-                written += _write_vector(folder, plan, name, listener, named=wanted.methods is not None)
-    return written
+    return sum(_make_vectors(job, trait, wanted, listener) for trait in job.traits)
+
+
+def _make_vectors(job: Job, trait: Trait, wanted: Vectors, listener: Listener) -> int:
+    folder = job.folder(trait)
+    with _working_in(folder, job, trait):
+        plan = _plan_vectors(job, trait, folder, wanted)
+        stale = [name for name in plan.methods if folder.vectors_header(name) != plan.header(name)]
+        return sum(_write_vector(plan, name, listener, named=wanted.methods is not None) for name in stale)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """One trait's activations and what to make of them."""
 
+    folder: RunFolder
     trait: str
     model: str
     methods: tuple[str, ...]
@@ -167,7 +204,21 @@ class _Plan:
     tensor: str
     seed: int
     kept: Kept
-    sources: str
+
+    @cached_property
+    def sources(self) -> str:
+        """What these vectors are made from."""
+        return sources_of(self.folder, self.kept)
+
+    @cached_property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Positive [N, L, D] and negative [M, L, D] activations of the examples that count."""
+        ids, activations_nLD = self.folder.load_activations(self.tensor)
+        row_of = {example_id: row for row, example_id in enumerate(ids)}
+        columns = [self.captured.index(layer) for layer in self.layers]
+        rows = {polarity: [row_of[example_id] for example_id in self.kept.ids[polarity]] for polarity in POLARITIES}
+        positive, negative = (activations_nLD[rows[polarity]][:, columns].float() for polarity in POLARITIES)
+        return positive, negative
 
     def header(self, method: str) -> dict[str, Any]:
         """What a vector file tells of itself; equal headers mean equal vectors."""
@@ -189,32 +240,38 @@ def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) ->
 
     for name in wanted.methods or ():
         find_method(name)
-    missing = [i for i in range(len(job.shards(trait))) if not folder.shard_done("activations", i)]
-    if missing or not folder.assembled_from():
+    count = len(job.shards(trait))
+    missing = [i for i in range(count) if not _is_done(folder, i, MODES["batched"])]
+    if missing:
         raise StoreError(
-            f"{folder.path}: {len(missing)} shards have no activations yet; run 1_generate_batched_simple.py first "
-            "(`traitline extract` does all)"
+            f"{show_path(folder.path)}: {len(missing)} of {count} shards have no activations yet; "
+            "run 1_generate_batched_simple.py first (`traitline extract` does all)"
         )
-    facts = folder.activation_facts()
+    facts = folder.shard_facts("activations", 0)
     captured = tuple(facts["meta"]["layers"])
     layers = _chosen_layers(wanted.layers, captured)
-    kept = kept_of(job, trait, folder)
-    sources = digest([folder.sources("activations"), kept.ids])
+    tensor = _chosen_tensor(job, facts["tensors"], wanted)
+    _assemble(job, trait, folder)
     return _Plan(
+        folder=folder,
         trait=trait.name,
         model=job.spec.name,
         methods=wanted.methods or DEFAULT_METHODS,
         layers=layers,
         captured=captured,
-        tensor=_chosen_tensor(job, facts["tensors"], wanted),
+        tensor=tensor,
         seed=job.experiment.seed,
-        kept=kept,
-        sources=sources,
+        kept=kept_of(job, trait, folder),
     )
 
 
+def sources_of(folder: RunFolder, kept: Kept) -> str:
+    """The digest of what vectors are made from: the activations, and which of them count."""
+    return digest([folder.sources("activations"), kept.ids])
+
+
 def _chosen_layers(spec: str | None, captured: tuple[int, ...]) -> tuple[int, ...]:
-    if spec is None or spec == "all":
+    if spec is None or spec.strip().lower() == "all":
         return captured
     layers = parse_layers(spec, max(captured) + 1)
     absent = sorted(set(layers) - set(captured))
@@ -242,55 +299,43 @@ def kept_of(job: Job, trait: Trait, folder: RunFolder) -> Kept:
     return kept_examples(rows, name, job.experiment.threshold)
 
 
-def _write_vector(folder: RunFolder, plan: _Plan, method: str, listener: Listener, *, named: bool) -> int:
+def _write_vector(plan: _Plan, method: str, listener: Listener, *, named: bool) -> int:
     from extraction.vectors.methods import find_method
     from extraction.vectors.sides import check_sides
 
-    positive, negative = _sides(folder, plan)
+    positive, negative = plan.sides
     try:
         check_sides(positive, negative, layers=plan.layers)
         direction_LD = find_method(method)(positive, negative, seed=plan.seed)
     except TraitError as failure:
         if named:
-            raise
+            raise TraitError(f"trait {plan.trait}: no {method} vector: {failure}") from failure
         listener.note(f"{plan.trait}: no {method} vector: {failure}")
         return 0
-    folder.write_vectors(method, {"direction": direction_LD}, plan.header(method))
+    plan.folder.write_vectors(method, {"direction": direction_LD}, plan.header(method))
     return 1
-
-
-def _sides(folder: RunFolder, plan: _Plan) -> tuple[Tensor, Tensor]:
-    """Positive [N, L, D] and negative [M, L, D] activations of the examples that count."""
-    ids, activations_nLD = folder.load_activations(plan.tensor)
-    row_of = {example_id: row for row, example_id in enumerate(ids)}
-    columns = [plan.captured.index(layer) for layer in plan.layers]
-    positive, negative = (
-        activations_nLD[[row_of[example_id] for example_id in plan.kept.ids[polarity]]][:, columns].float()
-        for polarity in POLARITIES
-    )
-    return positive, negative
 
 
 # --- validation -----------------------------------------------------------------------------------------------------
 
 
 def validate(job: Job, wanted: Vectors, listener: Listener) -> int:
-    """Stage 4: vectors/card.json, what each method and layer is worth on questions it has not seen. Returns how many are new."""
-    return sum(_validate_trait(job, trait, wanted, listener) for trait in job.traits)
+    """Stage 4: what each method and layer is worth on questions it has not seen. Returns how many cards are new."""
+    return sum(_validate_trait(job, trait, wanted) for trait in job.traits)
 
 
-def _validate_trait(job: Job, trait: Trait, wanted: Vectors, listener: Listener) -> int:
+def _validate_trait(job: Job, trait: Trait, wanted: Vectors) -> int:
     import torch
 
     from extraction.vectors.validation import build_card
 
     folder = job.folder(trait)
-    with _opened(folder, job, trait):
+    with _working_in(folder, job, trait):
         plan = _plan_vectors(job, trait, folder, wanted)
         made_of = {**plan.header("card"), "methods": list(plan.methods)}
         if folder.has_card() and folder.read_card().get("made_of") == made_of:
             return 0
-        positive, negative = _sides(folder, plan)
+        positive, negative = plan.sides
         ids = [example_id for polarity in POLARITIES for example_id in plan.kept.ids[polarity]]
         card = build_card(
             torch.cat([positive, negative]),
@@ -310,11 +355,25 @@ def _validate_trait(job: Job, trait: Trait, wanted: Vectors, listener: Listener)
 
 def extract(job: Job, wanted: Vectors, listener: Listener) -> tuple[Engine, int]:
     """All stages. Returns the engine, and how many vectors and cards are new; a second run finds nothing to do."""
+    _check_wanted(job, wanted)
     engine = generate(job, MODES["batched"], listener)
+    if not job.is_whole:
+        return engine, 0
     n_new = vectors(job, wanted, listener)
     for trait in job.traits:
         try:
-            n_new += _validate_trait(job, trait, wanted, listener)
+            n_new += _validate_trait(job, trait, wanted)
         except TraitError as failure:
             listener.note(f"{trait.name}: no held-out figures: {failure}")
     return engine, n_new
+
+
+def _check_wanted(job: Job, wanted: Vectors) -> None:
+    """What stage 3 would refuse hours later is refused now."""
+    if wanted.methods is not None:
+        from extraction.vectors.methods import find_method
+
+        for name in wanted.methods:
+            find_method(name)
+    settings = job.experiment.capture
+    _chosen_tensor(job, {f"{s}.{p}": None for s in settings.sites for p in settings.poolings if p != "all"}, wanted)

@@ -118,27 +118,27 @@ class RunFolder:
         """
         for name in FOLDERS:
             _make_folder(self.path / name, self.path)
-        wanted = plain(self._config_path, config)
-        if self._config_path.exists():
+        wanted = plain(self.config_path, config)
+        if self.config_path.exists():
             _check_same(self.path, self.read_config(), wanted)
             return True
         if any(self._payload_paths(name) for name in PAYLOADS):
             raise complaint(
-                self._config_path, "is missing, and there is no telling what made the rest", _restart(self.path)
+                self.config_path, "is missing, and there is no telling what made the rest", _restart(self.path)
             )
-        write_document(self._config_path, {"config": wanted, "fingerprint": fingerprint(wanted)})
+        write_document(self.config_path, {"config": wanted, "fingerprint": fingerprint(wanted)})
         return False
 
     def read_config(self) -> dict[str, Any]:
         """The config that this folder was opened with."""
-        if not self._config_path.exists():
-            raise complaint(self._config_path, "is missing", RERUN)
-        config: dict[str, Any] = read_document(self._config_path, _restart(self.path))["config"]
+        if not self.config_path.exists():
+            raise complaint(self.config_path, "is missing", RERUN)
+        config: dict[str, Any] = read_document(self.config_path, _restart(self.path))["config"]
         return config
 
     def stored_config(self) -> dict[str, Any] | None:
         """The config that this folder was opened with; None where no run has begun."""
-        return self.read_config() if self._config_path.exists() else None
+        return self.read_config() if self.config_path.exists() else None
 
     def clean_orphans(self) -> None:
         """Delete the temporary files of dead processes. Those of another machine look dead: hold the lock alone."""
@@ -250,15 +250,15 @@ class RunFolder:
 
     def write_card(self, card: Mapping[str, Any]) -> None:
         """vectors/card.json: what the vectors are worth."""
-        write_document(self._card_path, card)
+        write_document(self.card_path, card)
 
     def has_card(self) -> bool:
         """Whether vectors/card.json is there."""
-        return self._card_path.exists()
+        return self.card_path.exists()
 
     def read_card(self) -> dict[str, Any]:
         """The card, without its seal."""
-        return read_document(self._card_path)
+        return read_document(self.card_path)
 
     def write_report(self, name: str, data: bytes) -> Path:
         """reports/<name>, for people to look at: without a receipt, and not verified."""
@@ -274,7 +274,7 @@ class RunFolder:
         with _noting(findings):
             self.read_config()
         with _noting(findings):
-            if self._card_path.exists():
+            if self.card_path.exists():
                 self.read_card()
         labels = {name: self._verify_payloads(name, findings) for name in PAYLOADS}
         return [*findings, *self._strangers(labels)]
@@ -305,11 +305,13 @@ class RunFolder:
     # Names
 
     @property
-    def _config_path(self) -> Path:
+    def config_path(self) -> Path:
+        """run.json: what the run is pinned to."""
         return self.path / "run.json"
 
     @property
-    def _card_path(self) -> Path:
+    def card_path(self) -> Path:
+        """vectors/card.json."""
         return self.path / "vectors" / "card.json"
 
     def _shard_path(self, stage: str, index: int) -> Path:
@@ -485,7 +487,7 @@ def _pick(path: Path, tensors: Mapping[str, Any], name: str) -> Any:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("run.json", ".lock", "responses/shards"))
+    return any((folder / name).exists() for name in ("run.json", "responses/shards"))
 
 
 @contextmanager

@@ -3,79 +3,137 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extraction.errors import StoreError
 from extraction.jobs import Job
-from extraction.records import Trait
-from extraction.stages import kept_of
+from extraction.records import POLARITIES, Trait
+from extraction.stages import kept_of, sources_of
 from extraction.store import RunFolder
 
 if TYPE_CHECKING:
     from extraction.forecast import Forecast
     from extraction.runners import Engine
 
-METHOD_WIDTH = 9
+WIDTH = 80
+INDENT = 15
+SIDES = dict(zip(POLARITIES, ("positive", "negative"), strict=True))
 
 
 def of_plan(job: Job, forecast: Forecast) -> Iterator[str]:
     """What a job would do and take."""
-    settings, n_shards = job.experiment, sum(len(job.shards(trait)) for trait in job.traits)
-    n_examples = sum(len(shard) for trait in job.traits for shard in job.shards(trait))
-    yield f"Plan: {settings.name}, model {job.spec.name} ({forecast.n_parameters / 1e6:.1f}M parameters) on {forecast.device}"
-    yield f"  traits      {len(job.traits)}: {', '.join(trait.name for trait in job.traits)}"
-    yield f"  examples    {n_examples} in {n_shards} shards; batch size {forecast.batch_size}"
-    yield f"  layers      {_ranges(job.layers)}; {', '.join(settings.capture.sites)}; {', '.join(settings.capture.poolings)}"
-    yield "Forecast (prompts guessed, every response at its full length):"
-    yield f"  tokens      {forecast.prompt_tokens:,} of prompts, {forecast.new_tokens:,} new"
-    yield f"  time        {duration(forecast.seconds)}"
-    yield f"  disk        {size(forecast.disk)}"
-    parts = ", ".join(f"{part} {size(n_bytes)}" for part, n_bytes in forecast.memory.items())
-    yield f"  memory      {size(forecast.peak)}: {parts}"
+    settings = job.experiment
+    size_of_model = f"{forecast.n_parameters / 1e6:,.1f}M parameters"
+    capture = f"{_ranges(job.layers)}; {', '.join(settings.capture.sites)}; {', '.join(settings.capture.poolings)}"
+    yield f"Plan for {settings.name}"
+    yield from _item("model", f"{job.spec.name} ({size_of_model}) on {forecast.device}")
+    yield from _item("traits", f"{len(job.traits)}: {', '.join(trait.name for trait in job.traits)}")
+    yield from _item(
+        "examples", f"{forecast.n_examples:,} in shards of {settings.shard_size}, batch size {forecast.batch_size}"
+    )
+    yield from _item("layers", capture)
+    yield "Forecast, with every response at its full length"
+    new = f", {forecast.new_tokens:,} new" if forecast.new_tokens else ""
+    yield from _item("tokens", f"{forecast.prompt_tokens:,} of prompts{new}")
+    yield from _item("time", f"about {duration(forecast.seconds)}")
+    yield from _item("disk", size(forecast.disk))
+    parts = ", ".join(f"{part} {size(n_bytes)}" for part, n_bytes in forecast.memory.items() if n_bytes)
+    yield from _item("memory", f"{size(forecast.peak)}: {parts}")
     if forecast.cost is not None:
-        yield f"  cost        {forecast.cost:.2f} at the given price per hour"
+        yield from _item("cost", f"{forecast.cost:.2f} at the given price per hour")
 
 
-def of_generation(job: Job, engine: Engine, seconds: float, gpu_price: float | None) -> Iterator[str]:
+def of_generation(jobs: Iterable[Job], engine: Engine, seconds: float, gpu_price: float | None) -> Iterator[str]:
     """Where stage 1 or 2 put things, and what it took."""
-    for trait in job.traits:
-        yield f"{trait.name}: {_shown(job.folder(trait).path)}"
+    for job, trait in _each(jobs):
+        yield from _heading(job, trait)
+        yield from _places(job.folder(trait), ("responses", "activations"))
         yield from _counts(job, trait)
+        yield ""
     yield _took(engine, seconds, gpu_price)
 
 
-def of_vectors(job: Job, n_written: int) -> Iterator[str]:
+def of_vectors(jobs: Iterable[Job], n_written: int) -> Iterator[str]:
     """Where the vectors lie."""
-    for trait in job.traits:
-        folder = job.folder(trait)
-        yield f"{trait.name}: {_shown(folder.path / 'vectors')}: {', '.join(folder.methods())}"
-    if not n_written:
-        yield "Nothing left to do."
+    for job, trait in _each(jobs):
+        yield from _heading(job, trait)
+        yield from _vectors(job, trait)
+        yield from _counts(job, trait)
+        yield ""
+    yield f"{n_written} new." if n_written else "Nothing left to do."
 
 
-def of_cards(job: Job) -> Iterator[str]:
+def of_cards(jobs: Iterable[Job], n_written: int) -> Iterator[str]:
     """What each trait's vectors are worth."""
-    for trait in job.traits:
+    for job, trait in _each(jobs):
         folder = job.folder(trait)
-        yield f"{trait.name}: {_shown(folder.path / 'vectors' / 'card.json')}"
-        yield from _worth(folder)
+        yield from _heading(job, trait)
+        yield from _item("card", _shown(folder.card_path))
+        yield from _worth(job, trait)
+        yield ""
+    yield f"{n_written} new." if n_written else "Nothing left to do."
 
 
 def of_job(job: Job, engine: Engine, n_new: int, seconds: float, gpu_price: float | None) -> Iterator[str]:
     """The end of the whole job: where things lie, what was kept, what the vectors are worth, what it took."""
     for trait in job.traits:
         folder = job.folder(trait)
-        yield ""
-        yield f"{trait.name} on {job.spec.name}"
-        yield f"  responses    {_shown(folder.path / 'responses')}"
-        yield f"  activations  {_shown(folder.path / 'activations')}"
-        yield f"  vectors      {_shown(folder.path / 'vectors')}: {', '.join(folder.methods())}"
+        yield from _heading(job, trait)
+        yield from _places(folder, ("responses", "activations"))
+        yield from _vectors(job, trait)
         yield from _counts(job, trait)
-        yield from _worth(folder)
-    yield ""
-    yield _took(engine, seconds, gpu_price) if engine.n_made or n_new else f"Nothing left to do ({seconds:.1f} s)."
+        yield from _worth(job, trait)
+        yield ""
+    if engine.n_made or not n_new:
+        yield _took(engine, seconds, gpu_price)
+    else:
+        yield f"Took {duration(seconds)}: {n_new} new vectors and cards from stored activations."
+
+
+def _each(jobs: Iterable[Job]) -> Iterator[tuple[Job, Trait]]:
+    return ((job, trait) for job in jobs for trait in job.traits)
+
+
+def _heading(job: Job, trait: Trait) -> Iterator[str]:
+    yield f"{trait.name} on {job.spec.name}"
+
+
+def _item(label: str, text: str) -> Iterator[str]:
+    """A label and what it is; long text goes on, indented, at a space."""
+    yield from textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=f"  {label}".ljust(INDENT),
+        subsequent_indent=" " * INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _places(folder: RunFolder, stages: Iterable[str]) -> Iterator[str]:
+    for stage in stages:
+        if folder.shard_done(stage, 0):
+            yield from _item(stage, _shown(folder.path / stage))
+
+
+def _vectors(job: Job, trait: Trait) -> Iterator[str]:
+    """The methods whose vectors are made from the responses that count now."""
+    folder, sources = job.folder(trait), _sources(job, trait)
+    headers = {method: folder.vectors_header(method) for method in sorted(folder.methods())}
+    current = [method for method, header in headers.items() if header and header["sources"] == sources]
+    if current:
+        yield from _item("vectors", _shown(folder.path / "vectors"))
+        yield from _item("", ", ".join(current))
+
+
+def _sources(job: Job, trait: Trait) -> str | None:
+    try:
+        return sources_of(job.folder(trait), kept_of(job, trait, job.folder(trait)))
+    except StoreError:
+        return None
 
 
 def _counts(job: Job, trait: Trait) -> Iterator[str]:
@@ -84,34 +142,33 @@ def _counts(job: Job, trait: Trait) -> Iterator[str]:
     except StoreError:
         return
     reasons = {"on the wrong side": kept.wrong_side, "without a score": kept.unscored, "empty": kept.empty}
-    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count) or "none dropped"
-    yield f"  kept         {kept.n_kept} of {kept.total} examples by the judge '{kept.judge}' ({dropped})"
+    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    by = "no judge" if kept.judge == "none" else f"{kept.judge} judge, threshold {kept.threshold:g}"
+    sides = " and ".join(f"{len(kept.ids[side])} {word}" for side, word in SIDES.items())
+    yield from _item("kept", f"{kept.n_kept} of {kept.total} responses ({by}): {sides}")
+    if dropped:
+        yield from _item("dropped", dropped)
 
 
-def _worth(folder: RunFolder) -> Iterator[str]:
+def _worth(job: Job, trait: Trait) -> Iterator[str]:
     """The chosen layer and method on questions that had no part in fitting or choosing; the controls beside it."""
-    if not folder.has_card():
+    folder = job.folder(trait)
+    card = folder.read_card() if folder.has_card() else None
+    if card is None or card["made_of"]["sources"] != _sources(job, trait):
         return
-    card = folder.read_card()
-    chosen, controls = card["chosen"], card["controls"]
-    figures = chosen["test"]
-    yield f"  best         layer {chosen['layer']} of {card['layers'][-1]}, {chosen['method']}: {_figures(figures)}"
-    placebo = max((each["test"]["auroc"] or 0.0 for each in controls["shuffled_labels"]), default=None)
-    beside = [
-        f"random direction {_two(controls['random']['test']['auroc'])}",
-        f"shuffled labels at most {_two(placebo)}",
-    ]
-    yield f"               (held out: {_questions(card)} questions; controls: {', '.join(beside)})"
+    chosen, controls, held_out = card["chosen"], card["controls"], card["split"]["test"]
+    yield from _item("best", f"layer {chosen['layer']} of {_ranges(card['layers'])}, {chosen['method']}")
+    rows = held_out["positive"] + held_out["negative"]
+    yield from _item("held out", f"{_figures(chosen['test'])} ({rows} responses to {held_out['questions']} questions)")
+    shuffled = ", ".join(_two(each["test"]["auroc"]) for each in controls["shuffled_labels"])
+    random = _two(controls["random"]["test"]["auroc"])
+    yield from _item("controls", f"AUROC of a random direction {random}, of shuffled labels {shuffled}")
 
 
-def _figures(figures: dict[str, Any]) -> str:
+def _figures(figures: Mapping[str, Any]) -> str:
     return (
         f"AUROC {_two(figures['auroc'])}, Cohen's d {_two(figures['cohens_d'])}, accuracy {_two(figures['accuracy'])}"
     )
-
-
-def _questions(card: dict[str, Any]) -> int:
-    return int(card["split"]["test"]["questions"])
 
 
 def _two(value: float | None) -> str:
@@ -136,7 +193,7 @@ def peak_memory() -> int:
     import torch
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
+        return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -164,6 +221,6 @@ def _shown(path: Path) -> str:
     return relative if not relative.startswith("..") else str(path)
 
 
-def _ranges(layers: tuple[int, ...]) -> str:
-    whole = layers == tuple(range(layers[0], layers[-1] + 1))
+def _ranges(layers: Sequence[int]) -> str:
+    whole = list(layers) == list(range(layers[0], layers[-1] + 1))
     return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))

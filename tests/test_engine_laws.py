@@ -479,7 +479,7 @@ def reference_sampled(model: Any, request: Request, strategy: Sample) -> tuple[i
 @pytest.mark.parametrize("strategy", [Sample(1.0), WARPED], ids=["plain", "warped"])
 def test_sampled_tokens_do_not_depend_on_the_batch(name: str, strategy: Sample) -> None:
     case = case_of(name)
-    requests = [replace(r, max_new_tokens=8, seed=11) for r in case.requests]
+    requests = [replace(r, max_new_tokens=min(r.max_new_tokens, 10), seed=11) for r in case.requests]
     lm = wrap(case.lm.model, stop_ids=())
     wanted = {r.id: reference_sampled(lm.model, r, strategy) for r in requests}
     for batch_size in (1, 3, 5):
@@ -545,7 +545,9 @@ def test_stop_tokens_end_a_response_and_are_not_part_of_it() -> None:
     unstopped = [reference_greedy(model, row, 12) for row in rows]
     stops = (unstopped[0][0], unstopped[1][3], unstopped[2][11])  # at once, in the middle, as the very last token
     requests = [Request(f"e{i}", row, 12) for i, row in enumerate(rows)]
+    requests.append(Request("cut", rows[1], 3))  # its budget ends just before the stop token
     done = run(wrap(model, stop_ids=stops), requests, 2, Capture(ALL_LAYERS, poolings=POOLINGS))
+    assert (done["cut"].token_ids, done["cut"].finish_reason) == (unstopped[1][:3], "length")
     for i, said in enumerate(unstopped):
         kept = until_stop(said, stops)
         assert done[f"e{i}"].token_ids == kept

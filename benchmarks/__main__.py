@@ -1,0 +1,90 @@
+"""`python -m benchmarks [peers|capture|memory|all]`: measure, and write JSON, a page and pictures."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+SHAPES = ("tiny", "pocket", "15m", "135m")
+MEMORY_COUNTS = (2_000, 20_000)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("what", type=click.Choice(["peers", "capture", "memory", "all"]), default="all")
+@click.option("--shape", "shapes", multiple=True, default=("pocket",), type=click.Choice(SHAPES), show_default=True,
+              help="Model; may be given several times.")  # fmt: skip
+@click.option("--threads", default=2, type=click.IntRange(1), show_default=True, help="Processor threads.")
+@click.option(
+    "--repeats", default=3, type=click.IntRange(1), show_default=True, help="Rounds; capture has 5 pairs each."
+)
+@click.option("--examples", default=200, type=click.IntRange(2), show_default=True, help="Prompts of a job.")
+@click.option(
+    "--serial-examples", default=20, type=click.IntRange(1), show_default=True, help="Of which, one at a time."
+)
+@click.option(
+    "--out", default=Path("docs/benchmarks"), type=click.Path(path_type=Path), show_default=True, help="Folder."
+)
+def main(
+    what: str, shapes: tuple[str, ...], threads: int, repeats: int, examples: int, serial_examples: int, out: Path
+) -> None:
+    """Measure the engine beside its peers, what capture costs, and how memory grows."""
+    _quiet(threads)
+    if what in ("peers", "all"):
+        from benchmarks.race import race
+
+        for shape in shapes:
+            _say(f"peers, {shape}")
+            found = race(shape, n_examples=examples, n_serial=serial_examples, repeats=repeats, say=_say)
+            _write("peers", f"peers-{shape}", found, threads, out)
+    if what in ("capture", "all"):
+        from benchmarks.capture_cost import capture_cost
+
+        for shape in shapes:
+            _say(f"capture, {shape}")
+            found = capture_cost(shape, n_examples=examples, repeats=repeats, say=_say)
+            _write("capture", f"capture-{shape}", found, threads, out)
+    if what in ("memory", "all"):
+        from benchmarks.memory import memory_growth
+
+        _say("memory")
+        _write("memory", "memory", memory_growth(counts=MEMORY_COUNTS, threads=threads, say=_say), threads, out)
+
+
+def _quiet(threads: int) -> None:
+    """Threads are fixed before torch starts any; nobody talks in between, and nothing is fetched."""
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _write(kind: str, name: str, found: dict[str, Any], threads: int, out: Path) -> None:
+    from benchmarks.hardware import describe
+    from benchmarks.tables import TABLES, save
+
+    result = {"kind": kind, "machine": describe(threads), **found}
+    out.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("matplotlib"):
+        from benchmarks.figures import draw
+
+        draw(result, out / f"{name}.png")
+    else:
+        _say("no picture: matplotlib is not installed (it is in the extra `bench`)")
+    path = save(name, result, out)
+    click.echo(TABLES[kind](result))
+    _say(f"written: {path}")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

@@ -1,0 +1,93 @@
+"""Results as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+matplotlib.use("Agg")
+
+OURS, THEIRS, LIMIT = "#1f6f8b", "#b0b7bd", "#b3402a"
+COLOURS = {"traitline": OURS, "serial": "#8a8f98", "batched": "#d08c3f", "continuous": "#6b8f4e"}
+SHORT = {
+    "traitline": "Traitline",
+    "serial": "transformers,\none at a time",
+    "batched": "transformers,\npadded batches",
+    "continuous": "transformers,\ncontinuous batching",
+}
+
+
+def draw(result: dict[str, Any], path: Path) -> Path:
+    """Draw a result into a PNG."""
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    DRAWINGS[result["kind"]](figure, result)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _peers(figure: Figure, result: dict[str, Any]) -> None:
+    bars, curves = figure.subplots(1, 2)
+    figure.suptitle(f"{result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, responses and activations")
+    _peer_bars(bars, result["peers"])
+    for name, peer in result["peers"].items():
+        sizes = [int(size) for size in peer["by_batch_size"]]
+        curves.plot(sizes, list(peer["by_batch_size"].values()), "o-", color=COLOURS[name], label=name)
+    curves.set_xscale("log", base=2)
+    ticks = sorted({int(size) for peer in result["peers"].values() for size in peer["by_batch_size"]})
+    curves.set_xticks(ticks, [str(size) for size in ticks])
+    curves.set_ylim(bottom=0)
+    curves.set_xlabel("batch size")
+    curves.set_ylabel("response tokens per second")
+    curves.legend(frameon=False)
+    curves.spines[["top", "right"]].set_visible(False)
+
+
+def _peer_bars(axes: Axes, peers: dict[str, Any]) -> None:
+    names = list(peers)[::-1]
+    rates = [peers[name]["tokens_per_second"] for name in names]
+    medians = [rate["median"] for rate in rates]
+    around = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
+    labels = [SHORT[name] for name in names]
+    axes.barh(labels, medians, xerr=around, color=[COLOURS[name] for name in names], ecolor="#444444", capsize=3)
+    for row, rate in enumerate(rates):
+        axes.text(rate["max"] + max(medians) * 0.03, row, f"{rate['median']:.0f}", va="center")
+    axes.set_xlim(0, max(rate["max"] for rate in rates) * 1.18)
+    axes.set_xlabel("response tokens per second, at the best batch size")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _capture(figure: Figure, result: dict[str, Any]) -> None:
+    axes = figure.subplots()
+    ratios = sorted(on / off for on, off in zip(result["seconds_on"], result["seconds_off"], strict=True))
+    axes.plot(range(1, len(ratios) + 1), ratios, "o", color=OURS)
+    axes.axhline(result["ratio"]["median"], color=OURS, label=f"median {result['ratio']['median']:.3f}")
+    axes.axhline(1.05, color=LIMIT, linestyle="--", label="goal: at most 1.05")
+    axes.axhline(1.0, color=THEIRS, linewidth=1)
+    axes.set_title(f"{result['shape']}: what capture costs")
+    axes.set_xlabel("pair of runs, sorted")
+    axes.set_ylabel("time with capture / without")
+    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _memory(figure: Figure, result: dict[str, Any]) -> None:
+    axes = figure.subplots()
+    counts = [str(count) for count in result["counts"]]
+    for i, by_count in enumerate(result["peak_mib"].values()):
+        places = [i + (j - (len(counts) - 1) / 2) * 0.36 for j in range(len(counts))]
+        bars = axes.bar(places, [by_count[count] for count in counts], width=0.33, color=[THEIRS, OURS])
+        axes.bar_label(bars, [f"{by_count[count]:.0f}\n({int(count):,})" for count in counts], padding=2)
+    axes.set_xticks(range(len(result["peak_mib"])), [f"{s}: {g:.2f} times" for s, g in result["growth"].items()])
+    axes.margins(y=0.25)
+    axes.set_ylabel("peak memory, MiB")
+    axes.set_title(f"Peak memory with {' and '.join(f'{int(count):,}' for count in counts)} examples")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+DRAWINGS = {"peers": _peers, "capture": _capture, "memory": _memory}

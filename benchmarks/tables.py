@@ -1,0 +1,116 @@
+"""Results as text: one JSON file a measurement, and one page made of all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = "README.md"
+INTRODUCTION = """# Measurements
+
+Made by `python -m benchmarks`; the figures behind every table are in the JSON file beside it.
+
+**Peers.** Everybody does the same job with the same random weights: prompts of 40 to 80 tokens, greedy answers whose
+lengths are forced (gamma distributed, 2 to 150 tokens), and the mean of every layer over each answer, in float32. Every
+batch size runs once to find a peer's best; the best ones then run in turn, several times, and the table holds medians.
+One at a time is measured on the first examples only. "Equal" counts the answers with the same tokens, in every run; the
+deviation is the largest difference of any mean, relative to the largest value of that answer. The floor is the time of
+a decode step's matrices alone.
+"""
+
+
+def save(name: str, result: dict[str, Any], out: Path) -> Path:
+    """Write a result, and the page anew."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / PAGE).write_text(page(out), encoding="utf-8")
+    return path
+
+
+def page(out: Path) -> str:
+    """All results of a folder as Markdown."""
+    parts = [INTRODUCTION]
+    for path in sorted(out.glob("*.json"), key=lambda path: (path.stem.partition("-")[0] != "peers", path.stem)):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        picture = f"![{TITLES[result['kind']]}]({path.stem}.png)\n" if path.with_suffix(".png").is_file() else ""
+        parts.append("\n".join([TABLES[result["kind"]](result), picture, _machine(result["machine"]), ""]))
+    return "\n".join(parts)
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, {machine['system']}, "
+        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}."
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def peers_table(result: dict[str, Any]) -> str:
+    """The race of one shape."""
+    n_serial, ratio = result["serial_examples"], result["ratio"]
+    rows = [_peer_row(name, peer) for name, peer in result["peers"].items()]
+    rows.append(["floor: the matrices alone", "", f"{result['floor']:.0f}", "", "", "", ""])
+    head = ["", "batch", "tokens/s", "min to max", "equal to one at a time", "equal to batches", "deviation"]
+    return (
+        f"## Peers, {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters\n\n"
+        f"{result['examples']} examples, {result['tokens']} response tokens, {result['repeats']} rounds. "
+        f"One at a time is measured on {n_serial} examples.\n\n{table(head, rows)}\n"
+        f"Traitline over the best peer of the same round: **{ratio['median']:.2f}** "
+        f"({ratio['min']:.2f} to {ratio['max']:.2f}).\n"
+    )
+
+
+def _peer_row(name: str, peer: dict[str, Any]) -> list[str]:
+    rate, agreement = peer["tokens_per_second"], peer["agreement"]
+    equal = [f"{each['n_equal']} of {each['n_compared']}" for each in agreement.values()]
+    deviation = max(each["deviation"] for each in agreement.values())
+    return [
+        peer["title"],
+        str(peer["batch_size"]),
+        f"{rate['median']:.0f}",
+        f"{rate['min']:.0f} to {rate['max']:.0f}",
+        *equal,
+        f"{deviation:.0e}",
+    ]
+
+
+def capture_table(result: dict[str, Any]) -> str:
+    """With capture over without."""
+    ratio = result["ratio"]
+    rows = [
+        ["median of the pairs", f"{ratio['median']:.3f}"],
+        ["middle half of the pairs", f"{ratio['quartile_low']:.3f} to {ratio['quartile_high']:.3f}"],
+        ["all pairs", f"{ratio['min']:.3f} to {ratio['max']:.3f}"],
+        ["quickest with capture over quickest without", f"{result['ratio_of_quickest']:.3f}"],
+    ]
+    return (
+        f"## What capture costs, {result['shape']}\n\n"
+        f"{result['pairs']} pairs of runs in turn, {result['examples']} examples, {result['tokens']} response tokens, "
+        f"batch {result['batch_size']}, the means of every layer.\n\n{table(['', 'time on / time off'], rows)}"
+    )
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    """Peak memory by number of examples."""
+    counts = [str(count) for count in result["counts"]]
+    rows = [
+        [step, *[f"{by_count[count]:.0f} MiB" for count in counts], f"{result['growth'][step]:.2f}"]
+        for step, by_count in result["peak_mib"].items()
+    ]
+    head = ["peak resident memory", *[f"{int(count):,} examples" for count in counts], "growth"]
+    return (
+        "## How memory grows\n\nThe commands themselves, each in a fresh process, on a tiny model and with responses "
+        f"of 4 tokens.\n\n{table(head, rows)}"
+    )
+
+
+TABLES = {"peers": peers_table, "capture": capture_table, "memory": memory_table}
+TITLES = {"peers": "Tokens per second by peer", "capture": "Cost of capture", "memory": "Peak memory"}

@@ -1,0 +1,181 @@
+"""How doors speak: a progress bar, one line for an error, and what a signal does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from extraction.errors import TraitlineError
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}| {remaining} left{postfix}"
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def one_line(said: object) -> str:
+    """Text for a terminal: ANSI and other control characters of a name or a path are shown, not obeyed."""
+    text = " ".join(str(said).split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def complain(said: object) -> None:
+    """Print the one line of an error."""
+    click.echo(f"traitline: {one_line(said)}", err=True)
+
+
+class _Usage(click.ClickException):
+    """A wrong option or argument, in one line."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        complain(self.message)
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as failure:
+        if isinstance(failure, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            raise
+        path = failure.ctx.command_path if failure.ctx else "traitline"
+        message = failure.format_message().rstrip(".")
+        raise _Usage(f"{message}{'' if message.endswith(('?', ')')) else ';'} see {path} --help") from failure
+
+
+class Command(click.Command):
+    """A command whose errors are one line on stderr and exit code 2; a traceback only with --debug."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options."""
+        with _usage_in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; turn what users can put right into one line."""
+        debug = ctx.params.pop("debug", False)
+        with _stoppable():
+            try:
+                return super().invoke(ctx)
+            except TraitlineError as failure:
+                if debug:
+                    raise
+                complain(failure)
+                ctx.exit(2)
+            except Interrupted as stop:
+                complain("stopped; finished shards are kept, and the same command goes on from there")
+                ctx.exit(128 + stop.number)
+
+
+class Group(click.Group):
+    """Commands, with the same way of saying what is wrong."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options."""
+        with _usage_in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Find the command, and run it."""
+        with _usage_in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """The first SIGINT or SIGTERM unwinds; from then on, a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread alone
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, lambda again, _: os._exit(128 + again))
+        raise Interrupted(number)
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            if signal.getsignal(each) is stop:
+                signal.signal(each, handler)
+
+
+class Terminal:
+    """A stage's listener that speaks to people: a bar with tokens/s and time left on a terminal, lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._tokens = 0
+        self._started = self._spoke = 0.0
+        self._title, self._done, self._before = "", 0, 0
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(one_line(text), file=sys.stderr)
+        else:
+            click.echo(one_line(text), err=True)
+
+    def begin(self, title: str, n_examples: int, n_done: int) -> None:
+        """Start a bar."""
+        from tqdm import tqdm
+
+        on_terminal = sys.stderr.isatty()
+        if not on_terminal:
+            self.note(f"{title}: {n_examples} examples" + (f", {n_done} of them done before" if n_done else ""))
+        self._tokens, self._started = 0, time.perf_counter()
+        self._spoke = self._started
+        self._bar = tqdm(
+            total=n_examples,
+            initial=n_done,
+            desc=title,
+            file=sys.stderr,
+            disable=not on_terminal,
+            dynamic_ncols=True,
+            smoothing=0,  # the mean rate: examples end in bursts
+            miniters=0,  # tokens move the bar too
+            bar_format=BAR,
+        )
+        self._title, self._done, self._before = title, n_done, n_done
+
+    def advance(self, n_examples: int, n_tokens: int) -> None:
+        """Move the bar."""
+        self._tokens += n_tokens
+        self._done += n_examples
+        now = time.perf_counter()
+        rate = f"{self._tokens / max(now - self._started, 1e-9):,.0f} tokens/s"
+        self._bar.set_postfix_str(rate, refresh=False)
+        self._bar.update(n_examples)
+        if self._bar.disable and now - self._spoke > SECONDS_BETWEEN_LINES:
+            self._spoke = now
+            left = (now - self._started) / max(self._done - self._before, 1) * (self._bar.total - self._done)
+            self.note(f"{self._title}: {self._done} of {self._bar.total} examples, {rate}, about {left:.0f} s left")
+
+    def end(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,290 @@
+"""The doors as users type them: by path, as modules, as `traitline`; quick help; progress; what is said and where."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.forks import Forks, forks
+from tests.runs import (
+    REPOSITORY,
+    contents,
+    environment,
+    invoke,
+    make_root,
+    one_refusal,
+    refused,
+    succeed,
+)
+
+DOORS = {
+    "1_generate_responses": "generate",
+    "1_generate_and_extract": "combined",
+    "1_generate_batched_simple": "batched",
+    "2_extract_activations": "capture",
+    "3_extract_vectors": "vectors",
+    "4_evaluate_vectors": "validate",
+}
+HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A fresh root."""
+    return make_root(tmp_path)
+
+
+def python(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """A process of its own, from another folder, without the checkout on its path."""
+    env = environment()
+    del env["PYTHONPATH"]
+    given = {"capture_output": True, "text": True, "env": env, "cwd": "/", "timeout": 120, **options}
+    return subprocess.run([sys.executable, *map(str, arguments)], check=False, **given)
+
+
+# --- every way of typing them ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_help_by_path_from_anywhere_imports_nothing_heavy(door):
+    result = python("-X", "importtime", REPOSITORY / "extraction" / f"{door}.py", "--help")
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in result.stderr.splitlines() if "|" in line}
+    assert result.returncode == 0
+    assert "extraction" in imported
+    assert imported.isdisjoint(HEAVY)
+    assert f"Usage: {door}.py [OPTIONS]" in result.stdout
+    assert "--experiment NAME" in result.stdout
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())
+
+
+def test_help_of_the_group_imports_nothing_heavy():
+    code = "import sys; from extraction.cli import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
+    result = python("-c", code, "--help", cwd=REPOSITORY)
+    *_, last = result.stdout.splitlines()
+    assert {name.split(".")[0] for name in last.split()}.isdisjoint(HEAVY)
+    for command in (*DOORS.values(), "extract", "verify", "traits"):
+        assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
+
+
+def test_a_door_by_path_from_another_folder_does_the_work(root):
+    common = ("--root", root, "--experiment", "demo", "--trait", "calm")
+    first = python(REPOSITORY / "extraction/1_generate_batched_simple.py", *common, "--batch_size", "8")
+    assert first.returncode == 0, first.stderr
+    assert "batch size 8" in first.stdout
+    second = python("-m", "extraction.3_extract_vectors", *common, "--layers", "1", cwd=REPOSITORY)
+    assert second.returncode == 0, second.stderr
+    assert "5 new." in second.stdout
+
+
+def test_doors_are_the_commands_of_the_group():
+    from extraction.cli import main
+
+    for door, command in DOORS.items():
+        text = (REPOSITORY / "extraction" / f"{door}.py").read_text()
+        assert f"{main.commands[command].callback.__name__}()" in text
+
+
+def test_options_go_by_both_spellings(root):
+    dashes = ["--n-examples", "3", "--max-new-tokens", "4", "--batch-size", "2", "--self-check", "0"]
+    lines = [word.replace("-", "_").replace("__", "--", 1) if word[0] == "-" else word for word in dashes]
+    for experiment, options in (("tiny_a", dashes), ("tiny_b", lines)):
+        succeed("batched", "--root", root, "--experiment", experiment, "--trait", "calm", *options)
+    one, other = (contents(root / "experiments" / name / "calm" / "responses") for name in ("tiny_a", "tiny_b"))
+    assert one == other
+
+
+@pytest.mark.parametrize(("layers", "count"), [("all", 3), ("1", 1), ("0-1", 2), ("0,2", 2), ("2,0-1", 3)])
+def test_layers_in_every_form(root, layers, count):
+    options = ("--trait", "calm", "--layers", layers, "--n-examples", "2", "--self-check", "0")
+    succeed("batched", "--root", root, "--experiment", "demo", *options)
+    receipt = yaml.safe_load((root / "experiments/demo/calm/activations/0000.receipt.json").read_text())
+    assert receipt["tensors"]["residual.response_mean"]["shape"][1] == count
+
+
+def test_an_experiment_without_a_file_takes_its_model_from_its_name_and_says_so(root):
+    result = succeed("generate", "--root", root, "--experiment", "tiny_nov20", "--trait", "calm", "--n-examples", "2")
+    assert result.stderr.splitlines()[0] == (
+        "configs/experiments/tiny_nov20.yaml: no such file: model tiny from the name, the rest by default"
+    )
+
+
+def test_batch_size_auto_is_measured(root):
+    result = succeed("batched", "--root", root, "--experiment", "demo", "--batch_size", "auto")
+    assert "batch size 32" in result.stdout
+
+
+def test_traits_are_listed():
+    out = succeed("traits").stdout
+    assert "retrieval_construction\n    " in out
+
+
+# --- before anything is loaded --------------------------------------------------------------------------------------
+
+
+def test_a_layer_out_of_range_is_refused_before_weights_are_read_and_leaves_nothing(root):
+    (root / "model/model.safetensors").unlink()
+    line = refused("extract", "--root", root, "--experiment", "demo", "--layers", "2-3")
+    assert "--layers '2-3': layer 3 is out of range; the last layer is 2" in line
+    assert contents(root / "experiments") == {}
+
+
+def test_a_read_only_folder_is_refused_before_torch_is_imported():
+    top = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    try:
+        top.chmod(0o755)
+        root = make_root(top)
+        (root / "experiments").mkdir(mode=0o555)
+        code = (
+            "import atexit, os, sys; import extraction.cli, extraction.stages, extraction.summary, click.testing\n"
+            "atexit.register(lambda: print('torch' in sys.modules))\n"
+            "os.getuid() or os.setuid(65534)\n"
+            "extraction.cli.main(prog_name='traitline')"
+        )
+        result = python("-c", code, "extract", "--root", root, "--experiment", "demo", cwd=REPOSITORY)
+    finally:
+        shutil.rmtree(top)
+    assert result.stdout == "False\n"
+    line = one_refusal(result.returncode, "", result.stderr)
+    assert f"{root}/experiments/demo/calm" in line
+    assert "make the folder writable" in line
+
+
+def test_a_start_that_fails_pins_nothing(root):
+    """The remedy is another setting, so the run must not hold on to the one that failed."""
+    options = ("extract", "--root", root, "--experiment", "demo")
+    assert "lower --max-new-tokens" in refused(*options, "--max-new-tokens", "500")
+    assert contents(root / "experiments") == {}
+    assert invoke("verify", "--root", root).exit_code == 0
+    succeed(*options)
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["generate", "combined", "batched", "extract"])
+def test_a_dry_run_prints_plan_and_forecast_and_writes_nothing(root, command):
+    options = ("--dry-run", "--gpu-price", "2.5")
+    out = succeed(command, "--root", root, "--experiment", "demo", *options).stdout
+    assert not (root / "experiments").exists()
+    for label in ("model", "traits", "examples", "layers", "tokens", "time", "disk", "memory", "cost"):
+        assert re.search(rf"^  {label} +\S", out, re.MULTILINE), out
+    size = 1 if command in ("generate", "combined") else 4
+    assert f"48 in shards of 20, batch size {size}" in out
+    assert "480 new" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_a_dry_run_reads_no_weights_and_refuses_what_the_run_would(root):
+    (root / "model/model.safetensors").unlink()
+    succeed("extract", "--root", root, "--experiment", "demo", "--dry-run")
+    line = refused("extract", "--root", root, "--experiment", "demo", "--dry-run", "--max-new-tokens", "500")
+    assert "lower --max-new-tokens" in line
+
+
+def test_a_dry_run_of_stage_2(root):
+    succeed("generate", "--root", root, "--experiment", "demo")
+    before = contents(root / "experiments")
+    out = succeed("capture", "--root", root, "--experiment", "demo", "--dry-run").stdout
+    assert "new" not in out.partition("tokens")[2].splitlines()[0]
+    assert contents(root / "experiments") == before
+
+
+# --- what is said, and where ----------------------------------------------------------------------------------------
+
+USAGE = [
+    (["--nonsense"], "'--nonsense'"),
+    (["nonsense"], "'nonsense'"),
+    (["extract"], "'--experiment'"),
+    (["extract", "--experiment"], "'--experiment'"),
+    (["extract", "--experiment", "demo", "--n_exampels", "3"], "'--n-examples'"),
+    (["extract", "--experiment", "demo", "--threads", "x"], "'x'"),
+    (["extract", "--experiment", "demo", "--gpu-price", "-1"], "-1"),
+    (["extract", "--experiment", "demo", "--self-check", "-1"], "-1"),
+    (["extract", "--experiment", "demo", "extra"], "extra"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fragment"), USAGE)
+def test_a_wrong_option_is_one_line(arguments, fragment):
+    assert fragment in refused(*arguments)
+
+
+def test_debug_shows_the_traceback(root):
+    from click.testing import CliRunner
+
+    from extraction.cli import main
+    from extraction.errors import ConfigError
+
+    options = ["generate", "--root", str(root), "--experiment", "demo", "--temperature", "-1", "--debug"]
+    assert isinstance(CliRunner().invoke(main, options).exception, ConfigError)
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(root):
+    assert r"\x1b[31m" in refused("extract", "--root", root, "--experiment", "demo", "--trait", "\x1b[31mred")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Where processes come from."""
+    with forks(tmp_path_factory.mktemp("forks")) as running:
+        yield running
+
+
+def on_a_terminal(server: Forks, *arguments: object, columns: int = 80) -> tuple[int, str]:
+    """Exit code, and what stderr's terminal of so many columns was sent."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = server.start(*arguments, stderr=Path(os.ttyname(theirs)))
+    sent = b""
+    while process.poll() is None or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.05)[0]:
+            sent += os.read(ours, 65536)
+    os.close(theirs)
+    os.close(ours)
+    return process.wait(), sent.decode()
+
+
+def test_a_terminal_gets_one_bar_of_its_width(server, root):
+    code, sent = on_a_terminal(server, "extract", "--root", root, "--experiment", "demo", "--max-new-tokens", "60")
+    assert code == 0, sent
+    frames = [frame for frame in re.split(r"[\r\n]+", sent.replace("\x1b[A", "")) if frame.strip()]
+    bars = [frame for frame in frames if " examples |" in frame]
+    assert len(bars) > 1
+    assert all(len(frame) <= 80 for frame in frames), frames
+    assert re.search(r"calm: generating and capturing: \d+/48 examples \|.*\| \S+ left, [\d,]+ tokens/s", sent)
+    assert re.search(r"48/48 examples \|.*\| 00:00 left, ", bars[-1]), bars[-1]
+
+
+def test_no_terminal_gets_lines_without_control_characters(server, root):
+    process = server.start("extract", "--root", root, "--experiment", "demo")
+    assert process.wait() == 0
+    out, err = process.stdout, process.stderr
+    assert all(line.isprintable() for line in (out + err).split("\n")), (out, err)
+    loading, check, progress = err.splitlines()
+    assert loading == "loading tiny"
+    assert check.startswith("self-check: 2 examples alone and in a batch agree within ")
+    assert progress == "calm: generating and capturing: 48 examples"
+
+
+def test_a_closed_stdout_is_no_traceback():
+    many = "from extraction.cli import main\nfor _ in range(300): main(['traits'], standalone_mode=False)"
+    shell = f'"{sys.executable}" -c "{many}" | head -1; exit ${{PIPESTATUS[0]}}'
+    options = {"capture_output": True, "text": True, "env": environment(), "cwd": REPOSITORY}
+    result = subprocess.run(["bash", "-c", shell], **options, check=False)
+    assert result.stderr == "", result.stderr
+    assert result.returncode == 1
+    assert len(result.stdout.splitlines()) == 1

@@ -1,0 +1,135 @@
+"""The forecast: its sizes are the engine's own, its batch fits, its sums add up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extraction.capture import Capture, Observer
+from extraction.forecast import (
+    CPU_AUTO_BATCH,
+    MAX_AUTO_BATCH,
+    Work,
+    auto_batch_size,
+    fitting,
+    forecast,
+    is_out_of_memory,
+    memory_by_part,
+    shape_of,
+)
+from extraction.jobs import plan
+from extraction.models import wrap
+from extraction.utils_batch import Request, RunningBatch
+from tests.runs import EXPERIMENT, make_root
+from tests.tiny import shared_model, tiny_tokenizer
+
+ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox", "bloom", "opt")
+
+
+def work_of(prompt: int = 30, new: int = 20, points: int = 3) -> Work:
+    return Work(n_examples=8, prompt_mean=prompt, prompt_longest=prompt, max_new_tokens=new, n_points=points)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_memory_by_part_is_what_the_engine_takes(name):
+    """Weights, cache and running sums to the byte, from the config alone."""
+    model, work = shared_model(name), work_of()
+    lm = wrap(model)
+    requests = [Request(str(i), tuple(range(3, 33)), 20) for i in range(8)]
+    batch = RunningBatch(lm, requests, 4, strategy_of(), Capture((0, 1, 2)), ())
+    with batch.watching():
+        batch.advance()
+    parts = memory_by_part(shape_of(model.config, torch.float32), work, 4, "cpu")
+    caches = [tensor for layer in batch.cache.layers for tensor in (layer.keys, layer.values)]
+    assert parts["weights"] == sum(p.numel() * 4 for p in model.parameters())
+    assert parts["cache"] == sum(tensor.numel() * 4 for tensor in caches)
+    observer = batch.observer
+    assert isinstance(observer, Observer)
+    sums = [observer.fed_KBD, *(accumulator.sum_KBD for accumulator in observer.poolings.values())]
+    assert parts["running sums"] == sum(tensor.numel() * 4 for tensor in sums)
+    assert batch.mask_BS.shape[1] == work.columns
+
+
+def strategy_of():
+    from extraction.decoding.sample import Sample
+
+    return Sample()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sizes_are_the_models(name):
+    model = shared_model(name)
+    shape = shape_of(model.config, torch.bfloat16)
+    head = model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    embeddings = 0 if tied else head.numel()
+    assert (shape.n_layers, shape.hidden, shape.vocabulary, shape.n_bytes) == (3, 32, 97, 2)
+    assert shape.n_parameters == sum(p.numel() for p in model.parameters())
+    assert shape.n_multiplied == shape.n_parameters - embeddings
+
+
+@given(st.integers(1, 10**12), st.integers(1, 4000), st.integers(1, 4000), st.sampled_from(["cpu", "cuda"]))
+def test_the_batch_fits_and_twice_as_much_would_not(free, prompt, new, device):
+    shape, work = shape_of(shared_model("llama").config, torch.float32), work_of(prompt, new)
+    size = fitting(shape, work, device, free)
+    most = MAX_AUTO_BATCH if device == "cuda" else CPU_AUTO_BATCH
+    assert size in [2**i for i in range(10)]
+    assert size <= most
+    takes = {n: sum(memory_by_part(shape, work, n, device).values()) for n in (size, 2 * size)}
+    assert size == 1 or takes[size] <= 0.8 * free
+    assert size == most or takes[2 * size] > 0.8 * free
+
+
+def test_a_batch_for_a_loaded_model():
+    lm = wrap(shared_model("llama"), tiny_tokenizer())
+    assert auto_batch_size(lm, [10, 20], 30) == CPU_AUTO_BATCH
+
+
+@pytest.mark.parametrize(
+    ("failure", "yes"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_known_by_its_signs(failure, yes):
+    assert is_out_of_memory(failure) == yes
+
+
+def test_the_forecast_of_a_job_adds_up(tmp_path: Path):
+    root = make_root(tmp_path)
+    job = plan("demo", root=str(root))
+    whole = forecast(job, gpu_price=3.0)
+    settings = EXPERIMENT["generation"]
+    assert whole.n_examples == 48
+    assert whole.new_tokens == 48 * settings["max_new_tokens"]
+    assert whole.batch_size == EXPERIMENT["batch_size"]
+    assert whole.peak == sum(whole.memory.values())
+    assert whole.cost == pytest.approx(3.0 * whole.seconds / 3600)
+    prompts = job.prompts(
+        tiny_tokenizer(), [example for shard in job.shards(job.traits[0]) for example in shard], max_tokens=None
+    )
+    assert whole.prompt_tokens == sum(len(prompt.token_ids) for prompt in prompts)
+    serial, capture = forecast(job, "responses"), forecast(job, "capture")
+    assert serial.batch_size == 1
+    assert serial.cost is None
+    assert capture.new_tokens == 0
+    assert serial.disk < whole.disk
+    half = forecast(plan("demo", root=str(root), slice_text="1/2"))
+    assert half.n_examples == 28  # shards of 20, 20 and 8: the first and the third
+
+
+def test_more_work_takes_more(tmp_path: Path):
+    root = str(make_root(tmp_path))
+    small, large = (forecast(plan("demo", root=root, options={"max_new_tokens": n})) for n in (4, 400))
+    assert large.seconds > small.seconds
+    assert large.memory["cache"] > small.memory["cache"]
+    assert large.disk > small.disk

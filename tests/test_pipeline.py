@@ -1,0 +1,333 @@
+"""The whole job, end to end, on a tiny model: its stages agree with one another, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.runs import contents, invoke, make_root, payloads, refused, succeed
+from tests.tiny import deviation
+
+COUNT = 48  # 24 of each polarity, in shards of 20
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A fresh root."""
+    return make_root(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `traitline extract`, for tests that only read."""
+    root = make_root(tmp_path_factory.mktemp("finished"))
+    succeed("extract", "--root", root, "--experiment", "demo")
+    return root / "experiments/demo/calm"
+
+
+def run_of(root: Path, experiment: str = "demo", trait: str = "calm") -> Path:
+    return root / "experiments" / experiment / trait
+
+
+def rows_of(run: Path, polarity: str) -> list[dict]:
+    return [json.loads(line) for line in (run / "responses" / f"{polarity}.jsonl").read_text().splitlines()]
+
+
+def activations_of(run: Path) -> dict[str, torch.Tensor]:
+    """Every row of the default pooling, by example."""
+    found = {}
+    for path in sorted((run / "activations").glob("*.safetensors")):
+        header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+        ids = json.loads(header["__metadata__"]["ids"])
+        found.update(zip(ids, load_file(path)["residual.response_mean"], strict=True))
+    return found
+
+
+def test_extract_does_all_and_a_second_one_does_nothing(root):
+    first = succeed("extract", "--root", root, "--experiment", "demo")
+    run = run_of(root)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*") if path.name != ".lock"}
+    second = succeed("extract", "--root", root, "--experiment", "demo")
+    after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*") if path.name != ".lock"}
+    files = {path: stamp for path, stamp in before.items() if path.is_file()}
+    assert {path: after[path] for path in files} == files
+    assert {path for path in after if path.is_file()} == set(files)
+    assert "Took " in first.stdout
+    assert "Nothing left to do" in second.stdout
+    assert second.stderr == ""
+    assert first.stdout.splitlines()[:-1] == second.stdout.splitlines()[:-1]
+    assert succeed("verify", run).stdout == f"{run}: every file is what its receipt says\n"
+
+
+def test_the_summary_says_where_things_lie_and_what_they_are_worth(finished):
+    root = finished.parents[2]
+    lines = succeed("extract", "--root", root, "--experiment", "demo").stdout.splitlines()
+    text = "\n".join(lines)
+    card = json.loads((finished / "vectors/card.json").read_text())
+    assert lines[0] == "calm on tiny"
+    for place in ("responses", "activations", "vectors"):
+        assert str(finished / place) in text
+    kept = {side: [row for row in rows_of(finished, side) if _kept(row, side)] for side in ("pos", "neg")}
+    assert re.search(
+        rf"kept +{len(kept['pos']) + len(kept['neg'])} of {COUNT} responses \(lexical judge, threshold 50\): "
+        rf"{len(kept['pos'])} positive\s+and\s+{len(kept['neg'])} negative",
+        text,
+    )
+    assert f"layer {card['chosen']['layer']} of 0-2, {card['chosen']['method']}" in text
+    assert f"AUROC {card['chosen']['test']['auroc']:.2f}, Cohen's d {card['chosen']['test']['cohens_d']:.2f}" in text
+    assert "random direction" in text
+    assert all(len(line) <= 80 for line in lines if str(finished) not in line), lines
+
+
+def _kept(row: dict, side: str) -> bool:
+    score = row["scores"]["lexical"]
+    return bool(row["token_ids"]) and score is not None and (score >= 50) == (side == "pos")
+
+
+def test_every_response_is_labelled_and_whole(finished):
+    rows = {side: rows_of(finished, side) for side in ("pos", "neg")}
+    assert {side: len(found) for side, found in rows.items()} == {"pos": COUNT // 2, "neg": COUNT // 2}
+    for side, found in rows.items():
+        for row in found:
+            assert row["id"].startswith(f"{side}-i{row['instruction_id']:02d}-q{row['question_id']:03d}-r")
+            assert 2 not in row["token_ids"]
+            assert len(row["token_ids"]) <= 10
+            assert row["finish_reason"] == ("length" if len(row["token_ids"]) == 10 else "stop")
+            assert row["prompt"].endswith("<|assistant|>\n")
+            assert ("Be calm." in row["prompt"] or "Speak softly." in row["prompt"]) == (side == "pos")
+    with_tokens = {row["id"] for found in rows.values() for row in found if row["token_ids"]}
+    assert set(activations_of(finished)) == with_tokens
+
+
+def test_stage_by_stage_equals_extract(root, finished):
+    for stage in ("batched", "vectors", "validate"):
+        succeed(stage, "--root", root, "--experiment", "demo")
+    assert contents(run_of(root)) == contents(finished)
+
+
+def test_serial_combined_and_batched_give_the_same_responses(root, finished):
+    for command, options in (("generate", []), ("combined", []), ("batched", ["--batch-size", "3"])):
+        succeed(command, "--root", root, "--experiment", f"tiny_{command}", "--trait", "calm", *SETTINGS, *options)
+        assert payloads(run_of(root, f"tiny_{command}"), "responses") == payloads(finished, "responses")
+    serial, batched = (activations_of(run_of(root, f"tiny_{name}")) for name in ("combined", "batched"))
+    assert serial.keys() == batched.keys()
+    assert max(deviation(row, batched[example]) for example, row in serial.items()) < 1e-5
+    assert not list((run_of(root, "tiny_generate") / "activations").iterdir())
+
+
+SETTINGS = ("--n-examples", "24", "--max-new-tokens", "10", "--shard-size", "20")
+
+
+def test_stage_2_captures_what_the_same_pass_would_have(root, finished):
+    succeed("generate", "--root", root, "--experiment", "demo")
+    generated = contents(run_of(root))
+    succeed("capture", "--root", root, "--experiment", "demo")
+    assert {name: contents(run_of(root))[name] for name in generated} == generated
+    captured, wanted = activations_of(run_of(root)), activations_of(finished)
+    assert captured.keys() == wanted.keys()
+    assert max(deviation(captured[example], row) for example, row in wanted.items()) < 1e-5
+    for stage in ("vectors", "validate"):
+        succeed(stage, "--root", root, "--experiment", "demo")
+    assert succeed("verify", run_of(root)).exit_code == 0
+
+
+def test_stored_responses_are_read_not_made_again(root):
+    succeed("generate", "--root", root, "--experiment", "demo")
+    generated = payloads(run_of(root), "responses")
+    receipts = contents(run_of(root) / "responses")
+    succeed("extract", "--root", root, "--experiment", "demo")
+    assert payloads(run_of(root), "responses") == generated
+    assert contents(run_of(root) / "responses") == receipts
+    receipt = json.loads((run_of(root) / "activations/0000.receipt.json").read_text())
+    assert receipt["meta"]["captured"] == "from stored ids"
+
+
+def facts_of(run: Path, method: str = "mean_diff") -> dict:
+    with safe_open(run / f"vectors/{method}.safetensors", "pt") as file:
+        return json.loads(file.metadata()["examples"])
+
+
+def test_the_judge_keeps_drops_and_counts(root):
+    succeed("batched", "--root", root, "--experiment", "demo")
+    generated = contents(run_of(root) / "responses/shards")
+    facts = {}
+    for options in ((), ("--threshold", "40"), ("--judge", "none"), ("--judge", "lexical")):
+        out = succeed("vectors", "--root", root, "--experiment", "demo", "--method", "mean_diff", *options).stdout
+        facts[options] = found = facts_of(run_of(root))
+        dropped = [found[f"dropped_{reason}"] for reason in ("empty", "unscored", "wrong_side")]
+        assert f"{found['kept_pos'] + found['kept_neg']} of {COUNT} responses" in out
+        assert found["kept_pos"] + found["kept_neg"] + sum(dropped) == COUNT
+    plain, loose, none, again = facts.values()
+    assert min(plain["dropped_wrong_side"], plain["dropped_unscored"], plain["kept_pos"], plain["kept_neg"]) > 0
+    assert loose["kept_pos"] > plain["kept_pos"]
+    assert loose["kept_neg"] < plain["kept_neg"]
+    assert (none["dropped_wrong_side"], none["dropped_unscored"], none["threshold"]) == (0, 0, None)
+    assert again == plain
+    assert contents(run_of(root) / "responses/shards") == generated
+
+
+def test_extract_with_another_judge_generates_nothing(root):
+    first = succeed("extract", "--root", root, "--experiment", "demo")
+    card = (run_of(root) / "vectors/card.json").read_bytes()
+    second = succeed("extract", "--root", root, "--experiment", "demo", "--judge", "none")
+    assert "tokens at" in first.stdout
+    assert "from stored activations" in second.stdout
+    assert "no judge" in second.stdout
+    assert (run_of(root) / "vectors/card.json").read_bytes() != card
+    succeed("extract", "--root", root, "--experiment", "demo")
+    assert (run_of(root) / "vectors/card.json").read_bytes() == card
+
+
+def test_vectors_and_a_card_of_other_responses_are_not_shown(root):
+    succeed("extract", "--root", root, "--experiment", "demo")
+    result = succeed("extract", "--root", root, "--experiment", "demo", "--threshold", "0")
+    assert "no mean_diff vector: negative side: 0 examples" in result.stderr
+    assert "vectors  " not in result.stdout
+    assert "AUROC" not in result.stdout
+    assert "0 negative" in result.stdout
+
+
+def test_stage_3_takes_what_is_not_given_from_the_run(root):
+    options = ("--n-examples", "12", "--temperature", "0.5", "--judge", "none", "--model", root / "model")
+    succeed("batched", "--root", root, "--experiment", "anything", "--trait", "calm", *options)
+    out = succeed("vectors", "--root", root, "--experiment", "anything").stdout
+    assert out.startswith("calm on model\n")
+    assert "24 of 24 responses (no judge)" in out
+    assert succeed("validate", "--root", root, "--experiment", "anything").stdout.startswith("calm on model\n")
+
+
+def test_layers_of_stage_3_are_any_of_the_captured(root, finished):
+    succeed("batched", "--root", root, "--experiment", "demo")
+    succeed("vectors", "--root", root, "--experiment", "demo", "--layers", "1-2", "--methods", "mean_diff,random")
+    part, whole = (load_file(run / "vectors/mean_diff.safetensors")["direction"] for run in (run_of(root), finished))
+    assert part.shape == (2, 32)
+    assert torch.equal(part, whole[1:])
+    assert sorted(path.name for path in (run_of(root) / "vectors").glob("*.safetensors")) == [
+        "mean_diff.safetensors",
+        "random.safetensors",
+    ]
+
+
+def test_captured_layers_sites_and_poolings(root):
+    options = ("--layers", "0,2", "--sites", "residual,mlp", "--poolings", "response_mean,prompt_last,all")
+    succeed("extract", "--root", root, "--experiment", "demo", *options)
+    tensors = load_file(run_of(root) / "activations/0000.safetensors")
+    pooled = {name: tuple(tensor.shape) for name, tensor in tensors.items() if "/" not in name}
+    assert {name: shape[1:] for name, shape in pooled.items()} == dict.fromkeys(
+        ("residual.response_mean", "mlp.response_mean", "residual.prompt_last", "mlp.prompt_last"), (2, 32)
+    )
+    ids = [row["id"] for row in rows_of(run_of(root), "pos") if row["token_ids"]]
+    each = tensors[f"residual.all/{ids[0]}"]
+    assert each.shape[1:] == (2, 32)
+    assert deviation(each.mean(0), tensors["residual.response_mean"][0]) < 1e-5
+    out = succeed("vectors", "--root", root, "--experiment", "demo", "--site", "mlp", "--pooling", "prompt_last")
+    assert out.exit_code == 0
+
+
+def test_natural_prompts_of_unequal_sides(root):
+    result = succeed("extract", "--root", root, "--experiment", "demo", "--trait", "warm", "--judge", "none")
+    assert "6 positive and 4 negative prompts" in result.stderr
+    rows = {side: rows_of(run_of(root, trait="warm"), side) for side in ("pos", "neg")}
+    assert [row["id"] for row in rows["neg"][:5]] == [f"neg-n{i % 4:04d}-r{i // 4:02d}" for i in range(5)]
+    assert "<|system|>\nGo.<|end|>" in rows["neg"][0]["prompt"]
+    assert "<|system|>" not in rows["pos"][0]["prompt"]
+    assert rows["neg"][0]["token_ids"] != rows["neg"][4]["token_ids"]  # the same prompt with another seed
+    assert "AUROC" in result.stdout
+
+
+def test_raw_prompts_have_no_template(root):
+    succeed("extract", "--root", root, "--experiment", "demo", "--raw")
+    row = rows_of(run_of(root), "pos")[0]
+    assert row["prompt"] == "Be calm.\n\nWhy?"
+    assert len(row["prompt_token_ids"]) == len(row["prompt"])
+    assert json.loads((run_of(root) / "activations/0000.receipt.json").read_text())["meta"]["instruction_as"] == "raw"
+
+
+def test_several_traits_share_one_load(root):
+    result = succeed("extract", "--root", root, "--experiment", "demo", "--traits", "calm, warm", "--judge", "none")
+    assert result.stderr.count("loading tiny") == 1
+    assert result.stderr.count("self-check") == 1
+    assert [line for line in result.stdout.splitlines() if line.endswith(" on tiny")] == [
+        "calm on tiny",
+        "warm on tiny",
+    ]
+    for stage in ("vectors", "validate"):
+        out = succeed(stage, "--root", root, "--experiment", "demo").stdout
+        assert "calm on tiny" in out
+        assert "warm on tiny" in out
+
+
+def test_the_seed_decides_and_the_batch_size_does_not(root):
+    for name, options in (("a", ["--batch-size", "1"]), ("b", ["--batch_size", "16"]), ("c", ["--seed", "1"])):
+        succeed("batched", "--root", root, "--experiment", f"tiny_{name}", "--trait", "calm", *SETTINGS, *options)
+    found = [payloads(run_of(root, f"tiny_{name}"), "responses") for name in "abc"]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_slices_and_a_plain_run_equal_one_run(root, finished):
+    for part in ("2/3", "1/3", "3/3"):
+        assert "Took " in succeed("extract", "--root", root, "--experiment", "demo", "--slice", part).stdout
+        assert not (run_of(root) / "responses/pos.jsonl").exists()
+    assert "new vectors" in succeed("extract", "--root", root, "--experiment", "demo").stdout
+    assert contents(run_of(root)) == contents(finished)
+
+
+def test_a_damaged_shard_is_made_again_with_the_same_bytes(root, finished):
+    succeed("extract", "--root", root, "--experiment", "demo")
+    for name in ("responses/shards/0001.jsonl", "activations/0000.safetensors"):
+        (run_of(root) / name).write_bytes((run_of(root) / name).read_bytes()[:-9])
+    assert invoke("verify", run_of(root)).exit_code == 1
+    succeed("extract", "--root", root, "--experiment", "demo")
+    assert contents(run_of(root)) == contents(finished)
+
+
+def test_memory_that_runs_out_halves_the_batch_of_that_shard(root, finished):
+    """The hook stands for a device that holds two rows: the first shard is made before it is put on."""
+    succeed("extract", "--root", root, "--experiment", "demo", "--slice", "1/3")
+    untouched = contents(run_of(root) / "activations")
+    with _room_for(2):
+        result = succeed("extract", "--root", root, "--experiment", "demo", "--batch-size", "8")
+    assert result.stderr.count("out of memory: this shard again") == 2  # 8, 4; the next shard starts with 2
+    now = contents(run_of(root) / "activations")
+    assert {name: now[name] for name in untouched} == untouched
+    sizes = [json.loads(now[f"000{i}.receipt.json"])["meta"]["batch_size"] for i in range(3)]
+    assert sizes == [4, 2, 2]
+    assert payloads(run_of(root), "responses") == payloads(finished, "responses")
+    assert "batch size 2," in result.stdout
+
+
+def test_memory_that_runs_out_at_one_is_refused_and_loses_nothing(root):
+    succeed("extract", "--root", root, "--experiment", "demo", "--slice", "1/3")
+    before = contents(run_of(root))
+    with _room_for(0):
+        line = refused("batched", "--root", root, "--experiment", "demo", "--self-check", "0", notes=OUT_NOTES)
+    assert "out of memory even with --batch-size 1" in line
+    assert contents(run_of(root)) == before
+
+
+OUT_NOTES = ("out of memory: this shard again", "calm: generating")
+
+
+@contextmanager
+def _room_for(n_rows: int) -> Iterator[None]:
+    """More rows than this in one pass, and memory is out."""
+
+    def hook(module: torch.nn.Module, _args: object, output: object) -> None:
+        rows, width = output.shape[:2] if module.__class__.__name__ == "LlamaDecoderLayer" else (0, 0)
+        if rows > n_rows and width > 8:  # a prompt, not the few tokens that a model is looked over with
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,129 @@
+"""Processes that are stopped, killed, or meet on one run: nothing is lost, and the bytes are those of one quiet run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.forks import Forked, Forks, forks
+from tests.runs import contents, make_root, refused, succeed
+
+COMMAND = ("extract", "--experiment", "demo", "--n-examples", "24", "--max-new-tokens", "40", "--shard-size", "4")
+SHARDS = 12
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Where processes come from."""
+    with forks(tmp_path_factory.mktemp("forks")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of the run that nobody disturbed."""
+    root = make_root(tmp_path_factory.mktemp("quiet"))
+    succeed(*COMMAND, "--root", root)
+    return contents(run_of(root))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A fresh root."""
+    return make_root(tmp_path)
+
+
+def run_of(root: Path) -> Path:
+    return root / "experiments/demo/calm"
+
+
+def wait_for_shards(root: Path, count: int, process: Forked) -> None:
+    """Until so many shards are committed."""
+    end = time.monotonic() + 100
+    while len(list((run_of(root) / "activations").glob("*.receipt.json"))) < count:
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_in_order_and_the_same_command_goes_on(server, root, quiet, number, code):
+    process = server.start(*COMMAND, "--root", root)
+    wait_for_shards(root, 2, process)
+    process.send_signal(number)
+    assert process.wait() == code, process.stderr
+    assert process.stdout == ""
+    assert process.stderr.splitlines()[-1] == (
+        "traitline: stopped; finished shards are kept, and the same command goes on from there"
+    )
+    assert "Traceback" not in process.stderr
+    assert not list((root / "experiments").rglob("*.tmp"))
+    assert 2 <= len(contents(run_of(root) / "activations")) // 2 < SHARDS
+    succeed(*COMMAND, "--root", root)
+    assert contents(run_of(root)) == quiet
+
+
+def test_a_second_signal_ends_at_once(server, root):
+    """Nobody reads the full pipe that the first signal's line goes to, so the process would hang for ever."""
+    os.mkfifo(root / "pipe")
+    pipe = os.open(root / "pipe", os.O_RDWR | os.O_NONBLOCK)
+    process = server.start(*COMMAND, "--root", root, stderr=root / "pipe")
+    wait_for_shards(root, 1, process)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"x")
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(TimeoutError):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 143
+    os.close(pipe)
+
+
+def test_two_processes_do_not_share_a_run(server, root):
+    process = server.start(*COMMAND, "--root", root)
+    wait_for_shards(root, 1, process)
+    for command in (COMMAND, ("vectors", "--experiment", "demo"), ("extract", "--experiment", "demo", "--slice=1/2")):
+        line = refused(*command, "--root", root)
+        assert f"another process (pid {process.pid}) is working on this run; wait for it to end" in line
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_kills_lose_nothing(server, root, quiet):
+    chance = random.Random(7)
+    for kill in range(5):
+        process = server.start(*COMMAND, "--root", root)
+        wait_for_shards(root, 2 * kill + 1, process)
+        time.sleep(chance.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    succeed(*COMMAND, "--root", root)
+    assert contents(run_of(root)) == quiet
+
+
+def test_two_slices_at_once_equal_one_process(server, root, quiet):
+    both = [server.start(*COMMAND, "--root", root, "--slice", part) for part in ("1/2", "2/2")]
+    assert [process.wait(100) for process in both] == [0, 0], [process.stderr for process in both]
+    assert "Nothing left" not in "".join(process.stdout for process in both)
+    assert "new vectors" in succeed(*COMMAND, "--root", root).stdout
+    assert contents(run_of(root)) == quiet
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_one_line(server, root):
+    process = server.start(*COMMAND, "--root", root)
+    wait_for_shards(root, 1, process)
+    run_of(root).rename(root / "gone")
+    assert process.wait() == 2, process.stderr
+    last = process.stderr.splitlines()[-1]
+    assert "No such file" in last
+    assert "run the same command again" in last
+    assert "Traceback" not in process.stderr
+    assert not run_of(root).exists()
