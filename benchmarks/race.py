@@ -29,19 +29,20 @@ class Run:
     answers: Answers
 
 
-def race(shape: str, *, n_examples: int, n_serial: int, repeats: int, say: Say) -> dict[str, Any]:
-    """Every batch size once, to find each peer's best; then the best ones `repeats` times, in turn.
+def race(shape: str, *, n_examples: int, n_serial: int, repeats: int, scouts: int = 1, say: Say) -> dict[str, Any]:
+    """Every batch size `scouts` times, to find each peer's best; then the best ones `repeats` times, in turn.
 
     One at a time is measured on the first `n_serial` examples, since all of them would take hours.
     """
     lm = random_model(shape)
     requests = make_requests(n_examples, lm.vocab_size)
-    scouts = [
+    tried = [
         _run(name, size, lm, _share(name, requests, n_serial), say)
+        for _ in range(scouts)
         for name, peer in PEERS.items()
         for size in peer.sizes_for(n_examples)
     ]
-    best = {run.peer: run.batch_size for run in sorted(scouts, key=lambda run: run.tokens_per_second)}
+    best = {run.peer: run.batch_size for run in sorted(tried, key=lambda run: run.tokens_per_second)}
     rounds = [
         {name: _run(name, best[name], lm, _share(name, requests, n_serial), say) for name in PEERS}
         for _ in range(repeats)
@@ -55,7 +56,7 @@ def race(shape: str, *, n_examples: int, n_serial: int, repeats: int, say: Say) 
         "repeats": repeats,
         "floor": max(linear_rate(lm, size) for size in PEERS["traitline"].batch_sizes),
         "ratio": _spread([_ratio(rates_of(each)) for each in rounds]),
-        "peers": {name: _figures(name, scouts, rounds, best[name]) for name in PEERS},
+        "peers": {name: _figures(name, tried, rounds, best[name]) for name in PEERS},
     }
 
 
@@ -86,18 +87,22 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _figures(name: str, scouts: Sequence[Run], rounds: Sequence[Mapping[str, Run]], best: int) -> dict[str, Any]:
+def _figures(name: str, tried: Sequence[Run], rounds: Sequence[Mapping[str, Run]], best: int) -> dict[str, Any]:
     """What one peer's row tells."""
-    runs = [run for run in scouts if run.peer == name] + [each[name] for each in rounds]
+    runs = [run for run in tried if run.peer == name] + [each[name] for each in rounds]
     references = {
-        "serial": next(run.answers for run in scouts if run.peer == "serial"),
-        "batched": next(run.answers for run in scouts if run.peer == "batched"),
+        "serial": next(run.answers for run in tried if run.peer == "serial"),
+        "batched": next(run.answers for run in tried if run.peer == "batched"),
     }
     return {
         "title": PEERS[name].title,
         "batch_size": best,
         "tokens_per_second": _spread([each[name].tokens_per_second for each in rounds]),
-        "by_batch_size": {str(run.batch_size): run.tokens_per_second for run in scouts if run.peer == name},
+        "by_batch_size": {
+            str(run.batch_size): run.tokens_per_second
+            for run in sorted(tried, key=lambda run: (run.batch_size, run.tokens_per_second))
+            if run.peer == name  # of several runs the quickest stays
+        },
         "agreement": {
             other: asdict(_worst([compare(run.answers, answers) for run in runs]))
             for other, answers in references.items()

@@ -244,7 +244,7 @@ class RunningBatch:
     def _should_refill(self) -> bool:
         """Several free slots are filled together, to share the cost of a prefill."""
         free = self.slots.count(None)
-        return bool(self.queue) and (free == len(self.slots) or free >= min(len(self.queue), len(self.slots) // 4 + 1))
+        return bool(self.queue) and (free == len(self.slots) or free >= min(len(self.queue), len(self.slots) // 16 + 1))
 
     def _refill(self, done: list[Completion]) -> int:
         """Prefill the next requests straight into free slots, and sample their first tokens."""
