@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 SHAPES = ("tiny", "pocket", "15m", "135m")
+BUSY = 0.5  # cores that others use
 MEMORY_COUNTS = (2_000, 20_000)
 
 
@@ -28,30 +29,47 @@ MEMORY_COUNTS = (2_000, 20_000)
 @click.option(
     "--out", default=Path("docs/benchmarks"), type=click.Path(path_type=Path), show_default=True, help="Folder."
 )
+@click.option("--scouts", default=2, type=click.IntRange(1), show_default=True, help="Tries of each batch size.")
 def main(
-    what: str, shapes: tuple[str, ...], threads: int, repeats: int, examples: int, serial_examples: int, out: Path
+    what: str,
+    shapes: tuple[str, ...],
+    threads: int,
+    repeats: int,
+    examples: int,
+    serial_examples: int,
+    scouts: int,
+    out: Path,
 ) -> None:
     """Measure the engine beside its peers, what capture costs, and how memory grows."""
     _quiet(threads)
+    load = busy_cores()
+    if load > BUSY:
+        _say(f"the machine is busy (load {load:.1f}): figures will be noise, above all with more than one thread")
     if what in ("peers", "all"):
         from benchmarks.race import race
 
         for shape in shapes:
             _say(f"peers, {shape}")
-            found = race(shape, n_examples=examples, n_serial=serial_examples, repeats=repeats, say=_say)
-            _write("peers", f"peers-{shape}", found, threads, out)
+            counts = {"n_examples": examples, "n_serial": serial_examples, "repeats": repeats, "scouts": scouts}
+            found = race(shape, **counts, say=_say)
+            _write("peers", f"peers-{shape}", found, load, threads, out)
     if what in ("capture", "all"):
         from benchmarks.capture_cost import capture_cost
 
         for shape in shapes:
             _say(f"capture, {shape}")
             found = capture_cost(shape, n_examples=examples, repeats=repeats, say=_say)
-            _write("capture", f"capture-{shape}", found, threads, out)
+            _write("capture", f"capture-{shape}", found, load, threads, out)
     if what in ("memory", "all"):
         from benchmarks.memory import memory_growth
 
         _say("memory")
-        _write("memory", "memory", memory_growth(counts=MEMORY_COUNTS, threads=threads, say=_say), threads, out)
+        _write("memory", "memory", memory_growth(counts=MEMORY_COUNTS, threads=threads, say=_say), load, threads, out)
+
+
+def busy_cores() -> float:
+    """The load of the last minute, where the system tells it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _quiet(threads: int) -> None:
@@ -65,11 +83,11 @@ def _quiet(threads: int) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _write(kind: str, name: str, found: dict[str, Any], threads: int, out: Path) -> None:
+def _write(kind: str, name: str, found: dict[str, Any], load: float, threads: int, out: Path) -> None:
     from benchmarks.hardware import describe
     from benchmarks.tables import TABLES, save
 
-    result = {"kind": kind, "machine": describe(threads), **found}
+    result = {"kind": kind, "machine": {**describe(threads), "load_before": load}, **found}
     out.mkdir(parents=True, exist_ok=True)
     if importlib.util.find_spec("matplotlib"):
         from benchmarks.figures import draw

@@ -14,7 +14,7 @@ Made by `python -m benchmarks`; the figures behind every table are in the JSON f
 
 **Peers.** Everybody does the same job with the same random weights: prompts of 40 to 80 tokens, greedy answers whose
 lengths are forced (gamma distributed, 2 to 150 tokens), and the mean of every layer over each answer, in float32. Every
-batch size runs once to find a peer's best; the best ones then run in turn, several times, and the table holds medians.
+batch size is tried first, to find a peer's best; the best ones then run in turn, and the table holds medians.
 One at a time is measured on the first examples only. "Equal" counts the answers with the same tokens, in every run; the
 deviation is the largest difference of any mean, relative to the largest value of that answer. The floor is the time of
 a decode step's matrices alone.
@@ -43,7 +43,8 @@ def page(out: Path) -> str:
 def _machine(machine: dict[str, Any]) -> str:
     return (
         f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, {machine['system']}, "
-        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}."
+        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}; "
+        f"load before the run {machine.get('load_before', 0):.1f}."
     )
 
 

@@ -1,7 +1,8 @@
 """Train a pocket model: its tokenizer, then a small Llama from random weights, on the corpus that `corpus` composes.
 
     python -m extraction.pocket.train --out /tmp/pocket
-    python -m extraction.pocket.train --init /tmp/pocket --out /tmp/pocket2 --seed 21 --steps 1400 --lr 2e-3
+
+The README beside this file has the commands that made the bundled model.
 
 Legend: B batch, T tokens, V vocabulary.
 """
