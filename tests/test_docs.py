@@ -1,0 +1,70 @@
+"""Every command in the documents: its options exist, and those that need no time are run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+from click.testing import CliRunner
+
+from extraction import cli
+from tests.runs import REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOORS = {
+    "1_generate_responses": "generate",
+    "1_generate_and_extract": "combined",
+    "1_generate_batched_simple": "batched",
+    "2_extract_activations": "capture",
+    "3_extract_vectors": "vectors",
+    "4_evaluate_vectors": "validate",
+}
+RUN = {"traits", "verify"}
+
+
+def commands() -> list[list[str]]:
+    """The words of every traitline command and of every door, as `traitline` takes them."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for line in block.splitlines():
+                words = shlex.split(line)
+                if words[0] == "traitline":
+                    found.append(words[1:])
+                elif words[0] == "python" and words[1].startswith("extraction/"):
+                    assert (REPOSITORY / words[1]).exists(), line
+                    found.append([DOORS[words[1].removeprefix("extraction/").removesuffix(".py")], *words[2:]])
+    return found
+
+
+def test_the_documents_hold_commands():
+    assert len(commands()) > 7
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_a_documented_command_has_those_options(words):
+    command = cli.main.commands[words[0]]
+    context = command.make_context(words[0], words[1:])
+    assert context.params
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in commands() if words[0] in RUN or "--dry-run" in words], ids=" ".join
+)
+def test_a_documented_command_that_is_quick_runs(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAITLINE_ROOT", str(tmp_path))
+    (tmp_path / "experiments").mkdir()
+    result = CliRunner().invoke(cli.main, words)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_wrong_option_is_noticed():
+    with pytest.raises(Exception, match="No such option"):
+        cli.main.commands["extract"].make_context("extract", ["--experiment", "pocket", "--no-such-thing"])
+
+
+@pytest.mark.parametrize("target", ["extract", "test"])
+def test_the_two_commands_are_targets_of_the_makefile(target):
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
