@@ -30,6 +30,9 @@ from tests.tiny import (
     tiny_tokenizer,
 )
 
+# transformers 5.4 warns of its own BioGPT
+pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
+
 
 def one_line(error: BaseException) -> str:
     """An error's message, which may not be longer."""
