@@ -32,10 +32,11 @@ FLOORS = [
     ("runners", "self_check"),
     ("stages",),
     ("summary", "terminal"),
+    ("options",),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SPEAKERS = {"terminal", "cli"}
+SPEAKERS = {"terminal", "options", "cli"}
 FILE_NAMES = re.compile(r"\.(jsonl|safetensors|lock|tmp)\b|\.receipt|card\.json|run\.json")
 OWNERS = {"store", "atomic"}
 

@@ -1,0 +1,239 @@
+"""What the commands share: their options, and how options become a job."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from extraction import __version__
+from extraction.terminal import Command, Group, one_line
+
+if TYPE_CHECKING:
+    from extraction.jobs import Job
+    from extraction.stages import Vectors
+
+SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda token: token.replace("_", "-"),  # --batch_size is --batch-size
+    "max_content_width": 100,
+}
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+INPUTS: tuple[Decorator, ...] = (
+    click.option(
+        "--experiment",
+        required=True,
+        metavar="NAME",
+        help="A file of configs/experiments, or a name that starts with a model's.",
+    ),
+    click.option(
+        "--trait", "--traits", "traits", metavar="A,B", help="Traits of configs/traits; default: the experiment's."
+    ),
+    click.option(
+        "--model", metavar="NAME", help="A file of configs/models, a folder, or a hub id; overrides the experiment's."
+    ),
+    click.option("--root", metavar="DIR", help="Where configs/ and experiments/ are; default: here, or the checkout."),
+)
+GENERATION: tuple[Decorator, ...] = (
+    click.option("--n-examples", metavar="N", help="Examples of each polarity."),
+    click.option("--max-new-tokens", metavar="N", help="Longest response."),
+    click.option("--temperature", metavar="X", help="0 is greedy."),
+    click.option("--top-k", metavar="N", help="Sample among the N likeliest tokens; 0: all."),
+    click.option("--top-p", metavar="X", help="Sample within this probability mass; 1: all."),
+    click.option("--seed", metavar="N", help="Another seed gives other responses."),
+    click.option("--judge", metavar="NAME", help="auto, lexical or none."),
+    click.option(
+        "--threshold", metavar="X", help="A positive response is kept at this score or above, a negative one below."
+    ),
+    click.option(
+        "--instruction-as", metavar="ROLE", help="system, user, or auto: system where the chat template has it."
+    ),
+    click.option("--shard-size", metavar="N", help="Examples that are committed together."),
+)
+DEVICE: tuple[Decorator, ...] = (
+    click.option("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16."),
+    click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps."),
+    click.option("--raw", is_flag=True, default=None, help="No chat template: for base models."),
+    click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the model."),
+)
+CAPTURE: tuple[Decorator, ...] = (
+    click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0."),
+    click.option("--sites", metavar="A,B", help="residual, attention, mlp, residual_mid."),
+    click.option(
+        "--poolings",
+        metavar="A,B",
+        help="response_mean, response_first:N, response_last, prompt_mean, prompt_last, all.",
+    ),
+)
+BATCH: tuple[Decorator, ...] = (click.option("--batch-size", metavar="N", help="Slots of the running batch, or auto."),)
+CHECK: tuple[Decorator, ...] = (
+    click.option(
+        "--self-check",
+        metavar="N",
+        default=2,
+        type=click.IntRange(0, 64),
+        show_default=True,
+        help="Compare N examples alone and in a batch first.",
+    ),
+)
+RUN: tuple[Decorator, ...] = (
+    click.option(
+        "--slice", "slice_text", metavar="K/N", default="1/1", help="Do every N-th shard, from the K-th: for clusters."
+    ),
+    click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Processor threads."),
+    click.option("--dry-run", is_flag=True, help="Print the plan and the forecast, and stop."),
+    click.option(
+        "--gpu-price", metavar="X", type=click.FloatRange(0), help="Price of the machine per hour, for the forecast."
+    ),
+)
+VECTORS: tuple[Decorator, ...] = (
+    click.option(
+        "--methods",
+        "--method",
+        "methods",
+        metavar="A,B",
+        help="mean_diff, probe, pca, ica, gradient, random; default: all but random.",
+    ),
+    click.option("--site", metavar="SITE", help="Which site's activations; default: the first captured."),
+    click.option("--pooling", metavar="POOLING", help="Which pooling; default: the first captured."),
+)
+STORED: tuple[Decorator, ...] = (
+    click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all captured."),
+    click.option("--judge", metavar="NAME", help="auto, lexical or none; default: the run's."),
+    click.option("--threshold", metavar="X", help="Where the judge divides; default: the run's."),
+)
+
+
+def options(*groups: tuple[Decorator, ...]) -> Decorator:
+    """Put groups of options on a command, in the order given."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for group in groups for option in group]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# --- what the commands share ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class How:
+    """Options that say how to run, not what."""
+
+    dry_run: bool
+    gpu_price: float | None
+    threads: int | None
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        """Since the command began."""
+        return time.perf_counter() - self.started
+
+
+def take(given: dict[str, Any], *names: str) -> list[Any]:
+    """Options out of the others."""
+    return [given.pop(name) for name in names]
+
+
+def how_of(given: dict[str, Any]) -> How:
+    """How to run."""
+    dry_run, gpu_price, threads = take(given, "dry_run", "gpu_price", "threads")
+    return How(dry_run, gpu_price, threads, started=time.perf_counter())
+
+
+def job_of(given: dict[str, Any]) -> Job:
+    """Plan a job from a command's options, and say what was inferred."""
+    from extraction.jobs import plan
+
+    own = {key: given.pop(key) for key in ("root", "self_check", "slice_text") if key in given}
+    experiment, traits = take(given, "experiment", "traits")
+    job = plan(experiment, traits, options=settings_of(given), **own)
+    for note in job.notes:
+        click.echo(one_line(note), err=True)
+    return job
+
+
+def stored_jobs(given: dict[str, Any], *, loads_model: bool = False) -> list[Job]:
+    """The jobs as their run.json has them, so that no option of stage 1 has to be given again."""
+    from extraction.jobs import stored_plans
+
+    own = {key: given.pop(key) for key in ("root", "slice_text") if key in given}
+    experiment, traits = take(given, "experiment", "traits")
+    return list(stored_plans(experiment, traits, options=settings_of(given), loads_model=loads_model, **own))
+
+
+def wanted_of(given: dict[str, Any], *, takes_layers: bool = True) -> Vectors:
+    """What stage 3 is asked for."""
+    from extraction.stages import Vectors
+
+    methods, site, pooling = take(given, "methods", "site", "pooling")
+    layers = given.pop("layers") if takes_layers else None
+    return Vectors(methods=listed(methods), layers=layers, site=site, pooling=pooling)
+
+
+def listed(text: str | None) -> tuple[str, ...] | None:
+    """A comma list's parts."""
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
+LISTS = ("sites", "poolings")
+NUMBERS: dict[str, Callable[[str], int | float]] = {
+    **dict.fromkeys(("n_examples", "max_new_tokens", "top_k", "seed", "shard_size"), int),
+    **dict.fromkeys(("temperature", "top_p", "threshold"), float),
+}
+
+
+def settings_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as a config file would hold them: lists, and numbers where they are numbers; the schema judges them."""
+
+    def read(key: str, value: Any) -> Any:
+        if key in LISTS:
+            return listed(value)
+        try:
+            return NUMBERS[key](value) if key in NUMBERS and value is not None else value
+        except ValueError:
+            return value
+
+    return {key: read(key, value) for key, value in given.items()}
+
+
+def prepare(threads: int | None) -> None:
+    """Keep the libraries below quiet; set the processor threads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print lines."""
+    for line in lines:
+        click.echo(line)
+
+
+# --- the group -----------------------------------------------------------------------------------------------------
+
+
+@click.group(cls=Group, context_settings=SETTINGS)
+@click.version_option(__version__, prog_name="traitline")
+def main() -> None:
+    """Turn a trait into a validated direction in a language model's activations."""
+
+
+def command(name: str, *groups: tuple[Decorator, ...]) -> Decorator:
+    """A command of the group with these options; a door of its own too."""
+    make = main.command(name, cls=Command, context_settings=SETTINGS)
+    return lambda function: make(options(*groups)(function))
