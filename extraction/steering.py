@@ -114,6 +114,14 @@ class Steerer:
             yield
 
     @contextmanager
+    def reading(self, n_prompt: int, width: int) -> Iterator[None]:
+        """Around one pass of every slot over a whole text of `width` tokens, without padding."""
+        later_1T1 = (torch.arange(width, device=self.prompts_B11.device) >= n_prompt - 1)[None, :, None]
+        shape_BT = (len(self.prompts_B11), width)
+        with self._running(lambda point: self._vectors(point, None), shape_BT, self.prompts_B11 | later_1T1):
+            yield
+
+    @contextmanager
     def stepping(self, age_B: Tensor) -> Iterator[None]:
         """Around one decode step of every slot."""
         with self._running(lambda point: self._vectors(point, None), (len(age_B), 1), None):
