@@ -13,13 +13,16 @@ from extraction.options import (
     CAPTURE,
     CHECK,
     DEVICE,
+    EVIDENCE,
     GENERATION,
     INPUTS,
     RUN,
     SETTINGS,
     STORED,
+    THREADS,
     VECTORS,
     How,
+    checks_of,
     command,
     how_of,
     job_of,
@@ -27,6 +30,7 @@ from extraction.options import (
     prepare,
     show,
     stored_jobs,
+    take,
     wanted_of,
 )
 from extraction.terminal import Command, Terminal, one_line
@@ -89,28 +93,33 @@ def vectors_command(**given: Any) -> None:
     show(summary.of_vectors(jobs, n_written))
 
 
-@command("validate", INPUTS, VECTORS, STORED)
+@command("validate", INPUTS, VECTORS, STORED, EVIDENCE, BATCH, DEVICE, THREADS)
 def validate_command(**given: Any) -> None:
-    """Stage 4: what each method and layer is worth on questions that it has not seen."""
-    wanted = wanted_of(given)
-    jobs = stored_jobs(given)
+    """Stage 4: what each method and layer is worth on questions that it has not seen, and whether it steers."""
+    wanted, checks, (threads,) = wanted_of(given), checks_of(given), take(given, "threads")
+    jobs = stored_jobs(given, loads_model=not checks.quick)
     from extraction import stages, summary
+    from extraction.runners import Engine
 
-    n_written = sum(stages.validate(job, wanted, Terminal()) for job in jobs)
+    prepare(threads)
+    engine, n_written = Engine(jobs[0]), 0
+    for job in jobs:
+        engine, n_new = stages.validate(job, wanted, checks, Terminal(), engine)
+        n_written += n_new
     show(summary.of_cards(jobs, n_written))
 
 
-@command("extract", INPUTS, GENERATION, CAPTURE, BATCH, VECTORS, DEVICE, CHECK, RUN)
+@command("extract", INPUTS, GENERATION, CAPTURE, BATCH, VECTORS, EVIDENCE, DEVICE, CHECK, RUN)
 def extract_command(**given: Any) -> None:
     """The whole job: responses, activations, vectors and what they are worth."""
-    how, wanted = how_of(given), wanted_of(given, takes_layers=False)
+    how, wanted, checks = how_of(given), wanted_of(given, takes_layers=False), checks_of(given)
     job = job_of(given)
     if how.dry_run:
         return _print_plans([job], "batched", how)
     from extraction import stages, summary
 
     prepare(how.threads)
-    engine, n_new = stages.extract(job, wanted, Terminal())
+    engine, n_new = stages.extract(job, wanted, checks, Terminal())
     if job.is_whole:
         show(summary.of_job(job, engine, n_new, how.seconds, how.gpu_price))
     else:

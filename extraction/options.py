@@ -15,7 +15,7 @@ from extraction.terminal import Command, Group, one_line
 
 if TYPE_CHECKING:
     from extraction.jobs import Job
-    from extraction.stages import Vectors
+    from extraction.stages import Checks, Vectors
 
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -85,11 +85,14 @@ CHECK: tuple[Decorator, ...] = (
         help="Compare N examples alone and in a batch first.",
     ),
 )
+THREADS: tuple[Decorator, ...] = (
+    click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Processor threads."),
+)
 RUN: tuple[Decorator, ...] = (
     click.option(
         "--slice", "slice_text", metavar="K/N", default="1/1", help="Do every N-th shard, from the K-th: for clusters."
     ),
-    click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Processor threads."),
+    *THREADS,
     click.option("--dry-run", is_flag=True, help="Print the plan and the forecast, and stop."),
     click.option(
         "--gpu-price", metavar="X", type=click.FloatRange(0), help="Price of the machine per hour, for the forecast."
@@ -105,6 +108,19 @@ VECTORS: tuple[Decorator, ...] = (
     ),
     click.option("--site", metavar="SITE", help="Which site's activations; default: the first captured."),
     click.option("--pooling", metavar="POOLING", help="Which pooling; default: the first captured."),
+)
+EVIDENCE: tuple[Decorator, ...] = (
+    click.option(
+        "--quick", is_flag=True, help="Judge the vectors by stored activations alone: no steering, no model loaded."
+    ),
+    click.option(
+        "--answers",
+        metavar="N",
+        type=click.IntRange(1, 10_000),
+        default=24,
+        show_default=True,
+        help="Steered answers for every coefficient.",
+    ),
 )
 STORED: tuple[Decorator, ...] = (
     click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all captured."),
@@ -181,6 +197,14 @@ def wanted_of(given: dict[str, Any], *, takes_layers: bool = True) -> Vectors:
     methods, site, pooling = take(given, "methods", "site", "pooling")
     layers = given.pop("layers") if takes_layers else None
     return Vectors(methods=listed(methods), layers=layers, site=site, pooling=pooling)
+
+
+def checks_of(given: dict[str, Any]) -> Checks:
+    """How much stage 4 is asked for."""
+    from extraction.stages import Checks
+
+    quick, answers = take(given, "quick", "answers")
+    return Checks(quick, answers)
 
 
 def listed(text: str | None) -> tuple[str, ...] | None:

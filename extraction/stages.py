@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from extraction.atomic import digest
 from extraction.configs import parse_layers
 from extraction.errors import ConfigError, StoreError, TraitError
+from extraction.evidence import Material, capture_stripped, steering_evidence
 from extraction.jobs import MODES, Job, Mode
 from extraction.judges import resolve_judge
 from extraction.kept import Kept, kept_examples
@@ -319,42 +320,104 @@ def _write_vector(plan: _Plan, method: str, listener: Listener, *, named: bool) 
 # --- validation -----------------------------------------------------------------------------------------------------
 
 
-def validate(job: Job, wanted: Vectors, listener: Listener) -> int:
-    """Stage 4: what each method and layer is worth on questions it has not seen. Returns how many cards are new."""
-    return sum(_validate_trait(job, trait, wanted) for trait in job.traits)
+@dataclass(frozen=True)
+class Checks:
+    """How much stage 4 asks. `quick`: stored activations alone, no model; else `answers` of every steering condition."""
+
+    quick: bool = False
+    answers: int = 24
 
 
-def _validate_trait(job: Job, trait: Trait, wanted: Vectors) -> int:
+def validate(job: Job, wanted: Vectors, checks: Checks, listener: Listener, engine: Engine) -> tuple[Engine, int]:
+    """Stage 4: what each method and layer is worth on questions it has not seen. Returns how many files are new.
+
+    `engine` is that of an earlier job, whose loaded model is used again where the two jobs have the same.
+    """
+    engine = engine.turned_to(job)
+    return engine, sum(_validate_trait(engine, trait, wanted, checks, listener) for trait in job.traits)
+
+
+def _validate_trait(engine: Engine, trait: Trait, wanted: Vectors, checks: Checks, listener: Listener) -> int:
+    folder = engine.job.folder(trait)
+    with _working_in(folder, engine.job, trait):
+        plan = _plan_vectors(engine.job, trait, folder, wanted)
+        if not checks.quick:
+            capture_stripped(engine, trait, folder, plan.tensor, listener)
+        n_new = _write_card(engine, trait, plan, checks, listener)
+        return n_new if checks.quick else n_new + _write_steering(engine, trait, plan, checks, listener)
+
+
+def _write_card(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, listener: Listener) -> int:
     import torch
 
     from extraction.vectors.validation import build_card
 
-    folder = job.folder(trait)
-    with _working_in(folder, job, trait):
-        plan = _plan_vectors(job, trait, folder, wanted)
-        made_of = {**plan.header("card"), "methods": list(plan.methods)}
-        if folder.has_card() and folder.read_card().get("made_of") == made_of:
-            return 0
-        positive, negative = plan.sides
-        ids = [example_id for polarity in POLARITIES for example_id in plan.kept.ids[polarity]]
-        card = build_card(
-            torch.cat([positive, negative]),
-            [True] * len(positive) + [False] * len(negative),
-            [plan.kept.questions[example_id] for example_id in ids],
-            layers=plan.layers,
-            seed=plan.seed,
-            methods=plan.methods,
-            example_ids=ids,
-        )
-        folder.write_card({**card, "made_of": made_of})
+    folder = plan.folder
+    made_of = {**plan.header("card"), "methods": list(plan.methods), "quick": checks.quick}
+    if folder.has_card() and folder.read_card().get("made_of") == made_of:
+        return 0
+    positive, negative = plan.sides
+    ids = [example_id for polarity in POLARITIES for example_id in plan.kept.ids[polarity]]
+    card = build_card(
+        torch.cat([positive, negative]),
+        [True] * len(positive) + [False] * len(negative),
+        [plan.kept.questions[example_id] for example_id in ids],
+        layers=plan.layers,
+        seed=plan.seed,
+        methods=plan.methods,
+        example_ids=ids,
+    )
+    folder.write_card({**card, "made_of": made_of})
     return 1
+
+
+def _write_steering(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, listener: Listener) -> int:
+    """vectors/steering.json, by directions that are fitted without the questions that are reported on."""
+    folder, judge = plan.folder, plan.kept.judge
+    if judge == "none":
+        listener.note(f"{trait.name}: no steering sweep: without a judge there is no telling what it does")
+        return 0
+    chosen = folder.read_card()["chosen"]["method"]
+    made_of = {**plan.header("steering"), "chosen": chosen, "answers": checks.answers}
+    if folder.has_steering() and folder.read_steering().get("made_of") == made_of:
+        return 0
+    _load(engine, listener)
+    material = _material(plan, (chosen, "mean_diff"), checks.answers)
+    _, judge_answer = resolve_judge(judge, trait)
+
+    def scorer(pairs: Sequence[tuple[str, str]]) -> list[tuple[float | None, float | None]]:
+        return [(judge_answer(question, answer, trait), None) for question, answer in pairs]
+
+    found = steering_evidence(engine, trait, material, scorer, listener)
+    folder.write_steering({**found, "judge": judge, "made_of": made_of})
+    return 1
+
+
+def _material(plan: _Plan, methods: Sequence[str], answers: int) -> Material:
+    """Rows about the questions that steering is not reported on."""
+    import torch
+
+    from extraction.vectors.splits import split_by_question
+
+    questions = {side: [plan.kept.questions[i] for i in plan.kept.ids[side]] for side in POLARITIES}
+    both = [*questions["pos"], *questions["neg"]]
+    labels = [True] * len(questions["pos"]) + [False] * len(questions["neg"])
+    choose_on, report_on = split_by_question(both, seed=plan.seed, positive=labels)
+    positive, negative = (
+        rows[[question in choose_on for question in questions[side]]]
+        for side, rows in zip(POLARITIES, plan.sides, strict=True)
+    )
+    norms_L = torch.cat([positive, negative]).norm(dim=-1).mean(0).tolist()
+    return Material(
+        positive, negative, norms_L, plan.layers, tuple(dict.fromkeys(methods)), choose_on, report_on, answers
+    )
 
 
 # --- the whole job --------------------------------------------------------------------------------------------------
 
 
-def extract(job: Job, wanted: Vectors, listener: Listener) -> tuple[Engine, int]:
-    """All stages. Returns the engine, and how many vectors and cards are new; a second run finds nothing to do."""
+def extract(job: Job, wanted: Vectors, checks: Checks, listener: Listener) -> tuple[Engine, int]:
+    """All stages. Returns the engine, and how many results are new; a second run finds nothing to do."""
     _check_wanted(job, wanted)
     engine = generate(job, MODES["batched"], listener)
     if not job.is_whole:
@@ -362,7 +425,7 @@ def extract(job: Job, wanted: Vectors, listener: Listener) -> tuple[Engine, int]
     n_new = vectors(job, wanted, listener)
     for trait in job.traits:
         try:
-            n_new += _validate_trait(job, trait, wanted)
+            n_new += _validate_trait(engine, trait, wanted, checks, listener)
         except TraitError as failure:
             listener.note(f"{trait.name}: no held-out figures: {failure}")
     return engine, n_new

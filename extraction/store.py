@@ -51,11 +51,12 @@ Labels = Mapping[str, bool]  # an example's id, and whether it must have an acti
 LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer"
 # what may differ between two starts: it changes no response and no activation
 EXECUTION_FIELDS = ("batch_size", "device", "workers", "self_check", "gpu_price", "judge", "threshold")
-STAGES = {"responses": "responses/shards", "activations": "activations"}
+STAGES = {"responses": "responses/shards", "activations": "activations", "stripped": "stripped"}
 PAYLOADS = {  # folder: suffix
     "responses/shards": ".jsonl",
     "responses": ".jsonl",
     "activations": ".safetensors",
+    "stripped": ".safetensors",
     "vectors": ".safetensors",
 }
 FOLDERS = (*PAYLOADS, "reports")
@@ -165,33 +166,44 @@ class RunFolder:
         return list(_rows(read_payload(self._shard_path("responses", index))[0]))
 
     def write_activations_shard(
-        self, index: int, ids: Sequence[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+        self,
+        index: int,
+        ids: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        *,
+        stage: str = "activations",
     ) -> None:
-        """`<site>.<pooling>` is [n, L, D], row i of example ids[i]; `<site>.all/<id>` is one example's [T, L, D]."""
-        path, shapes = self._shard_path("activations", index), _shapes(tensors)
+        """`<site>.<pooling>` is [n, L, D], row i of example ids[i]; `<site>.all/<id>` is one example's [T, L, D].
+
+        `stage`: activations, or stripped, those of the same responses with the instruction taken out of the prompt.
+        """
+        path, shapes = self._shard_path(stage, index), _shapes(tensors)
         _check_labels(path, ids, shapes)
         header = {"ids": list(ids), "layer_convention": LAYER_CONVENTION}
         facts = {"rows": len(ids), "layer_convention": LAYER_CONVENTION, "tensors": shapes, "meta": dict(meta)}
         commit(path, _safetensors(path, tensors, header), facts)
 
-    def iter_activations(self, names: Sequence[str] | None = None) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+    def iter_activations(
+        self, names: Sequence[str] | None = None, *, stage: str = "activations"
+    ) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
         """(ids, tensors) of every shard, in shard order; `names` picks tensors. Every sha256 is checked."""
-        for path in self._payload_paths("activations"):
+        for path in self._payload_paths(STAGES[stage]):
             data, _ = read_payload(path)
             tensors = _tensors(data)
             yield _metadata(data)["ids"], {name: _pick(path, tensors, name) for name in names or tensors}
 
-    def load_activations(self, name: str) -> tuple[list[str], Tensor]:
+    def load_activations(self, name: str, *, stage: str = "activations") -> tuple[list[str], Tensor]:
         """All rows of one tensor, [n, L, D], in shard order; takes the room of the result and of one shard."""
         import torch
 
-        paths = self._payload_paths("activations")
+        paths = self._payload_paths(STAGES[stage])
         parts = [_pick(path, read_receipt(path)["tensors"], name) for path in paths]
-        _check_alike(self.path / "activations", name, parts)
+        _check_alike(self.path / STAGES[stage], name, parts)
         n = sum(part["shape"][0] for part in parts)
         result = torch.empty((n, *parts[0]["shape"][1:]), dtype=getattr(torch, parts[0]["dtype"]))
         ids: list[str] = []
-        for shard_ids, tensors in self.iter_activations([name]):
+        for shard_ids, tensors in self.iter_activations([name], stage=stage):
             result[len(ids) : len(ids) + len(shard_ids)] = tensors[name]
             ids += shard_ids
         return ids, result
@@ -260,6 +272,18 @@ class RunFolder:
         """The card, without its seal."""
         return read_document(self.card_path)
 
+    def write_steering(self, steering: Mapping[str, Any]) -> None:
+        """vectors/steering.json: what steering with a vector does."""
+        write_document(self.steering_path, steering)
+
+    def has_steering(self) -> bool:
+        """Whether vectors/steering.json is there."""
+        return self.steering_path.exists()
+
+    def read_steering(self) -> dict[str, Any]:
+        """The steering sweep, without its seal."""
+        return read_document(self.steering_path)
+
     def write_report(self, name: str, data: bytes) -> Path:
         """reports/<name>, for people to look at: without a receipt, and not verified."""
         path = self.path / "reports" / safe_name(name, "report")
@@ -274,8 +298,11 @@ class RunFolder:
         with _noting(findings):
             self.read_config()
         with _noting(findings):
-            if self.card_path.exists():
+            if self.has_card():
                 self.read_card()
+        with _noting(findings):
+            if self.has_steering():
+                self.read_steering()
         labels = {name: self._verify_payloads(name, findings) for name in PAYLOADS}
         return [*findings, *self._strangers(labels)]
 
@@ -291,7 +318,7 @@ class RunFolder:
     def _strangers(self, labels: Mapping[str, Mapping[Path, Labels]]) -> Iterator[Finding]:
         """Examples that one file knows and its counterpart doesn't. A response without tokens needs no activation."""
         shards = {path.stem: rows for path, rows in labels["responses/shards"].items()}
-        for path, ids in labels["activations"].items():
+        for path, ids in [*labels["activations"].items(), *labels["stripped"].items()]:
             rows = shards.get(path.stem, {})
             strange = [*(ids.keys() - rows.keys()), *(id for id, needed in rows.items() if needed and id not in ids)]
             if strange:
@@ -313,6 +340,11 @@ class RunFolder:
     def card_path(self) -> Path:
         """vectors/card.json."""
         return self.path / "vectors" / "card.json"
+
+    @property
+    def steering_path(self) -> Path:
+        """vectors/steering.json."""
+        return self.path / "vectors" / "steering.json"
 
     def _shard_path(self, stage: str, index: int) -> Path:
         return self.path / STAGES[stage] / f"{index:04d}{PAYLOADS[STAGES[stage]]}"

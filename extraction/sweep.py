@@ -1,210 +1,194 @@
-"""What steering with a direction does: a sweep of coefficients over prompts without instructions.
+"""The steering sweep: choose a layer on some prompts, try all coefficients on others, against random directions.
 
-A coefficient of 1 adds a vector as long as the layer's typical activation. All conditions of all questions run as one
-queue of the engine, a coefficient a row. Random directions of the same length are the control.
-
-Shapes: L layers, D hidden, T tokens.
+All prompts are without an instruction. What is reported is JSON-ready.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from extraction.likelihood import divergences, log_likelihoods
+from extraction.likelihood import divergences
+from extraction.steered import UNSTEERED, Answer, Condition, Directions, Trying, answer_all, figures_of, is_coherent
 from extraction.steering import Steering
-from extraction.utils_batch import Request, generate
 
 if TYPE_CHECKING:
-    from extraction.decoding.sample import Sample
-    from extraction.models import LanguageModel
     from extraction.records import Prompt
 
-COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-N_RANDOM = 4  # random directions, dealt over a question's answers
+COEFFICIENTS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+ANSWERS = 24  # of every condition
+SCAN_COEFFICIENT = 1.0
+SCAN_QUESTIONS, SCAN_REPEATS, SCAN_LAYERS = 6, 2, 8
 SAMPLES = 4  # answers of a condition that are kept as text
-NGRAM = 4
-# a condition is coherent when its answers are at most so much less likely, and so much more repetitive, than unsteered
-PERPLEXITY_FACTOR = 2.0
-REPETITION_MARGIN = 0.1
-COHERENCE_THRESHOLD = 50.0
-
-Score = tuple[float | None, float | None]  # trait and coherence, 0 to 100; None: the judge could not tell
-Scorer = Callable[[Sequence[tuple[str, str]]], Sequence[Score]]  # of (question, answer)
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One way of steering. `direction`: trait, random or none; `kind`: add, ablate or none."""
+class Plan:
+    """What is tried: prompts to choose a layer by, prompts to report on, and candidates by method."""
 
-    direction: str
-    kind: str
-    layers: tuple[int, ...] = ()
-    coefficient: float = 0.0
+    choose_on: Sequence[Prompt]
+    report_on: Sequence[Prompt]
+    candidates: Mapping[str, Directions]
+    layers: tuple[int, ...]
+    answers: int = ANSWERS
+    coefficients: tuple[float, ...] = COEFFICIENTS
 
     @property
-    def label(self) -> str:
-        """Unique among the conditions of a sweep."""
-        return f"{self.direction}/{self.kind}/{'+'.join(map(str, self.layers))}/{self.coefficient:g}"
+    def repeats(self) -> int:
+        """Answers to each prompt that is reported on, under every condition."""
+        return max(1, round(self.answers / len(self.report_on)))
+
+    @property
+    def n_answers(self) -> int:
+        """How many answers are made in all, at most."""
+        scan = 1 + 2 * min(len(self.layers), SCAN_LAYERS)
+        n_scanned = len(self.candidates) * scan * min(len(self.choose_on), SCAN_QUESTIONS) * SCAN_REPEATS
+        return n_scanned + (3 + 6 * len(self.coefficients)) * len(self.report_on) * self.repeats
 
 
-UNSTEERED = Condition("none", "none")
+def evaluate(trying: Trying, plan: Plan) -> dict[str, Any]:
+    """Choose method and layer on some prompts, sweep the coefficients on the others. JSON-ready.
 
-
-@dataclass(frozen=True)
-class Directions:
-    """Unit directions by layer, `layer -> [D]`: the trait's, and random ones; with each layer's typical norm."""
-
-    trait: Mapping[int, Tensor]
-    random: Sequence[Mapping[int, Tensor]]
-    norms: Mapping[int, float]
-
-    def steering(self, condition: Condition, repeat: int) -> Steering | None:
-        """What a condition does to the `repeat`-th answer to a question."""
-        if condition.direction == "none":
-            return None
-        unit = self.trait if condition.direction == "trait" else self.random[repeat % len(self.random)]
-        if condition.kind == "ablate":
-            return Steering(ablate={layer: unit[layer] for layer in condition.layers})
-        size = condition.coefficient / len(condition.layers)
-        return Steering(add={layer: size * self.norms[layer] * unit[layer] for layer in condition.layers})
-
-
-def directions_of(direction_LD: Tensor, norms_L: Sequence[float], layers: Sequence[int], *, seed: int) -> Directions:
-    """Unit directions of [L, D] vectors, and random ones from the seed."""
-    unit_LD = direction_LD.double() / direction_LD.double().norm(dim=-1, keepdim=True)
-    generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randn(direction_LD.shape, generator=generator, dtype=torch.float64) for _ in range(N_RANDOM)]
-    random = [dict(zip(layers, (draw / draw.norm(dim=-1, keepdim=True)).float(), strict=True)) for draw in draws]
-    return Directions(
-        dict(zip(layers, unit_LD.float(), strict=True)), random, dict(zip(layers, map(float, norms_L), strict=True))
-    )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One steered answer, and what is known of it. `surprise`: mean negative log-likelihood in nats, unsteered."""
-
-    question: str
-    text: str
-    token_ids: tuple[int, ...]
-    score: float | None
-    coherence: float | None
-    surprise: float | None
-
-
-@dataclass(frozen=True)
-class Trying:
-    """Who answers, and how it is judged."""
-
-    lm: LanguageModel
-    strategy: Sample
-    scorer: Scorer
-    max_new_tokens: int
-    batch_size: int
-    seed: int = 0
-    threshold: float = 50.0
-    on_progress: Callable[[int, int], None] = field(default=lambda _answers, _tokens: None)
-
-
-def answer_all(
-    trying: Trying, prompts: Sequence[Prompt], directions: Directions, conditions: Sequence[Condition], repeats: int
-) -> dict[Condition, list[Answer]]:
-    """Every prompt, `repeats` times under every condition, in one queue; judged and scored under the unsteered model."""
-    plan = {
-        f"{condition.label}/{i}/{repeat}": (condition, prompt, directions.steering(condition, repeat))
-        for condition in conditions
-        for i, prompt in enumerate(prompts)
-        for repeat in range(repeats)
-    }
-    requests = [
-        Request(key, prompt.token_ids, trying.max_new_tokens, trying.seed, steering)
-        for key, (_, prompt, steering) in plan.items()
+    The layer that is chosen moves the trait furthest while answers stay coherent. At several layers (the chosen one and
+    its neighbours) each gets its share of the coefficient. Ablation removes the direction at every layer of the plan.
+    """
+    method, layer, scan = choose_place(trying, plan)
+    directions = plan.candidates[method]
+    place = plan.layers.index(layer)
+    several = plan.layers[max(place - 1, 0) : place + 2]
+    sizes = signed(plan.coefficients)
+    conditions = [
+        UNSTEERED,
+        *(Condition("trait", "add", (layer,), size) for size in sizes),
+        *(Condition("random", "add", (layer,), size) for size in sizes),
+        *(Condition("trait", "add", several, size) for size in sizes if len(several) > 1),
+        Condition("trait", "ablate", plan.layers),
+        Condition("random", "ablate", plan.layers),
     ]
-    said = {}
-    for completion in generate(
-        trying.lm,
-        requests,
-        batch_size=trying.batch_size,
-        strategy=trying.strategy,
-        on_progress=lambda n_tokens: trying.on_progress(0, n_tokens),
-    ):
-        said[completion.id] = completion.token_ids
-        trying.on_progress(1, 0)
-    surprises = _surprises(trying, {key: (prompt, said[key]) for key, (_, prompt, _) in plan.items()})
-    texts = {key: _text(trying.lm, token_ids) for key, token_ids in said.items()}
-    scores = trying.scorer([(prompt.example.question, texts[key]) for key, (_, prompt, _) in plan.items()])
-    found: dict[Condition, list[Answer]] = {condition: [] for condition in conditions}
-    for (key, (condition, prompt, _)), (score, coherence) in zip(plan.items(), scores, strict=True):
-        answer = Answer(prompt.example.question, texts[key], said[key], score, coherence, surprises.get(key))
-        found[condition].append(answer)
-    return found
-
-
-def _text(lm: LanguageModel, token_ids: Sequence[int]) -> str:
-    assert lm.tokenizer is not None
-    return str(lm.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-
-def _surprises(trying: Trying, said: Mapping[str, tuple[Prompt, tuple[int, ...]]]) -> dict[str, float]:
-    texts = [(key, prompt.token_ids, token_ids) for key, (prompt, token_ids) in said.items() if token_ids]
-    scored = log_likelihoods(trying.lm, texts, batch_size=trying.batch_size)
-    return {key: -float(chances_T.double().mean()) for key, chances_T in scored}
-
-
-def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
-    """Share of a text's n-grams that it has had before; 0 for a text shorter than that."""
-    grams = list(zip(*(token_ids[i:] for i in range(n)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def bounded_rate(answers: Sequence[Answer], threshold: float, *, seed: int, bootstraps: int = 1000) -> dict[str, Any]:
-    """Share of the scored answers at or above the threshold, with a 95% percentile bootstrap over questions."""
-    hits: dict[str, list[bool]] = {}
-    for answer in answers:
-        if answer.score is not None:
-            hits.setdefault(answer.question, []).append(answer.score >= threshold)
-    if not hits:
-        return {"value": None, "low": None, "high": None}
-    positive_Q, n_Q = (np.array([f(rows) for rows in hits.values()], dtype=float) for f in (sum, len))
-    counts = np.random.default_rng(seed).multinomial(len(hits), np.full(len(hits), 1 / len(hits)), bootstraps)
-    low, high = np.percentile(counts @ positive_Q / (counts @ n_Q), [2.5, 97.5])
-    return {"value": float(positive_Q.sum() / n_Q.sum()), "low": float(low), "high": float(high)}
-
-
-def figures_of(answers: Sequence[Answer], threshold: float, *, seed: int) -> dict[str, Any]:
-    """What one condition's answers come to, JSON-ready; `perplexity` is the median over answers."""
-    scores = [answer.score for answer in answers if answer.score is not None]
-    judged = [answer.coherence for answer in answers if answer.coherence is not None]
-    surprises = [answer.surprise for answer in answers if answer.surprise is not None]
+    answers = answer_all(trying, plan.report_on, directions, conditions, plan.repeats)
+    shifts = _shifts(trying, plan, directions, conditions, answers[UNSTEERED])
+    figures = {
+        condition: {**figures_of(rows, trying.threshold, seed=trying.seed), "kl": shifts[condition]}
+        for condition, rows in answers.items()
+    }
+    coherent = {condition: is_coherent(each, figures[UNSTEERED]) for condition, each in figures.items()}
     return {
-        "n": len(answers),
-        "missing": len(answers) - len(scores),
-        "rate": bounded_rate(answers, threshold, seed=seed),
-        "score": statistics.fmean(scores) if scores else None,
-        "perplexity": math.exp(statistics.median(surprises)) if surprises else None,
-        "repetition": statistics.fmean(repetition(answer.token_ids) for answer in answers),
-        "judged_coherence": statistics.fmean(judged) if judged else None,
+        "method": method,
+        "layers": [layer],
+        "several_layers": list(several),
+        "positions": "all",
+        "unit": "typical norm of each layer's activations",
+        "typical_norm": {str(name): norm for name, norm in directions.norms.items()},
+        "questions": len({prompt.example.question for prompt in plan.report_on}),
+        "max_new_tokens": trying.max_new_tokens,
+        "threshold": trying.threshold,
+        "scan": scan,
+        "conditions": [
+            {**_named(condition), **each, "coherent": coherent[condition], "samples": _samples(answers[condition])}
+            for condition, each in figures.items()
+        ],
+        **_reach(layer, sizes, figures, coherent),
     }
 
 
-def is_coherent(figures: Mapping[str, Any], unsteered: Mapping[str, Any]) -> bool:
-    """Whether answers are about as likely, and as varied, as without steering, and judged coherent where judged."""
-    if figures["perplexity"] is None or unsteered["perplexity"] is None:
-        return False
-    judged = figures["judged_coherence"]
-    return bool(
-        figures["perplexity"] <= PERPLEXITY_FACTOR * unsteered["perplexity"]
-        and figures["repetition"] <= unsteered["repetition"] + REPETITION_MARGIN
-        and (judged is None or judged >= COHERENCE_THRESHOLD)
-    )
+def choose_place(trying: Trying, plan: Plan) -> tuple[str, int, list[dict[str, Any]]]:
+    """The method and layer that move the trait's rate furthest between a push each way, and what was seen of all."""
+    layers = _spread(plan.layers, SCAN_LAYERS)
+    prompts = _spread(plan.choose_on, SCAN_QUESTIONS)
+    scan: list[dict[str, Any]] = []
+    for method, directions in plan.candidates.items():
+        pushes = [Condition("trait", "add", (layer,), sign * SCAN_COEFFICIENT) for layer in layers for sign in (-1, 1)]
+        answers = answer_all(trying, prompts, directions, [UNSTEERED, *pushes], SCAN_REPEATS)
+        figures = {key: figures_of(rows, trying.threshold, seed=trying.seed) for key, rows in answers.items()}
+        for down, up in zip(pushes[::2], pushes[1::2], strict=True):
+            rates = [figures[push]["rate"]["value"] for push in (down, up)]
+            coherent = all(is_coherent(figures[push], figures[UNSTEERED]) for push in (down, up))
+            surprise = sum(math.log(figures[push]["perplexity"] or math.inf) for push in (down, up))
+            moved = 0.0 if None in rates else rates[1] - rates[0]
+            surprise_or_none = surprise if math.isfinite(surprise) else None
+            place = {"method": method, "layer": up.layers[0]}
+            scan.append({**place, "moved": moved, "coherent": coherent, "surprise": surprise_or_none})
+    best = max(scan, key=lambda each: (each["coherent"], each["moved"], -(each["surprise"] or math.inf)))
+    return best["method"], best["layer"], scan
+
+
+def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
+    """At most `count` items, evenly spaced, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _shifts(
+    trying: Trying,
+    plan: Plan,
+    directions: Directions,
+    conditions: Sequence[Condition],
+    unsteered: Sequence[Answer],
+) -> dict[Condition, float | None]:
+    """Each condition's KL to the unsteered next-token distribution, over one unsteered answer to each prompt."""
+    found: dict[Condition, list[float]] = {condition: [] for condition in conditions}
+    for i, prompt in enumerate(plan.report_on):
+        token_ids = unsteered[i * plan.repeats].token_ids
+        if not token_ids:
+            continue
+        steerings = [directions.steering(condition, i) or Steering() for condition in conditions]
+        text = (str(i), prompt.token_ids, token_ids)
+        for condition, shift in zip(
+            conditions, divergences(trying.lm, text, steerings, batch_size=trying.batch_size), strict=True
+        ):
+            found[condition].append(shift)
+    return {condition: statistics.fmean(shifts) if shifts else None for condition, shifts in found.items()}
+
+
+def _named(condition: Condition) -> dict[str, Any]:
+    return {
+        "direction": condition.direction,
+        "kind": condition.kind,
+        "layers": list(condition.layers),
+        "coefficient": condition.coefficient,
+    }
+
+
+def _samples(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The first answer to each of the first questions."""
+    first: dict[str, Answer] = {}
+    for answer in answers:
+        first.setdefault(answer.question, answer)
+    return [
+        {"question": question, "response": answer.text, "score": answer.score}
+        for question, answer in list(first.items())[:SAMPLES]
+    ]
+
+
+def _reach(
+    layer: int, sizes: Sequence[float], figures: Mapping[Condition, Any], coherent: Mapping[Condition, bool]
+) -> dict[str, Any]:
+    """The largest coefficient each way up to which answers stay coherent, and the trait's rate there.
+
+    The coefficient is chosen by coherence, not by the rate that is reported; random directions are read at the same.
+    """
+    largest: dict[str, float | None] = {}
+    for side, sign in (("positive", 1), ("negative", -1)):
+        held: float | None = None
+        for size in sorted((size for size in sizes if size * sign > 0), key=abs):
+            if not coherent[Condition("trait", "add", (layer,), size)]:
+                break
+            held = size
+        largest[side] = held
+
+    def rate(direction: str, size: float | None) -> float | None:
+        found = None if size is None else figures[Condition(direction, "add", (layer,), size)]["rate"]["value"]
+        return None if found is None else float(found)
+
+    reached: dict[str, Any] = {side: rate("trait", size) for side, size in largest.items()}
+    return {
+        "largest_coherent": largest,
+        "reached": {**reached, "random": {side: rate("random", size) for side, size in largest.items()}},
+    }
 
 
 def signed(coefficients: Iterable[float]) -> list[float]:
