@@ -16,6 +16,7 @@ from extraction.options import (
     EVIDENCE,
     GENERATION,
     INPUTS,
+    LOOK,
     RUN,
     SETTINGS,
     STORED,
@@ -26,6 +27,7 @@ from extraction.options import (
     command,
     how_of,
     job_of,
+    look_of,
     main,
     prepare,
     show,
@@ -33,7 +35,8 @@ from extraction.options import (
     take,
     wanted_of,
 )
-from extraction.terminal import Command, Terminal, one_line
+from extraction.schema import one_line
+from extraction.terminal import Command, Terminal
 
 if TYPE_CHECKING:
     from extraction.jobs import Job
@@ -124,6 +127,21 @@ def extract_command(**given: Any) -> None:
         show(summary.of_job(job, engine, n_new, how.seconds, how.gpu_price))
     else:
         show(summary.of_generation([job], engine, how.seconds, how.gpu_price))
+
+
+@command("steer", INPUTS, LOOK, DEVICE, THREADS)
+def steer_command(**given: Any) -> None:
+    """A look at steering: answers to PROMPT with a trait's vector added, beside the unsteered one."""
+    look, (threads,) = look_of(given), take(given, "threads")
+    jobs = stored_jobs(given, loads_model=True)
+    from extraction import preview, summary
+    from extraction.runners import Engine
+
+    prepare(threads)
+    for job in jobs:
+        engine, trait = Engine(job), job.traits[0]
+        place = preview.place_of(job.folder(trait), look, int(job.model_config.num_hidden_layers))
+        show(summary.of_look(job, place, preview.look_at(engine, trait, place, look)))
 
 
 @main.command("verify", cls=Command, context_settings=SETTINGS)

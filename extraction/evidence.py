@@ -39,7 +39,7 @@ def capture_stripped(engine: Engine, trait: Trait, folder: RunFolder, tensor: st
         reader = engine.turned_to(replace(engine.job, experiment=replace(settings, capture=capture)))
         n_examples = sum(map(len, shards))
         listener.begin(
-            f"{trait.name}: without the instruction", n_examples, n_examples - sum(map(len, pending.values()))
+            f"{trait.name}: instruction removed", n_examples, n_examples - sum(map(len, pending.values()))
         )
         try:
             for i, shard in pending.items():
@@ -119,7 +119,7 @@ def steering_evidence(
 
     plan = _plan(engine, trait, material)
     trying = _trying(engine, plan, scorer, listener)
-    listener.begin(f"{trait.name}: steering without an instruction", plan.n_answers, 0)
+    listener.begin(f"{trait.name}: steering", plan.n_answers, 0)
     try:
         return evaluate(trying, plan)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from extraction import __version__
-from extraction.terminal import Command, Group, one_line
+from extraction.schema import one_line
+from extraction.terminal import Command, Group
 
 if TYPE_CHECKING:
     from extraction.jobs import Job
+    from extraction.preview import Look
     from extraction.stages import Checks, Vectors
 
 SETTINGS: dict[str, Any] = {
@@ -122,6 +125,25 @@ EVIDENCE: tuple[Decorator, ...] = (
         help="Steered answers for every coefficient.",
     ),
 )
+LOOK: tuple[Decorator, ...] = (
+    click.argument("prompts", nargs=-1, required=True, metavar="PROMPT..."),
+    click.option(
+        "--coef",
+        "coefficients",
+        metavar="X,Y",
+        default="-1,1",
+        show_default=True,
+        help="How far to steer, in typical norms of the layer's activations.",
+    ),
+    click.option("--layer", metavar="L", default="auto", show_default=True, help="auto, 16, 10-12 or 3,5."),
+    click.option("--method", metavar="NAME", help="Whose vector; default: the one that steered best."),
+    click.option("--positions", metavar="P", default="all", show_default=True, help="all tokens, or the response's."),
+    click.option("--ablate", is_flag=True, help="Also with the direction removed at every layer."),
+    click.option("--system", metavar="TEXT", help="A system prompt; default: none."),
+    click.option("--max-new-tokens", metavar="N", help="Longest response; default: the run's."),
+    click.option("--temperature", metavar="X", help="0 is greedy; default: the run's."),
+    click.option("--seed", metavar="N", help="Another seed gives other responses; default: the run's."),
+)
 STORED: tuple[Decorator, ...] = (
     click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all captured."),
     click.option("--judge", metavar="NAME", help="auto, lexical or none; default: the run's."),
@@ -205,6 +227,26 @@ def checks_of(given: dict[str, Any]) -> Checks:
 
     quick, answers = take(given, "quick", "answers")
     return Checks(quick, answers)
+
+
+def look_of(given: dict[str, Any]) -> Look:
+    """What to try, of `steer`'s options."""
+    from extraction.preview import Look
+
+    prompts, text, layer, method = take(given, "prompts", "coefficients", "layer", "method")
+    positions, ablate, system = take(given, "positions", "ablate", "system")
+    return Look(tuple(prompts), _numbers(text), method, None if layer == "auto" else layer, system, ablate, positions)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Finite numbers of a comma list."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise click.BadParameter(f"{text!r}: write numbers, such as 4 or -1,1", param_hint="--coef")
+    return numbers
 
 
 def listed(text: str | None) -> tuple[str, ...] | None:

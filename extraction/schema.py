@@ -42,6 +42,12 @@ def show_path(path: str | os.PathLike[str]) -> str:
     return text if text.isprintable() and len(text) <= 300 else show(text)
 
 
+def one_line(said: object) -> str:
+    """Text for a terminal: ANSI and other control characters of a name or a path are shown, not obeyed."""
+    text = " ".join(str(said).split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def suggest(value: object, known: Iterable[str]) -> str:
     """`did you mean 'x'?`, or the known values where none is near."""
     names = sorted(known)

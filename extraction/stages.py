@@ -322,7 +322,7 @@ def _write_vector(plan: _Plan, method: str, listener: Listener, *, named: bool) 
 
 @dataclass(frozen=True)
 class Checks:
-    """How much stage 4 asks. `quick`: stored activations alone, no model; else `answers` of every steering condition."""
+    """How much stage 4 asks. `quick`: of stored activations alone; else also of the model, `answers` a coefficient."""
 
     quick: bool = False
     answers: int = 24

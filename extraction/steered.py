@@ -63,6 +63,7 @@ class Directions:
     trait: Mapping[int, Tensor]
     random: Sequence[Mapping[int, Tensor]]
     norms: Mapping[int, float]
+    positions: str = "all"
 
     def steering(self, condition: Condition, repeat: int) -> Steering | None:
         """What a condition does to the `repeat`-th answer to a question."""
@@ -70,9 +71,10 @@ class Directions:
             return None
         unit = self.trait if condition.direction == "trait" else self.random[repeat % len(self.random)]
         if condition.kind == "ablate":
-            return Steering(ablate={layer: unit[layer] for layer in condition.layers})
+            return Steering(ablate={layer: unit[layer] for layer in condition.layers}, positions=self.positions)
         size = condition.coefficient / len(condition.layers)
-        return Steering(add={layer: size * self.norms[layer] * unit[layer] for layer in condition.layers})
+        pushes = {layer: size * self.norms[layer] * unit[layer] for layer in condition.layers}
+        return Steering(add=pushes, positions=self.positions)
 
 
 def directions_of(direction_LD: Tensor, norms_L: Sequence[float], layers: Sequence[int], *, seed: int) -> Directions:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from extraction.errors import StoreError
 from extraction.jobs import Job
 from extraction.records import POLARITIES, Trait
+from extraction.schema import one_line
 from extraction.stages import kept_of, sources_of
 from extraction.store import RunFolder
 
 if TYPE_CHECKING:
     from extraction.forecast import Forecast
+    from extraction.preview import Place, Seen
     from extraction.runners import Engine
 
 WIDTH = 80
@@ -93,6 +95,27 @@ def of_job(job: Job, engine: Engine, n_new: int, seconds: float, gpu_price: floa
         yield f"Took {duration(seconds)}: {n_new} new vectors and cards from stored activations."
 
 
+def of_look(job: Job, place: Place, seen: Sequence[Seen]) -> Iterator[str]:
+    """Steered answers under each other, by prompt."""
+    layers = f"layer{'s' * (len(place.layers) > 1)} {_ranges(place.layers)}"
+    yield f"{job.traits[0].name} on {job.spec.name}: {place.method} at {layers}"
+    unit = "A coefficient of 1 adds a vector as long as the layer's typical activation."
+    low, high = place.coherent or (0.0, 0.0)
+    held = f" Answers stayed coherent from {low:+g} to {high:+g} in the steering sweep." if place.coherent else ""
+    yield from _wrapped(unit + held, "", "")
+    prompt = None
+    for each in seen:
+        if each.prompt != prompt:
+            yield ""
+            yield from _wrapped(one_line(each.prompt), "> ", "  ")
+            yield f"{'coef':>9}  {'score':>5}  {'perplexity':>10}"
+            prompt = each.prompt
+        score = "-" if each.score is None else f"{each.score:.0f}"
+        perplexity = "-" if each.perplexity is None else f"{each.perplexity:.1f}"
+        yield f"{each.how:>9}  {score:>5}  {perplexity:>10}"
+        yield from _wrapped(one_line(each.text) or "(empty)", " " * 11, " " * 11)
+
+
 def _each(jobs: Iterable[Job]) -> Iterator[tuple[Job, Trait]]:
     return ((job, trait) for job in jobs for trait in job.traits)
 
@@ -103,13 +126,12 @@ def _heading(job: Job, trait: Trait) -> Iterator[str]:
 
 def _item(label: str, text: str) -> Iterator[str]:
     """A label and what it is; long text goes on, indented, at a space."""
-    yield from textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=f"  {label}".ljust(INDENT),
-        subsequent_indent=" " * INDENT,
-        break_long_words=False,
-        break_on_hyphens=False,
+    yield from _wrapped(text, f"  {label}".ljust(INDENT), " " * INDENT)
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
     )
 
 

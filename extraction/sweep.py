@@ -90,7 +90,7 @@ def evaluate(trying: Trying, plan: Plan) -> dict[str, Any]:
             {**_named(condition), **each, "coherent": coherent[condition], "samples": _samples(answers[condition])}
             for condition, each in figures.items()
         ],
-        **_reach(layer, sizes, figures, coherent),
+        **reach(layer, sizes, figures, coherent),
     }
 
 
@@ -164,7 +164,7 @@ def _samples(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     ]
 
 
-def _reach(
+def reach(
     layer: int, sizes: Sequence[float], figures: Mapping[Condition, Any], coherent: Mapping[Condition, bool]
 ) -> dict[str, Any]:
     """The largest coefficient each way up to which answers stay coherent, and the trait's rate there.

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from extraction.errors import TraitlineError
+from extraction.schema import one_line
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}| {remaining} left{postfix}"
@@ -26,12 +27,6 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-
-
-def one_line(said: object) -> str:
-    """Text for a terminal: ANSI and other control characters of a name or a path are shown, not obeyed."""
-    text = " ".join(str(said).split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def complain(said: object) -> None:

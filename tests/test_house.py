@@ -31,7 +31,7 @@ FLOORS = [
     ("utils_batch", "likelihood"),
     ("runners", "self_check", "steered"),
     ("sweep",),
-    ("evidence",),
+    ("evidence", "preview"),
     ("stages",),
     ("summary", "terminal"),
     ("options",),
@@ -123,7 +123,7 @@ def test_no_room_imports_from_its_own_floor_or_above_or_what_is_private(path):
 
 def test_a_wrong_import_is_found():
     assert faults_of_imports("store", ast.parse("def f():\n    from extraction.stages import extract")) == [
-        "store (floor 2) imports stages (floor 9)"
+        "store (floor 2) imports stages (floor 11)"
     ]
     assert faults_of_imports("store", ast.parse("from extraction.atomic import _sealed")) == [
         "store imports the private extraction.atomic._sealed"
