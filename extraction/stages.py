@@ -327,24 +327,29 @@ def validate(job: Job, wanted: Vectors, listener: Listener) -> int:
 def _validate_trait(job: Job, trait: Trait, wanted: Vectors) -> int:
     import torch
 
-    from extraction.vectors.validation import build_card
+    from extraction.vectors.validation import CARD_FORM, build_card
 
     folder = job.folder(trait)
     with _working_in(folder, job, trait):
         plan = _plan_vectors(job, trait, folder, wanted)
-        made_of = {**plan.header("card"), "methods": list(plan.methods)}
+        made_of = {**plan.header("card"), "methods": list(plan.methods), "form": CARD_FORM}
         if folder.has_card() and folder.read_card().get("made_of") == made_of:
             return 0
         positive, negative = plan.sides
         ids = [example_id for polarity in POLARITIES for example_id in plan.kept.ids[polarity]]
+        instruction_of = {
+            row["id"]: row["instruction_id"] for polarity in POLARITIES for row in folder.read_responses(polarity)
+        }
         card = build_card(
             torch.cat([positive, negative]),
             [True] * len(positive) + [False] * len(negative),
             [plan.kept.questions[example_id] for example_id in ids],
+            instruction_ids=[instruction_of[example_id] for example_id in ids],
             layers=plan.layers,
             seed=plan.seed,
             methods=plan.methods,
             example_ids=ids,
+            facts=plan.kept.facts(),
         )
         folder.write_card({**card, "made_of": made_of})
     return 1
