@@ -388,7 +388,8 @@ def test_the_card_has_the_keys_that_its_readers_know(card: dict):
         "token_0": {"ratio": 4},
         "methods": dict.fromkeys([*DEFAULT_METHODS, "random"], method),
         "chosen": {"method": "str", "layer": "int", "index": "int", "validation": FIGURES, "test": FIGURES,
-                   "wrong_side": "float", "split_half_cosine": "float", "top_1_percent": "float", "stripped": FIGURES},
+                   "wrong_side": "float", "split_half_cosine": "float", "top_1_percent": "float", "stripped": FIGURES,
+                   "test_auroc_by_fold": 5},
         "controls": {"random": {"draws": "int", "test_auroc": 20, "median": "float", "high": "float",
                                 "test_cohens_d": 20, "high_cohens_d": "float"},
                      "placebo_methods": 4, "shuffled_labels": 4},
@@ -428,6 +429,12 @@ def test_the_figures_are_those_of_the_scores_in_the_card(card: dict):
         assert found["accuracy"]["value"] == pytest.approx(((both > 0) == np.array(labels)).mean())
     both = np.array(scores["positive"] + scores["negative"])
     assert chosen["wrong_side"] == pytest.approx(((both > 0) != np.array(labels)).mean())
+
+
+def test_folds_have_areas_of_their_own(card: dict):
+    areas = card["chosen"]["test_auroc_by_fold"]
+    assert all(area > 0.8 for area in areas)
+    assert sum(areas) / 5 == pytest.approx(card["chosen"]["test"]["auroc"]["value"], abs=0.05)
 
 
 def test_norms_are_of_the_activations_and_of_the_written_direction(card: dict):

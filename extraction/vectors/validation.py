@@ -17,7 +17,7 @@ from torch import Tensor
 
 from extraction.vectors.bootstrap import Bounded, Resamples, bounded_figures, resample_questions
 from extraction.vectors.controls import best, cheap, placebo, random_draws, split_half_cosine
-from extraction.vectors.figures import top_1_percent, wrong_side
+from extraction.vectors.figures import auroc, top_1_percent, wrong_side
 from extraction.vectors.methods import CONTROL, DEFAULT_METHODS, find_method
 from extraction.vectors.reading import by_methods, held_out_scores
 from extraction.vectors.sides import check_finite, check_sides
@@ -212,8 +212,21 @@ def _chosen_card(trial: _Trial, way: int, own: Mapping[str, Any]) -> dict[str, A
         "method": name,
         **{key: own[name][key] for key in ("layer", "index", "validation", "test", "wrong_side")},
         **{key: own[name]["per_layer"][key][index] for key in ("split_half_cosine", "top_1_percent")},
+        "test_auroc_by_fold": _auroc_by_fold(trial, way, index),
         "stripped": _bounded_at(trial.at("stripped", way), index) if "stripped" in trial.figures else None,
     }
+
+
+def _auroc_by_fold(trial: _Trial, way: int, index: int) -> list[float | None]:
+    """The test AUROC of each fold's held-out instructions alone; empty where none were held out."""
+    if len(trial.split.folds) == 1:
+        return []
+    test_n, positive_n = trial.split.part_n["test"], trial.rows.positive_n
+    found = []
+    for fold in trial.split.folds:
+        own = (test_n & fold.held_n & (positive_n == side) for side in (True, False))
+        found.append(auroc(*(trial.scores_nKL[own_n, way, index].unsqueeze(-1) for own_n in own)))
+    return _plain(torch.cat(found))
 
 
 def _controls_card(trial: _Trial, layers: Sequence[int], *, draws: int, placebos: int, seed: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ FAINT = 0.7  # a lower end below it: three pairs in ten, or more, may be in the 
 ACCURATE = 0.7  # below it the threshold of the fitted rows does not carry over to others
 NO_ROOM = 0.99  # controls above it leave AUROC no room to be better: Cohen's d, which has no end, decides
 STABLE = 0.3  # below it two halves of the questions share less than a tenth (0.3 squared) of their directions
+LUCK = 2.0  # standard deviations of the cosine of two random directions, each 1 / sqrt(dimensions)
 ENOUGH_QUESTIONS = 5  # on fewer, luck is right about every question more often than 1 in 20 times (2 ** -4)
 ENOUGH_ROWS = 10  # a side: with fewer, one response moves the AUROC by more than 0.1
 MASSIVE = 0.5  # share of the squared norm in 1% of the dimensions: most of the direction is those few
@@ -94,18 +95,19 @@ def _random(card: Card, _: Steering) -> Iterator[Finding]:
         return
     effect, high_effect = test["cohens_d"]["value"], control.get("high_cohens_d")
     said = (
-        f"random directions ({control['draws']} draws: median {_two(control['median'])}, 95th percentile {_two(high)})"
+        f"random directions ({control['draws']} draws: median {_two(control['median'])}, "
+        f"95th percentile {_two(high)}{'; the sides differ in much of the space' if high >= FAINT else ''})"
     )
     if area > high:
         yield "good", f"Its AUROC of {_two(area)} is above that of {said}."
     elif high >= NO_ROOM and effect is not None and high_effect is not None and effect > high_effect:
         yield (
             "mind",
-            f"So do {said}: the sides differ nearly everywhere. By Cohen's d, {_two(effect)}, it is beyond "
+            f"Its AUROC of {_two(area)} is no higher than that of {said}; by Cohen's d, {_two(effect)}, it is beyond "
             f"their 95th percentile, {_two(high_effect)}.",
         )
     else:
-        yield "not shown", f"Its AUROC of {_two(area)} does not beat {said}: the sides differ nearly everywhere."
+        yield "not shown", f"Its AUROC of {_two(area)} does not beat that of {said}."
 
 
 def _placebos(card: Card, _: Steering) -> Iterator[Finding]:
@@ -123,13 +125,25 @@ def _placebos(card: Card, _: Steering) -> Iterator[Finding]:
 
 
 def _stability(card: Card, _: Steering) -> Iterator[Finding]:
-    cosine = card["chosen"]["split_half_cosine"]
+    cosine, by_luck = card["chosen"]["split_half_cosine"], LUCK / card["hidden_size"] ** 0.5
+    said = "Fitted on two halves of the questions, its directions have a cosine of"
     if cosine is None:
         yield "weak", "The questions are too few to fit the direction on each half of them."
+    elif cosine <= by_luck:
+        yield "not shown", f"{said} {_two(cosine)}, as two random ones may (up to {_two(by_luck)})."
     elif cosine < STABLE:
-        yield "weak", f"Fitted on two halves of the questions, it has a cosine of {_two(cosine)} (below {STABLE})."
+        yield "weak", f"{said} {_two(cosine)}, below {STABLE}."
     else:
-        yield "good", f"Fitted on two halves of the questions, it has a cosine of {_two(cosine)}."
+        yield "good", f"{said} {_two(cosine)}."
+
+
+def _by_fold(card: Card, _: Steering) -> Iterator[Finding]:
+    areas = [area for area in card["chosen"]["test_auroc_by_fold"] if area is not None]
+    if areas and min(areas) <= CHANCE:
+        yield (
+            "weak",
+            f"By held-out instructions AUROC is {', '.join(map(_two, areas))}: it does not carry over to all of them.",
+        )
 
 
 def _amount(card: Card, _: Steering) -> Iterator[Finding]:
@@ -255,6 +269,7 @@ RULES: tuple[Rule, ...] = (
     _steers,
     _accuracy,
     _stability,
+    _by_fold,
     _amount,
     _judge,
     _massive,
