@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from extraction.jobs import Job
 from extraction.records import Example, Prompt, Trait
 from extraction.runners import Engine, Listener, capture_shard
 from extraction.store import RunFolder
@@ -21,33 +22,36 @@ if TYPE_CHECKING:
     from extraction.sweep import Plan
 
 TOKEN_0_TEXTS = 8
+SWEEP_FORM = 1  # rises when the sweep of the same vectors would be another
 
 
-def capture_stripped(engine: Engine, trait: Trait, folder: RunFolder, tensor: str, listener: Listener) -> bool:
+def capture_stripped(engine: Engine, trait: Trait, folder: RunFolder, tensor: str, listener: Listener) -> None:
     """Activations of the stored responses with the instruction taken out of their prompts, shard by shard.
 
-    What is done is not done again. False where there is nothing to take out: natural prompts, no system prompt.
+    What is done is not done again; natural prompts have nothing to take out.
     """
     shards = engine.job.shards(trait)
-    if trait.is_natural:
-        return False
     pending = {i: shard for i, shard in enumerate(shards) if not _has(folder, i, tensor)}
-    if pending:
-        site, pooling = tensor.split(".", 1)
-        settings = engine.job.experiment
-        capture = replace(settings.capture, sites=(site,), poolings=(pooling,))
-        reader = engine.turned_to(replace(engine.job, experiment=replace(settings, capture=capture)))
-        n_examples = sum(map(len, shards))
-        listener.begin(
-            f"{trait.name}: instruction removed", n_examples, n_examples - sum(map(len, pending.values()))
-        )
-        try:
-            for i, shard in pending.items():
-                prompts = engine.prompts([without_instruction(example) for example in shard])
-                capture_shard(reader, folder, i, listener, stripped=prompts)
-        finally:
-            listener.end()
-    return True
+    if trait.is_natural or not pending:
+        return
+    site, pooling = tensor.split(".", 1)
+    settings = engine.job.experiment
+    layers = ",".join(map(str, folder.shard_facts("activations", 0)["meta"]["layers"]))
+    capture = replace(settings.capture, layers=layers, sites=(site,), poolings=(pooling,))
+    reader = engine.turned_to(replace(engine.job, experiment=replace(settings, capture=capture)))
+    n_examples, n_pending = (sum(map(len, some)) for some in (shards, pending.values()))
+    listener.begin(f"{trait.name}: instruction removed", n_examples, n_examples - n_pending)
+    try:
+        for i, shard in pending.items():
+            prompts = engine.prompts([without_instruction(example) for example in shard])
+            capture_shard(reader, folder, i, listener, stripped=prompts)
+    finally:
+        listener.end()
+
+
+def has_stripped(job: Job, trait: Trait, folder: RunFolder, tensor: str) -> bool:
+    """Whether every shard has been read without its instruction."""
+    return not trait.is_natural and all(_has(folder, i, tensor) for i in range(len(job.shards(trait))))
 
 
 def _has(folder: RunFolder, index: int, tensor: str) -> bool:

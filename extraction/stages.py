@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from extraction.atomic import digest
 from extraction.configs import parse_layers
 from extraction.errors import ConfigError, StoreError, TraitError
-from extraction.evidence import Material, capture_stripped, steering_evidence
+from extraction.evidence import (
+    SWEEP_FORM,
+    Material,
+    capture_stripped,
+    first_token_ratio,
+    has_stripped,
+    steering_evidence,
+)
 from extraction.jobs import MODES, Job, Mode
 from extraction.judges import resolve_judge
 from extraction.kept import Kept, kept_examples
@@ -214,7 +221,11 @@ class _Plan:
     @cached_property
     def sides(self) -> tuple[Tensor, Tensor]:
         """Positive [N, L, D] and negative [M, L, D] activations of the examples that count."""
-        ids, activations_nLD = self.folder.load_activations(self.tensor)
+        return self.sides_of("activations")
+
+    def sides_of(self, stage: str) -> tuple[Tensor, Tensor]:
+        """The same rows of another stage's files."""
+        ids, activations_nLD = self.folder.load_activations(self.tensor, stage=stage)
         row_of = {example_id: row for row, example_id in enumerate(ids)}
         columns = [self.captured.index(layer) for layer in self.layers]
         rows = {polarity: [row_of[example_id] for example_id in self.kept.ids[polarity]] for polarity in POLARITIES}
@@ -342,33 +353,70 @@ def _validate_trait(engine: Engine, trait: Trait, wanted: Vectors, checks: Check
     with _working_in(folder, engine.job, trait):
         plan = _plan_vectors(engine.job, trait, folder, wanted)
         if not checks.quick:
+            _load_if(
+                not trait.is_natural and not has_stripped(engine.job, trait, folder, plan.tensor), engine, listener
+            )
             capture_stripped(engine, trait, folder, plan.tensor, listener)
         n_new = _write_card(engine, trait, plan, checks, listener)
-        return n_new if checks.quick else n_new + _write_steering(engine, trait, plan, checks, listener)
+        n_new += 0 if checks.quick else _write_steering(engine, trait, plan, checks, listener)
+        return max(n_new, _settle_verdict(plan))
+
+
+def _load_if(needed: bool, engine: Engine, listener: Listener) -> None:
+    if needed:
+        _load(engine, listener)
 
 
 def _write_card(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, listener: Listener) -> int:
     import torch
 
-    from extraction.vectors.validation import build_card
+    from extraction.vectors.validation import CARD_FORM, build_card
 
     folder = plan.folder
-    made_of = {**plan.header("card"), "methods": list(plan.methods), "quick": checks.quick}
-    if folder.has_card() and folder.read_card().get("made_of") == made_of:
+    stripped = has_stripped(engine.job, trait, folder, plan.tensor)
+    old = folder.read_card() if folder.has_card() else {}
+    ratio_L = _token_0(engine, plan, old, checks, listener)
+    made_of = {
+        **plan.header("card"),
+        "methods": list(plan.methods),
+        "form": CARD_FORM,
+        "stripped": folder.sources("stripped") if stripped else None,
+        "token_0": ratio_L is not None,
+    }
+    if old.get("made_of") == made_of:
         return 0
-    positive, negative = plan.sides
     ids = [example_id for polarity in POLARITIES for example_id in plan.kept.ids[polarity]]
+    instruction_of = {
+        row["id"]: row["instruction_id"] for polarity in POLARITIES for row in folder.read_responses(polarity)
+    }
     card = build_card(
-        torch.cat([positive, negative]),
-        [True] * len(positive) + [False] * len(negative),
+        torch.cat(plan.sides),
+        [True] * len(plan.kept.ids["pos"]) + [False] * len(plan.kept.ids["neg"]),
         [plan.kept.questions[example_id] for example_id in ids],
+        instruction_ids=[instruction_of[example_id] for example_id in ids],
         layers=plan.layers,
         seed=plan.seed,
         methods=plan.methods,
         example_ids=ids,
+        stripped_nLD=torch.cat(plan.sides_of("stripped")) if stripped else None,
+        token_0_ratio_L=ratio_L,
+        facts=plan.kept.facts(),
     )
     folder.write_card({**card, "made_of": made_of})
     return 1
+
+
+def _token_0(
+    engine: Engine, plan: _Plan, old: Mapping[str, Any], checks: Checks, listener: Listener
+) -> list[float] | None:
+    """The first token's norm over the others', by layer; from the card where it was measured for these layers."""
+    measured = old.get("token_0")
+    if measured is not None and old["layers"] == list(plan.layers):
+        return list(measured["ratio"])
+    if checks.quick:
+        return None
+    _load(engine, listener)
+    return first_token_ratio(engine, plan.folder, plan.layers)
 
 
 def _write_steering(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, listener: Listener) -> int:
@@ -378,7 +426,7 @@ def _write_steering(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, l
         listener.note(f"{trait.name}: no steering sweep: without a judge there is no telling what it does")
         return 0
     chosen = folder.read_card()["chosen"]["method"]
-    made_of = {**plan.header("steering"), "chosen": chosen, "answers": checks.answers}
+    made_of = {**plan.header("steering"), "form": SWEEP_FORM, "chosen": chosen, "answers": checks.answers}
     if folder.has_steering() and folder.read_steering().get("made_of") == made_of:
         return 0
     _load(engine, listener)
@@ -393,16 +441,33 @@ def _write_steering(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, l
     return 1
 
 
+def _settle_verdict(plan: _Plan) -> int:
+    """The card's verdict, with what steering did where that is of these vectors. 1 where the card had another."""
+    from extraction.vectors.verdict import verdict
+
+    folder = plan.folder
+    card = folder.read_card()
+    steering = folder.read_steering() if folder.has_steering() else None
+    if steering is not None and steering["made_of"]["sources"] != plan.sources:
+        steering = None
+    settled = verdict(card, steering)
+    if settled == card["verdict"]:
+        return 0
+    folder.write_card({**card, "verdict": settled})
+    return 1
+
+
 def _material(plan: _Plan, methods: Sequence[str], answers: int) -> Material:
     """Rows about the questions that steering is not reported on."""
     import torch
 
-    from extraction.vectors.splits import split_by_question
+    from extraction.vectors.splits import PARTS, deal_questions
 
     questions = {side: [plan.kept.questions[i] for i in plan.kept.ids[side]] for side in POLARITIES}
     both = [*questions["pos"], *questions["neg"]]
-    labels = [True] * len(questions["pos"]) + [False] * len(questions["neg"])
-    choose_on, report_on = split_by_question(both, seed=plan.seed, positive=labels)
+    labels_n = torch.tensor([True] * len(questions["pos"]) + [False] * len(questions["neg"]))
+    fit, validation, test = deal_questions(both, labels_n, tuple(PARTS.values()), seed=plan.seed)
+    choose_on, report_on = sorted(fit | validation), sorted(test)  # the card's own parts
     positive, negative = (
         rows[[question in choose_on for question in questions[side]]]
         for side, rows in zip(POLARITIES, plan.sides, strict=True)

@@ -173,24 +173,41 @@ def _counts(job: Job, trait: Trait) -> Iterator[str]:
 
 
 def _worth(job: Job, trait: Trait) -> Iterator[str]:
-    """The chosen layer and method on questions that had no part in fitting or choosing; the controls beside it."""
+    """The verdict; the chosen layer and method on questions and instructions that had no part in it; the controls."""
     folder = job.folder(trait)
     card = folder.read_card() if folder.has_card() else None
-    if card is None or card["made_of"]["sources"] != _sources(job, trait):
+    if card is None or "verdict" not in card or card["made_of"]["sources"] != _sources(job, trait):
         return
-    chosen, controls, held_out = card["chosen"], card["controls"], card["split"]["test"]
+    chosen, held_out, verdict = card["chosen"], card["split"]["test"], card["verdict"]
+    grave = [] if verdict["word"] == "usable" else verdict["reasons"][:1]
+    yield from _item("verdict", ": ".join([verdict["word"], *grave]))
     yield from _item("best", f"layer {chosen['layer']} of {_ranges(card['layers'])}, {chosen['method']}")
     rows = held_out["positive"] + held_out["negative"]
     yield from _item("held out", f"{_figures(chosen['test'])} ({rows} responses to {held_out['questions']} questions)")
-    shuffled = ", ".join(_two(each["test"]["auroc"]) for each in controls["shuffled_labels"])
-    random = _two(controls["random"]["test"]["auroc"])
-    yield from _item("controls", f"AUROC of a random direction {random}, of shuffled labels {shuffled}")
+    yield from _item("controls", _controls(card["controls"]))
+    if chosen["stripped"] is not None:
+        yield from _item("stripped", f"AUROC {_bounded(chosen['stripped']['auroc'])} without the instruction")
+
+
+def _controls(controls: Mapping[str, Any]) -> str:
+    random, shuffled = (
+        controls["random"],
+        [_two(each["test"]["auroc"]["value"]) for each in controls["shuffled_labels"]],
+    )
+    return f"AUROC of random directions {_two(random['median'])}, 95th percentile {_two(random['high'])}" + (
+        f"; of shuffled labels {', '.join(shuffled)}" if shuffled else ""
+    )
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    return (
-        f"AUROC {_two(figures['auroc'])}, Cohen's d {_two(figures['cohens_d'])}, accuracy {_two(figures['accuracy'])}"
-    )
+    effect, accuracy = (_two(figures[name]["value"]) for name in ("cohens_d", "accuracy"))
+    return f"AUROC {_bounded(figures['auroc'])}, Cohen's d {effect}, accuracy {accuracy}"
+
+
+def _bounded(figure: Mapping[str, float | None]) -> str:
+    """A figure and its interval: `0.93 (0.88 to 0.97)`."""
+    ends = "" if figure["low"] is None else f" ({_two(figure['low'])} to {_two(figure['high'])})"
+    return _two(figure["value"]) + ends
 
 
 def _two(value: float | None) -> str:

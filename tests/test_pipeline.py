@@ -82,8 +82,11 @@ def test_the_summary_says_where_things_lie_and_what_they_are_worth(finished):
         text,
     )
     assert f"layer {card['chosen']['layer']} of 0-2, {card['chosen']['method']}" in text
-    assert f"AUROC {card['chosen']['test']['auroc']:.2f}, Cohen's d {card['chosen']['test']['cohens_d']:.2f}" in text
-    assert "random direction" in text
+    auroc, effect = (card["chosen"]["test"][name] for name in ("auroc", "cohens_d"))
+    interval = f"({auroc['low']:.2f} to {auroc['high']:.2f})"
+    assert f"AUROC {auroc['value']:.2f} {interval}, Cohen's d {effect['value']:.2f}" in text
+    assert f"verdict      {card['verdict']['word']}" in text
+    assert f"random directions {card['controls']['random']['median']:.2f}" in text
     assert all(len(line) <= 80 for line in lines if str(finished) not in line), lines
 
 
