@@ -17,8 +17,8 @@ from extraction.atomic import digest
 from extraction.configs import parse_layers
 from extraction.errors import ConfigError, StoreError, TraitError
 from extraction.jobs import MODES, Job, Mode
-from extraction.judges import resolve_judge
-from extraction.kept import Kept, kept_examples
+from extraction.judging import assemble, check_reader, usable_kept_of
+from extraction.kept import Kept
 from extraction.records import POLARITIES, Example, Trait
 from extraction.runners import Engine, Listener, capture_shard, make_shard
 from extraction.schema import show_path
@@ -33,12 +33,13 @@ Row = dict[str, Any]
 def generate(job: Job, mode: Mode, listener: Listener) -> Engine:
     """Make the responses of every trait (and, as the mode says, their activations); judge them; write both."""
     engine = Engine(job)
+    check_reader(job)
     for trait in job.traits:
         folder = job.folder(trait)
         with _working_in(folder, job, trait):
             _make_shards(engine, trait, folder, mode, listener)
             if job.is_whole:
-                _assemble(job, trait, folder)
+                assemble(job, trait, folder, listener)
     return engine
 
 
@@ -141,26 +142,6 @@ def _capture_shards(
             capture_shard(engine, folder, i, listener)
 
 
-def _assemble(job: Job, trait: Trait, folder: RunFolder) -> None:
-    """responses/pos.jsonl and neg.jsonl: every shard's rows with their scores, once all shards are there."""
-    count = len(job.shards(trait))
-    if not all(folder.shard_done("responses", i) for i in range(count)):
-        return
-    name, judge = resolve_judge(job.experiment.judge, trait)
-    made_from = [f"judge {name}", *folder.sources("responses")]
-    if folder.assembled_from() == made_from:
-        return
-
-    def scored(polarity: str) -> Iterator[Row]:
-        for i in range(count):
-            for row in folder.read_responses_shard(i):
-                if row["polarity"] == polarity:
-                    scores = {} if name == "none" else {name: judge(row["question"], row["response"], trait)}
-                    yield {**row, "scores": scores}
-
-    folder.write_responses({polarity: scored(polarity) for polarity in POLARITIES}, made_from)
-
-
 # --- vectors --------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +167,7 @@ def vectors(job: Job, wanted: Vectors, listener: Listener) -> int:
 def _make_vectors(job: Job, trait: Trait, wanted: Vectors, listener: Listener) -> int:
     folder = job.folder(trait)
     with _working_in(folder, job, trait):
-        plan = _plan_vectors(job, trait, folder, wanted)
+        plan = _plan_vectors(job, trait, folder, wanted, listener)
         stale = [name for name in plan.methods if folder.vectors_header(name) != plan.header(name)]
         return sum(_write_vector(plan, name, listener, named=wanted.methods is not None) for name in stale)
 
@@ -235,7 +216,7 @@ class _Plan:
         }
 
 
-def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) -> _Plan:
+def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors, listener: Listener) -> _Plan:
     from extraction.vectors.methods import DEFAULT_METHODS, find_method
 
     for name in wanted.methods or ():
@@ -251,7 +232,7 @@ def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) ->
     captured = tuple(facts["meta"]["layers"])
     layers = _chosen_layers(wanted.layers, captured)
     tensor = _chosen_tensor(job, facts["tensors"], wanted)
-    _assemble(job, trait, folder)
+    assemble(job, trait, folder, listener, again=False)
     return _Plan(
         folder=folder,
         trait=trait.name,
@@ -261,7 +242,7 @@ def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) ->
         captured=captured,
         tensor=tensor,
         seed=job.experiment.seed,
-        kept=kept_of(job, trait, folder),
+        kept=usable_kept_of(job, trait, folder),
     )
 
 
@@ -292,13 +273,6 @@ def _chosen_tensor(job: Job, stored: Mapping[str, Any], wanted: Vectors) -> str:
     return name
 
 
-def kept_of(job: Job, trait: Trait, folder: RunFolder) -> Kept:
-    """Which responses of a finished stage 1 count."""
-    name, _ = resolve_judge(job.experiment.judge, trait)
-    rows = {polarity: folder.read_responses(polarity) for polarity in POLARITIES}
-    return kept_examples(rows, name, job.experiment.threshold)
-
-
 def _write_vector(plan: _Plan, method: str, listener: Listener, *, named: bool) -> int:
     from extraction.vectors.methods import find_method
     from extraction.vectors.sides import check_sides
@@ -321,17 +295,17 @@ def _write_vector(plan: _Plan, method: str, listener: Listener, *, named: bool) 
 
 def validate(job: Job, wanted: Vectors, listener: Listener) -> int:
     """Stage 4: what each method and layer is worth on questions it has not seen. Returns how many cards are new."""
-    return sum(_validate_trait(job, trait, wanted) for trait in job.traits)
+    return sum(_validate_trait(job, trait, wanted, listener) for trait in job.traits)
 
 
-def _validate_trait(job: Job, trait: Trait, wanted: Vectors) -> int:
+def _validate_trait(job: Job, trait: Trait, wanted: Vectors, listener: Listener) -> int:
     import torch
 
     from extraction.vectors.validation import build_card
 
     folder = job.folder(trait)
     with _working_in(folder, job, trait):
-        plan = _plan_vectors(job, trait, folder, wanted)
+        plan = _plan_vectors(job, trait, folder, wanted, listener)
         made_of = {**plan.header("card"), "methods": list(plan.methods)}
         if folder.has_card() and folder.read_card().get("made_of") == made_of:
             return 0
@@ -362,7 +336,7 @@ def extract(job: Job, wanted: Vectors, listener: Listener) -> tuple[Engine, int]
     n_new = vectors(job, wanted, listener)
     for trait in job.traits:
         try:
-            n_new += _validate_trait(job, trait, wanted)
+            n_new += _validate_trait(job, trait, wanted, listener)
         except TraitError as failure:
             listener.note(f"{trait.name}: no held-out figures: {failure}")
     return engine, n_new

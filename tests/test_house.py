@@ -22,14 +22,15 @@ ROOMS = [path for path in SOURCES if path not in DOORS and path.name != "__init_
 # A module imports from lower floors only; `decoding` and `vectors` are one room each.
 FLOORS = [
     ("errors", "records"),
-    ("schema", "hooks", "atomic", "slots", "pooling"),
+    ("schema", "hooks", "atomic", "slots", "pooling", "rubrics"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges"),
     ("sites", "decoding", "kept", "jobs"),
     ("capture", "forecast"),
     ("teacher", "vectors"),
     ("utils_batch",),
-    ("runners", "self_check"),
+    ("runners", "self_check", "local_judge", "openai_judge"),
+    ("judging",),
     ("stages",),
     ("summary", "terminal"),
     ("options",),
@@ -121,7 +122,7 @@ def test_no_room_imports_from_its_own_floor_or_above_or_what_is_private(path):
 
 def test_a_wrong_import_is_found():
     assert faults_of_imports("store", ast.parse("def f():\n    from extraction.stages import extract")) == [
-        "store (floor 2) imports stages (floor 9)"
+        "store (floor 2) imports stages (floor 10)"
     ]
     assert faults_of_imports("store", ast.parse("from extraction.atomic import _sealed")) == [
         "store imports the private extraction.atomic._sealed"
@@ -176,7 +177,7 @@ def test_rooms_return_and_doors_speak(path):
 
 
 def test_the_doors_and_what_they_check_import_neither_torch_nor_transformers():
-    light = ["cli", "terminal", "configs", "schema", "traits", "store", "jobs", "kept", "judges"]
+    light = ["cli", "terminal", "configs", "schema", "traits", "store", "jobs", "kept", "judges", "judging"]
     light += ["prompts", "runners", "stages", "summary", "errors", "records", "pooling", "hooks", "atomic"]
     code = f"import sys; import {', '.join('extraction.' + name for name in light)}; print(*sys.modules)"
     result = subprocess.run(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extraction.errors import ConfigError, TraitError
-from extraction.judges import JUDGES, judge_lexical, keep, lexical_score, resolve_judge
+from extraction.judges import judge_lexical, judge_none, keep, lexical_score, resolve_judge
 from extraction.records import Markers, Trait
 
 MARKERS = Markers(positive=("perhaps", "not sure", r"re:\bmight\b"), negative=("certainly", "no doubt"))
@@ -82,15 +82,13 @@ def test_lexical_without_markers_says_what_to_add() -> None:
 
 
 def test_auto_is_lexical_where_there_are_markers() -> None:
-    assert resolve_judge("auto", TRAIT) == ("lexical", JUDGES["lexical"])
-    assert resolve_judge("auto", BARE) == ("none", JUDGES["none"])
+    assert resolve_judge("auto", TRAIT) == "lexical"
+    assert resolve_judge("auto", BARE) == "none"
 
 
-def test_the_resolved_judge_judges_the_answer_and_not_the_question() -> None:
-    _, judge = resolve_judge("lexical", TRAIT)
-    assert judge("Perhaps?", "Certainly.", TRAIT) == 0.0
-    _, silent = resolve_judge("none", TRAIT)
-    assert silent("Perhaps?", "Certainly.", TRAIT) is None
+def test_a_judge_judges_the_answer_and_not_the_question() -> None:
+    assert judge_lexical("Perhaps?", "Certainly.", TRAIT) == 0.0
+    assert judge_none("Perhaps?", "Certainly.", TRAIT) is None
 
 
 def test_an_unknown_judge_is_an_error_with_the_nearest_known() -> None:

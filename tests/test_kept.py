@@ -28,7 +28,7 @@ def test_each_reason_is_counted():
     positive = [(80.0, True), (50.0, True), (49.9, True), (None, True), (90.0, False), (None, False)]
     kept = kept_examples(sides(positive, [(49.9, True), (50.0, True), (0.0, True)]), "lexical", 50.0)
     assert kept.ids == {"pos": ("pos-0", "pos-1"), "neg": ("neg-0", "neg-2")}
-    assert (kept.total, kept.n_kept, kept.empty, kept.unscored, kept.wrong_side) == (9, 4, 2, 1, 2)
+    assert (kept.total, kept.n_kept, kept.dropped) == (9, 4, {"empty": 2, "unscored": 1, "wrong_side": 2})
     assert kept.questions["neg-2"] == "q2"
 
 
@@ -45,7 +45,7 @@ def test_no_judge_keeps_all_but_the_empty():
 
 def test_another_judges_scores_do_not_count():
     kept = kept_examples(sides([(90.0, True)], []), "other", 50.0)
-    assert (kept.n_kept, kept.unscored) == (0, 1)
+    assert (kept.n_kept, kept.dropped) == (0, {"unscored": 1})
 
 
 @given(answers, answers, st.floats(0, 100))
@@ -53,7 +53,7 @@ def test_every_response_is_kept_or_dropped_for_one_reason(positive, negative, th
     kept = kept_examples(sides(positive, negative), "lexical", threshold)
     facts = kept.facts()
     assert kept.total == len(positive) + len(negative) == len(kept.questions)
-    assert kept.n_kept + kept.empty + kept.unscored + kept.wrong_side == kept.total
+    assert kept.n_kept + sum(kept.dropped.values()) == kept.total
     assert sum(value for key, value in facts.items() if key.startswith(("kept_", "dropped_"))) == facts["total"]
     found = {
         row["id"]: row
