@@ -44,6 +44,7 @@ class Kept:
     coherence_threshold: float | None = None
     model: str | None = None
     scores: tuple[float, ...] = ()
+    why_missing: Mapping[str, int] = field(default_factory=dict)  # in the judge's own words
 
     @property
     def n_kept(self) -> int:
@@ -77,7 +78,8 @@ class Kept:
         if self.judge not in READERS:
             return None
         if self.total and not self.scores:
-            return f"the {self.name} gave no score to any of {self.total} responses ({self.reasons()})"
+            said = ", ".join(f"{count} times {reason!r}" for reason, count in self.why_missing.items())
+            return f"the {self.name} gave no score to any of {self.total} responses ({said or 'all are empty'})"
         if len(self.scores) >= FEW and (middle := _same_score(self.scores)) is not None:
             return f"the {self.name} gives nearly every response the same score ({middle:.4g}), so it doesn't judge"
         for polarity, ids in self.ids.items():
@@ -111,10 +113,13 @@ def kept_examples(
     questions: dict[str, str] = {}
     scores: list[float] = []
     dropped: Counter[str] = Counter()
+    why_missing: Counter[str] = Counter()
     for polarity in POLARITIES:
         for row in rows_by_polarity[polarity]:
             questions[row["id"]] = row["question"]
             scores += [score for score in (row["scores"].get(judge),) if score is not None]
+            if row["scores"].get(judge) is None:
+                why_missing[_why_missing(row)] += 1
             reason = _reason_to_drop(row, polarity, judge, threshold, coherence_threshold)
             if reason is None:
                 ids[polarity].append(row["id"])
@@ -130,6 +135,7 @@ def kept_examples(
         coherence_threshold=coherence_threshold if judge in READERS else None,
         model=model,
         scores=tuple(scores),
+        why_missing=dict(why_missing.most_common(3)),
     )
 
 
@@ -150,7 +156,11 @@ def _reason_to_drop(row: Row, polarity: str, judge: str, threshold: float, coher
     return None if coherence >= coherence_threshold else "incoherent"
 
 
+def _why_missing(row: Row) -> str:
+    return str(row.get("judged", {}).get("reason") or "no score")
+
+
 def _missing(row: Row) -> str:
-    reason = str((row.get("judged") or {}).get("reason"))
+    reason = _why_missing(row)
     known = {REFUSED: "refused", EMPTY: "empty"}
     return "failed" if reason.startswith(FAILED) else known.get(reason, "unscored")
