@@ -6,7 +6,7 @@ What a judge that reads has said is in a log of the run's folder as soon as it i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from extraction.atomic import digest
@@ -68,6 +68,7 @@ class _Reader:
         self.rubrics = rubrics_of(trait)
         self.lock = threading.Lock()
         self.known: dict[str, Rating] = {}
+        self.said_to_load = False
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """Judge the pairs; each needs a rating by the trait's rubric, and one of coherence."""
@@ -130,7 +131,9 @@ def _rate_here(reader: _Reader, texts: Mapping[str, str], n_asked: int) -> None:
     from extraction.local_judge import load_judge, rate
 
     spec = judge_spec(reader.job.experiment, reader.job.root, reader.job.spec.device)
-    reader.listener.note(f"loading {spec.name}, which judges")
+    if not reader.said_to_load:
+        reader.listener.note(f"loading {spec.name}, which judges")
+        reader.said_to_load = True
 
     def keep(ratings: Mapping[str, Rating]) -> None:
         reader.keep(ratings)
@@ -145,7 +148,7 @@ def _rate_there(reader: _Reader, texts: Mapping[str, str], n_asked: int) -> None
     settings = reader.job.experiment
     key, url = judge_access(settings)
     server = Server(reader.model, key, url, concurrency=settings.judge_concurrency)
-    reader.listener.note(f"{reader.trait.name}: {estimate(texts.values(), settings.judge_price)} to {reader.model}")
+    reader.listener.note(f"{reader.trait.name}: {estimate(texts.values(), settings.judge_price, reader.model)}")
     try:
         rate(server, texts, reader.keep, lambda n: reader.listener.advance(n, 0))
     finally:
@@ -160,12 +163,12 @@ def _rate_there(reader: _Reader, texts: Mapping[str, str], n_asked: int) -> None
 RATERS: dict[str, Callable[[_Reader, Mapping[str, str], int], None]] = {"local": _rate_here, "openai": _rate_there}
 
 
-def estimate(texts: Sequence[str] | Any, price: tuple[float, float] | None) -> str:
+def estimate(texts: Collection[str], price: tuple[float, float] | None, model: str) -> str:
     """What calls will take, in words: how many, about how many tokens, and what they cost per million of them."""
     sizes = [len(text.encode("utf-8", "replace")) for text in texts]
     n_in, n_out = round(sum(sizes) / BYTES_PER_TOKEN), TOKENS_PER_ANSWER * len(sizes)
-    cost = "" if price is None else f", {(n_in * price[0] + n_out * price[1]) / 1e6:.2f} at the given prices"
-    return f"{len(sizes):,} calls, about {n_in:,} tokens in and {n_out:,} out{cost},"
+    cost = "" if price is None else f", {(n_in * price[0] + n_out * price[1]) / 1e6:.4f} at the given prices"
+    return f"{len(sizes):,} calls to {model}: about {n_in:,} tokens in and {n_out:,} out{cost}"
 
 
 def check_reader(job: Job) -> None:

@@ -353,7 +353,7 @@ def by_letters(text: str, before: int = 0) -> Reply:
     """A judge with an eye: the share of letters before n in the answer; everything is coherent."""
     if "word salad" in text:
         return Reply("95")
-    answer = text.split("Answer:\n")[1].split("\n\nJudge")[0]
+    answer = text.split("Answer:\n")[1].split("\n\nJudge", maxsplit=1)[0]
     early = sum("a" <= c <= "m" for c in answer.lower())
     late = sum("n" <= c <= "z" for c in answer.lower())
     return Reply(str(round(100 * early / max(early + late, 1))))
@@ -370,7 +370,7 @@ def test_a_run_is_scored_and_told_of(root, served):
     rows = [row for row in rows_of(root) if row["response"].strip()]
     distinct = {(row["question"], row["response"]) for row in rows}
     assert len(served.asked) == 2 * len(distinct)
-    assert f"{len(served.asked)} calls, about" in result.stderr
+    assert f"{len(served.asked)} calls to m: about" in result.stderr
     assert "at the given prices" in result.stderr
     assert f"{len(served.asked)} calls made, 0 of them again, 0 answers failed, 0 known from the log" in result.stderr
     assert f"{100 * len(served.asked):,} tokens in, {2 * len(served.asked):,} out" in result.stderr
