@@ -37,7 +37,7 @@ class Rating:
     reason: str | None = None
     raw: str = ""
     how: str = ""
-    tokens: tuple[int, int] = (0, 0)  # in and out, as a server counts them
+    tokens: tuple[int, int] = (0, 0)  # in and out
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _rate_here(reader: _Reader, texts: Mapping[str, str], n_asked: int) -> None:
 
     def keep(ratings: Mapping[str, Rating]) -> None:
         reader.keep(ratings)
-        reader.listener.advance(len(ratings), 0)
+        reader.listener.advance(len(ratings), sum(rating.tokens[0] for rating in ratings.values()))
 
     rate(load_judge(spec), spec.name, texts, keep)
 
@@ -150,7 +150,7 @@ def _rate_there(reader: _Reader, texts: Mapping[str, str], n_asked: int) -> None
     server = Server(reader.model, key, url, concurrency=settings.judge_concurrency)
     reader.listener.note(f"{reader.trait.name}: {estimate(texts.values(), settings.judge_price, reader.model)}")
     try:
-        rate(server, texts, reader.keep, lambda n: reader.listener.advance(n, 0))
+        rate(server, texts, reader.keep, lambda n_tokens: reader.listener.advance(1, n_tokens))
     finally:
         counts, known = server.counts, n_asked - len(texts)
         reader.listener.note(

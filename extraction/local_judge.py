@@ -10,9 +10,10 @@ Shapes: B rows, P prompt columns, S columns, V vocabulary, N the 101 numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from extraction.records import Example
 from extraction.rubrics import NO_NUMBER, expectation
 from extraction.slots import SlotCache
 from extraction.utils_batch import left_padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NUMBERS = range(101)
 BATCH_SIZE = 16
@@ -66,16 +70,15 @@ class Spellings:
         return "number tokens" if self.longest == 1 else "numbers of several tokens"
 
 
-def spell_numbers(tokenizer: Callable[..., Mapping[str, Sequence[int]]], name: str) -> Spellings:
-    """Every number with and without a space in front; single tokens alone where each number has one.
+def spell_numbers(tokenizer: PreTrainedTokenizerBase, name: str) -> Spellings:
+    """Every number at the start of a text, behind a space and behind a line's end; single tokens where each has one.
 
     Raises ModelError for a tokenizer that can't write all of them: its model can't judge.
     """
     found: dict[TokenIds, int] = {}
     for number in NUMBERS:
-        for text in (str(number), f" {number}"):
-            ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if tokenizer.decode(list(ids)).strip() == str(number):  # type: ignore[attr-defined]
+        for ids in _ways(tokenizer, str(number)):
+            if str(tokenizer.decode(list(ids))).strip() == str(number):
                 found.setdefault(ids, number)
     absent = sorted(set(NUMBERS) - set(found.values()))
     if absent:
@@ -85,6 +88,17 @@ def spell_numbers(tokenizer: Callable[..., Mapping[str, Sequence[int]]], name: s
         )
     single: dict[TokenIds, int] = {path: number for path, number in found.items() if len(path) == 1}
     return Spellings(single if set(single.values()) == set(NUMBERS) else found)
+
+
+def _ways(tokenizer: PreTrainedTokenizerBase, number: str) -> Iterator[TokenIds]:
+    def ids(text: str) -> TokenIds:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    yield ids(number)
+    yield ids(f" {number}")
+    line_end, behind_it = ids("\n"), ids(f"\n{number}")  # tokenizers that mark a text's start write it otherwise here
+    if behind_it[: len(line_end)] == line_end:
+        yield behind_it[len(line_end) :]
 
 
 # --- probabilities --------------------------------------------------------------------------------------------------
@@ -192,7 +206,8 @@ def rate(lm: LanguageModel, name: str, texts: Mapping[str, str], keep: Keep, *, 
         except (RuntimeError, MemoryError) as failure:
             batch_size = _half(batch_size, failure, name)
             continue
-        keep(dict(zip(batch, map(_rating, _sound(weights_BN, lm, name), [spellings.how] * len(batch)), strict=True)))
+        weights = dict(zip(batch, _sound(weights_BN, lm, name), strict=True))
+        keep({key: _rating(weights_N, spellings.how, len(prompts[key])) for key, weights_N in weights.items()})
         waiting = waiting[batch_size:]
 
 
@@ -217,9 +232,9 @@ def _sound(weights_BN: Tensor, lm: LanguageModel, name: str) -> list[list[float]
     return rows
 
 
-def _rating(weights_N: Sequence[float], how: str) -> Rating:
+def _rating(weights_N: Sequence[float], how: str, n_tokens: int) -> Rating:
     """The expectation; what is told of it is the likeliest number, and how much all numbers weigh."""
     best = max(NUMBERS, key=lambda number: weights_N[number])
     raw = f"{best} ({weights_N[best]:.3f}); numbers {sum(weights_N):.3f}"
     score = expectation(dict(zip(NUMBERS, weights_N, strict=True)))
-    return Rating(score, None if score is not None else NO_NUMBER, raw, how)
+    return Rating(score, None if score is not None else NO_NUMBER, raw, how, (n_tokens, 0))

@@ -96,8 +96,9 @@ class _Failed(Exception):
 
 
 def rate(server: Server, texts: Mapping[str, str], keep: Keep, advance: Callable[[int], None]) -> None:
-    """Rate filled rubrics by key; `keep` is called by many threads, for each as it arrives; `advance` by this one.
+    """Rate filled rubrics by key.
 
+    `keep` is called by many threads, for each rating as it arrives; `advance` by this one, with an answer's tokens.
     What failed for good is a rating without a score, whose reason starts with `failed`. Raises ConfigError where the
     key or the model is refused, ModelError where nothing comes back any more.
     """
@@ -110,15 +111,15 @@ def rate(server: Server, texts: Mapping[str, str], keep: Keep, advance: Callable
         try:
             futures = [pool.submit(_rate_one, server, create, key, text, keep) for key, text in texts.items()]
             for future in as_completed(futures):
-                future.result()
-                advance(1)
+                advance(future.result())
         finally:
             server.stop.set()  # those that wait to ask again give up; those that are asked are heard
             pool.shutdown(wait=True, cancel_futures=True)
             server.stop.clear()
 
 
-def _rate_one(server: Server, create: Callable[..., Any], key: str, text: str, keep: Keep) -> None:
+def _rate_one(server: Server, create: Callable[..., Any], key: str, text: str, keep: Keep) -> int:
+    """Keep one rating; returns how many tokens it took."""
     try:
         rating = _ask(server, create, text)
     except _Failed as failure:
@@ -130,13 +131,14 @@ def _rate_one(server: Server, create: Callable[..., Any], key: str, text: str, k
                     f"{server.place}: {server.failing} answers in a row could not be had, the last: {failure}; try "
                     "again later: what has arrived is kept"
                 ) from None
-        keep({key: Rating(None, f"{FAILED}: {failure}")})
+        rating = Rating(None, f"{FAILED}: {failure}")
     else:
         with server.lock:
             server.failing = 0
             server.counts["tokens in"] += rating.tokens[0]
             server.counts["tokens out"] += rating.tokens[1]
-        keep({key: rating})
+    keep({key: rating})
+    return sum(rating.tokens)
 
 
 # --- one answer -----------------------------------------------------------------------------------------------------

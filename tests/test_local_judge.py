@@ -174,6 +174,20 @@ def test_the_bundled_tokenizer_and_one_of_digits_can_write_every_number(tmp_path
             assert tokenizer.decode(list(path)).strip() == str(number)
 
 
+def test_a_number_is_known_with_and_without_the_mark_of_a_texts_start():
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<unk>", "\u2581", "\n", *"0123456789"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    mark = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([mark, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")])
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", clean_up_tokenization_spaces=False)
+    spellings = spell_numbers(tokenizer, "x")
+    marked, eight, five = (words.index(word) for word in ("\u2581", "8", "5"))
+    assert spellings.numbers[(marked, eight, five)] == spellings.numbers[(eight, five)] == 85
+
+
 def test_a_tokenizer_without_digits_is_refused():
     from tokenizers import Tokenizer, models
 
