@@ -18,7 +18,8 @@ from extraction.traits import make_examples
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from extraction.steered import Scorer, Trying
+    from extraction.judges import Scorer
+    from extraction.steered import Trying
     from extraction.sweep import Plan
 
 TOKEN_0_TEXTS = 8

@@ -46,6 +46,21 @@ INPUTS: tuple[Decorator, ...] = (
     ),
     click.option("--root", metavar="DIR", help="Where configs/ and experiments/ are; default: here, or the checkout."),
 )
+JUDGE: tuple[Decorator, ...] = (
+    click.option("--judge", metavar="NAME", help="auto, lexical, none, local or openai."),
+    click.option(
+        "--judge-model", metavar="NAME", help="Who judges: as --model for local; the server's name for openai."
+    ),
+    click.option("--judge-url", metavar="URL", help="Any OpenAI-compatible server; default: OpenAI's."),
+    click.option("--judge-concurrency", metavar="N", help="Calls at a time; default: 8."),
+    click.option("--judge-price", metavar="IN,OUT", help="Of a million tokens, for the estimate."),
+    click.option(
+        "--threshold", metavar="X", help="A positive response is kept at this score or above, a negative one below."
+    ),
+    click.option(
+        "--coherence-threshold", metavar="X", help="Kept at this coherence or above, where the judge rates it."
+    ),
+)
 GENERATION: tuple[Decorator, ...] = (
     click.option("--n-examples", metavar="N", help="Examples of each polarity."),
     click.option("--max-new-tokens", metavar="N", help="Longest response."),
@@ -53,10 +68,7 @@ GENERATION: tuple[Decorator, ...] = (
     click.option("--top-k", metavar="N", help="Sample among the N likeliest tokens; 0: all."),
     click.option("--top-p", metavar="X", help="Sample within this probability mass; 1: all."),
     click.option("--seed", metavar="N", help="Another seed gives other responses."),
-    click.option("--judge", metavar="NAME", help="auto, lexical or none."),
-    click.option(
-        "--threshold", metavar="X", help="A positive response is kept at this score or above, a negative one below."
-    ),
+    *JUDGE,
     click.option(
         "--instruction-as", metavar="ROLE", help="system, user, or auto: system where the chat template has it."
     ),
@@ -146,8 +158,7 @@ LOOK: tuple[Decorator, ...] = (
 )
 STORED: tuple[Decorator, ...] = (
     click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all captured."),
-    click.option("--judge", metavar="NAME", help="auto, lexical or none; default: the run's."),
-    click.option("--threshold", metavar="X", help="Where the judge divides; default: the run's."),
+    *JUDGE,
 )
 
 
@@ -255,9 +266,10 @@ def listed(text: str | None) -> tuple[str, ...] | None:
 
 
 LISTS = ("sites", "poolings")
-NUMBERS: dict[str, Callable[[str], int | float]] = {
-    **dict.fromkeys(("n_examples", "max_new_tokens", "top_k", "seed", "shard_size"), int),
-    **dict.fromkeys(("temperature", "top_p", "threshold"), float),
+NUMBERS: dict[str, Callable[[str], int | float | list[float]]] = {
+    **dict.fromkeys(("n_examples", "max_new_tokens", "top_k", "seed", "shard_size", "judge_concurrency"), int),
+    **dict.fromkeys(("temperature", "top_p", "threshold", "coherence_threshold"), float),
+    "judge_price": lambda text: [float(price) for price in text.split(",")],
 }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.configs import parse_layers
 from extraction.errors import ConfigError, StoreError
-from extraction.judges import resolve_judge
+from extraction.judges import JUDGES, Judgement, resolve_judge
 from extraction.records import Example, Trait
 from extraction.runners import Engine
 from extraction.schema import show_path
@@ -107,11 +107,11 @@ def look_at(engine: Engine, trait: Trait, place: Place, look: Look) -> list[Seen
     conditions = [UNSTEERED, *(Condition("trait", "add", place.layers, size) for size in look.coefficients if size)]
     if look.ablate:
         conditions.append(Condition("trait", "ablate", tuple(directions.trait)))
-    _, judge = resolve_judge("auto", trait)
+    judge = JUDGES[resolve_judge("auto", trait)]
     trying = Trying(
         engine.lm,
         Sample(settings.generation.temperature, settings.generation.top_k, settings.generation.top_p),
-        lambda pairs: [(judge(question, answer, trait), None) for question, answer in pairs],
+        lambda pairs: [Judgement(judge(question, answer, trait)) for question, answer in pairs],
         settings.generation.max_new_tokens,
         batch_size=len(look.prompts) * len(conditions),
         seed=settings.seed,

@@ -25,8 +25,8 @@ from extraction.evidence import (
     steering_evidence,
 )
 from extraction.jobs import MODES, Job, Mode
-from extraction.judges import resolve_judge
-from extraction.kept import Kept, kept_examples
+from extraction.judging import assemble, check_reader, scorer, usable_kept_of
+from extraction.kept import Kept
 from extraction.records import POLARITIES, Example, Trait
 from extraction.runners import Engine, Listener, capture_shard, make_shard
 from extraction.schema import show_path
@@ -41,12 +41,13 @@ Row = dict[str, Any]
 def generate(job: Job, mode: Mode, listener: Listener) -> Engine:
     """Make the responses of every trait (and, as the mode says, their activations); judge them; write both."""
     engine = Engine(job)
+    check_reader(job)
     for trait in job.traits:
         folder = job.folder(trait)
         with _working_in(folder, job, trait):
             _make_shards(engine, trait, folder, mode, listener)
             if job.is_whole:
-                _assemble(job, trait, folder)
+                assemble(job, trait, folder, listener)
     return engine
 
 
@@ -149,26 +150,6 @@ def _capture_shards(
             capture_shard(engine, folder, i, listener)
 
 
-def _assemble(job: Job, trait: Trait, folder: RunFolder) -> None:
-    """responses/pos.jsonl and neg.jsonl: every shard's rows with their scores, once all shards are there."""
-    count = len(job.shards(trait))
-    if not all(folder.shard_done("responses", i) for i in range(count)):
-        return
-    name, judge = resolve_judge(job.experiment.judge, trait)
-    made_from = [f"judge {name}", *folder.sources("responses")]
-    if folder.assembled_from() == made_from:
-        return
-
-    def scored(polarity: str) -> Iterator[Row]:
-        for i in range(count):
-            for row in folder.read_responses_shard(i):
-                if row["polarity"] == polarity:
-                    scores = {} if name == "none" else {name: judge(row["question"], row["response"], trait)}
-                    yield {**row, "scores": scores}
-
-    folder.write_responses({polarity: scored(polarity) for polarity in POLARITIES}, made_from)
-
-
 # --- vectors --------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +175,7 @@ def vectors(job: Job, wanted: Vectors, listener: Listener) -> int:
 def _make_vectors(job: Job, trait: Trait, wanted: Vectors, listener: Listener) -> int:
     folder = job.folder(trait)
     with _working_in(folder, job, trait):
-        plan = _plan_vectors(job, trait, folder, wanted)
+        plan = _plan_vectors(job, trait, folder, wanted, listener)
         stale = [name for name in plan.methods if folder.vectors_header(name) != plan.header(name)]
         return sum(_write_vector(plan, name, listener, named=wanted.methods is not None) for name in stale)
 
@@ -247,7 +228,7 @@ class _Plan:
         }
 
 
-def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) -> _Plan:
+def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors, listener: Listener) -> _Plan:
     from extraction.vectors.methods import DEFAULT_METHODS, find_method
 
     for name in wanted.methods or ():
@@ -263,7 +244,7 @@ def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) ->
     captured = tuple(facts["meta"]["layers"])
     layers = _chosen_layers(wanted.layers, captured)
     tensor = _chosen_tensor(job, facts["tensors"], wanted)
-    _assemble(job, trait, folder)
+    assemble(job, trait, folder, listener, again=False)
     return _Plan(
         folder=folder,
         trait=trait.name,
@@ -273,7 +254,7 @@ def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) ->
         captured=captured,
         tensor=tensor,
         seed=job.experiment.seed,
-        kept=kept_of(job, trait, folder),
+        kept=usable_kept_of(job, trait, folder),
     )
 
 
@@ -302,13 +283,6 @@ def _chosen_tensor(job: Job, stored: Mapping[str, Any], wanted: Vectors) -> str:
             f"{', '.join(sorted(key for key in stored if '/' not in key)) or 'only every token (pooling all)'}"
         )
     return name
-
-
-def kept_of(job: Job, trait: Trait, folder: RunFolder) -> Kept:
-    """Which responses of a finished stage 1 count."""
-    name, _ = resolve_judge(job.experiment.judge, trait)
-    rows = {polarity: folder.read_responses(polarity) for polarity in POLARITIES}
-    return kept_examples(rows, name, job.experiment.threshold)
 
 
 def _write_vector(plan: _Plan, method: str, listener: Listener, *, named: bool) -> int:
@@ -351,7 +325,7 @@ def validate(job: Job, wanted: Vectors, checks: Checks, listener: Listener, engi
 def _validate_trait(engine: Engine, trait: Trait, wanted: Vectors, checks: Checks, listener: Listener) -> int:
     folder = engine.job.folder(trait)
     with _working_in(folder, engine.job, trait):
-        plan = _plan_vectors(engine.job, trait, folder, wanted)
+        plan = _plan_vectors(engine.job, trait, folder, wanted, listener)
         if not checks.quick:
             _load_if(
                 not trait.is_natural and not has_stripped(engine.job, trait, folder, plan.tensor), engine, listener
@@ -431,12 +405,7 @@ def _write_steering(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, l
         return 0
     _load(engine, listener)
     material = _material(plan, (chosen, "mean_diff"), checks.answers)
-    _, judge_answer = resolve_judge(judge, trait)
-
-    def scorer(pairs: Sequence[tuple[str, str]]) -> list[tuple[float | None, float | None]]:
-        return [(judge_answer(question, answer, trait), None) for question, answer in pairs]
-
-    found = steering_evidence(engine, trait, material, scorer, listener)
+    found = steering_evidence(engine, trait, material, scorer(engine.job, trait, listener, folder=folder), listener)
     folder.write_steering({**found, "judge": judge, "made_of": made_of})
     return 1
 

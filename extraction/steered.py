@@ -24,6 +24,7 @@ from extraction.utils_batch import Request, generate
 
 if TYPE_CHECKING:
     from extraction.decoding.sample import Sample
+    from extraction.judges import Scorer
     from extraction.models import LanguageModel
     from extraction.records import Prompt
 
@@ -33,9 +34,6 @@ NGRAM = 4
 PERPLEXITY_FACTOR = 2.0
 REPETITION_MARGIN = 0.1
 COHERENCE_THRESHOLD = 50.0
-
-Score = tuple[float | None, float | None]  # trait and coherence, 0 to 100; None: the judge could not tell
-Scorer = Callable[[Sequence[tuple[str, str]]], Sequence[Score]]  # of (question, answer)
 
 
 @dataclass(frozen=True)
@@ -140,10 +138,11 @@ def answer_all(
         trying.on_progress(1, 0)
     surprises = _surprises(trying, {key: (prompt, said[key]) for key, (_, prompt, _) in plan.items()})
     texts = {key: _text(trying.lm, token_ids) for key, token_ids in said.items()}
-    scores = trying.scorer([(prompt.example.question, texts[key]) for key, (_, prompt, _) in plan.items()])
+    judged = trying.scorer([(prompt.example.question, texts[key]) for key, (_, prompt, _) in plan.items()])
     found: dict[Condition, list[Answer]] = {condition: [] for condition in conditions}
-    for (key, (condition, prompt, _)), (score, coherence) in zip(plan.items(), scores, strict=True):
-        answer = Answer(prompt.example.question, texts[key], said[key], score, coherence, surprises.get(key))
+    for (key, (condition, prompt, _)), each in zip(plan.items(), judged, strict=True):
+        question = prompt.example.question
+        answer = Answer(question, texts[key], said[key], each.score, each.coherence, surprises.get(key))
         found[condition].append(answer)
     return found
 

@@ -20,6 +20,7 @@ from extraction.atomic import (
     REMAKE,
     RERUN,
     Finding,
+    append_lines,
     atomic_write,
     check_payload,
     check_writable,
@@ -30,6 +31,7 @@ from extraction.atomic import (
     orphans,
     plain,
     read_document,
+    read_lines,
     read_payload,
     read_receipt,
     receipt_path,
@@ -50,7 +52,10 @@ Labels = Mapping[str, bool]  # an example's id, and whether it must have an acti
 
 LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer"
 # what may differ between two starts: it changes no response and no activation
-EXECUTION_FIELDS = ("batch_size", "device", "workers", "self_check", "gpu_price", "judge", "threshold")
+EXECUTION_FIELDS = (
+    *("batch_size", "device", "workers", "self_check", "gpu_price", "threshold", "coherence_threshold"),
+    *("judge", "judge_model", "judge_url", "judge_concurrency", "judge_price"),
+)
 STAGES = {"responses": "responses/shards", "activations": "activations", "stripped": "stripped"}
 PAYLOADS = {  # folder: suffix
     "responses/shards": ".jsonl",
@@ -59,7 +64,7 @@ PAYLOADS = {  # folder: suffix
     "stripped": ".safetensors",
     "vectors": ".safetensors",
 }
-FOLDERS = (*PAYLOADS, "reports")
+FOLDERS = (*PAYLOADS, "judgements", "reports")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(\..*)?", re.IGNORECASE)
@@ -239,6 +244,14 @@ class RunFolder:
         """The rows of one polarity, one at a time."""
         return _rows(read_payload(self._responses_path(polarity))[0])
 
+    def add_judgements(self, judge: str, rows: Iterable[Row]) -> None:
+        """Put rows, each with its `key`, into a judge's log; they are on the disk when this returns."""
+        append_lines(self._judgements_path(judge), rows)
+
+    def read_judgements(self, judge: str) -> dict[str, Row]:
+        """A judge's log by key. A line that was torn or damaged is not in it."""
+        return {row["key"]: row for row in read_lines(self._judgements_path(judge)) if row}
+
     def write_vectors(self, method: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """One method's tensors ([L, D]); every value of `metadata` becomes JSON in the file's header."""
         path, header = self._vectors_path(method), {**metadata, "layer_convention": LAYER_CONVENTION}
@@ -303,6 +316,11 @@ class RunFolder:
         with _noting(findings):
             if self.has_steering():
                 self.read_steering()
+        for path in sorted((self.path / "judgements").glob("*.jsonl")):
+            if None in read_lines(path):
+                findings.append(
+                    Finding(path, "has lines that were changed or damaged", f"{RERUN}: they are judged again")
+                )
         labels = {name: self._verify_payloads(name, findings) for name in PAYLOADS}
         return [*findings, *self._strangers(labels)]
 
@@ -351,6 +369,9 @@ class RunFolder:
 
     def _responses_path(self, polarity: str) -> Path:
         return self.path / "responses" / f"{polarity}.jsonl"
+
+    def _judgements_path(self, judge: str) -> Path:
+        return self.path / "judgements" / f"{safe_name(judge, 'judge')}.jsonl"
 
     def _vectors_path(self, method: str) -> Path:
         return self.path / "vectors" / f"{safe_name(method, 'method')}.safetensors"

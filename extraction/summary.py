@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.errors import StoreError
 from extraction.jobs import Job
+from extraction.judging import kept_of
 from extraction.records import POLARITIES, Trait
 from extraction.schema import one_line
-from extraction.stages import kept_of, sources_of
+from extraction.stages import sources_of
 from extraction.store import RunFolder
 
 if TYPE_CHECKING:
@@ -163,13 +164,14 @@ def _counts(job: Job, trait: Trait) -> Iterator[str]:
         kept = kept_of(job, trait, job.folder(trait))
     except StoreError:
         return
-    reasons = {"on the wrong side": kept.wrong_side, "without a score": kept.unscored, "empty": kept.empty}
-    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-    by = "no judge" if kept.judge == "none" else f"{kept.judge} judge, threshold {kept.threshold:g}"
+    by = "no judge" if kept.judge == "none" else f"{kept.name}, threshold {kept.threshold:g}"
+    by += "" if kept.coherence_threshold is None else f", coherence {kept.coherence_threshold:g}"
     sides = " and ".join(f"{len(kept.ids[side])} {word}" for side, word in SIDES.items())
     yield from _item("kept", f"{kept.n_kept} of {kept.total} responses ({by}): {sides}")
-    if dropped:
-        yield from _item("dropped", dropped)
+    if reasons := kept.reasons():
+        yield from _item("dropped", reasons)
+    if kept.problem:
+        yield from _item("not usable", kept.problem)
 
 
 def _worth(job: Job, trait: Trait) -> Iterator[str]:

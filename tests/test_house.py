@@ -22,15 +22,15 @@ ROOMS = [path for path in SOURCES if path not in DOORS and path.name != "__init_
 # A module imports from lower floors only; `decoding` and `vectors` are one room each.
 FLOORS = [
     ("errors", "records"),
-    ("schema", "hooks", "atomic", "slots", "pooling"),
+    ("schema", "hooks", "atomic", "slots", "pooling", "rubrics"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges"),
     ("sites", "decoding", "kept", "jobs", "steering"),
     ("capture", "forecast"),
     ("teacher", "vectors"),
     ("utils_batch", "likelihood"),
-    ("runners", "self_check", "steered"),
-    ("sweep",),
+    ("runners", "self_check", "steered", "local_judge", "openai_judge"),
+    ("judging", "sweep"),
     ("evidence", "preview"),
     ("stages",),
     ("summary", "terminal"),
@@ -178,7 +178,7 @@ def test_rooms_return_and_doors_speak(path):
 
 
 def test_the_doors_and_what_they_check_import_neither_torch_nor_transformers():
-    light = ["cli", "terminal", "configs", "schema", "traits", "store", "jobs", "kept", "judges"]
+    light = ["cli", "terminal", "configs", "schema", "traits", "store", "jobs", "kept", "judges", "judging"]
     light += ["prompts", "runners", "stages", "summary", "errors", "records", "pooling", "hooks", "atomic"]
     code = f"import sys; import {', '.join('extraction.' + name for name in light)}; print(*sys.modules)"
     result = subprocess.run(

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extraction.decoding.sample import Sample
+from extraction.judges import Judgement
 from extraction.models import wrap
 from extraction.records import Example, Prompt
 from extraction.steered import (
@@ -47,7 +48,7 @@ def trying_of(scorer=None, batch_size: int = 5, **options) -> Trying:
 
 def vowels(pairs):
     """A scorer: 100 for an answer whose first character sorts before `n`."""
-    return [((100.0 if answer[:1] < "n" else 0.0) if answer else None, None) for _, answer in pairs]
+    return [Judgement((100.0 if answer[:1] < "n" else 0.0) if answer else None) for _, answer in pairs]
 
 
 def directions(seed: int = 0, size: float = 3.0):
@@ -176,12 +177,12 @@ def test_an_evaluation_is_whole_and_json_ready_and_reports_on_other_questions_th
 
 
 def test_a_judge_that_says_the_same_of_everything_finds_no_layer_that_moves_it():
-    always_50 = trying_of(lambda pairs: [(50.0, None)] * len(pairs))
+    always_50 = trying_of(lambda pairs: [Judgement(50.0)] * len(pairs))
     _, _, scan = choose_place(always_50, plan_of({"mean_diff": directions()}))
     assert {each["moved"] for each in scan} == {0.0}
     found = evaluate(always_50, plan_of({"mean_diff": directions()}))
     assert {each["rate"]["value"] for each in found["conditions"]} == {1.0}
-    silent = evaluate(trying_of(lambda pairs: [(None, None)] * len(pairs)), plan_of({"mean_diff": directions()}))
+    silent = evaluate(trying_of(lambda pairs: [Judgement(None)] * len(pairs)), plan_of({"mean_diff": directions()}))
     assert {each["missing"] for each in silent["conditions"]} == {6}
     assert silent["reached"] == {"positive": None, "negative": None, "random": {"positive": None, "negative": None}}
 
@@ -328,7 +329,7 @@ def test_a_reversed_direction_moves_the_trait_the_wrong_way(pocket_root):
     lm = load(job.spec)
 
     def scorer(pairs):
-        return [(judge_lexical(question, answer, trait), None) for question, answer in pairs]
+        return [Judgement(judge_lexical(question, answer, trait)) for question, answer in pairs]
 
     questions = [Example(f"q{i}", trait.name, "pos", 0, i, 0, text) for i, text in enumerate(trait.questions[:6])]
     prompts = job.prompts(lm.tokenizer, questions, max_tokens=None)
