@@ -67,12 +67,16 @@ class _Reader:
         self.model = judge_model(job.experiment, job.root)
         self.rubrics = rubrics_of(trait)
         self.lock = threading.Lock()
-        self.known: dict[str, Rating] = {}
+        self.known: dict[str, Rating] | None = None  # not read yet; the run is locked, so nobody else adds to the log
         self.said_to_load = False
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        """Judge the pairs; each needs a rating by the trait's rubric, and one of coherence."""
-        self.known = {key: _from_log(row) for key, row in self.folder.read_judgements(self.name).items()}
+        """Judge the pairs; each needs a rating by the trait's rubric, and one of coherence.
+
+        What could not be had is asked for again by the next process, not by this one.
+        """
+        if self.known is None:
+            self.known = {key: _from_log(row) for key, row in self.folder.read_judgements(self.name).items()}
         asked = {
             self._key(rubric, pair): (rubric, pair) for pair in pairs for rubric in self.rubrics if pair[1].strip()
         }
@@ -83,12 +87,13 @@ class _Reader:
                 RATERS[self.name](self, texts, len(asked))
             finally:
                 self.listener.end()
-        return [self._judgement(pair) for pair in pairs]
+        return [self._judgement(pair, self.known) for pair in pairs]
 
     def keep(self, ratings: Mapping[str, Rating]) -> None:
         """Into the log, all but what failed: that is asked for again."""
         rows = [_to_log(key, rating) for key, rating in ratings.items() if not _has_failed(rating)]
         with self.lock:
+            assert self.known is not None
             self.known.update(ratings)
             if rows:
                 self.folder.add_judgements(self.name, rows)
@@ -96,10 +101,10 @@ class _Reader:
     def _key(self, rubric: str, pair: Pair) -> str:
         return digest([self.name, self.model, rubric, *pair])
 
-    def _judgement(self, pair: Pair) -> Judgement:
+    def _judgement(self, pair: Pair, known: Mapping[str, Rating]) -> Judgement:
         if not pair[1].strip():
             return Judgement(None, reason=EMPTY)
-        of_trait, of_coherence = (self.known[self._key(rubric, pair)] for rubric in self.rubrics)
+        of_trait, of_coherence = (known[self._key(rubric, pair)] for rubric in self.rubrics)
         reason = of_trait.reason or of_coherence.reason
         return Judgement(of_trait.score, of_coherence.score, of_trait.raw, reason, of_trait.how)
 
@@ -194,14 +199,18 @@ def assemble(job: Job, trait: Trait, folder: RunFolder, listener: Listener, *, a
     present = folder.assembled_from()
     if present == made_from or (not again and present == [*made_from, FAILED]):
         return
-    rows = [row for i in range(count) for row in folder.read_responses_shard(i)]
-    judgements = scorer(job, trait, listener, folder=folder)([(row["question"], row["response"]) for row in rows])
-    if any((judgement.reason or "").startswith(FAILED) for judgement in judgements):
-        made_from.append(FAILED)
     name = resolve_judge(job.experiment.judge, trait)
-    scored = [_scored(row, name, judgement) for row, judgement in zip(rows, judgements, strict=True)]
-    sides = {polarity: _of_side(scored, polarity) for polarity in POLARITIES}
-    folder.write_responses(sides, made_from)
+    judge_all = scorer(job, trait, listener, folder=folder)
+    failed = name in READERS and _read_all(judge_all, folder, count)
+    sides = {polarity: _of_side(judge_all, name, folder, count, polarity) for polarity in POLARITIES}
+    folder.write_responses(sides, [*made_from, FAILED] if failed else made_from)
+
+
+def _read_all(judge_all: Scorer, folder: RunFolder, count: int) -> bool:
+    """Ask a judge that reads about every response, all at once; its log knows them then. True where some failed."""
+    rows = (row for i in range(count) for row in folder.read_responses_shard(i))
+    judgements = judge_all([(row["question"], row["response"]) for row in rows])
+    return any((judgement.reason or "").startswith(FAILED) for judgement in judgements)
 
 
 def _judge_of(job: Job, trait: Trait) -> list[str]:
@@ -212,8 +221,12 @@ def _judge_of(job: Job, trait: Trait) -> list[str]:
     return [f"judge {name}", f"model {judge_model(job.experiment, job.root)}", f"rubrics {digest(rubrics_of(trait))}"]
 
 
-def _of_side(rows: Sequence[Row], polarity: str) -> Iterator[Row]:
-    return (row for row in rows if row["polarity"] == polarity)
+def _of_side(judge_all: Scorer, name: str, folder: RunFolder, count: int, polarity: str) -> Iterator[Row]:
+    """One polarity's rows with their scores, a shard at a time: memory does not grow with their number."""
+    for i in range(count):
+        rows = [row for row in folder.read_responses_shard(i) if row["polarity"] == polarity]
+        judgements = judge_all([(row["question"], row["response"]) for row in rows])
+        yield from (_scored(row, name, judgement) for row, judgement in zip(rows, judgements, strict=True))
 
 
 def _scored(row: Row, name: str, judgement: Judgement) -> Row:
