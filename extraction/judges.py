@@ -157,7 +157,7 @@ def check_judge(settings: Experiment, trait: Trait, root: Path) -> None:
 def judge_spec(settings: Experiment, root: Path, device: str = "auto") -> ModelSpec:
     """The model of the local judge. Raises ConfigError where there is none of that name."""
     try:
-        return resolve_model(settings.judge_model or "", root, {"device": device})
+        return resolve_model(settings.judge_model or "", root, {"device": None if device == "auto" else device})
     except ConfigError as failure:
         raise ConfigError(f"--judge-model: {failure}") from failure
 

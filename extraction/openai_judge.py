@@ -113,32 +113,46 @@ def rate(server: Server, texts: Mapping[str, str], keep: Keep, advance: Callable
             for future in as_completed(futures):
                 advance(future.result())
         finally:
-            server.stop.set()  # those that wait to ask again give up; those that are asked are heard
+            server.stop.set()  # those that wait to ask again give up; those that have asked are heard
             pool.shutdown(wait=True, cancel_futures=True)
-            server.stop.clear()
 
 
 def _rate_one(server: Server, create: Callable[..., Any], key: str, text: str, keep: Keep) -> int:
-    """Keep one rating; returns how many tokens it took."""
+    """Keep one rating; returns how many tokens it took. What can't go on stops the other threads, too."""
     try:
         rating = _ask(server, create, text)
+        _count(server, rating)
     except _Failed as failure:
-        with server.lock:
-            server.counts["failed"] += 1
-            server.failing += 1
-            if server.failing >= FAILURES_IN_A_ROW:
-                raise ModelError(
-                    f"{server.place}: {server.failing} answers in a row could not be had, the last: {failure}; try "
-                    "again later: what has arrived is kept"
-                ) from None
-        rating = Rating(None, f"{FAILED}: {failure}")
-    else:
-        with server.lock:
-            server.failing = 0
-            server.counts["tokens in"] += rating.tokens[0]
-            server.counts["tokens out"] += rating.tokens[1]
+        if server.stop.is_set():
+            return 0
+        rating = _missed(server, failure)
+    except BaseException:
+        server.stop.set()
+        raise
     keep({key: rating})
     return sum(rating.tokens)
+
+
+def _count(server: Server, rating: Rating) -> None:
+    with server.lock:
+        server.failing = 0
+        server.counts["tokens in"] += rating.tokens[0]
+        server.counts["tokens out"] += rating.tokens[1]
+
+
+def _missed(server: Server, failure: _Failed) -> Rating:
+    """A rating that will be asked for again. Raises ModelError where too many in a row have failed."""
+    with server.lock:
+        server.counts["failed"] += 1
+        server.failing += 1
+        lost = server.failing >= FAILURES_IN_A_ROW
+    if lost:
+        server.stop.set()
+        raise ModelError(
+            f"{server.place}: {FAILURES_IN_A_ROW} answers in a row could not be had, the last: {failure}; try again "
+            "later: what has arrived is kept"
+        ) from None
+    return Rating(None, f"{FAILED}: {failure}")
 
 
 # --- one answer -----------------------------------------------------------------------------------------------------
@@ -187,10 +201,11 @@ def _call(server: Server, create: Callable[..., Any], text: str) -> dict[str, An
         except openai.APIConnectionError as failure:
             raise _Again(server.brief(failure.__cause__ or failure)) from None
         except openai.APIStatusError as failure:
-            fewer = _without_refused(parameters, failure)
-            if fewer is None:
+            refused = _refused_parameter(parameters, failure)
+            if refused is None:
                 raise _judged_by_status(server, failure) from None
-            server.parameters = fewer
+            with server.lock:
+                server.parameters = _without(server.parameters, refused)
         except (ValueError, openai.OpenAIError):
             raise _Again("its answer is no JSON of a chat completion") from None
 
@@ -206,18 +221,19 @@ def _message(content: bytes) -> dict[str, Any]:
     return answer
 
 
-def _without_refused(parameters: Mapping[str, Any], failure: Any) -> dict[str, Any] | None:
-    """The parameters without the one that the server objects to; None where it objects to something else."""
+def _refused_parameter(parameters: Mapping[str, Any], failure: Any) -> str | None:
+    """The parameter that the server objects to; None where it objects to something else."""
     if failure.status_code not in (400, 422):
         return None
     message = str(failure.message)
-    named = next((name for name in STAND_INS if name in parameters and re.search(rf"\b{name}\b", message)), None)
-    if named is None:
-        return None
-    kept = {key: value for key, value in parameters.items() if key != named}
-    if named == "logprobs":
-        kept.pop("top_logprobs", None)
-    return {**kept, **STAND_INS[named]}
+    return next((name for name in STAND_INS if name in parameters and re.search(rf"\b{name}\b", message)), None)
+
+
+def _without(parameters: Mapping[str, Any], refused: str) -> dict[str, Any]:
+    """The others, and what stands in for it; `top_logprobs` is nothing without `logprobs`."""
+    gone = {refused, "top_logprobs"} if refused == "logprobs" else {refused}
+    stand_in = STAND_INS[refused] if refused in parameters else {}
+    return {key: value for key, value in parameters.items() if key not in gone} | stand_in
 
 
 def _judged_by_status(server: Server, failure: Any) -> Exception:

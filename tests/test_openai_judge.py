@@ -233,7 +233,7 @@ def test_what_cannot_get_better_stops_the_job_at_once(served, reply, said):
     with pytest.raises(ConfigError, match=said) as caught:
         judged(served, {f"k{i}": f"text {i}" for i in range(50)}, concurrency=2)
     assert SECRET not in str(caught.value)
-    assert len(served.asked) <= 4
+    assert len(served.asked) <= 3
     assert max(Counter(served.texts()).values()) == 1
 
 
@@ -333,7 +333,7 @@ def test_parameters_that_a_server_does_not_take_are_left_out_from_then_on(served
 def test_no_more_calls_at_a_time_than_asked_for(served):
     served.script = lambda text, before: Reply("80", delay=0.03)
     judged(served, {f"k{i}": f"text {i}" for i in range(12)}, concurrency=3)
-    assert served.most == 3
+    assert 1 < served.most <= 3
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------
@@ -518,6 +518,13 @@ def test_what_is_missing_is_said_before_anything_is_made(root, served, monkeypat
     served.script = by_letters
     succeed("batched", "--root", root, *options(served))
     assert served.keys == {"Bearer none"}
+
+
+def test_without_the_package_there_is_one_line(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    options = ("--experiment", "demo", "--judge", "openai", "--judge-model", "m", "--judge-url", "http://x")
+    assert "pip install 'traitline[judge]'" in refused("extract", "--root", root, *options)
+    succeed("generate", "--root", root, "--experiment", "demo")
 
 
 def test_stage_3_judges_stored_responses_and_needs_no_key_for_what_is_known(root, served, monkeypatch):
