@@ -404,7 +404,7 @@ def _write_steering(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, l
     if folder.has_steering() and folder.read_steering().get("made_of") == made_of:
         return 0
     _load(engine, listener)
-    material = _material(plan, (chosen, "mean_diff"), checks.answers)
+    material = _material(plan, ("mean_diff", chosen), checks.answers)
     found = steering_evidence(engine, trait, material, scorer(engine.job, trait, listener, folder=folder), listener)
     folder.write_steering({**found, "judge": judge, "made_of": made_of})
     return 1

@@ -5,7 +5,6 @@ All prompts are without an instruction. What is reported is JSON-ready.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 
 COEFFICIENTS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 ANSWERS = 24  # of every condition
-SCAN_COEFFICIENT = 1.0
-SCAN_QUESTIONS, SCAN_REPEATS, SCAN_LAYERS = 6, 2, 8
+SCAN_COEFFICIENTS = (0.25, 0.5, 1.0, 1.5)
+SCAN_QUESTIONS, SCAN_LAYERS = 8, 8
 SAMPLES = 4  # answers of a condition that are kept as text
 
 
@@ -44,9 +43,10 @@ class Plan:
     @property
     def n_answers(self) -> int:
         """How many answers are made in all, at most."""
-        scan = 1 + 2 * min(len(self.layers), SCAN_LAYERS)
-        n_scanned = len(self.candidates) * scan * min(len(self.choose_on), SCAN_QUESTIONS) * SCAN_REPEATS
-        return n_scanned + (3 + 6 * len(self.coefficients)) * len(self.report_on) * self.repeats
+        scan = 1 + 2 * len(SCAN_COEFFICIENTS) * min(len(self.layers), SCAN_LAYERS)
+        n_scanned = len(self.candidates) * scan * min(len(self.choose_on), SCAN_QUESTIONS)
+        n_strong = len(strong(self.coefficients))
+        return n_scanned + (3 + 2 * len(self.coefficients) + 4 * n_strong) * len(self.report_on) * self.repeats
 
 
 def evaluate(trying: Trying, plan: Plan) -> dict[str, Any]:
@@ -59,12 +59,12 @@ def evaluate(trying: Trying, plan: Plan) -> dict[str, Any]:
     directions = plan.candidates[method]
     place = plan.layers.index(layer)
     several = plan.layers[max(place - 1, 0) : place + 2]
-    sizes = signed(plan.coefficients)
+    sizes, larger = signed(plan.coefficients), signed(strong(plan.coefficients))
     conditions = [
         UNSTEERED,
         *(Condition("trait", "add", (layer,), size) for size in sizes),
-        *(Condition("random", "add", (layer,), size) for size in sizes),
-        *(Condition("trait", "add", several, size) for size in sizes if len(several) > 1),
+        *(Condition("random", "add", (layer,), size) for size in larger),
+        *(Condition("trait", "add", several, size) for size in larger if len(several) > 1),
         Condition("trait", "ablate", plan.layers),
         Condition("random", "ablate", plan.layers),
     ]
@@ -95,24 +95,33 @@ def evaluate(trying: Trying, plan: Plan) -> dict[str, Any]:
 
 
 def choose_place(trying: Trying, plan: Plan) -> tuple[str, int, list[dict[str, Any]]]:
-    """The method and layer that move the trait's rate furthest between a push each way, and what was seen of all."""
+    """The method and layer to steer at, and what was seen of all.
+
+    Each is tried at a few coefficients, and counts by how far the trait's rate lies apart between the largest coherent
+    push each way.
+    """
     layers = _spread(plan.layers, SCAN_LAYERS)
     prompts = _spread(plan.choose_on, SCAN_QUESTIONS)
+    sizes = signed(SCAN_COEFFICIENTS)
     scan: list[dict[str, Any]] = []
     for method, directions in plan.candidates.items():
-        pushes = [Condition("trait", "add", (layer,), sign * SCAN_COEFFICIENT) for layer in layers for sign in (-1, 1)]
-        answers = answer_all(trying, prompts, directions, [UNSTEERED, *pushes], SCAN_REPEATS)
+        pushes = [Condition("trait", "add", (layer,), size) for layer in layers for size in sizes]
+        answers = answer_all(trying, prompts, directions, [UNSTEERED, *pushes], 1)
         figures = {key: figures_of(rows, trying.threshold, seed=trying.seed) for key, rows in answers.items()}
-        for down, up in zip(pushes[::2], pushes[1::2], strict=True):
-            rates = [figures[push]["rate"]["value"] for push in (down, up)]
-            coherent = all(is_coherent(figures[push], figures[UNSTEERED]) for push in (down, up))
-            surprise = sum(math.log(figures[push]["perplexity"] or math.inf) for push in (down, up))
-            moved = 0.0 if None in rates else rates[1] - rates[0]
-            surprise_or_none = surprise if math.isfinite(surprise) else None
-            place = {"method": method, "layer": up.layers[0]}
-            scan.append({**place, "moved": moved, "coherent": coherent, "surprise": surprise_or_none})
-    best = max(scan, key=lambda each: (each["coherent"], each["moved"], -(each["surprise"] or math.inf)))
+        coherent = {key: is_coherent(each, figures[UNSTEERED]) for key, each in figures.items()}
+        scan += [{"method": method, "layer": layer, **_moved(layer, sizes, figures, coherent)} for layer in layers]
+    best = max(scan, key=lambda each: each["moved"])  # the first of equals
     return best["method"], best["layer"], scan
+
+
+def _moved(
+    layer: int, sizes: Sequence[float], figures: Mapping[Condition, Any], coherent: Mapping[Condition, bool]
+) -> dict[str, Any]:
+    """The largest coherent push each way, and how far apart the trait's rates are there; 0 where one is not known."""
+    largest = largest_coherent(layer, sizes, coherent)
+    rates = {side: _rate("trait", layer, size, figures) for side, size in largest.items()}
+    up, down = rates["positive"], rates["negative"]
+    return {"largest_coherent": largest, "moved": 0.0 if up is None or down is None else up - down}
 
 
 def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
@@ -171,24 +180,35 @@ def reach(
 
     The coefficient is chosen by coherence, not by the rate that is reported; random directions are read at the same.
     """
-    largest: dict[str, float | None] = {}
+    largest = largest_coherent(layer, sizes, coherent)
+    reached: dict[str, Any] = {side: _rate("trait", layer, size, figures) for side, size in largest.items()}
+    random = {side: _rate("random", layer, size, figures) for side, size in largest.items()}
+    return {"largest_coherent": largest, "reached": {**reached, "random": random}}
+
+
+def largest_coherent(layer: int, sizes: Sequence[float], coherent: Mapping[Condition, bool]) -> dict[str, float | None]:
+    """Each way, the last coefficient before the first whose answers are not coherent; None where that is the first."""
+    found: dict[str, float | None] = {"positive": None, "negative": None}
     for side, sign in (("positive", 1), ("negative", -1)):
-        held: float | None = None
         for size in sorted((size for size in sizes if size * sign > 0), key=abs):
             if not coherent[Condition("trait", "add", (layer,), size)]:
                 break
-            held = size
-        largest[side] = held
+            found[side] = size
+    return found
 
-    def rate(direction: str, size: float | None) -> float | None:
-        found = None if size is None else figures[Condition(direction, "add", (layer,), size)]["rate"]["value"]
-        return None if found is None else float(found)
 
-    reached: dict[str, Any] = {side: rate("trait", size) for side, size in largest.items()}
-    return {
-        "largest_coherent": largest,
-        "reached": {**reached, "random": {side: rate("random", size) for side, size in largest.items()}},
-    }
+def _rate(direction: str, layer: int, size: float | None, figures: Mapping[Condition, Any]) -> float | None:
+    """The rate of a push; a random direction that was not tried at so small a one is read at none."""
+    if size is None:
+        return None
+    tried = figures.get(Condition(direction, "add", (layer,), size), figures.get(UNSTEERED))
+    found = None if tried is None else tried["rate"]["value"]
+    return None if found is None else float(found)
+
+
+def strong(coefficients: Sequence[float]) -> tuple[float, ...]:
+    """The larger ones, for which controls and several layers are tried: all from the median up."""
+    return tuple(sorted(coefficients)[(len(coefficients) - 1) // 2 :])
 
 
 def signed(coefficients: Iterable[float]) -> list[float]:
