@@ -28,7 +28,7 @@ FLOORS = [
     ("sites", "decoding", "kept", "jobs"),
     ("capture", "forecast"),
     ("teacher", "vectors"),
-    ("utils_batch",),
+    ("utils_batch", "exchange"),
     ("runners", "self_check"),
     ("stages",),
     ("summary", "terminal"),
