@@ -96,7 +96,7 @@ def read_direction(
     shift = rows.base if base is None else base
     labels = {**rows.labels, "model": model or rows.labels.get("model")}
     direction = Direction.from_layers(_shifted(rows, shift, show_path(path)), **labels)
-    told = () if base is None or base == rows.base else (f"number {base} of the file is decoder block 0",)
+    told = rows.doubt if base is None else (f"number {base} of the file is decoder block 0",)
     return Loaded(direction, name, rows.facts, (*told, *rows.notes))
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "controlvector"
 _NAME = re.compile(r"direction\.([0-9]{1,6})")
+_LATE = (
+    "this looks like a file of llama.cpp's own generator, which is one late: --base 1 puts it right, --base 0 confirms"
+)
 _BLOCK_0 = "layer 0 was left out: this format can't address the output of decoder block 0"
 
 
@@ -52,7 +55,7 @@ def read_gguf(path: Path) -> Rows:
         )
     if len({tuple(vector.shape) for vector in vectors.values()}) > 1:
         raise VectorError(f"{path}: its tensors differ in length; all must have the model's hidden size")
-    return Rows(vectors, facts=Facts(model_type=_hint(reader)))
+    return Rows(vectors, facts=Facts(model_type=_hint(reader)), doubt=(_LATE,) if _is_generated(reader) else ())
 
 
 def _written(direction: Direction, metadata: dict[str, str]) -> Written:
@@ -100,6 +103,12 @@ def _tensor(path: Path, tensor: Any) -> tuple[int, Tensor]:
 def _hint(reader: Any) -> str | None:
     field = reader.get_field(f"{ARCHITECTURE}.model_hint")
     return None if field is None else bytes(field.parts[-1]).decode("utf-8", "replace")
+
+
+def _is_generated(reader: Any) -> bool:
+    """llama.cpp's generator alone writes the number of layers as a signed number."""
+    field = reader.get_field(f"{ARCHITECTURE}.layer_count")
+    return field is not None and [kind.name for kind in field.types] == ["INT32"]
 
 
 def _gguf() -> Any:

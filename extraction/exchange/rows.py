@@ -28,13 +28,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Rows:
-    """A file's vectors [D] by the file's own numbers; `base` is the number that it gives to decoder block 0."""
+    """A file's vectors [D] by the file's own numbers; `base` is the number that it gives to decoder block 0.
+
+    `doubt` is what to say where the user has not confirmed the base.
+    """
 
     vectors: Mapping[int, Tensor]
     base: int = 0
     labels: Mapping[str, str | None] = field(default_factory=dict)
     facts: Facts = Facts()
     notes: tuple[str, ...] = ()
+    doubt: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def export_vectors(wanted: Wanted, *, root: str | None, output: str | None, forc
     top = find_root(root)
     run = run_folder(top / "experiments", wanted.experiment, wanted.trait)
     direction = _as_wanted(Direction.from_run(run, wanted.method), wanted, run)
-    facts = _facts(wanted, run, top) if wanted.to in ASKS_MODEL else Facts()
+    facts = _facts(direction, wanted, run, top) if wanted.to in ASKS_MODEL else Facts()
     written = WRITERS[wanted.to](direction, facts)
     path = Path(output or OUTPUTS[wanted.to].format(trait=wanted.trait, method=wanted.method))
     place_file(path, written.data, force=force)
@@ -133,13 +133,12 @@ def typical_norms(run: RunFolder, layers: Sequence[int]) -> list[float]:
     return [float(known[layer]) for layer in layers]
 
 
-def _facts(wanted: Wanted, run: RunFolder, root: Path) -> Facts:
+def _facts(direction: Direction, wanted: Wanted, run: RunFolder, root: Path) -> Facts:
     """The model's type and layers, from its config: that of --model, or of the run. Not known where it isn't found."""
     from extraction.models import read_config
 
-    stored = run.stored_config() or {}
-    name = wanted.model or stored.get("model", {}).get("name")
     header = run.vectors_header(wanted.method) or {}
+    name = wanted.model or (run.stored_config() or {}).get("model", {}).get("name")
     if name is None:
         return Facts(model_type=header.get("model_type"))
     try:
@@ -148,4 +147,6 @@ def _facts(wanted: Wanted, run: RunFolder, root: Path) -> Facts:
         if wanted.model:
             raise
         return Facts(model_type=header.get("model_type"))
-    return Facts(model_type=str(config.model_type), n_layers=int(config.num_hidden_layers))
+    n_layers = int(config.num_hidden_layers)
+    direction.check_fits(n_layers, int(config.hidden_size), name)
+    return Facts(model_type=str(config.model_type), n_layers=n_layers)
