@@ -118,6 +118,14 @@ def test_fixed_answers_stand_in_the_prompts(root):
     assert prompts(imported(root, put(root, l__jsonl=lines(*PAIRS, *PAIRS)), "z")[0]) == cases["wisent"][1:]
 
 
+def test_pairs_stay_pairs_when_repeats_leave(root):
+    rows = [("a", "b"), ("A", "c"), ("d", "e"), ("f", "B"), ("g", "h")]
+    content = json.dumps([{"positive": one, "negative": other} for one, other in rows])
+    trait, notes = imported(root, put(root, pairs__json=content))
+    assert prompts(trait) == (["a", "d", "g"], ["b", "e", "h"])
+    assert "repeated pairs left out: 2" in notes
+
+
 def test_trait_interp_has_two_sides_and_a_definition(root):
     folder = root / "curiosity"
     folder.mkdir()

