@@ -404,6 +404,7 @@ def test_what_export_refuses(arguments, message, root):
         (("out.gguf", "--as", "x", "--format", "numpy"), "no numpy archive"),
         (("none.gguf", "--as", "x"), "no such file or directory"),
         (("out.gguf",), "Missing option '--as'"),
+        (("out.gguf", "--as", "x", "--model", "tinny"), "did you mean 'tiny'?"),
     ],
 )
 def test_what_import_refuses(arguments, message, root):

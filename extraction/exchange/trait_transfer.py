@@ -6,11 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from extraction.atomic import atomic_write, reporting
+from extraction.atomic import reporting
 from extraction.configs import check_name, find_config, find_root
 from extraction.errors import TraitError
+from extraction.exchange.persona_traits import trait_to_persona
+from extraction.exchange.placing import place_file
 from extraction.exchange.trait_files import read_trait_files, trait_yaml
-from extraction.exchange.trait_forms import FORMS, find_form, trait_to_persona
+from extraction.exchange.trait_forms import FORMS, find_form
 from extraction.schema import MAX_YAML_BYTES, show_path
 from extraction.traits import load_trait, trait_from_yaml
 
@@ -29,7 +31,9 @@ def import_trait(
         raise TraitError(f"{show_path(path)}: would have {len(data)} bytes; at most {MAX_YAML_BYTES}, import fewer")
     trait = trait_from_yaml(name, data, f"{show_path(path)} as imported")
     hidden = find_config("traits", name, top, TraitError)
-    _place(path, data, force=force)
+    with reporting(path.parent, "create"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    place_file(path, data, force=force)
     sides = [f"{len(trait.instructions)} instruction pairs, {len(trait.questions)} questions"]
     if trait.is_natural:
         sides = [f"{len(trait.positive_prompts)} positive and {len(trait.negative_prompts)} negative prompts"]
@@ -43,15 +47,6 @@ def export_trait(name: str, *, root: str | None, output: str | None, force: bool
     trait = load_trait(name, find_root(root))
     path = Path(output or f"{name}.json")
     data = json.dumps(trait_to_persona(trait), indent=4, ensure_ascii=False) + "\n"
-    _place(path, data.encode(), force=force)
+    place_file(path, data.encode(), force=force)
     told = [] if trait.rubric else ["it has no eval_prompt, since the trait has no rubric: their judge needs one"]
     return [f"{show_path(path)}: trait {name} as a persona_vectors trait", *told]
-
-
-def _place(path: Path, data: bytes, *, force: bool) -> None:
-    """Write a file where there is none, or the same one; over another only with force."""
-    if path.exists() and not force and not (path.is_file() and path.read_bytes() == data):
-        raise TraitError(f"{show_path(path)}: is there already; give --force to replace it, or take another name")
-    with reporting(path.parent, "create"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, data)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extraction.atomic import atomic_write
 from extraction.configs import find_root, parse_layers, resolve_model
 from extraction.errors import TraitlineError, VectorError
 from extraction.exchange.formats import ASKS_MODEL, OUTPUTS, WRITERS, read_direction
+from extraction.exchange.placing import place_file
 from extraction.exchange.rows import Facts
 from extraction.schema import show_path, suggest
 from extraction.store import RunFolder, run_folder
@@ -70,9 +70,11 @@ def import_vectors(
     """Read vectors of any known format, and keep them as an imported run. Returns what to say."""
     from extraction.vectors.direction import spanned
 
-    loaded = read_direction(source, format=format, base=base, model=model)
+    top = find_root(root)
+    label = None if model is None else resolve_model(model, top).name  # as runs call it; a wrong name is noticed
+    loaded = read_direction(source, format=format, base=base, model=label)
     direction = replace(loaded.direction, trait=name, method=loaded.direction.method or IMPORTED)
-    run = run_folder(find_root(root) / "experiments", IMPORTED, name)
+    run = run_folder(top / "experiments", IMPORTED, name)
     header = {
         "trait": name,
         "model": direction.model,
@@ -89,15 +91,6 @@ def import_vectors(
         f"{show_path(source)}: read as {loaded.format}, {spanned(direction.layers)} of {direction.hidden_size} values"
     )
     return [said, *loaded.notes, f"kept in {show_path(run.vectors_path(IMPORTED))}"]
-
-
-def place_file(path: Path, data: bytes, *, force: bool) -> None:
-    """Write a file where there is none, or the same one; over another only with force."""
-    if not path.parent.is_dir():
-        raise VectorError(f"{show_path(path)}: its folder does not exist; create it, or give another --output")
-    if path.exists() and not force and not (path.is_file() and path.read_bytes() == data):
-        raise VectorError(f"{show_path(path)}: is there already; give --force to replace it, or another --output")
-    atomic_write(path, data)
 
 
 def _check_free(run: RunFolder, direction: Direction, *, force: bool) -> None:
