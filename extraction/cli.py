@@ -180,11 +180,14 @@ def export_command(**given: Any) -> None:
 
     as_trait, experiment = take(given, "trait_json", "experiment")
     where = {key: given.pop(key) for key in ("root", "output", "force")}
-    if as_trait:
-        return show(map(one_line, export_trait(given["trait"], **where)))
-    if experiment is None or given["to"] is None:
+    if experiment is None if given["to"] is not None else not as_trait:
         raise click.UsageError("give --experiment and --to for a vector, or --trait-json for the trait")
-    show(map(one_line, export_vectors(Wanted(experiment, **given), **where)))
+    if as_trait and given["to"] is not None and where["output"] is not None:
+        raise click.UsageError("--output names one file; give --to and --trait-json one at a time")
+    if given["to"] is not None:
+        show(map(one_line, export_vectors(Wanted(experiment, **given), **where)))
+    if as_trait:
+        show(map(one_line, export_trait(given["trait"], **where)))
 
 
 @main.command("import", cls=Command, context_settings=SETTINGS)

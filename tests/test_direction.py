@@ -175,7 +175,7 @@ def test_a_run_gives_its_vectors(tmp_path: Path):
     labels = {"trait": "calm", "method": "pca", "model": "m"}
     run.write_vectors("pca", {"direction": ONE.direction_LD}, {**labels, "layers": [2, 3, 7]})
     found = Direction.from_run(run, "pca")
-    assert found == ONE
+    assert found == ONE == Direction.from_run(tmp_path, "pca")
     assert found.at(3).tolist() == [3, 4]
     assert (found.trait, found.method, found.model) == ("calm", "pca", "m")
     with pytest.raises(VectorError, match="no vectors of 'probe'; it has pca"):

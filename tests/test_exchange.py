@@ -231,6 +231,12 @@ def _zip_bomb() -> bytes:
     return bytes(data)
 
 
+def _later_version(archive: bytes) -> bytes:
+    """A zip archive that says that only a later zip can read it, which is no BadZipFile to Python."""
+    at = archive.index(b"PK\x01\x02")
+    return archive[: at + 6] + struct.pack("<H", 255) + archive[at + 8 :]
+
+
 GOOD = written("gguf")
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "no file of vectors that is known"),
@@ -267,6 +273,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "three dimensions": (torch_bytes({"axis": torch.ones(2, 2, 2)}), "a tensor of float32 [2, 2, 2]"),
     "only zeros": (torch_bytes({"axis": torch.zeros(2, 2)}), "needs one vector a layer"),
     "damaged archive": (written("numpy")[:-30], "a damaged archive"),
+    "an archive of the future": (_later_version(written("numpy")), "a damaged archive"),
     "an archive that unpacks to much": (_zip_bomb(), "3000000000 bytes when unpacked"),
     "damaged safetensors": (written("traitline")[:-4], "or damaged"),
     "safetensors of others": (
@@ -356,6 +363,13 @@ def test_layers_length_and_scale(root):
         assert load_direction("out") == wanted
 
 
+def test_a_vector_and_its_trait_go_out_together(root):
+    succeed("export", *RUN, "--to", "persona_vectors", "--trait-json")
+    assert recognise("calm_response_avg_diff.pt") == "persona_vectors"
+    assert json.loads(Path("calm.json").read_text())["instruction"][0] == {"pos": "Be calm.", "neg": "Be wild."}
+    assert "give --experiment and --to" in refused("export", "--trait", "calm", "--to", "gguf", "--trait-json")
+
+
 def test_a_file_is_replaced_only_with_force(root):
     to = ("export", *RUN, "--to", "gguf", "--output", "out.gguf")
     succeed(*to)
@@ -384,6 +398,7 @@ def test_a_file_is_replaced_only_with_force(root):
         (("--to", "gguf", "--output", "no/such/out.gguf"), "its folder does not exist"),
         (("--to", "repeng", "--model", "pocket"), "model pocket has hidden size"),
         ((), "give --experiment and --to for a vector"),
+        (("--to", "gguf", "--trait-json", "--output", "x"), "--output names one file"),
         (("--to", "gguf", "--method", "probe"), "no vectors of 'probe'; it has pca"),
         (("--to", "gguf", "--trait", "../x"), "can't be the name of a file"),
         (("--to", "gguf", "--trait", "warm"), "make them first"),

@@ -137,7 +137,7 @@ def _archive_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError) as failure:
+    except Exception as failure:  # zipfile raises NotImplementedError and others too
         raise VectorError(f"{show_path(path)}: a damaged archive; fetch or make it again") from failure
     if size > MAX_VECTOR_BYTES:
         raise VectorError(f"{show_path(path)}: {size} bytes when unpacked; at most {MAX_VECTOR_BYTES} are read")

@@ -6,8 +6,10 @@ L layers, D hidden. Layer k is the output of decoder block k, counted from 0.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +52,9 @@ class Direction:
         return cls(torch.stack([vectors[layer].float() for layer in layers]), tuple(layers), **labels)
 
     @classmethod
-    def from_run(cls, run: RunFolder, method: str) -> Direction:
+    def from_run(cls, folder: RunFolder | str | os.PathLike[str], method: str) -> Direction:
         """A run's vectors of one method. Raises VectorError where it has none."""
+        run = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
         known = run.methods()
         if method not in known:
             have = f"it has {', '.join(known)}" if known else "make them first (`traitline extract` does all)"
