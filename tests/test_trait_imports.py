@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,36 @@ def test_a_wrong_file_is_refused_in_one_line(name, root):
     before = contents(root)
     assert message in refused("import", *paths, "--as", "x", "--root", root)
     assert contents(root) == before
+
+
+WORDS_OF_FORMATS = """
+instruction pos neg questions eval_prompt traitline assistant markers description positive negative question prompt
+system_prompt pairs positive_response negative_response model_response answer_matching_behavior
+answer_not_matching_behavior
+"""
+KEYS = st.sampled_from(re.findall(r"\w+", WORDS_OF_FORMATS))
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@settings(QUICK, max_examples=300)
+@given(data=ANY, other=ANY, format=st.sampled_from([None, None, *FORMS]), part=st.sampled_from(["a", "definition"]))
+def test_any_json_is_a_trait_or_refused_in_one_line(data, other, format, part, root):
+    paths = put(root, **{f"{part}__json": json.dumps(data), "b_negative__json": json.dumps(other)})
+    for given_paths in (paths[:1], paths):
+        assert "\n" not in outcome(given_paths, root, format)
+
+
+def outcome(paths: list[str], root: Path, format: str | None) -> str:
+    """Why the files are refused; nothing where they become a trait that can be loaded."""
+    try:
+        imported(root, paths, format=format, force=True)
+    except TraitError as failure:
+        return str(failure)
+    return ""
 
 
 @pytest.mark.parametrize(
