@@ -344,9 +344,10 @@ def test_what_is_exported_can_be_imported_and_exported_again(name, root):
     back = Direction.from_run(RunFolder(root / "experiments/imported/back"), "imported")
     assert back == vectors_of(root).select(back.layers)
     assert len(back.layers) == (1 if name in ("gguf", "repeng") else 2)
-    again = ("--experiment", "imported", "--trait", "back", "--method", "imported", "--to", "numpy")
-    succeed("export", *again, "--output", "again.npz")
+    again = ("--experiment", "imported", "--trait", "back", "--method", "imported")
+    succeed("export", *again, "--to", "numpy", "--output", "again.npz")
     assert load_direction("again.npz", model="tiny") == back
+    assert "model_hint" not in succeed("export", *again, "--to", "repeng", "--output", "again.gguf").output
     assert verify_tree(root / "experiments") == []
 
 

@@ -131,7 +131,7 @@ def _facts(direction: Direction, wanted: Wanted, run: RunFolder, root: Path) -> 
     from extraction.models import read_config
 
     header = run.vectors_header(wanted.method) or {}
-    name = wanted.model or (run.stored_config() or {}).get("model", {}).get("name")
+    name = wanted.model or (run.stored_config() or {}).get("model", {}).get("name") or direction.model
     if name is None:
         return Facts(model_type=header.get("model_type"))
     try:
