@@ -178,6 +178,59 @@ def traits_command(root: str | None) -> None:
         click.echo(f"{name}\n    {one_line(load_trait(name, folder).description)}")
 
 
+@main.command("export", cls=Command, context_settings=SETTINGS)
+@click.option("--experiment", metavar="NAME", help="Whose run; 'imported' for vectors of `traitline import`.")
+@click.option("--trait", required=True, metavar="NAME", help="Which of its traits.")
+@click.option("--method", default="mean_diff", show_default=True, metavar="NAME", help="Which of its vectors.")
+@click.option(
+    "--to",
+    metavar="FORMAT",
+    help="gguf, repeng, persona_vectors, assistant_axis, steering_vectors, numpy, traitline.",
+)
+@click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all of the vector.")
+@click.option(
+    "--normalise",
+    type=click.Choice(["unit", "typical-norm"]),
+    help="Length 1, or that of the activations of each layer.",
+)
+@click.option("--scale", type=float, default=1.0, show_default=True, metavar="X", help="Times this, at the end.")
+@click.option("--model", metavar="NAME", help="For forms that ask about the model; default: the run's.")
+@click.option("--trait-json", is_flag=True, help="Write the trait itself, as a persona_vectors trait.")
+@click.option("--output", metavar="FILE", help="Where to; default: a name made of trait and method, here.")
+@click.option("--force", is_flag=True, help="Replace another file.")
+@click.option("--root", metavar="DIR", help="Where configs/ and experiments/ are; default: here, or the checkout.")
+def export_command(**given: Any) -> None:
+    """Write a vector for other programs, or a trait (--trait-json). See docs/exchange.md."""
+    from extraction.exchange.trait_transfer import export_trait
+    from extraction.exchange.transfer import Wanted, export_vectors
+
+    as_trait, experiment = take(given, "trait_json", "experiment")
+    where = {key: given.pop(key) for key in ("root", "output", "force")}
+    if experiment is None if given["to"] is not None else not as_trait:
+        raise click.UsageError("give --experiment and --to for a vector, or --trait-json for the trait")
+    if as_trait and given["to"] is not None and where["output"] is not None:
+        raise click.UsageError("--output names one file; give --to and --trait-json one at a time")
+    if given["to"] is not None:
+        show(map(one_line, export_vectors(Wanted(experiment, **given), **where)))
+    if as_trait:
+        show(map(one_line, export_trait(given["trait"], **where)))
+
+
+@main.command("import", cls=Command, context_settings=SETTINGS)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path())
+@click.option("--as", "name", required=True, metavar="NAME", help="What the vector or the trait is called here.")
+@click.option("--format", metavar="FORMAT", help="Default: by the content. See docs/exchange.md for all of them.")
+@click.option("--base", type=click.IntRange(0), metavar="N", help="The number that the file gives to decoder block 0.")
+@click.option("--model", metavar="NAME", help="Of which model the vector is.")
+@click.option("--force", is_flag=True, help="Replace what is there under this name.")
+@click.option("--root", metavar="DIR", help="Where configs/ and experiments/ are; default: here, or the checkout.")
+def import_command(files: tuple[str, ...], **given: Any) -> None:
+    """Read a vector, or a trait (one file, two sides, or a folder of them), of another program."""
+    from extraction.exchange.incoming import import_files
+
+    show(map(one_line, import_files(files, **given)))
+
+
 def _make_responses(mode: str, given: dict[str, Any]) -> None:
     """The body of stage 1's commands."""
     from extraction.jobs import MODES

@@ -254,13 +254,17 @@ class RunFolder:
 
     def write_vectors(self, method: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """One method's tensors ([L, D]); every value of `metadata` becomes JSON in the file's header."""
-        path, header = self._vectors_path(method), {**metadata, "layer_convention": LAYER_CONVENTION}
-        commit(path, _safetensors(path, tensors, header), {"tensors": _shapes(tensors)})
+        path = self._vectors_path(method)
+        commit(path, vectors_bytes(path, tensors, metadata), {"tensors": _shapes(tensors)})
 
     def read_vectors(self, method: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """One method's tensors and metadata."""
         data, _ = read_payload(self._vectors_path(method))
         return _tensors(data), _metadata(data)
+
+    def vectors_path(self, method: str) -> Path:
+        """Where one method's vectors lie."""
+        return self._vectors_path(method)
 
     def vectors_header(self, method: str) -> dict[str, Any] | None:
         """One method's metadata; None where there are no whole vectors of it. Needs no torch."""
@@ -409,6 +413,11 @@ def _jsonl(path: Path, rows: Iterable[Row]) -> bytes:
 
 def _rows(data: bytes) -> Iterator[Row]:
     return (json.loads(line) for line in data.split(b"\n")[:-1])
+
+
+def vectors_bytes(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """A file of vectors: every value of `metadata` becomes JSON in its header, and the layer convention joins it."""
+    return _safetensors(path, tensors, {**metadata, "layer_convention": LAYER_CONVENTION})
 
 
 def _safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:

@@ -28,7 +28,7 @@ FLOORS = [
     ("sites", "decoding", "kept", "jobs", "steering"),
     ("capture", "forecast"),
     ("teacher", "vectors"),
-    ("utils_batch", "likelihood"),
+    ("utils_batch", "likelihood", "exchange"),
     ("runners", "self_check", "steered", "local_judge", "openai_judge"),
     ("judging", "sweep"),
     ("evidence", "preview"),
@@ -158,6 +158,24 @@ def test_hooks_have_one_caller():
         & {"register_forward_hook", "register_forward_pre_hook", "register_module_forward_hook"}
     }
     assert callers == {"hooks"}
+
+
+def loads_of(tree: ast.AST) -> list[str]:
+    """Every call of torch.load or numpy.load."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return [ast.unparse(call) for call in calls if ast.unparse(call.func) in ("torch.load", "numpy.load", "np.load")]
+
+
+def test_pickles_are_read_in_one_place_and_never_run():
+    loads = {name_of(path): loads_of(tree_of(path)) for path in SOURCES if loads_of(tree_of(path))}
+    assert set(loads) == {"exchange.torch_files", "exchange.array_files"}
+    assert all("weights_only=True" in call for call in loads["exchange.torch_files"])
+    assert all("allow_pickle=False" in call for call in loads["exchange.array_files"])
+    assert not [path.name for path in SOURCES if modules(tree_of(path)) & {"pickle", "dill", "joblib"}]
+
+
+def test_a_loaded_pickle_is_found():
+    assert loads_of(ast.parse("x = torch.load(path, weights_only=False)")) == ["torch.load(path, weights_only=False)"]
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if name_of(path) not in OWNERS], ids=lambda path: path.name)
