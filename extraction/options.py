@@ -149,6 +149,7 @@ LOOK: tuple[Decorator, ...] = (
     ),
     click.option("--layer", metavar="L", default="auto", show_default=True, help="auto, 16, 10-12 or 3,5."),
     click.option("--method", metavar="NAME", help="Whose vector; default: the one that steered best."),
+    click.option("--vector", metavar="FILE", help="Another vector, in any format that `traitline import` takes."),
     click.option("--positions", metavar="P", default="all", show_default=True, help="all tokens, or the response's."),
     click.option("--ablate", is_flag=True, help="Also with the direction removed at every layer."),
     click.option("--system", metavar="TEXT", help="A system prompt; default: none."),
@@ -245,8 +246,9 @@ def look_of(given: dict[str, Any]) -> Look:
     from extraction.preview import Look
 
     prompts, text, layer, method = take(given, "prompts", "coefficients", "layer", "method")
-    positions, ablate, system = take(given, "positions", "ablate", "system")
-    return Look(tuple(prompts), _numbers(text), method, None if layer == "auto" else layer, system, ablate, positions)
+    positions, ablate, system, vector = take(given, "positions", "ablate", "system", "vector")
+    chosen = None if layer == "auto" else layer
+    return Look(tuple(prompts), _numbers(text), method, chosen, system, ablate, positions, vector)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

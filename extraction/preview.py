@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from extraction.configs import parse_layers
-from extraction.errors import ConfigError, StoreError
+from extraction.errors import StoreError
 from extraction.judges import JUDGES, Judgement, resolve_judge
 from extraction.records import Example, Trait
 from extraction.runners import Engine
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Look:
-    """What to try. `method` and `layer` None: as the steering sweep chose, else as the card did."""
+    """What to try. `method` and `layer` None: as the steering sweep chose, else as the card did.
+
+    `vector` is a file to take in the place of the run's own vectors, in any format that can be imported.
+    """
 
     prompts: tuple[str, ...]
     coefficients: tuple[float, ...]
@@ -33,6 +36,7 @@ class Look:
     system: str | None = None
     ablate: bool = False
     positions: str = "all"
+    vector: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,13 @@ def place_of(folder: RunFolder, look: Look, n_layers: int) -> Place:
     sweep = folder.read_steering() if folder.has_steering() else None
     card = folder.read_card() if folder.has_card() else None
     found = sweep or (card and {**card["chosen"], "layers": [card["chosen"]["layer"]]})
-    if found is None and (look.method is None or look.layer is None):
+    if found is None and (look.layer is None or (look.method or look.vector) is None):
         raise StoreError(
             f"{show_path(folder.path)}: no layer was chosen yet; run `traitline validate` first, or give --method and"
             " --layer"
         )
     chosen: dict[str, Any] = found or {}
-    method = look.method or str(chosen["method"])
+    method = look.vector or look.method or str(chosen["method"])
     layers = tuple(chosen["layers"]) if look.layer is None else parse_layers(look.layer, n_layers)
     swept = sweep is not None and (sweep["method"], tuple(sweep["layers"])) == (method, layers)
     return Place(method, layers, _coherent(sweep["largest_coherent"]) if sweep and swept else None)
@@ -76,24 +80,22 @@ def _coherent(largest: Mapping[str, float | None]) -> tuple[float, float]:
     return largest["negative"] or 0.0, largest["positive"] or 0.0
 
 
-def directions_at(folder: RunFolder, place: Place, seed: int) -> Directions:
-    """The stored vector's unit directions, and the typical norms of the activations that it was made from."""
+def directions_at(folder: RunFolder, place: Place, seed: int, *, vector: str | None = None) -> Directions:
+    """A vector's unit directions (the run's, or those of a file), and the typical norms of the run's activations."""
+    from extraction.exchange.formats import load_direction
     from extraction.steered import directions_of
+    from extraction.vectors.direction import Direction
 
-    header = folder.vectors_header(place.method)
-    if header is None:
-        known = ", ".join(folder.methods()) or "none"
-        raise ConfigError(f"--method {place.method}: {show_path(folder.path)} has no such vectors; it has {known}")
-    layers = tuple(header["layers"])
-    absent = [layer for layer in place.layers if layer not in layers]
-    if absent:
-        raise ConfigError(f"--layer {absent[0]}: the {place.method} vector has layers {', '.join(map(str, layers))}")
-    tensors, _ = folder.read_vectors(place.method)
-    _, activations_nLD = folder.load_activations(header["activations"])
+    direction = load_direction(vector) if vector else Direction.from_run(folder, place.method)
     captured = folder.shard_facts("activations", 0)["meta"]["layers"]
-    columns = [captured.index(layer) for layer in layers]
+    direction = direction.select([layer for layer in direction.layers if layer in captured])
+    direction.select(place.layers)  # refuses one that it lacks
+    header = folder.vectors_header(place.method) or {}
+    name = header.get("activations") or next(iter(folder.shard_facts("activations", 0)["tensors"]))
+    _, activations_nLD = folder.load_activations(name)
+    columns = [captured.index(layer) for layer in direction.layers]
     norms_L = activations_nLD[:, columns].float().norm(dim=-1).mean(0).tolist()
-    return directions_of(tensors["direction"], norms_L, layers, seed=seed)
+    return directions_of(direction.direction_LD, norms_L, direction.layers, seed=seed)
 
 
 def look_at(engine: Engine, trait: Trait, place: Place, look: Look) -> list[Seen]:
@@ -103,7 +105,8 @@ def look_at(engine: Engine, trait: Trait, place: Place, look: Look) -> list[Seen
 
     job = engine.job
     settings = job.experiment
-    directions = replace(directions_at(job.folder(trait), place, settings.seed), positions=look.positions)
+    directions = directions_at(job.folder(trait), place, settings.seed, vector=look.vector)
+    directions = replace(directions, positions=look.positions)
     conditions = [UNSTEERED, *(Condition("trait", "add", place.layers, size) for size in look.coefficients if size)]
     if look.ablate:
         conditions.append(Condition("trait", "ablate", tuple(directions.trait)))

@@ -366,7 +366,7 @@ def rows_of(root: Path) -> list[dict]:
 
 def test_a_run_is_scored_and_told_of(root, served):
     served.script = by_letters
-    result = succeed("extract", "--root", root, *options(served, "--judge-price", "1000,1000"))
+    result = succeed("extract", "--quick", "--root", root, *options(served, "--judge-price", "1000,1000"))
     rows = [row for row in rows_of(root) if row["response"].strip()]
     distinct = {(row["question"], row["response"]) for row in rows}
     assert len(served.asked) == 2 * len(distinct)
@@ -377,7 +377,7 @@ def test_a_run_is_scored_and_told_of(root, served):
     assert "(openai judge m, threshold 50, coherence 50)" in " ".join(result.stdout.split())
     assert {row["scores"]["openai_coherence"] for row in rows} == {95.0}
     assert served.keys == {f"Bearer {SECRET}"}
-    asked, again = len(served.asked), succeed("extract", "--root", root, *options(served))
+    asked, again = len(served.asked), succeed("extract", "--quick", "--root", root, *options(served))
     assert "Nothing left to do" in again.stdout
     assert len(served.asked) == asked
 
@@ -419,7 +419,7 @@ def test_a_job_that_fails_in_the_middle_pays_nothing_twice(root, served):
     assert len(log.read_text().splitlines()) == 20
     log.write_bytes(log.read_bytes() + b'{"key": "torn')
     served.script, before = by_letters, len(served.asked)
-    again = succeed("extract", "--root", root, *options(served))
+    again = succeed("extract", "--quick", "--root", root, *options(served))
     assert "20 known from the log" in again.stderr
     assert set(served.texts()[before:]).isdisjoint(heard)
     lines = log.read_text().splitlines()
@@ -443,12 +443,12 @@ def test_a_line_of_the_log_that_was_changed_is_found_and_judged_again(root, serv
 
 def test_what_failed_is_asked_for_at_the_next_start_and_only_that(root, served):
     served.script = lambda text, before: refusal(400, "too spicy") if "Why?" in text else by_letters(text)
-    first = succeed("extract", "--root", root, *options(served))
+    first = succeed("extract", "--quick", "--root", root, *options(served))
     n_failed = sum(row["question"] == "Why?" and bool(row["response"].strip()) for row in rows_of(root))
     assert f"{n_failed} that the judge could not be asked about" in " ".join(first.stdout.split())
     before = len(served.asked)
     served.script = by_letters
-    second = succeed("extract", "--root", root, *options(served))
+    second = succeed("extract", "--quick", "--root", root, *options(served))
     assert all("Why?" in text for text in served.texts()[before:])
     assert len(served.asked) > before
     assert "could not be asked" not in second.stdout
@@ -472,7 +472,7 @@ def test_a_killed_job_goes_on_where_it_was(root, served):
     process.wait()
     known, before = log.read_bytes().count(b"\n"), len(served.asked)
     assert known >= 8
-    result = succeed("extract", "--root", root, *options(served, "--judge-concurrency", 8))
+    result = succeed("extract", "--quick", "--root", root, *options(served, "--judge-concurrency", 8))
     assert f"{known} known from the log" in result.stderr
     repeated = Counter(served.texts()) - Counter(set(served.texts()))
     assert repeated.total() <= 2  # those in flight when it was killed
@@ -490,7 +490,7 @@ def test_the_key_gets_nowhere(root, served):
         return by_letters(text)
 
     served.script = script
-    said = [succeed("extract", "--root", root, *options(served))]
+    said = [succeed("extract", "--quick", "--root", root, *options(served))]
     served.script = lambda text, before: refusal(401, f"Incorrect API key provided: {SECRET}")
     said.append(invoke("extract", "--root", root, *options(served, "--judge-model", "other")))
     said.append(invoke("extract", "--root", root, *options(served), "--judge-url", f"http://u:{SECRET}@127.0.0.1/v1"))
@@ -536,5 +536,5 @@ def test_stage_3_judges_stored_responses_and_needs_no_key_for_what_is_known(root
     asked = len(served.asked)
     monkeypatch.delenv("OPENAI_API_KEY")
     plain = ("--experiment", "demo", "--judge", "openai", "--judge-model", "m")
-    succeed("validate", "--root", root, *plain, "--method", "mean_diff")
+    succeed("validate", "--quick", "--root", root, *plain, "--method", "mean_diff")
     assert len(served.asked) == asked
