@@ -38,7 +38,7 @@ from extraction.vectors.splits import (
     shuffled_labels,
     split_rows,
 )
-from extraction.vectors.validation import build_card
+from extraction.vectors.validation import build_card, choose_method
 from tests.planted import gaussian, memorised_instructions, natural_rows, trait_rows
 
 
@@ -329,6 +329,19 @@ def test_the_best_layer_is_by_auroc_then_effect_then_depth():
     assert best(torch.tensor([[0.7, 0.6], [0.6, 0.8]]), torch.zeros(2, 2)) == (1, 1)
 
 
+def figures_of(area: float | None, effect: float | None, low: float | None = None) -> dict:
+    return {"auroc": {"value": area}, "cohens_d": {"value": effect, "low": low}}
+
+
+def test_of_methods_that_validation_cannot_tell_apart_the_first_is_taken():
+    assert choose_method([figures_of(0.9, 9, 8), figures_of(0.95, 1, 0), figures_of(0.93, 5, 4)]) == 1
+    assert choose_method([figures_of(1.0, 3, 2), figures_of(1.0, 6, 4), figures_of(1.0, 5, 4)]) == 1
+    assert choose_method([figures_of(1.0, 4, 2), figures_of(1.0, 6, 4), figures_of(0.9, 9, 8)]) == 0
+    assert choose_method([figures_of(1.0, 4), figures_of(1.0, 6)]) == 1
+    assert choose_method([figures_of(1.0, None), figures_of(1.0, 6)]) == 1
+    assert choose_method([figures_of(None, None), figures_of(None, None)]) == 0
+
+
 def test_the_card_does_not_choose_by_test():
     """Layer 1 is good everywhere but in the test part, layer 0 in fit and test only: the card says 1, and owns up."""
     rows = trait_rows(layers=2, effect=0.0)
@@ -484,6 +497,16 @@ def test_the_card_is_the_same_twice_and_in_any_order_of_rows():
         assert other["chosen"]["test"][name] == pytest.approx(first["chosen"]["test"][name])
     assert card_of(rows, **asked) == first
     assert first["chosen"]["method"] == "mean_diff"  # the control is never chosen
+
+
+def test_the_number_of_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        card_of(trait_rows(questions=4, instructions=2), placebos=0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_natural_prompts_have_one_fold_and_bounds():
