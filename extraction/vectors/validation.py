@@ -174,19 +174,24 @@ def _layer(trial: _Trial, way: int) -> int:
 def choose_method(figures: Sequence[Mapping[str, Any]]) -> int:
     """Which of several methods' validation figures, each at its own best layer, is the one to take.
 
-    The highest AUROC. Where several have that, as strong traits make them, the first whose Cohen's d reaches the lower
-    end of the best's interval: validation has few questions, and what they can't tell apart is left to the order, in
-    which simpler methods come first (the one-standard-error rule of Breiman et al. 1984, section 3.4.3, with an
-    interval).
+    The highest AUROC. Where several have that, as strong traits make them, the first whose interval of Cohen's d
+    reaches that of the largest: validation has few questions, and what they can't tell apart is left to the order, in
+    which simpler methods come first (the one-standard-error rule of Breiman et al. 1984, section 3.4.3, with
+    intervals).
     """
     area = max(each["auroc"]["value"] or 0.0 for each in figures)
     equals = [place for place, each in enumerate(figures) if (each["auroc"]["value"] or 0.0) == area]
     effects = {place: figures[place]["cohens_d"] for place in equals if figures[place]["cohens_d"]["value"] is not None}
     if not effects:
         return equals[0]
-    largest = max(effects.values(), key=lambda effect: float(effect["value"]))
-    enough = largest["value"] if largest["low"] is None else largest["low"]
-    return next(place for place, effect in effects.items() if effect["value"] >= enough)
+    low = _end(max(effects.values(), key=lambda effect: float(effect["value"] or 0.0)), "low")
+    return next(place for place, effect in effects.items() if _end(effect, "high") >= low)
+
+
+def _end(figure: Mapping[str, float | None], name: str) -> float:
+    """An end of a figure's interval; the figure itself where it has none."""
+    value = figure["value"] if figure[name] is None else figure[name]
+    return float("nan") if value is None else value
 
 
 def _check_rows(
