@@ -56,7 +56,7 @@ def test_a_signal_of_the_instruction_alone_is_weak_at_most():
         card = card_of(shown, stripped_nLD=stripped.activations_nLD)
         assert card["chosen"]["test"]["auroc"]["low"] > 0.9
         assert card["verdict"]["word"] == "weak"
-        assert "may track the instruction" in card["verdict"]["reasons"][0]
+        assert card["verdict"]["reasons"][0].startswith("With the instruction removed from the context, AUROC is 0.")
         assert card_of(shown, stripped_nLD=shown.activations_nLD)["verdict"]["word"] == "usable"
 
 

@@ -8,7 +8,8 @@ intervals in `bootstrap`, what must be beaten in `controls`, the words in `verdi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,28 +65,55 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
     instructions = (0,) * len(positive_n) if instruction_ids is None else tuple(instruction_ids)
     rows = Rows(activations_nLD, positive_n, tuple(question_ids), instructions)
     _check_rows(rows, layers, example_ids, stripped_nLD)
-    trial = _try_methods(rows, methods, stripped_nLD, bootstraps=bootstraps, seed=seed)
-    own = {name: _method_card(trial, way, layers, seed) for way, name in enumerate(methods)}
-    chosen = _choose(trial, [way for way, name in enumerate(methods) if name != CONTROL] or [0])
-    card = {
-        "layer_convention": LAYER_CONVENTION,
-        "layers": [int(layer) for layer in layers],
-        "hidden_size": activations_nLD.shape[2],
-        "seed": seed,
-        "bootstraps": bootstraps,
-        "split": _split_card(rows, trial.split),
-        "typical_norm": _plain(activations_nLD.double().norm(dim=-1).mean(0)),
-        "token_0": None if token_0_ratio_L is None else {"ratio": [float(ratio) for ratio in token_0_ratio_L]},
-        "methods": own,
-        "chosen": _chosen_card(trial, chosen[0], own),
-        "controls": _controls_card(trial, layers, draws=random_draws, placebos=placebos, seed=seed),
-        "projections": _projections(trial, *chosen),
-        **({} if facts is None else {"judge": dict(facts)}),
-    }
+    counts = {"placebos": placebos, "random_draws": random_draws, "bootstraps": bootstraps}
+    with _one_thread():
+        card = _card(rows, layers, methods, stripped_nLD, counts, seed)
+    card["token_0"] = None if token_0_ratio_L is None else {"ratio": [float(ratio) for ratio in token_0_ratio_L]}
+    if facts is not None:
+        card["judge"] = dict(facts)
     return {**card, "verdict": verdict(card)}
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small matrices: more threads than one would mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # --- the work -------------------------------------------------------------------------------------------------------
+
+
+def _card(
+    rows: Rows,
+    layers: Sequence[int],
+    methods: Sequence[str],
+    stripped_nLD: Tensor | None,
+    counts: Mapping[str, int],
+    seed: int,
+) -> dict[str, Any]:
+    """All of the card that is worked out."""
+    trial = _try_methods(rows, methods, stripped_nLD, bootstraps=counts["bootstraps"], seed=seed)
+    own = {name: _method_card(trial, way, layers, seed) for way, name in enumerate(methods)}
+    ways = [way for way, name in enumerate(methods) if name != CONTROL] or [0]
+    way = ways[choose_method([own[methods[way]]["validation"] for way in ways])]
+    return {
+        "layer_convention": LAYER_CONVENTION,
+        "layers": [int(layer) for layer in layers],
+        "hidden_size": rows.activations_nLD.shape[2],
+        "seed": seed,
+        "bootstraps": counts["bootstraps"],
+        "split": _split_card(rows, trial.split),
+        "typical_norm": _plain(rows.activations_nLD.double().norm(dim=-1).mean(0)),
+        "methods": own,
+        "chosen": _chosen_card(trial, way, own),
+        "controls": _controls_card(trial, layers, counts, seed),
+        "projections": _projections(trial, way, own[methods[way]]["index"]),
+    }
 
 
 @dataclass(frozen=True)
@@ -137,12 +165,33 @@ def _resamples(rows: Rows, split: Split, part: str, count: int, seed: int) -> Re
     return resample_questions(own.positive_n, own.question_ids, count=count, seed=seed)
 
 
-def _choose(trial: _Trial, ways: Sequence[int]) -> tuple[int, int]:
-    """(method, layer index) of the best of some methods, by the validation part alone."""
-    figures = [trial.at("validation", way) for way in ways]
-    stacked = [torch.stack([each[name].value_C for each in figures]) for name in ("auroc", "cohens_d")]
-    place, index = best(*stacked)
-    return ways[place], index
+def _layer(trial: _Trial, way: int) -> int:
+    """Index of a method's best layer, by the validation part alone."""
+    figures = trial.at("validation", way)
+    return best(*(figures[name].value_C.unsqueeze(0) for name in ("auroc", "cohens_d")))[1]
+
+
+def choose_method(figures: Sequence[Mapping[str, Any]]) -> int:
+    """Which of several methods' validation figures, each at its own best layer, is the one to take.
+
+    The highest AUROC. Where several have that, as strong traits make them, the first whose interval of Cohen's d
+    reaches that of the largest: validation has few questions, and what they can't tell apart is left to the order, in
+    which simpler methods come first (the one-standard-error rule of Breiman et al. 1984, section 3.4.3, with
+    intervals).
+    """
+    area = max(each["auroc"]["value"] or 0.0 for each in figures)
+    equals = [place for place, each in enumerate(figures) if (each["auroc"]["value"] or 0.0) == area]
+    effects = {place: figures[place]["cohens_d"] for place in equals if figures[place]["cohens_d"]["value"] is not None}
+    if not effects:
+        return equals[0]
+    low = _end(max(effects.values(), key=lambda effect: float(effect["value"] or 0.0)), "low")
+    return next(place for place, effect in effects.items() if _end(effect, "high") >= low)
+
+
+def _end(figure: Mapping[str, float | None], name: str) -> float:
+    """An end of a figure's interval; the figure itself where it has none."""
+    value = figure["value"] if figure[name] is None else figure[name]
+    return float("nan") if value is None else value
 
 
 def _check_rows(
@@ -186,7 +235,7 @@ def _method_card(trial: _Trial, way: int, layers: Sequence[int], seed: int) -> d
     """`norm` and `top_1_percent` are of the direction of all kept rows, which is the one that stage 3 writes."""
     rows, name = trial.rows, trial.methods[way]
     direction_LD = find_method(name)(*rows.sides, seed=seed).double()
-    _, index = _choose(trial, [way])
+    index = _layer(trial, way)
     test_n = trial.split.part_n["test"]
     wrong_L = wrong_side(trial.scores_nKL[test_n, way], rows.positive_n[test_n])
     return {
@@ -229,12 +278,12 @@ def _auroc_by_fold(trial: _Trial, way: int, index: int) -> list[float | None]:
     return _plain(torch.cat(found))
 
 
-def _controls_card(trial: _Trial, layers: Sequence[int], *, draws: int, placebos: int, seed: int) -> dict[str, Any]:
-    found = random_draws(trial.rows, trial.split, count=draws, seed=seed)
+def _controls_card(trial: _Trial, layers: Sequence[int], counts: Mapping[str, int], seed: int) -> dict[str, Any]:
+    found = random_draws(trial.rows, trial.split, count=counts["random_draws"], seed=seed)
     effect_K = found.cohens_d_K[found.cohens_d_K.isfinite()]
     return {
         "random": {
-            "draws": draws,
+            "draws": len(found.auroc_K),
             "test_auroc": _plain(found.auroc_K),
             "median": _quantile(found.auroc_K, 0.5),
             "high": _quantile(found.auroc_K, CONTROL_QUANTILE),
@@ -244,7 +293,7 @@ def _controls_card(trial: _Trial, layers: Sequence[int], *, draws: int, placebos
         "placebo_methods": cheap(trial.methods),
         "shuffled_labels": [
             control
-            for index in range(placebos)
+            for index in range(counts["placebos"])
             if (control := _placebo_card(trial, layers, seed=seed + 1 + index)) is not None
         ],
     }

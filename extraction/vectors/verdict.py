@@ -64,6 +64,12 @@ def _separation(card: Card, _: Steering) -> Iterator[Finding]:
         yield "weak", f"{said}; the lower end is below {FAINT}."
     else:
         yield "good", f"{said}."
+        if area["low"] >= 1.0:
+            yield (
+                "mind",
+                "Held out, no pair of rows is in the wrong order, so its interval has no width; "
+                f"{card['split']['test']['questions']} questions can't tell that from a little less.",
+            )
 
 
 def _sign(card: Card, _: Steering) -> Iterator[Finding]:
