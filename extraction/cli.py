@@ -24,6 +24,7 @@ from extraction.options import (
     how_of,
     job_of,
     main,
+    options,
     prepare,
     show,
     stored_jobs,
@@ -117,6 +118,23 @@ def extract_command(**given: Any) -> None:
         show(summary.of_generation([job], engine, how.seconds, how.gpu_price))
 
 
+@main.command("report", cls=Command, context_settings=SETTINGS)
+@options(INPUTS)
+@click.option("--judge", metavar="NAME", help="auto, lexical or none; default: the run's.")
+@click.option("--threshold", metavar="X", help="Where the judge divides; default: the run's.")
+@click.option("--open", "opens", is_flag=True, help="Show it in the browser.")
+def report_command(opens: bool, **given: Any) -> None:
+    """A page for each trait: what its vector is worth, what steering does, every response; and an index of them."""
+    jobs = stored_jobs(given)
+    from extraction import reporting, summary
+
+    pages = [reporting.report(job, trait) for job in jobs for trait in job.traits]
+    index = reporting.index(jobs[0])
+    show(summary.of_reports(pages, index))
+    if opens:
+        click.launch(str(pages[0] if len(pages) == 1 else index))
+
+
 @main.command("verify", cls=Command, context_settings=SETTINGS)
 @click.argument("folder", required=False, type=click.Path())
 @click.option("--root", metavar="DIR", help="Where experiments/ is; default: here, or the checkout.")
@@ -126,7 +144,7 @@ def verify_command(folder: str | None, root: str | None) -> None:
 
     from extraction.configs import find_root
     from extraction.errors import StoreError
-    from extraction.store import verify_tree
+    from extraction.shelf import verify_tree
 
     top = Path(folder) if folder else find_root(root) / "experiments"
     if not top.is_dir():

@@ -2,7 +2,8 @@
 
     TraitlineError
     |-- ConfigError        an experiment, a model file or an option is wrong
-    |   `-- TraitError     a trait or a prompt file is wrong
+    |   |-- TraitError     a trait or a prompt file is wrong
+    |   `-- MissingPackage an optional package is not installed
     |-- ModelError         the model can't be loaded, or can't do what is asked
     |   |-- PromptError    one prompt can't be encoded for this model
     |   `-- ActivationError  an activation is NaN or Inf
@@ -24,6 +25,10 @@ class ConfigError(TraitlineError):
 
 class TraitError(ConfigError):
     """A trait or a prompt file is wrong."""
+
+
+class MissingPackage(ConfigError):
+    """What is asked for needs a package that is not installed; names the extra that brings it."""
 
 
 class ModelError(TraitlineError):

@@ -80,14 +80,6 @@ def run_folder(root: str | Path, experiment: str, trait: str) -> RunFolder:
     return RunFolder(path)
 
 
-def verify_tree(root: str | Path) -> list[Finding]:
-    """Verify every run in `root`: the folder of all experiments, of one, or of one run."""
-    top = Path(root)
-    with reporting(top, "read"):
-        runs = [folder for folder in (top, *sorted(top.glob("*")), *sorted(top.glob("*/*"))) if _is_run(folder)]
-    return [finding for folder in runs for finding in RunFolder(folder).verify()]
-
-
 def fingerprint(config: Mapping[str, Any]) -> str:
     """sha256 of the fields that decide what a run computes: all but EXECUTION_FIELDS, at any depth."""
     return digest(dict(_identity(config)))
@@ -209,23 +201,23 @@ class RunFolder:
     def write_responses(self, rows_by_polarity: Mapping[str, Iterable[Row]], sources: Sequence[str] = ()) -> None:
         """responses/pos.jsonl and neg.jsonl: the shards' rows with their scores, taken one at a time."""
         for polarity in POLARITIES:
-            path = self._responses_path(polarity)
+            path = self.responses_path(polarity)
             data = _jsonl(path, rows_by_polarity[polarity])
             commit(path, data, {"rows": data.count(b"\n"), "sources": list(sources)})
 
     def assembled_from(self) -> list[str] | None:
         """The sources that both sides' responses were written with; None while either is not whole."""
         try:
-            for path in map(self._responses_path, POLARITIES):
+            for path in map(self.responses_path, POLARITIES):
                 check_payload(path)
-            made_from = [read_receipt(self._responses_path(polarity))["sources"] for polarity in POLARITIES]
+            made_from = [read_receipt(self.responses_path(polarity))["sources"] for polarity in POLARITIES]
         except StoreError:
             return None
         return list(made_from[0]) if made_from[0] == made_from[1] else None
 
     def read_responses(self, polarity: str) -> Iterator[Row]:
         """The rows of one polarity, one at a time."""
-        return _rows(read_payload(self._responses_path(polarity))[0])
+        return _rows(read_payload(self.responses_path(polarity))[0])
 
     def write_vectors(self, method: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """One method's tensors ([L, D]); every value of `metadata` becomes JSON in the file's header."""
@@ -260,9 +252,22 @@ class RunFolder:
         """The card, without its seal."""
         return read_document(self.card_path)
 
+    def write_steering(self, steering: Mapping[str, Any]) -> None:
+        """vectors/steering.json: what steering with a vector does."""
+        write_document(self.steering_path, steering)
+
+    def has_steering(self) -> bool:
+        """Whether vectors/steering.json is there."""
+        return self.steering_path.exists()
+
+    def read_steering(self) -> dict[str, Any]:
+        """The steering sweep, without its seal."""
+        return read_document(self.steering_path)
+
     def write_report(self, name: str, data: bytes) -> Path:
         """reports/<name>, for people to look at: without a receipt, and not verified."""
-        path = self.path / "reports" / safe_name(name, "report")
+        path = self.report_path(name)
+        _make_folder(path.parent, self.path)
         atomic_write(path, data)
         return path
 
@@ -274,8 +279,11 @@ class RunFolder:
         with _noting(findings):
             self.read_config()
         with _noting(findings):
-            if self.card_path.exists():
+            if self.has_card():
                 self.read_card()
+        with _noting(findings):
+            if self.has_steering():
+                self.read_steering()
         labels = {name: self._verify_payloads(name, findings) for name in PAYLOADS}
         return [*findings, *self._strangers(labels)]
 
@@ -314,10 +322,24 @@ class RunFolder:
         """vectors/card.json."""
         return self.path / "vectors" / "card.json"
 
+    @property
+    def steering_path(self) -> Path:
+        """vectors/steering.json."""
+        return self.path / "vectors" / "steering.json"
+
+    def report_path(self, name: str = "report.html") -> Path:
+        """reports/<name>."""
+        return self.path / "reports" / safe_name(name, "report")
+
+    def vectors_path(self, method: str) -> Path:
+        """Where one method's vectors lie."""
+        return self._vectors_path(method)
+
     def _shard_path(self, stage: str, index: int) -> Path:
         return self.path / STAGES[stage] / f"{index:04d}{PAYLOADS[STAGES[stage]]}"
 
-    def _responses_path(self, polarity: str) -> Path:
+    def responses_path(self, polarity: str) -> Path:
+        """Where one side's responses lie."""
         return self.path / "responses" / f"{polarity}.jsonl"
 
     def _vectors_path(self, method: str) -> Path:
@@ -484,10 +506,6 @@ def _pick(path: Path, tensors: Mapping[str, Any], name: str) -> Any:
     if name not in tensors:
         raise complaint(path, f"has no {name!r}, but {', '.join(list(tensors)[:6])}", "capture it, or ask for another")
     return tensors[name]
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("run.json", "responses/shards"))
 
 
 @contextmanager

@@ -93,6 +93,13 @@ def of_job(job: Job, engine: Engine, n_new: int, seconds: float, gpu_price: floa
         yield f"Took {duration(seconds)}: {n_new} new vectors and cards from stored activations."
 
 
+def of_reports(pages: Iterable[Path], index: Path) -> Iterator[str]:
+    """Where the reports lie."""
+    for page in pages:
+        yield from _item("report", _shown(page))
+    yield from _item("index", _shown(index))
+
+
 def _each(jobs: Iterable[Job]) -> Iterator[tuple[Job, Trait]]:
     return ((job, trait) for job in jobs for trait in job.traits)
 

@@ -19,26 +19,26 @@ SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "pocket" not in path.
 DOORS = [path for path in SOURCES if path.name[0].isdigit()]
 ROOMS = [path for path in SOURCES if path not in DOORS and path.name != "__init__.py"]
 
-# A module imports from lower floors only; `decoding` and `vectors` are one room each.
+# A module imports from lower floors only; `decoding`, `vectors` and `report` are one room each.
 FLOORS = [
     ("errors", "records"),
     ("schema", "hooks", "atomic", "slots", "pooling"),
     ("configs", "store"),
-    ("models", "traits", "prompts", "judges"),
-    ("sites", "decoding", "kept", "jobs"),
+    ("models", "traits", "prompts", "judges", "shelf"),
+    ("sites", "decoding", "kept", "jobs", "report"),
     ("capture", "forecast"),
     ("teacher", "vectors"),
     ("utils_batch",),
     ("runners", "self_check"),
     ("stages",),
-    ("summary", "terminal"),
+    ("summary", "terminal", "reporting"),
     ("options",),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SPEAKERS = {"terminal", "options", "cli"}
 FILE_NAMES = re.compile(r"\.(jsonl|safetensors|lock|tmp)\b|\.receipt|card\.json|run\.json")
-OWNERS = {"store", "atomic"}
+OWNERS = {"store", "atomic", "shelf"}
 
 
 def name_of(path: Path) -> str:
