@@ -126,66 +126,70 @@ PARTS = {
     "validation": "Validation questions: layer and method were chosen here",
     "test": "Test questions: looked at once, at the end",
 }
+AXES = {  # figure: its label, the value that shows nothing, where the card has the random directions' 95th percentile
+    "auroc": ("AUROC (1 always, 0.5 guessing)", 0.5, "high"),
+    "cohens_d": ("Cohen's d (standard deviations)", 0.0, "high_cohens_d"),
+}
 
 
 def draw_layers(card: Mapping[str, Any], page: Page) -> Figure:
     """AUROC against the layer, a line a method, on the validation and on the test questions; the chosen one ringed."""
+    return _layer_panels(card, page, "auroc")
+
+
+def draw_distances(card: Mapping[str, Any], page: Page) -> Figure:
+    """The same of Cohen's d, which still tells methods apart where every AUROC is 1."""
+    return _layer_panels(card, page, "cohens_d")
+
+
+def _layer_panels(card: Mapping[str, Any], page: Page, name: str) -> Figure:
     figure = page.figure(4.4, 6.6)
+    label, nothing, control = AXES[name]
     panels = page.panels(figure, 2, sharey=True, sharex=True)
     for axes, (part, title) in zip(panels, PARTS.items(), strict=True):
-        _layer_curves(axes, card, part)
+        _layer_curves(axes, card, part, name)
         axes.set_title(title.replace(": ", ":\n"))
-        axes.set_ylabel("AUROC (1 always, 0.5 guessing)")
-    _random_line(panels[1], card)
+        axes.axhline(nothing, color=GREY, linewidth=0.8)
+        axes.set_ylabel("" if axes is not panels[0] and not page.narrow else label)
+    if name == "auroc":
+        panels[0].set_ylim(bottom=min(0.48, panels[0].get_ylim()[0]), top=1.03)
+    _random_line(panels[1], card["controls"]["random"].get(control))
     panels[-1].set_xlabel("layer")
     panels[0].set_xlabel("" if page.narrow else "layer")
     lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=2 if page.narrow else 4)
+    columns = 2 if page.narrow else 4
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, columnspacing=1.2)
     return figure
 
 
-def _layer_curves(axes: Axes, card: Mapping[str, Any], part: str) -> None:
+def _layer_curves(axes: Axes, card: Mapping[str, Any], part: str, name: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     layers, chosen = card["layers"], card["chosen"]
-    for index, (name, method) in enumerate(card["methods"].items()):
-        curve, is_chosen = method["per_layer"][part]["auroc"], name == chosen["method"]
-        look: dict[str, Any] = {
-            "color": COLOURS[index % 8],
-            "marker": MARKERS[index % 8],
-            "markersize": 5 if is_chosen else 3.5,
-        }
-        label = f"{name} (chosen)" if is_chosen else name
-        axes.plot(layers, gaps(curve["value"]), label=label, zorder=4 if is_chosen else 3, **look)
+    for index, (method, found) in enumerate(card["methods"].items()):
+        curve, is_chosen = found["per_layer"][part][name], method == chosen["method"]
+        look: dict[str, Any] = {"color": COLOURS[index % 8], "marker": MARKERS[index % 8]}
+        label, size = (f"{method} (chosen)", 5.0) if is_chosen else (method, 3.5)
+        axes.plot(layers, gaps(curve["value"]), label=label, ms=size, zorder=4 if is_chosen else 3, **look)
         if len(layers) > 1:
-            axes.fill_between(
-                layers,
-                gaps(curve["low"]),
-                gaps(curve["high"]),
-                color=look["color"],
-                lw=0,
-                alpha=0.2 if is_chosen else 0.07,
-            )
-    _ring(axes, chosen, part)
-    axes.axhline(0.5, color=GREY, linewidth=0.8)
-    axes.set_ylim(top=1.03)
+            shade = {"color": look["color"], "lw": 0, "alpha": 0.2 if is_chosen else 0.07}
+            axes.fill_between(layers, gaps(curve["low"]), gaps(curve["high"]), **shade)
+    _ring(axes, chosen["layer"], chosen[part][name])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=10))
 
 
-def _ring(axes: Axes, chosen: Mapping[str, Any], part: str) -> None:
+def _ring(axes: Axes, layer: int, bounded: Mapping[str, Any]) -> None:
     """A ring around the chosen point, with its interval."""
-    bounded = chosen[part]["auroc"]
     if bounded["value"] is None:
         return
     if bounded["low"] is not None and bounded["high"] is not None:
-        axes.vlines(chosen["layer"], bounded["low"], bounded["high"], color=INK, linewidth=1.2, zorder=5)
-    axes.plot([chosen["layer"]], [bounded["value"]], "o", ms=11, mfc="none", mec=INK, mew=1.4, zorder=6, clip_on=False)
+        axes.vlines(layer, bounded["low"], bounded["high"], color=INK, linewidth=1.2, zorder=5)
+    axes.plot([layer], [bounded["value"]], "o", ms=11, mfc="none", mec=INK, mew=1.4, zorder=6, clip_on=False)
 
 
-def _random_line(axes: Axes, card: Mapping[str, Any]) -> None:
-    high = card["controls"]["random"]["high"]
+def _random_line(axes: Axes, high: float | None) -> None:
     if high is not None:
-        axes.axhline(high, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="95% of random directions are below")
+        axes.axhline(high, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="random, 95th percentile")
 
 
 # --- heat map -------------------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ def draw_methods(card: Mapping[str, Any], page: Page) -> Figure:
     values = np.array([gaps(card["methods"][name]["per_layer"]["test"]["auroc"]["value"]) for name in names])
     figure = page.figure(1.5 + 0.36 * len(names), 1.7 + 0.34 * len(names))
     axes = figure.subplots()
-    colours = matplotlib.colormaps["cividis"].with_extremes(bad="#ffffff")
+    colours = matplotlib.colormaps["cividis"].with_extremes(bad="#ffffff00")
     axes.patch.set(hatch="////", edgecolor="#999999", facecolor="white")
     drawn = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0.5, vmax=1.0, aspect="auto")
     axes.set_yticks(range(len(names)), names)
@@ -278,7 +282,7 @@ def _histogram(axes: Axes, panel: Mapping[str, Any], edges: Any, threshold: floa
         values = panel[side]
         filled = {"facecolor": f"{look['color']}66", "edgecolor": look["color"], "hatch": look["hatch"]}
         axes.hist(values, bins=edges, histtype="stepfilled", lw=1.2, label=f"{side} ({len(values)})", **filled)
-    axes.axvline(threshold, color=INK, linewidth=1.2, linestyle="--", label="threshold")
+    axes.axvline(threshold, ymax=0.8, color=INK, linewidth=1.2, linestyle="--", label="threshold")
     axes.set_ylabel("responses")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.32)
@@ -287,6 +291,7 @@ def _histogram(axes: Axes, panel: Mapping[str, Any], edges: Any, threshold: floa
 
 PLOTS: dict[str, Callable[[Mapping[str, Any], Page], Figure]] = {
     "layers": draw_layers,
+    "distances": draw_distances,
     "methods": draw_methods,
     "projections": draw_projections,
 }

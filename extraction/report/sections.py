@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -143,14 +144,26 @@ def key_figures(facts: Facts) -> Html:
 
 def _beside_controls(card: Mapping[str, Any], name: str) -> list[Any]:
     chosen, controls = card["chosen"], card["controls"]
-    stripped = words.with_interval(name, chosen["stripped"][name]) if chosen["stripped"] else "not measured"
-    random = "not measured" if name != "auroc" else _random(controls["random"])
+    stripped = _bounded(name, chosen["stripped"][name]) if chosen["stripped"] else "not measured"
+    random = _random(controls["random"], name)
     title = join([tag("strong", words.FIGURES[name]), tag("small", words.EXPLAINED[name])])
-    return [title, tag("b", words.with_interval(name, chosen["test"][name])), stripped, random, _shuffled(card, name)]
+    return [title, tag("b", _bounded(name, chosen["test"][name])), stripped, random, _shuffled(card, name)]
 
 
-def _random(random: Mapping[str, Any]) -> str:
-    return f"half are below {words.number(random['median'])}, 95% below {words.number(random['high'])}"
+def _bounded(figure: str, bounded: Mapping[str, Any]) -> Html:
+    """A figure over its interval."""
+    around = words.interval(figure, bounded)
+    return join([words.shown(figure, bounded["value"]), tag("small", f"({around})") if around else None])
+
+
+def _random(random: Mapping[str, Any], name: str) -> str | Html:
+    """The median and the 95th percentile of a figure over random directions; the card may have it of AUROC alone."""
+    values = sorted(value for value in random.get(f"test_{name}") or () if value is not None)
+    high = random["high"] if name == "auroc" else random.get(f"high_{name}")
+    if not values or high is None:
+        return "not measured"
+    middle = random["median"] if name == "auroc" else statistics.median(values)
+    return join([f"{words.shown(name, middle)} (median)", tag("small", f"95% are below {words.shown(name, high)}")])
 
 
 def _shuffled(card: Mapping[str, Any], name: str) -> str:
@@ -167,7 +180,8 @@ def _explained_controls(card: Mapping[str, Any]) -> Html:
     said = {
         "Instruction removed": "the same responses, read again with the instruction taken out of the prompt. What is "
         "left is in the answer itself, and not an echo of being told.",
-        "Random directions": f"{words.counted(random['draws'], 'direction')} drawn at random at the same layer.",
+        "Random directions": f"{words.counted(random['draws'], 'direction')} drawn at random, turned the right way "
+        "round, and each read at its best layer, as a method is.",
         "Shuffled labels": f"the whole procedure on data whose sides were mixed up, {len(shuffled)} times; lowest to "
         "highest.",
     }
@@ -243,8 +257,15 @@ def layers(facts: Facts, pictures: Mapping[str, Picture]) -> Html:
             "How well each layer tells the sides apart",
             words.of_layers(card),
             "Each line is a method of making a direction; the shade around it is its 95% interval. The ring is the "
-            "chosen vector. The grey line at 0.5 is guessing. Where the test curve falls far below the validation "
-            "curve, the choice was luck.",
+            "chosen vector. The grey line at 0.5 is guessing; 95% of random directions stay under the dashed one. "
+            "Where the test curve falls far below the validation curve, the choice was luck.",
+        ),
+        figure(
+            pictures["distances"],
+            "How far apart each layer holds the sides",
+            words.of_distances(card),
+            "The same in standard deviations, which has no upper end: where every AUROC is near 1, it still tells "
+            "methods and layers apart.",
         ),
         figure(
             pictures["methods"],

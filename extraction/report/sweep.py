@@ -23,7 +23,7 @@ def draw_steering(steering: Mapping[str, Any], page: Page) -> Figure:
     rate, perplexity, divergence = _panels(figure, page)
     _rate(rate, curves)
     _cost(perplexity, curves, "perplexity", "perplexity (log scale)")
-    perplexity.set_yscale("log")
+    _plain_log(perplexity)
     _cost(divergence, curves, "kl", "KL, nats per token")
     for axes in (perplexity, divergence) if not page.narrow else (divergence,):
         axes.set_xlabel(
@@ -86,6 +86,16 @@ def _cost(axes: Axes, curves: Curves, name: str, label: str) -> None:
         _line(axes, conditions, gaps([c[name] for c in conditions]), colour, marker, None)
     axes.set_ylabel(label)
     axes.axvline(0, color=GREY, linewidth=0.6)
+
+
+def _plain_log(axes: Axes) -> None:
+    """A logarithmic axis whose ticks are written as people write numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _line(

@@ -7,7 +7,7 @@ from typing import Any
 
 UNDEFINED = "not defined"
 MINUS = "\u2212"
-FIGURES = {"auroc": "AUROC", "accuracy": "accuracy", "cohens_d": "Cohen's d"}
+FIGURES = {"auroc": "AUROC", "accuracy": "Accuracy", "cohens_d": "Cohen's d"}
 EXPLAINED = {
     "auroc": "Take one positive and one negative response at random: the chance that the positive one lies further "
     "along the direction. No unit; 1 is always, 0.5 is guessing.",
@@ -99,21 +99,30 @@ def best_of(values: Sequence[float | None]) -> int | None:
 
 
 def of_layers(card: Mapping[str, Any]) -> str:
-    """The layer curves in words: the chosen point, and each method's best layer on the test questions."""
-    chosen, test = card["chosen"], card["chosen"]["test"]["auroc"]
-    validation = card["chosen"]["validation"]["auroc"]
-    best = [_best_layer(name, method, card["layers"]) for name, method in card["methods"].items()]
+    """The AUROC curves in words: the chosen point, and each method's best layer on the test questions."""
+    return _of_curves(card, "auroc", "AUROC ")
+
+
+def of_distances(card: Mapping[str, Any]) -> str:
+    """The same of Cohen's d."""
+    return _of_curves(card, "cohens_d", "Cohen's d ")
+
+
+def _of_curves(card: Mapping[str, Any], name: str, title: str) -> str:
+    chosen = card["chosen"]
+    best = [_best_layer(method, found, card["layers"], name) for method, found in card["methods"].items()]
     return (
-        f"Chosen on the validation questions: {chosen['method']} at layer {chosen['layer']}, AUROC "
-        f"{with_interval('auroc', validation)} there and {with_interval('auroc', test)} on the test questions. "
-        f"Highest on the test questions, layer by layer: {'; '.join(best)}."
+        f"Chosen: {chosen['method']} at layer {chosen['layer']}, {title}"
+        f"{with_interval(name, chosen['validation'][name])} on the validation questions and "
+        f"{with_interval(name, chosen['test'][name])} on the test questions. "
+        f"Highest on the test questions, method by method: {'; '.join(best)}."
     )
 
 
-def _best_layer(name: str, method: Mapping[str, Any], layers: Sequence[int]) -> str:
-    values = method["per_layer"]["test"]["auroc"]["value"]
+def _best_layer(method: str, found: Mapping[str, Any], layers: Sequence[int], name: str) -> str:
+    values = found["per_layer"]["test"][name]["value"]
     best = best_of(values)
-    return f"{name} {UNDEFINED}" if best is None else f"{name} {number(values[best])} at layer {layers[best]}"
+    return f"{method} {UNDEFINED}" if best is None else f"{method} {number(values[best])} at layer {layers[best]}"
 
 
 def of_methods(card: Mapping[str, Any]) -> str:
