@@ -71,23 +71,23 @@ def _facts_of(job: Job, trait: Trait, folder: RunFolder) -> Facts:
             f"{show_path(folder.card_path)}: made from other responses than those that count now; "
             "run `traitline vectors` and `traitline validate` again"
         )
-    config = folder.read_config()
+    config, steering = folder.read_config(), folder.read_steering() if folder.has_steering() else None
     return Facts(
         trait=trait,
         card=card,
-        steering=folder.read_steering() if folder.has_steering() else None,
+        steering=steering,
         rows=[row for polarity in POLARITIES for row in folder.read_responses(polarity)],
         kept=frozenset(example_id for ids in kept.ids.values() for example_id in ids),
         judge=kept.judge,
         config={**config, "judge": job.experiment.judge, "threshold": job.experiment.threshold},
-        files=_files(folder, card["chosen"]["method"]),
+        files=_files(folder, card["chosen"]["method"], steering["method"] if steering else None),
         hashes=_hashes(folder, config, card["chosen"]["method"]),
         made_with=_made_with(folder),
     )
 
 
-def _files(folder: RunFolder, method: str) -> dict[str, str]:
-    paths = {"vectors": folder.vectors_path(method), "card": folder.card_path}
+def _files(folder: RunFolder, method: str, steers_by: str | None) -> dict[str, str]:
+    paths = {"vectors": folder.vectors_path(method), "steering": folder.vectors_path(steers_by or method)}
     paths |= {polarity: folder.responses_path(polarity) for polarity in POLARITIES}
     return {name: path.relative_to(folder.path).as_posix() for name, path in paths.items()}
 

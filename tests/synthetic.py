@@ -236,7 +236,7 @@ def make_facts(**changes: Any) -> Facts:
         },
         "files": {
             "vectors": "vectors/mean_diff.safetensors",
-            "card": "vectors/card.json",
+            "steering": "vectors/mean_diff.safetensors",
             "pos": "responses/pos.jsonl",
             "neg": "responses/neg.jsonl",
         },

@@ -278,7 +278,7 @@ def test_a_run_without_steering_says_how_to_steer():
     for steering in (None, {**make_steering(), "conditions": []}):
         facts = make_facts(steering=steering)
         outline = Outline(report_page(facts, PICTURES))
-        assert "traitline steer --experiment pocket --traits optimism" in outline.text
+        assert "traitline validate --experiment pocket --traits optimism" in outline.text
         assert len(outline.all("img")) == 4
 
 
@@ -297,9 +297,37 @@ def test_each_set_of_layers_has_its_curve_and_the_unsteered_point():
     steering = make_steering((-1, 1))
     steering["conditions"].append({**make_condition("trait", "add", 1.0), "layers": [2, 3, 4]})
     curves = curves_of(steering)
-    assert list(curves) == ["this vector, layer 3", "random direction, layer 3", "this vector, layers 2 to 4"]
-    assert [c["coefficient"] for c in curves["this vector, layer 3"][2]] == [-1, 0, 1]
+    assert list(curves) == ["mean_diff, layer 3", "random direction, layer 3", "mean_diff, layers 2 to 4"]
+    assert [c["coefficient"] for c in curves["mean_diff, layer 3"][2]] == [-1, 0, 1]
     assert len({(colour, marker) for colour, marker, _ in curves.values()}) == 3
+
+
+def test_samples_stay_few_and_hold_the_ends_and_the_strongest_coherent():
+    strengths = [sign * step / 10 for sign in (-1, 1) for step in range(1, 21)]
+    steering = make_steering(strengths)
+    steering["largest_coherent"] = {"positive": 0.9, "negative": None}
+    steering["conditions"].append({**make_condition("trait", "add", 7.0), "layers": [2, 3, 4]})
+    page = report_page(make_facts(steering=steering), PICTURES).decode()
+    heads = re.findall(r'<th scope="col" id="c\d+">([^<]*)<', page)
+    assert {"\u22122", "\u22120.1", "+0.1", "+0.9", "+2", "0 (unsteered)", "direction removed"} <= set(heads)
+    assert len(heads) == 4 + 4 + 1 + 2
+    assert "+7" not in heads
+
+
+def test_the_page_names_the_vector_that_steers():
+    facts = make_facts(steering={**make_steering(), "method": "pca", "layers": [4]})
+    facts = make_facts(steering=facts.steering, files={**facts.files, "steering": "vectors/pca.safetensors"})
+    text = Outline(report_page(facts, PICTURES)).text
+    assert "the sweep chose pca at layer 4 (vectors/pca.safetensors)" in text
+    assert "Where to steer is chosen apart" in text
+    assert "Where to steer" not in Outline(report_page(make_facts(), PICTURES)).text
+
+
+def test_curves_that_are_flat_are_said_to_be():
+    card = make_card(3, METHODS[:1])
+    card["methods"]["mean_diff"]["per_layer"]["test"]["auroc"]["value"] = [1.0, 1.0, 0.999]
+    assert "mean_diff 1.00 at every layer" in words.of_layers(card)
+    assert "at layer" in words.of_distances(card)
 
 
 def test_two_thousand_responses_fit():

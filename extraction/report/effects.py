@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from extraction.report import words
@@ -23,7 +23,7 @@ def steering(facts: Facts, pictures: Mapping[str, Picture], remedy: str) -> Html
     return section(
         "steering",
         "What steering does",
-        tag("p", _design(sweep)),
+        tag("p", _design(sweep), _where(sweep, facts.card["chosen"]["layer"])),
         figure(pictures["steering"], "The steering sweep", words.of_steering(sweep), EXPLAINED),
         tag("details", tag("summary", "The numbers of the sweep as a table"), _numbers(sweep)),
         _samples(sweep),
@@ -43,9 +43,15 @@ def _design(sweep: Mapping[str, Any]) -> str:
     return (
         f"The {sweep['method']} direction was added to the output of {words.layer_words(sweep['layers'])} at "
         f"{sweep['positions']} positions while the model answered {words.counted(sweep['questions'], 'question')} with "
-        f"no instruction, in at most {sweep['max_new_tokens']} tokens, scored by {judge}. The coefficient's "
-        f"unit is the {sweep['unit']}."
+        f"no instruction, in at most {sweep['max_new_tokens']} tokens, scored by {judge}. The "
+        f"coefficient's unit is the {sweep['unit']}: at 1, what is added is as long as what is there."
     )
+
+
+def _where(sweep: Mapping[str, Any], layer: int) -> str:
+    if sweep["layers"] == [layer]:
+        return ""
+    return " Where to steer is chosen apart: a trait need not act best at the layer where it is read best."
 
 
 def _numbers(sweep: Mapping[str, Any]) -> Html:
@@ -53,11 +59,11 @@ def _numbers(sweep: Mapping[str, Any]) -> Html:
              "Repeated 4-grams", "Coherent", "Scored")  # fmt: skip
     rows = [
         [
-            condition_words(c),
+            condition_words(c, sweep["method"]),
             words.with_interval("rate", c["rate"]),
             words.number(c["score"], 0),
             words.perplexity(c["perplexity"]),
-            words.number(c["kl"]),
+            words.number(c["kl"], 3),
             words.percent(c["repetition"]),
             "yes" if c["coherent"] else "no",
             f"{c['n'] - c['missing']} of {c['n']}",
@@ -68,11 +74,11 @@ def _numbers(sweep: Mapping[str, Any]) -> Html:
     return table(heads, rows, caption=caption, class_="figures dense")
 
 
-def condition_words(condition: Condition) -> str:
-    """`this vector, +0.5, layer 3`; `unsteered`."""
+def condition_words(condition: Condition, method: str) -> str:
+    """`mean_diff, +0.5, layer 3`; `unsteered`."""
     if condition["kind"] == "none":
         return "unsteered"
-    direction = "this vector" if condition["direction"] == "trait" else "random direction"
+    direction = method if condition["direction"] == "trait" else "random direction"
     strength = "removed" if condition["kind"] == "ablate" else words.coefficient(condition["coefficient"])
     return f"{direction}, {strength}, {words.layer_words(condition['layers'])}"
 
@@ -82,7 +88,7 @@ def condition_words(condition: Condition) -> str:
 
 def _samples(sweep: Mapping[str, Any]) -> Html | None:
     """Columns by coefficient, rows by question."""
-    columns = sorted(_with_samples(sweep), key=_place)
+    columns = _spread(sorted(_with_samples(sweep), key=_place), sweep["largest_coherent"].values())
     questions = list(dict.fromkeys(sample["question"] for c in columns for sample in c["samples"]))
     if not questions:
         return None
@@ -105,13 +111,22 @@ def _samples(sweep: Mapping[str, Any]) -> Html | None:
 
 
 def _with_samples(sweep: Mapping[str, Any]) -> Iterator[Condition]:
-    """The vector's own conditions at the first set of layers, and the unsteered one."""
-    ours = [c for c in sweep["conditions"] if c["direction"] == "trait"]
-    first = ours[0]["layers"] if ours else None
+    """The unsteered condition, and the vector's own: added where the sweep was made, and removed."""
     for condition in sweep["conditions"]:
-        mine = condition["direction"] == "trait" and condition["layers"] == first
+        added = condition["kind"] == "add" and condition["layers"] == sweep["layers"]
+        mine = condition["direction"] == "trait" and (added or condition["kind"] == "ablate")
         if condition["samples"] and (mine or condition["kind"] == "none"):
             yield condition
+
+
+def _spread(columns: Sequence[Condition], wanted: Iterable[float | None]) -> list[Condition]:
+    """Few enough to be read: of the strengths of each sign, up to four from weak to strong, and the `wanted` ones."""
+    kept = set(wanted)
+    for sign in (-1, 1):
+        strengths = sorted({c["coefficient"] for c in columns if c["coefficient"] * sign > 0}, key=abs)
+        last = len(strengths) - 1
+        kept |= {strengths[round(last * step / 3)] for step in range(4)} if strengths else set()
+    return [c for c in columns if c["coefficient"] in kept or c["coefficient"] == 0]
 
 
 def _place(condition: Condition) -> tuple[bool, float]:

@@ -16,8 +16,8 @@ class Facts:
     """One trait's run. `steering` is None where no sweep was made; `kept` are the ids of the responses that count.
 
     `judge` is the name under which a row's `scores` hold the score that decided. `files` are paths below the run's
-    folder: `vectors` (of the chosen method), `card`, `pos` and `neg`. `hashes` are sha256 by what they are of, and
-    `made_with` is what the receipts tell of versions and hardware.
+    folder: `vectors` (of the chosen method), `steering` (of the method that steers), `pos` and `neg`. `hashes` are
+    sha256 by what they are of, and `made_with` is what the receipts tell of versions and hardware.
     """
 
     trait: Trait

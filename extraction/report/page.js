@@ -7,7 +7,7 @@
   const data = JSON.parse(block.textContent);
   const rows = data.rows.map((values) => {
     const row = Object.fromEntries(data.columns.map((name, i) => [name, values[i]]));
-    row.searched = [row.response, data.questions[row.question], row.asked, row.id].join("\n").toLowerCase();
+    row.searched = [row.response, data.questions[row.question], row.id].join("\n").toLowerCase();
     return row;
   });
   const byId = (name) => document.getElementById(name);

@@ -35,7 +35,7 @@ def report_page(facts: Facts, pictures: Mapping[str, Picture]) -> bytes:
         key_figures(facts),
         layers(facts, pictures),
         projections(facts, pictures),
-        steering(facts, pictures, f"traitline steer {where}"),
+        steering(facts, pictures, f"traitline validate {where}"),
         browser(facts),
         provenance(facts),
     )

@@ -29,11 +29,17 @@ OPTIONS = {
     "--threshold": "threshold",
     "--shard-size": "shard_size",
 }
-REASONS = {
-    "dropped_empty": "the model ended at once",
-    "dropped_unscored": "the judge could not score it",
-    "dropped_wrong_side": "the answer shows the other side of the trait",
+LABELS = {  # of the counts that are known; others go by their own names
+    "judge": "Judge: who scores the responses",
+    "threshold": "Threshold: a positive response counts at this score or above, a negative one below",
+    "total": "Responses in all",
+    "kept_pos": "Counted, positive side",
+    "kept_neg": "Counted, negative side",
+    "dropped_empty": "Left out: the model ended at once",
+    "dropped_unscored": "Left out: the judge could not score it",
+    "dropped_wrong_side": "Left out: the answer shows the other side of the trait",
 }
+ROLES = {"fit": "directions are made", "validation": "layer and method are chosen", "test": "figures are read"}
 
 
 def provenance(facts: Facts) -> Html:
@@ -45,10 +51,10 @@ def provenance(facts: Facts) -> Html:
         tag("p", "The same inputs give the same responses; traitline verify checks every file against its hash."),
         tag("pre", tag("code", "\n".join(commands(facts)))),
         tag("h3", "What was left out"),
-        table(("What", "Count"), list(_counts(facts.card["judge"])), caption="Responses", class_="figures plain"),
+        table(("What", "Value"), list(_counts(facts.card["judge"])), caption="Responses", class_="figures plain"),
         table(
             ("Part", "Questions", "Positive responses", "Negative responses"),
-            [_part(name, part) for name, part in facts.card["split"].items() if isinstance(part, Mapping)],
+            [_part(name, facts.card["split"][name]) for name in ROLES],
             caption="The parts that the responses were split into, by question",
             class_="figures plain",
         ),
@@ -92,6 +98,8 @@ def value_at(config: Mapping[str, Any], path: str) -> Any:
 def _typed(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -110,18 +118,14 @@ def flat(values: Mapping[str, Any], above: str = "") -> list[list[str]]:
 
 
 def _counts(judge: Mapping[str, Any]) -> Iterator[list[str]]:
-    for key, value in judge.items():
-        if isinstance(value, Mapping | list):
-            continue
-        label = key.replace("_", " ")
-        shown = "not set" if value is None else _typed(value)
-        yield [f"{label}: {REASONS[key]}" if key in REASONS else label, shown]
+    known = {key: judge[key] for key in LABELS if key in judge}
+    for key, value in {**known, **judge}.items():
+        if not isinstance(value, Mapping | list):
+            yield [LABELS.get(key, key.replace("_", " ")), "not set" if value is None else _typed(value)]
 
 
 def _part(name: str, part: Mapping[str, int]) -> list[str]:
-    roles = {"fit": "directions are made", "validation": "layer and method are chosen", "test": "figures are read"}
-    title = f"{name}: {roles[name]}" if name in roles else name
-    return [title, *(f"{part[key]:,}" for key in ("questions", "positive", "negative"))]
+    return [f"{name}: {ROLES[name]}", *(f"{part[key]:,}" for key in ("questions", "positive", "negative"))]
 
 
 def _folds(count: int | None) -> Html | None:

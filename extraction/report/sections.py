@@ -107,6 +107,15 @@ def _vector(facts: Facts) -> Iterator[Any]:
     yield " of the file "
     yield tag("code", facts.files["vectors"])
     yield f", {card['hidden_size']:,} numbers. Here, {card['layer_convention']}."
+    if facts.steering is not None and facts.steering["conditions"]:
+        yield from _to_steer(facts.steering, facts.files["steering"])
+
+
+def _to_steer(steering: Mapping[str, Any], file: str) -> Iterator[Any]:
+    """Where to steer, which the sweep has chosen apart."""
+    yield f" To steer with, the sweep chose {steering['method']} at {words.layer_words(steering['layers'])} ("
+    yield tag("code", file)
+    yield ")."
 
 
 # --- key figures ----------------------------------------------------------------------------------------------------
@@ -238,8 +247,8 @@ def _reach(steering: Mapping[str, Any]) -> Iterator[str]:
     yield f"{words.percent(reached['negative'])} to {words.percent(reached['positive'])}"
     yield (
         "Lowest and highest share of answers that show the trait under steering, while the text stays coherent. "
-        "A random direction of the same length: "
-        f"{words.percent(reached['random']['negative'])} to {words.percent(reached['random']['positive'])}."
+        "A random direction of the same length, at the same ends: "
+        f"{words.percent(reached['random']['negative'])} and {words.percent(reached['random']['positive'])}."
     )
 
 

@@ -55,11 +55,11 @@ def curves_of(steering: Mapping[str, Any]) -> Curves:
     for condition in steering["conditions"]:
         if condition["kind"] == "add":
             groups.setdefault((condition["direction"], tuple(condition["layers"])), []).append(condition)
-    ours = iter((BLUE, *COLOURS[2:6]))
+    ours = zip((BLUE, *COLOURS[2:6]), "o^Dv*", strict=True)
     curves = {}
     for (direction, layers), found in groups.items():
-        label = f"{'this vector' if direction == 'trait' else 'random direction'}, {words.layer_words(layers)}"
-        look = (next(ours, BLUE), "o") if direction == "trait" else (GREY, "s")
+        label = f"{steering['method'] if direction == 'trait' else 'random direction'}, {words.layer_words(layers)}"
+        look = next(ours, (BLUE, "o")) if direction == "trait" else (GREY, "s")
         whole = found if any(c["coefficient"] == 0 for c in found) else [*plain[:1], *found]
         curves[label] = (*look, sorted(whole, key=lambda c: c["coefficient"]))
     return curves

@@ -44,10 +44,10 @@ def coefficient(value: float) -> str:
 
 
 def perplexity(value: float | None) -> str:
-    """Two figures where it is small, none after the point where it is large."""
+    """About three figures."""
     if value is None:
         return UNDEFINED
-    return f"{value:,.0f}" if value >= 100 else number(value, 1)
+    return f"{value:,.0f}" if value >= 100 else number(value, 1 if value >= 10 else 2)
 
 
 def shown(figure: str, value: float | None) -> str:
@@ -122,7 +122,10 @@ def _of_curves(card: Mapping[str, Any], name: str, title: str) -> str:
 def _best_layer(method: str, found: Mapping[str, Any], layers: Sequence[int], name: str) -> str:
     values = found["per_layer"]["test"][name]["value"]
     best = best_of(values)
-    return f"{method} {UNDEFINED}" if best is None else f"{method} {number(values[best])} at layer {layers[best]}"
+    if best is None:
+        return f"{method} {UNDEFINED}"
+    same = len(values) > 1 and len({number(value) for value in values}) == 1
+    return f"{method} {number(values[best])} at {'every layer' if same else f'layer {layers[best]}'}"
 
 
 def of_methods(card: Mapping[str, Any]) -> str:
@@ -165,6 +168,6 @@ def of_steering(steering: Mapping[str, Any]) -> str:
     ]
     random = reached["random"]
     return (
-        f"{start}Where answers stay coherent, {listed(ends)}. A random direction of the same length gets to "
-        f"{percent(random['positive'])} and {percent(random['negative'])}."
+        f"{start}Where answers stay coherent, {listed(ends)}. A random direction of the same length, at the same "
+        f"ends: {percent(random['positive'])} and {percent(random['negative'])}."
     )
