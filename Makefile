@@ -15,7 +15,7 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 
 .PHONY: extract test check bench clean
 
-extract: $(VENV)/.installed-core
+extract: $(VENV)/.installed-report
 	@$(BIN)/traitline extract --experiment "$(EXPERIMENT)" --traits "$(TRAIT)" \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH_SIZE),--batch-size "$(BATCH_SIZE)") \
 	  $(if $(N_EXAMPLES),--n-examples "$(N_EXAMPLES)") $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)

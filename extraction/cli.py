@@ -29,6 +29,7 @@ from extraction.options import (
     job_of,
     look_of,
     main,
+    options,
     prepare,
     show,
     stored_jobs,
@@ -90,9 +91,9 @@ def vectors_command(**given: Any) -> None:
     """Stage 3: a direction per method and layer, from the examples that the judge keeps."""
     wanted = wanted_of(given)
     jobs = stored_jobs(given)
-    from extraction import stages, summary
+    from extraction import fitting, summary
 
-    n_written = sum(stages.vectors(job, wanted, Terminal()) for job in jobs)
+    n_written = sum(fitting.make_vectors(job, wanted, Terminal()) for job in jobs)
     show(summary.of_vectors(jobs, n_written))
 
 
@@ -101,13 +102,13 @@ def validate_command(**given: Any) -> None:
     """Stage 4: what each method and layer is worth on questions that it has not seen, and whether it steers."""
     wanted, checks, (threads,) = wanted_of(given), checks_of(given), take(given, "threads")
     jobs = stored_jobs(given, loads_model=not checks.quick)
-    from extraction import stages, summary
+    from extraction import summary, validating
     from extraction.runners import Engine
 
     prepare(threads)
     engine, n_written = Engine(jobs[0]), 0
     for job in jobs:
-        engine, n_new = stages.validate(job, wanted, checks, Terminal(), engine)
+        engine, n_new = validating.validate(job, wanted, checks, Terminal(), engine)
         n_written += n_new
     show(summary.of_cards(jobs, n_written))
 
@@ -144,6 +145,23 @@ def steer_command(**given: Any) -> None:
         show(summary.of_look(job, place, preview.look_at(engine, trait, place, look)))
 
 
+@main.command("report", cls=Command, context_settings=SETTINGS)
+@options(INPUTS)
+@click.option("--judge", metavar="NAME", help="auto, lexical or none; default: the run's.")
+@click.option("--threshold", metavar="X", help="Where the judge divides; default: the run's.")
+@click.option("--open", "opens", is_flag=True, help="Show it in the browser.")
+def report_command(opens: bool, **given: Any) -> None:
+    """A page for each trait: what its vector is worth, what steering does, every response; and an index of them."""
+    jobs = stored_jobs(given)
+    from extraction import reporting, summary
+
+    pages = [reporting.report(job, trait) for job in jobs for trait in job.traits]
+    index = reporting.index(jobs[0])
+    show(summary.of_reports(pages, index))
+    if opens:
+        click.launch(str(pages[0] if len(pages) == 1 else index))
+
+
 @main.command("verify", cls=Command, context_settings=SETTINGS)
 @click.argument("folder", required=False, type=click.Path())
 @click.option("--root", metavar="DIR", help="Where experiments/ is; default: here, or the checkout.")
@@ -153,7 +171,7 @@ def verify_command(folder: str | None, root: str | None) -> None:
 
     from extraction.configs import find_root
     from extraction.errors import StoreError
-    from extraction.store import verify_tree
+    from extraction.shelf import verify_tree
 
     top = Path(folder) if folder else find_root(root) / "experiments"
     if not top.is_dir():

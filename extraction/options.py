@@ -16,9 +16,10 @@ from extraction.schema import one_line
 from extraction.terminal import Command, Group
 
 if TYPE_CHECKING:
+    from extraction.fitting import Vectors
     from extraction.jobs import Job
     from extraction.preview import Look
-    from extraction.stages import Checks, Vectors
+    from extraction.validating import Checks
 
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -226,7 +227,7 @@ def stored_jobs(given: dict[str, Any], *, loads_model: bool = False) -> list[Job
 
 def wanted_of(given: dict[str, Any], *, takes_layers: bool = True) -> Vectors:
     """What stage 3 is asked for."""
-    from extraction.stages import Vectors
+    from extraction.fitting import Vectors
 
     methods, site, pooling = take(given, "methods", "site", "pooling")
     layers = given.pop("layers") if takes_layers else None
@@ -235,7 +236,7 @@ def wanted_of(given: dict[str, Any], *, takes_layers: bool = True) -> Vectors:
 
 def checks_of(given: dict[str, Any]) -> Checks:
     """How much stage 4 is asked for."""
-    from extraction.stages import Checks
+    from extraction.validating import Checks
 
     quick, answers = take(given, "quick", "answers")
     return Checks(quick, answers)

@@ -6,14 +6,15 @@ A shard is the unit of work, of commit and of resume. The model is loaded when t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from extraction.errors import ActivationError, ModelError
 from extraction.jobs import MODES, Job, Mode
-from extraction.records import Example, Prompt
+from extraction.records import Example, Prompt, Trait
 from extraction.store import RunFolder
 
 if TYPE_CHECKING:
@@ -111,6 +112,28 @@ class Engine:
         if asked != "auto":
             return int(asked)
         return auto_batch_size(self.lm, prompt_lengths, settings.generation.max_new_tokens)
+
+
+@contextmanager
+def working_in(folder: RunFolder, job: Job, trait: Trait) -> Iterator[None]:
+    """Hold the run's lock; refuse a run with another config at once, and a folder that can't be written to."""
+    with folder.lock(shared=not job.is_whole):
+        begun = folder.stored_config() is not None
+        if begun or any(folder.shard_done("responses", i) for i in range(len(job.shards(trait)))):
+            folder.open(job.config(trait))
+        yield
+
+
+def load_once(engine: Engine, listener: Listener) -> None:
+    """Load the model, saying so, unless it is loaded."""
+    if not engine.is_loaded:
+        listener.note(f"loading {engine.job.spec.name}")
+        _ = engine.lm
+
+
+def is_done(folder: RunFolder, index: int, mode: Mode) -> bool:
+    """Whether a shard has all that a mode makes."""
+    return folder.shard_done("responses", index) and (not mode.captures or folder.shard_done("activations", index))
 
 
 def make_shard(

@@ -6,7 +6,6 @@ Shapes: n examples, T tokens, L layers, D hidden.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,19 +34,27 @@ from extraction.atomic import (
     read_payload,
     read_receipt,
     receipt_path,
-    refusing_nan,
     remove,
     reporting,
     to_json,
     write_document,
 )
 from extraction.errors import ConfigError, RunMismatch, StoreError
+from extraction.payloads import (
+    Row,
+    check_labels,
+    jsonl,
+    metadata_of,
+    rows_of,
+    safetensors_bytes,
+    shapes_of,
+    tensors_of,
+)
 from extraction.records import POLARITIES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Row = dict[str, Any]
 Labels = Mapping[str, bool]  # an example's id, and whether it must have an activation
 
 LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer"
@@ -84,14 +91,6 @@ def run_folder(root: str | Path, experiment: str, trait: str) -> RunFolder:
     path = Path(root) / safe_name(experiment, "experiment") / safe_name(trait, "trait")
     _check_inside(path, Path(root))
     return RunFolder(path)
-
-
-def verify_tree(root: str | Path) -> list[Finding]:
-    """Verify every run in `root`: the folder of all experiments, of one, or of one run."""
-    top = Path(root)
-    with reporting(top, "read"):
-        runs = [folder for folder in (top, *sorted(top.glob("*")), *sorted(top.glob("*/*"))) if _is_run(folder)]
-    return [finding for folder in runs for finding in RunFolder(folder).verify()]
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -164,11 +163,11 @@ class RunFolder:
     def write_responses_shard(self, index: int, rows: Sequence[Row], meta: Mapping[str, Any]) -> None:
         """What was generated for one shard, a row an example with its `id`; not changed afterwards."""
         path = self._shard_path("responses", index)
-        commit(path, _jsonl(path, rows), {"rows": len(rows), "meta": dict(meta)})
+        commit(path, jsonl(path, rows), {"rows": len(rows), "meta": dict(meta)})
 
     def read_responses_shard(self, index: int) -> list[Row]:
         """The rows of one shard, in the order written."""
-        return list(_rows(read_payload(self._shard_path("responses", index))[0]))
+        return list(rows_of(read_payload(self._shard_path("responses", index))[0]))
 
     def write_activations_shard(
         self,
@@ -183,11 +182,11 @@ class RunFolder:
 
         `stage`: activations, or stripped, those of the same responses with the instruction taken out of the prompt.
         """
-        path, shapes = self._shard_path(stage, index), _shapes(tensors)
-        _check_labels(path, ids, shapes)
+        path, shapes = self._shard_path(stage, index), shapes_of(tensors)
+        check_labels(path, ids, shapes)
         header = {"ids": list(ids), "layer_convention": LAYER_CONVENTION}
         facts = {"rows": len(ids), "layer_convention": LAYER_CONVENTION, "tensors": shapes, "meta": dict(meta)}
-        commit(path, _safetensors(path, tensors, header), facts)
+        commit(path, safetensors_bytes(path, tensors, header), facts)
 
     def iter_activations(
         self, names: Sequence[str] | None = None, *, stage: str = "activations"
@@ -195,8 +194,8 @@ class RunFolder:
         """(ids, tensors) of every shard, in shard order; `names` picks tensors. Every sha256 is checked."""
         for path in self._payload_paths(STAGES[stage]):
             data, _ = read_payload(path)
-            tensors = _tensors(data)
-            yield _metadata(data)["ids"], {name: _pick(path, tensors, name) for name in names or tensors}
+            tensors = tensors_of(data)
+            yield metadata_of(data)["ids"], {name: _pick(path, tensors, name) for name in names or tensors}
 
     def load_activations(self, name: str, *, stage: str = "activations") -> tuple[list[str], Tensor]:
         """All rows of one tensor, [n, L, D], in shard order; takes the room of the result and of one shard."""
@@ -226,23 +225,23 @@ class RunFolder:
     def write_responses(self, rows_by_polarity: Mapping[str, Iterable[Row]], sources: Sequence[str] = ()) -> None:
         """responses/pos.jsonl and neg.jsonl: the shards' rows with their scores, taken one at a time."""
         for polarity in POLARITIES:
-            path = self._responses_path(polarity)
-            data = _jsonl(path, rows_by_polarity[polarity])
+            path = self.responses_path(polarity)
+            data = jsonl(path, rows_by_polarity[polarity])
             commit(path, data, {"rows": data.count(b"\n"), "sources": list(sources)})
 
     def assembled_from(self) -> list[str] | None:
         """The sources that both sides' responses were written with; None while either is not whole."""
         try:
-            for path in map(self._responses_path, POLARITIES):
+            for path in map(self.responses_path, POLARITIES):
                 check_payload(path)
-            made_from = [read_receipt(self._responses_path(polarity))["sources"] for polarity in POLARITIES]
+            made_from = [read_receipt(self.responses_path(polarity))["sources"] for polarity in POLARITIES]
         except StoreError:
             return None
         return list(made_from[0]) if made_from[0] == made_from[1] else None
 
     def read_responses(self, polarity: str) -> Iterator[Row]:
         """The rows of one polarity, one at a time."""
-        return _rows(read_payload(self._responses_path(polarity))[0])
+        return rows_of(read_payload(self.responses_path(polarity))[0])
 
     def add_judgements(self, judge: str, rows: Iterable[Row]) -> None:
         """Put rows, each with its `key`, into a judge's log; they are on the disk when this returns."""
@@ -255,12 +254,12 @@ class RunFolder:
     def write_vectors(self, method: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """One method's tensors ([L, D]); every value of `metadata` becomes JSON in the file's header."""
         path = self._vectors_path(method)
-        commit(path, vectors_bytes(path, tensors, metadata), {"tensors": _shapes(tensors)})
+        commit(path, vectors_bytes(path, tensors, metadata), {"tensors": shapes_of(tensors)})
 
     def read_vectors(self, method: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """One method's tensors and metadata."""
         data, _ = read_payload(self._vectors_path(method))
-        return _tensors(data), _metadata(data)
+        return tensors_of(data), metadata_of(data)
 
     def vectors_path(self, method: str) -> Path:
         """Where one method's vectors lie."""
@@ -269,7 +268,7 @@ class RunFolder:
     def vectors_header(self, method: str) -> dict[str, Any] | None:
         """One method's metadata; None where there are no whole vectors of it. Needs no torch."""
         try:
-            return _metadata(read_payload(self._vectors_path(method))[0])
+            return metadata_of(read_payload(self._vectors_path(method))[0])
         except StoreError:
             return None
 
@@ -303,7 +302,8 @@ class RunFolder:
 
     def write_report(self, name: str, data: bytes) -> Path:
         """reports/<name>, for people to look at: without a receipt, and not verified."""
-        path = self.path / "reports" / safe_name(name, "report")
+        path = self.report_path(name)
+        _make_folder(path.parent, self.path)
         atomic_write(path, data)
         return path
 
@@ -368,10 +368,15 @@ class RunFolder:
         """vectors/steering.json."""
         return self.path / "vectors" / "steering.json"
 
+    def report_path(self, name: str = "report.html") -> Path:
+        """reports/<name>."""
+        return self.path / "reports" / safe_name(name, "report")
+
     def _shard_path(self, stage: str, index: int) -> Path:
         return self.path / STAGES[stage] / f"{index:04d}{PAYLOADS[STAGES[stage]]}"
 
-    def _responses_path(self, polarity: str) -> Path:
+    def responses_path(self, polarity: str) -> Path:
+        """Where one side's responses lie."""
         return self.path / "responses" / f"{polarity}.jsonl"
 
     def _judgements_path(self, judge: str) -> Path:
@@ -397,73 +402,17 @@ class RunFolder:
         return [path for name in (".", *FOLDERS) for path in orphans(self.path / name)]
 
 
-# The bytes of the two formats. What was read has passed its sha256, so it is what we wrote.
-
-
-def _jsonl(path: Path, rows: Iterable[Row]) -> bytes:
-    """One object a line, its keys in the caller's order."""
-    lines, ids = bytearray(), []
-    with refusing_nan(path):
-        for row in rows:
-            ids.append(row["id"])
-            lines += f"{to_json(row)}\n".encode()
-    _check_labels(path, ids, {})
-    return bytes(lines)
-
-
-def _rows(data: bytes) -> Iterator[Row]:
-    return (json.loads(line) for line in data.split(b"\n")[:-1])
-
-
 def vectors_bytes(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     """A file of vectors: every value of `metadata` becomes JSON in its header, and the layer convention joins it."""
-    return _safetensors(path, tensors, {**metadata, "layer_convention": LAYER_CONVENTION})
-
-
-def _safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
-    """The file's bytes. Each tensor is copied first, since safetensors refuses views and shared memory."""
-    import torch
-    from safetensors.torch import save
-
-    form = torch.contiguous_format
-    owned = {name: tensor.detach().to("cpu", copy=True, memory_format=form) for name, tensor in tensors.items()}
-    return _settled(save(owned, metadata={key: json.dumps(plain(path, value)) for key, value in header.items()}))
-
-
-def _settled(data: bytes) -> bytes:
-    """Sort the header's metadata, which safetensors writes in another order each time."""
-    header, end = _split_header(data)
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(data)[end:]])
-
-
-def _split_header(data: bytes) -> tuple[dict[str, Any], int]:
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), end
-
-
-def _metadata(data: bytes) -> dict[str, Any]:
-    return {key: json.loads(value) for key, value in _split_header(data)[0]["__metadata__"].items()}
-
-
-def _tensors(data: bytes) -> dict[str, Tensor]:
-    from safetensors.torch import load
-
-    return load(data)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in tensors.items()}
+    return safetensors_bytes(path, tensors, {**metadata, "layer_convention": LAYER_CONVENTION})
 
 
 def _read_labels(path: Path) -> Labels:
     data, receipt = read_payload(path)
     if path.suffix == ".jsonl":
-        labels = {row["id"]: bool(row.get("token_ids", True)) for row in _rows(data)}
+        labels = {row["id"]: bool(row.get("token_ids", True)) for row in rows_of(data)}
     else:
-        labels = dict.fromkeys(_metadata(data).get("ids", []), True)
+        labels = dict.fromkeys(metadata_of(data).get("ids", []), True)
     if len(labels) != receipt.get("rows", 0):
         raise complaint(path, f"holds {len(labels)} examples, but its receipt says {receipt['rows']}", DELETE)
     return labels
@@ -521,17 +470,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _check_labels(path: Path, ids: Sequence[str], shapes: Mapping[str, Any]) -> None:
-    if len(set(ids)) != len(ids):
-        raise complaint(path, "would hold two rows of one example", "give every example its own id")
-    for name, entry in shapes.items():
-        example, shape = name.partition("/")[2], entry["shape"]
-        fits = example in ids if example else shape[:1] == [len(ids)]
-        if not fits:
-            problem = f"tensor {name!r} of shape {shape} doesn't fit the {len(ids)} ids"
-            raise complaint(path, problem, "label every row with the id of its example")
-
-
 def _check_alike(folder: Path, name: str, parts: Sequence[Mapping[str, Any]]) -> None:
     if not parts:
         raise complaint(folder, "holds no activations", "extract them first")
@@ -546,10 +484,6 @@ def _pick(path: Path, tensors: Mapping[str, Any], name: str) -> Any:
     if name not in tensors:
         raise complaint(path, f"has no {name!r}, but {', '.join(list(tensors)[:6])}", "capture it, or ask for another")
     return tensors[name]
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("run.json", "responses/shards"))
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extraction.errors import StoreError
+from extraction.fitting import sources_of
 from extraction.jobs import Job
 from extraction.judging import kept_of
 from extraction.records import POLARITIES, Trait
 from extraction.schema import one_line
-from extraction.stages import sources_of
 from extraction.store import RunFolder
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def of_job(job: Job, engine: Engine, n_new: int, seconds: float, gpu_price: floa
         yield from _vectors(job, trait)
         yield from _counts(job, trait)
         yield from _worth(job, trait)
+        if folder.report_path().exists():
+            yield from _item("report", _shown(folder.report_path()))
         yield ""
     if engine.n_made or not n_new:
         yield _took(engine, seconds, gpu_price)
@@ -115,6 +117,13 @@ def of_look(job: Job, place: Place, seen: Sequence[Seen]) -> Iterator[str]:
         perplexity = "-" if each.perplexity is None else f"{each.perplexity:.1f}"
         yield f"{each.how:>9}  {score:>5}  {perplexity:>10}"
         yield from _wrapped(one_line(each.text) or "(empty)", " " * 11, " " * 11)
+
+
+def of_reports(pages: Iterable[Path], index: Path) -> Iterator[str]:
+    """Where the reports lie."""
+    for page in pages:
+        yield from _item("report", _shown(page))
+    yield from _item("index", _shown(index))
 
 
 def _each(jobs: Iterable[Job]) -> Iterator[tuple[Job, Trait]]:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from extraction.atomic import atomic_write, hold_lock
 from extraction.errors import ConfigError, RunMismatch, StoreError
-from extraction.store import LAYER_CONVENTION, RunFolder, fingerprint, run_folder, safe_name, verify_tree
+from extraction.shelf import verify_tree
+from extraction.store import LAYER_CONVENTION, RunFolder, fingerprint, run_folder, safe_name
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -541,7 +542,7 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path: Path, monkeypat
 
 def test_the_store_is_importable_and_verifies_without_torch(finished: RunFolder) -> None:
     code = (
-        "import sys; from extraction.store import verify_tree; print(verify_tree(sys.argv[1]), 'torch' in sys.modules)"
+        "import sys; from extraction.shelf import verify_tree; print(verify_tree(sys.argv[1]), 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(finished.path)]
     assert subprocess.run(command, capture_output=True, check=True, text=True, cwd=ROOT).stdout == "[] False\n"

@@ -25,7 +25,8 @@ import pytest
 import extraction.atomic
 import extraction.store
 from extraction.errors import StoreError
-from extraction.store import RunFolder, run_folder, verify_tree
+from extraction.shelf import verify_tree
+from extraction.store import RunFolder, run_folder
 
 ROOT = Path(__file__).parents[1]
 NOBODY = 65534

@@ -1,0 +1,115 @@
+"""The responses of a run, as data for the page's script, and the controls to look through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from extraction.records import POLARITIES, Trait
+from extraction.report import words
+from extraction.report.facts import Facts, Row
+from extraction.report.markup import Html, data_block, tag, visible
+from extraction.report.sections import section
+
+SIDES = dict(zip(POLARITIES, ("positive", "negative"), strict=True))
+PER_PAGE = 50
+
+
+def browser(facts: Facts) -> Html:
+    """A search box, filters and a list that the script fills; without a script, where the files are."""
+    files = words.listed([facts.files[polarity] for polarity in POLARITIES])
+    return section(
+        "responses",
+        "The responses",
+        tag(
+            "p",
+            f"All {words.counted(len(facts.rows), 'response')}, with the judge's score from 0 (negative side) to 100 "
+            f"(positive side). {len(facts.kept):,} count towards the vector.",
+        ),
+        tag("noscript", tag("p", f"The list needs JavaScript. The same responses are in {files}.")),
+        tag("form", _controls(facts), id="filters", hidden=True, role="search", aria_label="Look through responses"),
+        tag("p", id="count", role="status", aria_live="polite"),
+        tag("ol", id="list", class_="responses"),
+        tag(
+            "p",
+            tag("button", "Previous", type="button", id="previous"),
+            tag("span", id="page"),
+            tag("button", "Next", type="button", id="next"),
+            class_="pager",
+            id="pager",
+            hidden=True,
+        ),
+        data_block("rows", data_of(facts)),
+    )
+
+
+def _controls(facts: Facts) -> list[Html]:
+    questions = {str(i): _short(q) for i, q in enumerate(_distinct(facts, "question"))}
+    return [
+        tag("label", "Words", tag("input", type="search", id="q", autocomplete="off", spellcheck="false")),
+        _choice("side", "Side", {"": "both", "pos": "positive", "neg": "negative"}),
+        _choice("kept", "Counts", {"": "all", "yes": "counted", "no": "left out"}),
+        _choice("question", "Question", {"": "all", **questions}),
+        _choice("sort", "Order", {"": "as made", "low": "lowest score first", "high": "highest score first"}),
+        tag("button", "Show all", type="reset"),
+    ]
+
+
+def _choice(name: str, label: str, values: Mapping[str, str]) -> Html:
+    choices = (tag("option", said, value=value) for value, said in values.items())
+    return tag("label", label, tag("select", choices, id=name))
+
+
+def _short(said: str) -> str:
+    return said if len(said) <= 90 else f"{said[:89]}\u2026"
+
+
+def _distinct(facts: Facts, key: str) -> dict[str, int]:
+    """The different texts of a field, numbered in the order in which they come."""
+    found: dict[str, int] = {}
+    for row in facts.rows:
+        found.setdefault(row[key], len(found))
+    return found
+
+
+def data_of(facts: Facts) -> dict[str, Any]:
+    """What the script shows: each text once, and a row of each response, as in `columns`. Control characters shown."""
+    questions, prompts, kept = _distinct(facts, "question"), _distinct(facts, "prompt"), set(facts.kept)
+    return {
+        "perPage": PER_PAGE,
+        "judge": facts.judge,
+        "sides": SIDES,
+        "questions": [visible(question) for question in questions],
+        "prompts": [visible(prompt) for prompt in prompts],
+        "columns": ["id", "side", "why", "question", "prompt", "response", "finish", "score", "scores", "asked"],
+        "rows": [
+            [
+                visible(row["id"]),
+                row["polarity"],
+                "" if row["id"] in kept else _reason(row, facts.judge),
+                questions[row["question"]],
+                prompts[row["prompt"]],
+                visible(row["response"]),
+                visible(str(row["finish_reason"])),
+                row["scores"].get(facts.judge),
+                {visible(name): score for name, score in row["scores"].items() if name != facts.judge},
+                visible(_asked(facts.trait, row)),
+            ]
+            for row in facts.rows
+        ],
+    }
+
+
+def _reason(row: Row, judge: str) -> str:
+    """Why a response that doesn't count doesn't."""
+    if not row["response"].strip():
+        return "empty"
+    return "no score" if row["scores"].get(judge) is None else "wrong side"
+
+
+def _asked(trait: Trait, row: Row) -> str:
+    """The instruction that a response was made under; empty for natural prompts."""
+    if not 0 <= row["instruction_id"] < len(trait.instructions):
+        return ""
+    pair = trait.instructions[row["instruction_id"]]
+    return pair.positive if row["polarity"] == "pos" else pair.negative

