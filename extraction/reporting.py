@@ -51,7 +51,7 @@ def index(job: Job) -> Path:
             link=_link(folder),
         )
         for folder in runs_of(root, experiment)
-        if folder.has_card()
+        if folder.has_card() and "verdict" in folder.read_card()  # not one of an earlier version
     ]
     return write_index(root, experiment, index_page(experiment, entries))
 

@@ -5,6 +5,7 @@ All prompts are without an instruction. What is reported is JSON-ready.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 COEFFICIENTS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 ANSWERS = 24  # of every condition
 SCAN_COEFFICIENTS = (0.25, 0.5, 1.0, 1.5)
-SCAN_QUESTIONS, SCAN_LAYERS = 8, 8
+SCAN_QUESTIONS, SCAN_LAYERS = 12, 8
+WINDOW = 3  # neighbouring layers that are steered together
 SAMPLES = 4  # answers of a condition that are kept as text
 
 
@@ -43,7 +45,7 @@ class Plan:
     @property
     def n_answers(self) -> int:
         """How many answers are made in all, at most."""
-        scan = 1 + 2 * len(SCAN_COEFFICIENTS) * min(len(self.layers), SCAN_LAYERS)
+        scan = 1 + 2 * len(SCAN_COEFFICIENTS) * len(places_of(self.layers))
         n_scanned = len(self.candidates) * scan * min(len(self.choose_on), SCAN_QUESTIONS)
         n_strong = len(strong(self.coefficients))
         return n_scanned + (3 + 2 * len(self.coefficients) + 4 * n_strong) * len(self.report_on) * self.repeats
@@ -52,19 +54,18 @@ class Plan:
 def evaluate(trying: Trying, plan: Plan) -> dict[str, Any]:
     """Choose method and layer on some prompts, sweep the coefficients on the others. JSON-ready.
 
-    The layer that is chosen moves the trait furthest while answers stay coherent. At several layers (the chosen one and
-    its neighbours) each gets its share of the coefficient. Ablation removes the direction at every layer of the plan.
+    The place that is chosen moves the trait furthest while answers stay coherent: a layer, or a few neighbours, each of
+    which gets its share of the coefficient. The other kind of place is tried beside it. Ablation removes the direction
+    at every layer of the plan.
     """
-    method, layer, scan = choose_place(trying, plan)
-    directions = plan.candidates[method]
-    place = plan.layers.index(layer)
-    several = plan.layers[max(place - 1, 0) : place + 2]
+    method, place, scan = choose_place(trying, plan)
+    directions, others = plan.candidates[method], counterpart(place, plan.layers)
     sizes, larger = signed(plan.coefficients), signed(strong(plan.coefficients))
     conditions = [
         UNSTEERED,
-        *(Condition("trait", "add", (layer,), size) for size in sizes),
-        *(Condition("random", "add", (layer,), size) for size in larger),
-        *(Condition("trait", "add", several, size) for size in larger if len(several) > 1),
+        *(Condition("trait", "add", place, size) for size in sizes),
+        *(Condition("random", "add", place, size) for size in larger),
+        *(Condition("trait", "add", others, size) for size in larger if others != place),
         Condition("trait", "ablate", plan.layers),
         Condition("random", "ablate", plan.layers),
     ]
@@ -77,8 +78,7 @@ def evaluate(trying: Trying, plan: Plan) -> dict[str, Any]:
     coherent = {condition: is_coherent(each, figures[UNSTEERED]) for condition, each in figures.items()}
     return {
         "method": method,
-        "layers": [layer],
-        "several_layers": list(several),
+        "layers": list(place),
         "positions": "all",
         "unit": "typical norm of each layer's activations",
         "typical_norm": {str(name): norm for name, norm in directions.norms.items()},
@@ -90,38 +90,59 @@ def evaluate(trying: Trying, plan: Plan) -> dict[str, Any]:
             {**_named(condition), **each, "coherent": coherent[condition], "samples": _samples(answers[condition])}
             for condition, each in figures.items()
         ],
-        **reach(layer, sizes, figures, coherent),
+        **reach(place, sizes, figures, coherent),
     }
 
 
-def choose_place(trying: Trying, plan: Plan) -> tuple[str, int, list[dict[str, Any]]]:
-    """The method and layer to steer at, and what was seen of all.
+def choose_place(trying: Trying, plan: Plan) -> tuple[str, tuple[int, ...], list[dict[str, Any]]]:
+    """The method and the layer, or layers, to steer at, and what was seen of all.
 
     Each is tried at a few coefficients, and counts by how far the trait's rate lies apart between the largest coherent
-    push each way.
+    push each way; of equals, by how likely those answers are.
     """
-    layers = _spread(plan.layers, SCAN_LAYERS)
-    prompts = _spread(plan.choose_on, SCAN_QUESTIONS)
-    sizes = signed(SCAN_COEFFICIENTS)
+    prompts, places, sizes = _spread(plan.choose_on, SCAN_QUESTIONS), places_of(plan.layers), signed(SCAN_COEFFICIENTS)
     scan: list[dict[str, Any]] = []
     for method, directions in plan.candidates.items():
-        pushes = [Condition("trait", "add", (layer,), size) for layer in layers for size in sizes]
+        pushes = [Condition("trait", "add", place, size) for place in places for size in sizes]
         answers = answer_all(trying, prompts, directions, [UNSTEERED, *pushes], 1)
         figures = {key: figures_of(rows, trying.threshold, seed=trying.seed) for key, rows in answers.items()}
         coherent = {key: is_coherent(each, figures[UNSTEERED]) for key, each in figures.items()}
-        scan += [{"method": method, "layer": layer, **_moved(layer, sizes, figures, coherent)} for layer in layers]
-    best = max(scan, key=lambda each: each["moved"])  # the first of equals
-    return best["method"], best["layer"], scan
+        scan += [
+            {"method": method, "layers": list(place), **_moved(place, sizes, figures, coherent)} for place in places
+        ]
+    best = max(scan, key=lambda each: (each["moved"], -each["surprise"]))  # the first of equals
+    return best["method"], tuple(best["layers"]), scan
+
+
+def places_of(layers: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Where a sweep may steer: single layers, and windows of neighbours; of many layers, some evenly spread."""
+    some = _spread(layers, SCAN_LAYERS)
+    singles = [(layer,) for layer in some]
+    windows = [window_of(layer, layers) for layer in some]
+    return [*singles, *dict.fromkeys(window for window in windows if len(window) == WINDOW)]
+
+
+def window_of(layer: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """A layer and its neighbours, as many as there are."""
+    index = layers.index(layer)
+    return layers[max(index - WINDOW // 2, 0) : index + WINDOW // 2 + 1]
+
+
+def counterpart(place: tuple[int, ...], layers: tuple[int, ...]) -> tuple[int, ...]:
+    """What a place is set beside: the window around a single layer, the middle of a window."""
+    return window_of(place[0], layers) if len(place) == 1 else (place[len(place) // 2],)
 
 
 def _moved(
-    layer: int, sizes: Sequence[float], figures: Mapping[Condition, Any], coherent: Mapping[Condition, bool]
+    place: tuple[int, ...], sizes: Sequence[float], figures: Mapping[Condition, Any], coherent: Mapping[Condition, bool]
 ) -> dict[str, Any]:
-    """The largest coherent push each way, and how far apart the trait's rates are there; 0 where one is not known."""
-    largest = largest_coherent(layer, sizes, coherent)
-    rates = {side: _rate("trait", layer, size, figures) for side, size in largest.items()}
-    up, down = rates["positive"], rates["negative"]
-    return {"largest_coherent": largest, "moved": 0.0 if up is None or down is None else up - down}
+    """The largest coherent push each way, how far apart the trait's rates are there, and their answers' surprise."""
+    largest = largest_coherent(place, sizes, coherent)
+    up, down = (_rate("trait", place, largest[side], figures) for side in ("positive", "negative"))
+    pushes = [Condition("trait", "add", place, size) for size in largest.values() if size is not None]
+    surprise = sum(math.log(figures[push]["perplexity"]) for push in pushes)
+    moved = 0.0 if up is None or down is None else up - down
+    return {"largest_coherent": largest, "moved": moved, "surprise": surprise}
 
 
 def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
@@ -174,34 +195,36 @@ def _samples(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 
 def reach(
-    layer: int, sizes: Sequence[float], figures: Mapping[Condition, Any], coherent: Mapping[Condition, bool]
+    place: tuple[int, ...], sizes: Sequence[float], figures: Mapping[Condition, Any], coherent: Mapping[Condition, bool]
 ) -> dict[str, Any]:
     """The largest coefficient each way up to which answers stay coherent, and the trait's rate there.
 
     The coefficient is chosen by coherence, not by the rate that is reported; random directions are read at the same.
     """
-    largest = largest_coherent(layer, sizes, coherent)
-    reached: dict[str, Any] = {side: _rate("trait", layer, size, figures) for side, size in largest.items()}
-    random = {side: _rate("random", layer, size, figures) for side, size in largest.items()}
+    largest = largest_coherent(place, sizes, coherent)
+    reached: dict[str, Any] = {side: _rate("trait", place, size, figures) for side, size in largest.items()}
+    random = {side: _rate("random", place, size, figures) for side, size in largest.items()}
     return {"largest_coherent": largest, "reached": {**reached, "random": random}}
 
 
-def largest_coherent(layer: int, sizes: Sequence[float], coherent: Mapping[Condition, bool]) -> dict[str, float | None]:
+def largest_coherent(
+    place: tuple[int, ...], sizes: Sequence[float], coherent: Mapping[Condition, bool]
+) -> dict[str, float | None]:
     """Each way, the last coefficient before the first whose answers are not coherent; None where that is the first."""
     found: dict[str, float | None] = {"positive": None, "negative": None}
     for side, sign in (("positive", 1), ("negative", -1)):
         for size in sorted((size for size in sizes if size * sign > 0), key=abs):
-            if not coherent[Condition("trait", "add", (layer,), size)]:
+            if not coherent[Condition("trait", "add", place, size)]:
                 break
             found[side] = size
     return found
 
 
-def _rate(direction: str, layer: int, size: float | None, figures: Mapping[Condition, Any]) -> float | None:
+def _rate(direction: str, place: tuple[int, ...], size: float | None, figures: Mapping[Condition, Any]) -> float | None:
     """The rate of a push; a random direction that was not tried at so small a one is read at none."""
     if size is None:
         return None
-    tried = figures.get(Condition(direction, "add", (layer,), size), figures.get(UNSTEERED))
+    tried = figures.get(Condition(direction, "add", place, size), figures.get(UNSTEERED))
     found = None if tried is None else tried["rate"]["value"]
     return None if found is None else float(found)
 

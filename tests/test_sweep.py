@@ -28,7 +28,7 @@ from extraction.steered import (
     is_coherent,
     repetition,
 )
-from extraction.sweep import Plan, choose_place, evaluate, reach
+from extraction.sweep import Plan, choose_place, counterpart, evaluate, places_of, reach
 from tests.runs import contents, make_root, refused, succeed
 from tests.tiny import LAYERS, deviation, shared_model, tiny_tokenizer
 
@@ -163,17 +163,29 @@ def test_an_evaluation_is_whole_and_json_ready_and_reports_on_other_questions_th
     json.dumps(found, allow_nan=False)
     assert asked == [set(WORDS[:3]), set(WORDS[:3]), set(WORDS[3:])]
     assert sum(counted) <= plan.n_answers
-    assert {(each["method"], each["layer"]) for each in found["scan"]} == {
-        (method, layer) for method in ("mean_diff", "probe") for layer in ALL_LAYERS
+    assert {(each["method"], tuple(each["layers"])) for each in found["scan"]} == {
+        (method, place) for method in ("mean_diff", "probe") for place in places_of(ALL_LAYERS)
     }
     labels = {(c["direction"], c["kind"], tuple(c["layers"]), c["coefficient"]) for c in found["conditions"]}
-    several = tuple(found["several_layers"])
+    place, others = tuple(found["layers"]), counterpart(tuple(found["layers"]), ALL_LAYERS)
     assert len(labels) == len(found["conditions"]) == 1 + 3 * 4 + 2
-    assert {size for d, k, layers, size in labels if (d, layers) == ("trait", several)} == {-1.0, -0.5, 0.5, 1.0}
+    assert {size for d, k, layers, size in labels if (d, layers) == ("trait", others)} == {-1.0, -0.5, 0.5, 1.0}
+    assert {size for d, k, layers, size in labels if (d, layers) == ("random", place)} == {-1.0, -0.5, 0.5, 1.0}
     assert {each["n"] for each in found["conditions"]} == {6}
     assert found["conditions"][0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert all(each["kl"] > 1e-6 for each in found["conditions"][1:])
     assert [len(each["samples"]) for each in found["conditions"]] == [3] * len(found["conditions"])
+
+
+def test_places_are_layers_and_windows_of_neighbours():
+    assert places_of((0, 1)) == [(0,), (1,)]
+    assert places_of((4, 6, 8, 9)) == [(4,), (6,), (8,), (9,), (4, 6, 8), (6, 8, 9)]
+    many = places_of(tuple(range(26)))
+    assert [place for place in many if len(place) == 1] == [(i,) for i in (0, 4, 7, 11, 14, 18, 21, 25)]
+    assert (3, 4, 5) in many
+    assert counterpart((4,), tuple(range(6))) == (3, 4, 5)
+    assert counterpart((0,), tuple(range(6))) == (0, 1)
+    assert counterpart((3, 4, 5), tuple(range(6))) == (4,)
 
 
 def test_a_judge_that_says_the_same_of_everything_finds_no_layer_that_moves_it():
@@ -192,12 +204,12 @@ def test_the_largest_coherent_coefficient_is_the_last_before_the_first_that_is_n
     made = {(d, size): Condition(d, "add", (1,), size) for d in ("trait", "random") for size in sizes}
     figures = {condition: {"rate": {"value": condition.coefficient}} for condition in made.values()}
     coherent = {condition: condition.coefficient not in (-0.5, 1.0) for condition in made.values()}
-    assert reach(1, sizes, figures, coherent) == {
+    assert reach((1,), sizes, figures, coherent) == {
         "largest_coherent": {"positive": 0.5, "negative": None},
         "reached": {"positive": 0.5, "negative": None, "random": {"positive": 0.5, "negative": None}},
     }
     coherent[made["trait", -0.5]] = coherent[made["trait", 1.0]] = True
-    found = reach(1, sizes, {**figures, made["random", -2.0]: {"rate": {"value": 0.25}}}, coherent)
+    found = reach((1,), sizes, {**figures, made["random", -2.0]: {"rate": {"value": 0.25}}}, coherent)
     assert found["largest_coherent"] == {"positive": 2.0, "negative": -2.0}
     assert found["reached"] == {"positive": 2.0, "negative": -2.0, "random": {"positive": 2.0, "negative": 0.25}}
 
