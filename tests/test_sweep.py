@@ -169,8 +169,18 @@ def test_an_evaluation_is_whole_and_json_ready_and_reports_on_other_questions_th
     labels = {(c["direction"], c["kind"], tuple(c["layers"]), c["coefficient"]) for c in found["conditions"]}
     place, others = tuple(found["layers"]), counterpart(tuple(found["layers"]), ALL_LAYERS)
     assert len(labels) == len(found["conditions"]) == 1 + 3 * 4 + 2
-    assert {size for d, k, layers, size in labels if (d, layers) == ("trait", others)} == {-1.0, -0.5, 0.5, 1.0}
-    assert {size for d, k, layers, size in labels if (d, layers) == ("random", place)} == {-1.0, -0.5, 0.5, 1.0}
+    assert {size for d, k, layers, size in labels if (d, k, layers) == ("trait", "add", others)} == {
+        -1.0,
+        -0.5,
+        0.5,
+        1.0,
+    }
+    assert {size for d, k, layers, size in labels if (d, k, layers) == ("random", "add", place)} == {
+        -1.0,
+        -0.5,
+        0.5,
+        1.0,
+    }
     assert {each["n"] for each in found["conditions"]} == {6}
     assert found["conditions"][0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert all(each["kl"] > 1e-6 for each in found["conditions"][1:])
@@ -263,7 +273,7 @@ def test_a_look_at_steering_shows_both_ways_and_the_unsteered_answer(pocket_root
         (["--coef", "much"], "write numbers, such as 4 or -1,1"),
         (["--coef", "nan"], "write numbers"),
         (["--layer", "6"], "the last layer is 5"),
-        (["--method", "random"], "no such vectors; it has"),
+        (["--method", "random"], "no vectors of 'random'; it has"),
         (["--positions", "some"], "use one of all, response"),
         (["--coef", "1e38"], "smaller coefficient"),
     ],
