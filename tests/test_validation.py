@@ -500,16 +500,6 @@ def test_the_card_is_the_same_twice_and_in_any_order_of_rows():
     assert first["chosen"]["method"] == "mean_diff"  # the control is never chosen
 
 
-def test_the_number_of_threads_is_left_as_it_was():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        card_of(trait_rows(questions=4, instructions=2), placebos=0)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_natural_prompts_have_one_fold_and_bounds():
     rows = natural_rows(effect=4.0)
     card = card_of(rows, instruction_ids=None, methods=["mean_diff"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +30,7 @@ from extraction.vectors.methods import (
     random,
 )
 from extraction.vectors.sides import check_sides
+from tests.runs import environment
 
 FITTED = ("probe", "pca", "ica", "gradient")  # those that look at the spread of rows
 
@@ -391,3 +395,26 @@ def test_normalised_has_unit_norm_and_refuses_zero():
     torch.testing.assert_close(normalised(raw), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="row 1"):
         normalised(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+
+
+# --- threads
+
+
+def test_methods_and_cards_run_on_several_threads_and_leave_them():
+    """In a process of its own: torch 2.13 on two threads never comes back from a batch of LU decompositions."""
+    code = """
+import torch
+torch.set_num_threads(2)
+from extraction.vectors.methods import METHODS
+from extraction.vectors.validation import build_card
+rows = torch.randn(200, 6, 193, generator=torch.Generator().manual_seed(0))
+for method in METHODS.values():
+    method(rows[:100], 1 + rows[100:], seed=0)
+sides, questions = [True] * 100 + [False] * 100, [row % 20 for row in range(200)]
+build_card(rows, sides, questions, layers=range(6), seed=0, placebos=0, bootstraps=10)
+print(torch.get_num_threads())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True, timeout=120
+    )
+    assert (result.stdout, result.stderr) == ("2\n", "")

@@ -8,7 +8,8 @@ own span: R coordinates instead of D, which is what makes 200 rows of a 2304-wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -86,10 +87,27 @@ def by_layers(fit: Callable[[Sides], Tensor], positive_NLD: Tensor, negative_MLD
     n, (n_layers, hidden_size) = len(positive_NLD) + len(negative_MLD), positive_NLD.shape[1:]
     step = max(1, CHUNK_BYTES // (8 * 4 * n * (hidden_size + min(n, hidden_size))))
     done = []
-    for start in range(0, n_layers, step):
-        sides = span(positive_NLD[:, start : start + step], negative_MLD[:, start : start + step])
-        done.append(sides.to_hidden(fit(sides)).float())
+    with one_thread():
+        for start in range(0, n_layers, step):
+            sides = span(positive_NLD[:, start : start + step], negative_MLD[:, start : start + step])
+            done.append(sides.to_hidden(fit(sides)).float())
     return torch.cat(done)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Decompositions of small matrices on one processor thread; the number is put back afterwards.
+
+    More threads mostly wait for one another there (30 times as long was measured); and once `torch.set_num_threads`
+    has been called, torch 2.13 with oneMKL hangs in LU and SVD of a batch ("Parameter 6 was incorrect on entry to
+    DLASWP").
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_sides(

@@ -8,8 +8,7 @@ intervals in `bootstrap`, what must be beaten in `controls`, the words in `verdi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from extraction.vectors.controls import best, cheap, placebo, random_draws, spli
 from extraction.vectors.figures import auroc, top_1_percent, wrong_side
 from extraction.vectors.methods import CONTROL, DEFAULT_METHODS, find_method
 from extraction.vectors.reading import by_methods, held_out_scores
-from extraction.vectors.sides import check_finite, check_sides
+from extraction.vectors.sides import check_finite, check_sides, one_thread
 from extraction.vectors.splits import Rows, Split, split_rows
 from extraction.vectors.verdict import verdict
 
@@ -66,23 +65,12 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
     rows = Rows(activations_nLD, positive_n, tuple(question_ids), instructions)
     _check_rows(rows, layers, example_ids, stripped_nLD)
     counts = {"placebos": placebos, "random_draws": random_draws, "bootstraps": bootstraps}
-    with _one_thread():
+    with one_thread():
         card = _card(rows, layers, methods, stripped_nLD, counts, seed)
     card["token_0"] = None if token_0_ratio_L is None else {"ratio": [float(ratio) for ratio in token_0_ratio_L]}
     if facts is not None:
         card["judge"] = dict(facts)
     return {**card, "verdict": verdict(card)}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Thousands of small matrices: more threads than one would mostly wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- the work -------------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def _stability(card: Card, _: Steering) -> Iterator[Finding]:
 
 
 def _by_fold(card: Card, _: Steering) -> Iterator[Finding]:
-    areas = [area for area in card["chosen"]["test_auroc_by_fold"] if area is not None]
+    areas = [area for area in card["chosen"].get("test_auroc_by_fold", ()) if area is not None]
     if areas and min(areas) <= CHANCE:
         yield (
             "weak",
