@@ -1,4 +1,4 @@
-"""`python -m benchmarks [peers|capture|memory|all]`: measure, and write JSON, a page and pictures."""
+"""`python -m benchmarks [peers|capture|memory|validation|all]`: measure, and write JSON, a page and pictures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 import click
 
 SHAPES = ("tiny", "pocket", "15m", "135m")
+UNDRAWN = ("validation",)  # its table says it all
 BUSY = 0.5  # cores that others use
+CARD_SHAPES = ("pocket", "2b")
+N_TRAITS = 11  # as many as are shipped
 MEMORY_COUNTS = (2_000, 20_000)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("what", type=click.Choice(["peers", "capture", "memory", "all"]), default="all")
+@click.argument("what", type=click.Choice(["peers", "capture", "memory", "validation", "all"]), default="all")
 @click.option("--shape", "shapes", multiple=True, default=("pocket",), type=click.Choice(SHAPES), show_default=True,
               help="Model; may be given several times.")  # fmt: skip
 @click.option("--threads", default=2, type=click.IntRange(1), show_default=True, help="Processor threads.")
@@ -40,7 +43,7 @@ def main(
     scouts: int,
     out: Path,
 ) -> None:
-    """Measure the engine beside its peers, what capture costs, and how memory grows."""
+    """Measure the engine beside its peers, what capture costs, how memory grows, and what a card costs."""
     _quiet(threads)
     load = busy_cores()
     if load > BUSY:
@@ -65,6 +68,11 @@ def main(
 
         _say("memory")
         _write("memory", "memory", memory_growth(counts=MEMORY_COUNTS, threads=threads, say=_say), load, threads, out)
+    if what in ("validation", "all"):
+        from benchmarks.validation import card_cost
+
+        _say("validation")
+        _write("validation", "validation", card_cost(CARD_SHAPES, n_traits=N_TRAITS, say=_say), load, threads, out)
 
 
 def busy_cores() -> float:
@@ -89,7 +97,9 @@ def _write(kind: str, name: str, found: dict[str, Any], load: float, threads: in
 
     result = {"kind": kind, "machine": {**describe(threads), "load_before": load}, **found}
     out.mkdir(parents=True, exist_ok=True)
-    if importlib.util.find_spec("matplotlib"):
+    if kind in UNDRAWN:
+        pass
+    elif importlib.util.find_spec("matplotlib"):
         from benchmarks.figures import draw
 
         draw(result, out / f"{name}.png")

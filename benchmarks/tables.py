@@ -113,5 +113,28 @@ def memory_table(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"peers": peers_table, "capture": capture_table, "memory": memory_table}
-TITLES = {"peers": "Tokens per second by peer", "capture": "Cost of capture", "memory": "Peak memory"}
+def validation_table(result: dict[str, Any]) -> str:
+    """What a card takes, by shape."""
+    rows = [
+        [
+            f"{shape}: {found['layers']} layers of {found['hidden']}, {found['rows']} rows",
+            str(found["traits"]),
+            f"{found['seconds'] / found['traits']:.1f}",
+            f"{found['seconds']:.1f}",
+        ]
+        for shape, found in result["shapes"].items()
+    ]
+    return (
+        "## What a card costs\n\nFive methods with their folds, intervals over questions, halves, random directions "
+        "and shuffled labels, on one thread; synthetic rows with a planted trait.\n\n"
+        f"{table(['', 'traits', 'seconds a trait', 'seconds'], rows)}"
+    )
+
+
+TABLES = {"peers": peers_table, "capture": capture_table, "memory": memory_table, "validation": validation_table}
+TITLES = {
+    "peers": "Tokens per second by peer",
+    "capture": "Cost of capture",
+    "memory": "Peak memory",
+    "validation": "Cost of a card",
+}

@@ -13,11 +13,11 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from extraction.errors import StoreError
 
@@ -199,6 +199,53 @@ def read_document(path: Path, remedy: str = REMAKE) -> dict[str, Any]:
 def _sealed(body: Mapping[str, Any]) -> bytes:
     assert "seal" not in body
     return (to_json({**body, "seal": digest(body)}, indent=2, sort_keys=True) + "\n").encode()
+
+
+# Logs
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a log, a sealed line each, and wait until the disk has them. A torn last line is cut off first."""
+    with refusing_nan(path):
+        data = b"".join(f"{to_json({**row, 'seal': _line_seal(row)})}\n".encode() for row in rows)
+    with reporting(path, "write"):
+        is_new = not path.exists()
+        handle = os.open(path, os.O_RDWR | _NEW_FILE, 0o666)
+        with os.fdopen(handle, "r+b", buffering=0) as file:
+            _seek_last_line(file)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folder(path.parent)
+
+
+def _seek_last_line(file: BinaryIO) -> None:
+    """To the end of a log; behind its last whole line where a kill has torn the next."""
+    end = file.seek(0, os.SEEK_END)
+    if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
+        file.seek(0)
+        end = file.read().rfind(b"\n") + 1
+        file.truncate(end)
+    file.seek(end)
+
+
+def read_lines(path: Path) -> list[dict[str, Any] | None]:
+    """A log's rows in order, None for a line that is not as it was written. A torn last line is not there."""
+    return [_line(line) for line in read_bytes(path).split(b"\n")[:-1]] if path.exists() else []
+
+
+def _line(data: bytes) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(data)
+        return row if row.pop("seal") == _line_seal(row) else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _line_seal(row: Mapping[str, Any]) -> str:
+    return digest(json.loads(to_json(row)))[:16]
 
 
 # Payloads

@@ -13,24 +13,32 @@ from extraction.options import (
     CAPTURE,
     CHECK,
     DEVICE,
+    EVIDENCE,
     GENERATION,
     INPUTS,
+    JUDGE,
+    LOOK,
+    PAGE,
     RUN,
     SETTINGS,
     STORED,
+    THREADS,
     VECTORS,
     How,
+    checks_of,
     command,
     how_of,
     job_of,
+    look_of,
     main,
-    options,
     prepare,
     show,
     stored_jobs,
+    take,
     wanted_of,
 )
-from extraction.terminal import Command, Terminal, one_line
+from extraction.schema import one_line
+from extraction.terminal import Command, Terminal
 
 if TYPE_CHECKING:
     from extraction.jobs import Job
@@ -90,39 +98,55 @@ def vectors_command(**given: Any) -> None:
     show(summary.of_vectors(jobs, n_written))
 
 
-@command("validate", INPUTS, VECTORS, STORED)
+@command("validate", INPUTS, VECTORS, STORED, EVIDENCE, BATCH, DEVICE, THREADS)
 def validate_command(**given: Any) -> None:
-    """Stage 4: what each method and layer is worth on questions that it has not seen."""
-    wanted = wanted_of(given)
-    jobs = stored_jobs(given)
+    """Stage 4: what each method and layer is worth on questions that it has not seen, and whether it steers."""
+    wanted, checks, (threads,) = wanted_of(given), checks_of(given), take(given, "threads")
+    jobs = stored_jobs(given, loads_model=not checks.quick)
     from extraction import stages, summary
+    from extraction.runners import Engine
 
-    n_written = sum(stages.validate(job, wanted, Terminal()) for job in jobs)
+    prepare(threads)
+    engine, n_written = Engine(jobs[0]), 0
+    for job in jobs:
+        engine, n_new = stages.validate(job, wanted, checks, Terminal(), engine)
+        n_written += n_new
     show(summary.of_cards(jobs, n_written))
 
 
-@command("extract", INPUTS, GENERATION, CAPTURE, BATCH, VECTORS, DEVICE, CHECK, RUN)
+@command("extract", INPUTS, GENERATION, CAPTURE, BATCH, VECTORS, EVIDENCE, DEVICE, CHECK, RUN)
 def extract_command(**given: Any) -> None:
     """The whole job: responses, activations, vectors and what they are worth."""
-    how, wanted = how_of(given), wanted_of(given, takes_layers=False)
+    how, wanted, checks = how_of(given), wanted_of(given, takes_layers=False), checks_of(given)
     job = job_of(given)
     if how.dry_run:
         return _print_plans([job], "batched", how)
     from extraction import stages, summary
 
     prepare(how.threads)
-    engine, n_new = stages.extract(job, wanted, Terminal())
+    engine, n_new = stages.extract(job, wanted, checks, Terminal())
     if job.is_whole:
         show(summary.of_job(job, engine, n_new, how.seconds, how.gpu_price))
     else:
         show(summary.of_generation([job], engine, how.seconds, how.gpu_price))
 
 
-@main.command("report", cls=Command, context_settings=SETTINGS)
-@options(INPUTS)
-@click.option("--judge", metavar="NAME", help="auto, lexical or none; default: the run's.")
-@click.option("--threshold", metavar="X", help="Where the judge divides; default: the run's.")
-@click.option("--open", "opens", is_flag=True, help="Show it in the browser.")
+@command("steer", INPUTS, LOOK, DEVICE, THREADS)
+def steer_command(**given: Any) -> None:
+    """A look at steering: answers to PROMPT with a trait's vector added, beside the unsteered one."""
+    look, (threads,) = look_of(given), take(given, "threads")
+    jobs = stored_jobs(given, loads_model=True)
+    from extraction import preview, summary
+    from extraction.runners import Engine
+
+    prepare(threads)
+    for job in jobs:
+        engine, trait = Engine(job), job.traits[0]
+        place = preview.place_of(job.folder(trait), look, int(job.model_config.num_hidden_layers))
+        show(summary.of_look(job, place, preview.look_at(engine, trait, place, look)))
+
+
+@command("report", INPUTS, JUDGE, PAGE)
 def report_command(opens: bool, **given: Any) -> None:
     """A page for each trait: what its vector is worth, what steering does, every response; and an index of them."""
     jobs = stored_jobs(given)
@@ -167,6 +191,59 @@ def traits_command(root: str | None) -> None:
     folder = find_root(root)
     for name in list_traits(folder):
         click.echo(f"{name}\n    {one_line(load_trait(name, folder).description)}")
+
+
+@main.command("export", cls=Command, context_settings=SETTINGS)
+@click.option("--experiment", metavar="NAME", help="Whose run; 'imported' for vectors of `traitline import`.")
+@click.option("--trait", required=True, metavar="NAME", help="Which of its traits.")
+@click.option("--method", default="mean_diff", show_default=True, metavar="NAME", help="Which of its vectors.")
+@click.option(
+    "--to",
+    metavar="FORMAT",
+    help="gguf, repeng, persona_vectors, assistant_axis, steering_vectors, numpy, traitline.",
+)
+@click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all of the vector.")
+@click.option(
+    "--normalise",
+    type=click.Choice(["unit", "typical-norm"]),
+    help="Length 1, or that of the activations of each layer.",
+)
+@click.option("--scale", type=float, default=1.0, show_default=True, metavar="X", help="Times this, at the end.")
+@click.option("--model", metavar="NAME", help="For forms that ask about the model; default: the run's.")
+@click.option("--trait-json", is_flag=True, help="Write the trait itself, as a persona_vectors trait.")
+@click.option("--output", metavar="FILE", help="Where to; default: a name made of trait and method, here.")
+@click.option("--force", is_flag=True, help="Replace another file.")
+@click.option("--root", metavar="DIR", help="Where configs/ and experiments/ are; default: here, or the checkout.")
+def export_command(**given: Any) -> None:
+    """Write a vector for other programs, or a trait (--trait-json). See docs/exchange.md."""
+    from extraction.exchange.trait_transfer import export_trait
+    from extraction.exchange.transfer import Wanted, export_vectors
+
+    as_trait, experiment = take(given, "trait_json", "experiment")
+    where = {key: given.pop(key) for key in ("root", "output", "force")}
+    if experiment is None if given["to"] is not None else not as_trait:
+        raise click.UsageError("give --experiment and --to for a vector, or --trait-json for the trait")
+    if as_trait and given["to"] is not None and where["output"] is not None:
+        raise click.UsageError("--output names one file; give --to and --trait-json one at a time")
+    if given["to"] is not None:
+        show(map(one_line, export_vectors(Wanted(experiment, **given), **where)))
+    if as_trait:
+        show(map(one_line, export_trait(given["trait"], **where)))
+
+
+@main.command("import", cls=Command, context_settings=SETTINGS)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path())
+@click.option("--as", "name", required=True, metavar="NAME", help="What the vector or the trait is called here.")
+@click.option("--format", metavar="FORMAT", help="Default: by the content. See docs/exchange.md for all of them.")
+@click.option("--base", type=click.IntRange(0), metavar="N", help="The number that the file gives to decoder block 0.")
+@click.option("--model", metavar="NAME", help="Of which model the vector is.")
+@click.option("--force", is_flag=True, help="Replace what is there under this name.")
+@click.option("--root", metavar="DIR", help="Where configs/ and experiments/ are; default: here, or the checkout.")
+def import_command(files: tuple[str, ...], **given: Any) -> None:
+    """Read a vector, or a trait (one file, two sides, or a folder of them), of another program."""
+    from extraction.exchange.incoming import import_files
+
+    show(map(one_line, import_files(files, **given)))
 
 
 def _make_responses(mode: str, given: dict[str, Any]) -> None:

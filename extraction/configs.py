@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from extraction.errors import ConfigError
 from extraction.schema import (
@@ -30,6 +31,7 @@ from extraction.schema import (
 
 PACKAGE = Path(__file__).resolve().parent
 SITES = ("residual", "attention", "mlp", "residual_mid")
+JUDGE_NAMES = ("auto", "lexical", "none", "local", "openai")
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_last", "all")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -280,7 +282,12 @@ class Experiment:
     generation: GenerationSpec = GenerationSpec()
     capture: CaptureSpec = CaptureSpec()
     judge: str = "auto"
+    judge_model: str | None = None
+    judge_url: str | None = None
+    judge_concurrency: int = 8
+    judge_price: tuple[float, float] | None = None  # per million tokens, in and out
     threshold: float = 50.0
+    coherence_threshold: float = 50.0
     batch_size: int | str = "auto"
     shard_size: int = 100
     instruction_as: str = "auto"
@@ -311,6 +318,33 @@ def _not_empty(rule: Rule) -> Rule:
     return check
 
 
+def _optional(rule: Rule) -> Rule:
+    """Nothing, or what the rule says."""
+    return lambda value, place: None if value is None else rule(value, place)
+
+
+def _address(value: Any, place: Place) -> str:
+    """An http or https address. One that may hold a secret is not shown."""
+    try:
+        parts = urlsplit(text(value, place))
+        secret = bool(parts.username or parts.password or parts.query or parts.fragment or "@" in value)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        secret, sound = "@" in value, False
+    if secret:
+        raise place.fail("holds more than an address; leave out user, password and query: a key goes in OPENAI_API_KEY")
+    if not sound or not re.fullmatch(r"[!-~]+", value):
+        raise place.fail(f"{show(value)} is not an http or https address; write it as http://localhost:8000/v1")
+    return str(value)
+
+
+def _prices(value: Any, place: Place) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise place.fail(f"{show(value)} is not two prices; give those of a million tokens in and out, as 0.15,0.60")
+    low, high = (number(0, 1_000_000)(price, place) for price in value)
+    return low, high
+
+
 def _trait_names(value: Any, place: Place) -> tuple[str, ...]:
     return distinct_names(items(text)(value, place), f"{place}: trait", place.error)
 
@@ -335,8 +369,13 @@ _EXPERIMENT: dict[str, Rule] = {
     "seed": whole(0),
     "generation": section(_GENERATION),
     "capture": section(_CAPTURE),
-    "judge": choice("auto", "lexical", "none"),
+    "judge": choice(*JUDGE_NAMES),
+    "judge_model": _optional(text),
+    "judge_url": _optional(_address),
+    "judge_concurrency": whole(1, 1000),
+    "judge_price": _optional(_prices),
     "threshold": number(0, 100),
+    "coherence_threshold": number(0, 100),
     "batch_size": _batch_size,
     "shard_size": whole(1, 1_000_000),
     "instruction_as": choice("auto", "system", "user"),

@@ -3,7 +3,8 @@
     TraitlineError
     |-- ConfigError        an experiment, a model file or an option is wrong
     |   |-- TraitError     a trait or a prompt file is wrong
-    |   `-- MissingPackage an optional package is not installed
+    |   |-- MissingPackage an optional package is not installed
+    |   `-- VectorError    a file of vectors is wrong, or two directions don't fit
     |-- ModelError         the model can't be loaded, or can't do what is asked
     |   |-- PromptError    one prompt can't be encoded for this model
     |   `-- ActivationError  an activation is NaN or Inf
@@ -29,6 +30,10 @@ class TraitError(ConfigError):
 
 class MissingPackage(ConfigError):
     """What is asked for needs a package that is not installed; names the extra that brings it."""
+
+
+class VectorError(ConfigError):
+    """A file of vectors can't be read or written, or two directions don't fit each other."""
 
 
 class ModelError(TraitlineError):

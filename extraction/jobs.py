@@ -19,7 +19,7 @@ from extraction.configs import (
     resolve_model,
 )
 from extraction.errors import ConfigError, StoreError
-from extraction.judges import resolve_judge
+from extraction.judges import check_judge, judge_access, resolve_judge
 from extraction.records import Example, Prompt, Trait
 from extraction.schema import show_path
 from extraction.store import RunFolder, run_folder
@@ -150,7 +150,9 @@ def plan(
     loaded = tuple(load_trait(name, folder) for name in names)
     said = tuple(note for trait in loaded for note in trait_notes(trait, settings.n_examples))
     for trait in loaded:
-        resolve_judge(settings.judge, trait)
+        check_judge(settings, trait, folder)
+        if resolve_judge(settings.judge, trait) == "openai":
+            judge_access(settings)
     return Job(
         root=folder,
         experiment=settings,
@@ -217,7 +219,7 @@ def _stored_job(
     model = stored["model"]
     fields = {key: value for key, value in stored.items() if key != "trait"} | {"model": model["name"]}
     settings = experiment_from_dict(fields, show_path(folder.config_path), given)
-    resolve_judge(settings.judge, trait)
+    check_judge(settings, trait, root)
     model_options = {key: model[key] for key in PINNED_MODEL_OPTIONS} | model_options
     if not loads_model and "model" not in given:
         spec = ModelSpec(model["name"], model["source"], **{key: model[key] for key in PINNED_MODEL_OPTIONS})

@@ -58,16 +58,21 @@ class LanguageModel:
 
     def last_logits(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
         """One forward pass; the logits of the last position alone: [B, V]."""
-        if self.keeps_last_logits:
-            inputs["logits_to_keep"] = self._last_position(input_ids_BT)
-        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, **inputs).logits
-        return logits_BTV[:, -1]
+        return self.logits(input_ids_BT, 1, **inputs)[:, -1]
 
-    def _last_position(self, input_ids_BT: Tensor) -> int | Tensor:
+    def logits(self, input_ids_BT: Tensor, n_last: int, **inputs: Any) -> Tensor:
+        """One forward pass; the logits of the last `n_last` positions: [B, n_last, V]. Pads without a mask go right."""
+        if self.keeps_last_logits:
+            inputs["logits_to_keep"] = self._last_positions(input_ids_BT, n_last)
+        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, **inputs).logits
+        return logits_BTV[:, -n_last:]
+
+    def _last_positions(self, input_ids_BT: Tensor, n_last: int) -> int | Tensor:
         # Layers that share keys and values (Gemma-4) cut the prompt itself when told a number, not when told an index.
         if getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 0):
-            return torch.tensor([input_ids_BT.shape[1] - 1], device=input_ids_BT.device)
-        return 1
+            width = input_ids_BT.shape[1]
+            return torch.arange(width - n_last, width, device=input_ids_BT.device)
+        return n_last
 
     def hidden_states(self, input_ids_BT: Tensor) -> None:
         """One pass through the decoder without the head, for its hooks alone; no mask, so pads must be on the right."""

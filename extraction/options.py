@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from extraction import __version__
-from extraction.terminal import Command, Group, one_line
+from extraction.schema import one_line
+from extraction.terminal import Command, Group
 
 if TYPE_CHECKING:
     from extraction.jobs import Job
-    from extraction.stages import Vectors
+    from extraction.preview import Look
+    from extraction.stages import Checks, Vectors
 
 SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -43,6 +46,21 @@ INPUTS: tuple[Decorator, ...] = (
     ),
     click.option("--root", metavar="DIR", help="Where configs/ and experiments/ are; default: here, or the checkout."),
 )
+JUDGE: tuple[Decorator, ...] = (
+    click.option("--judge", metavar="NAME", help="auto, lexical, none, local or openai."),
+    click.option(
+        "--judge-model", metavar="NAME", help="Who judges: as --model for local; the server's name for openai."
+    ),
+    click.option("--judge-url", metavar="URL", help="Any OpenAI-compatible server; default: OpenAI's."),
+    click.option("--judge-concurrency", metavar="N", help="Calls at a time; default: 8."),
+    click.option("--judge-price", metavar="IN,OUT", help="Of a million tokens, for the estimate."),
+    click.option(
+        "--threshold", metavar="X", help="A positive response is kept at this score or above, a negative one below."
+    ),
+    click.option(
+        "--coherence-threshold", metavar="X", help="Kept at this coherence or above, where the judge rates it."
+    ),
+)
 GENERATION: tuple[Decorator, ...] = (
     click.option("--n-examples", metavar="N", help="Examples of each polarity."),
     click.option("--max-new-tokens", metavar="N", help="Longest response."),
@@ -50,10 +68,7 @@ GENERATION: tuple[Decorator, ...] = (
     click.option("--top-k", metavar="N", help="Sample among the N likeliest tokens; 0: all."),
     click.option("--top-p", metavar="X", help="Sample within this probability mass; 1: all."),
     click.option("--seed", metavar="N", help="Another seed gives other responses."),
-    click.option("--judge", metavar="NAME", help="auto, lexical or none."),
-    click.option(
-        "--threshold", metavar="X", help="A positive response is kept at this score or above, a negative one below."
-    ),
+    *JUDGE,
     click.option(
         "--instruction-as", metavar="ROLE", help="system, user, or auto: system where the chat template has it."
     ),
@@ -85,11 +100,14 @@ CHECK: tuple[Decorator, ...] = (
         help="Compare N examples alone and in a batch first.",
     ),
 )
+THREADS: tuple[Decorator, ...] = (
+    click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Processor threads."),
+)
 RUN: tuple[Decorator, ...] = (
     click.option(
         "--slice", "slice_text", metavar="K/N", default="1/1", help="Do every N-th shard, from the K-th: for clusters."
     ),
-    click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Processor threads."),
+    *THREADS,
     click.option("--dry-run", is_flag=True, help="Print the plan and the forecast, and stop."),
     click.option(
         "--gpu-price", metavar="X", type=click.FloatRange(0), help="Price of the machine per hour, for the forecast."
@@ -106,10 +124,45 @@ VECTORS: tuple[Decorator, ...] = (
     click.option("--site", metavar="SITE", help="Which site's activations; default: the first captured."),
     click.option("--pooling", metavar="POOLING", help="Which pooling; default: the first captured."),
 )
+EVIDENCE: tuple[Decorator, ...] = (
+    click.option(
+        "--quick", is_flag=True, help="Judge the vectors by stored activations alone: no steering, no model loaded."
+    ),
+    click.option(
+        "--answers",
+        metavar="N",
+        type=click.IntRange(1, 10_000),
+        default=24,
+        show_default=True,
+        help="Steered answers for every coefficient.",
+    ),
+)
+LOOK: tuple[Decorator, ...] = (
+    click.argument("prompts", nargs=-1, required=True, metavar="PROMPT..."),
+    click.option(
+        "--coef",
+        "coefficients",
+        metavar="X,Y",
+        default="-1,1",
+        show_default=True,
+        help="How far to steer, in typical norms of the layer's activations.",
+    ),
+    click.option("--layer", metavar="L", default="auto", show_default=True, help="auto, 16, 10-12 or 3,5."),
+    click.option("--method", metavar="NAME", help="Whose vector; default: the one that steered best."),
+    click.option("--vector", metavar="FILE", help="Another vector, in any format that `traitline import` takes."),
+    click.option("--positions", metavar="P", default="all", show_default=True, help="all tokens, or the response's."),
+    click.option("--ablate", is_flag=True, help="Also with the direction removed at every layer."),
+    click.option("--system", metavar="TEXT", help="A system prompt; default: none."),
+    click.option("--max-new-tokens", metavar="N", help="Longest response; default: the run's."),
+    click.option("--temperature", metavar="X", help="0 is greedy; default: the run's."),
+    click.option("--seed", metavar="N", help="Another seed gives other responses; default: the run's."),
+)
+PAGE: tuple[Decorator, ...] = (
+    click.option("--open", "opens", is_flag=True, help="Show it in the browser: one trait's page, else the index."),
+)
 STORED: tuple[Decorator, ...] = (
     click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all captured."),
-    click.option("--judge", metavar="NAME", help="auto, lexical or none; default: the run's."),
-    click.option("--threshold", metavar="X", help="Where the judge divides; default: the run's."),
+    *JUDGE,
 )
 
 
@@ -183,15 +236,45 @@ def wanted_of(given: dict[str, Any], *, takes_layers: bool = True) -> Vectors:
     return Vectors(methods=listed(methods), layers=layers, site=site, pooling=pooling)
 
 
+def checks_of(given: dict[str, Any]) -> Checks:
+    """How much stage 4 is asked for."""
+    from extraction.stages import Checks
+
+    quick, answers = take(given, "quick", "answers")
+    return Checks(quick, answers)
+
+
+def look_of(given: dict[str, Any]) -> Look:
+    """What to try, of `steer`'s options."""
+    from extraction.preview import Look
+
+    prompts, text, layer, method = take(given, "prompts", "coefficients", "layer", "method")
+    positions, ablate, system, vector = take(given, "positions", "ablate", "system", "vector")
+    chosen = None if layer == "auto" else layer
+    return Look(tuple(prompts), _numbers(text), method, chosen, system, ablate, positions, vector)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Finite numbers of a comma list."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise click.BadParameter(f"{text!r}: write numbers, such as 4 or -1,1", param_hint="--coef")
+    return numbers
+
+
 def listed(text: str | None) -> tuple[str, ...] | None:
     """A comma list's parts."""
     return None if text is None else tuple(part.strip() for part in text.split(","))
 
 
 LISTS = ("sites", "poolings")
-NUMBERS: dict[str, Callable[[str], int | float]] = {
-    **dict.fromkeys(("n_examples", "max_new_tokens", "top_k", "seed", "shard_size"), int),
-    **dict.fromkeys(("temperature", "top_p", "threshold"), float),
+NUMBERS: dict[str, Callable[[str], int | float | list[float]]] = {
+    **dict.fromkeys(("n_examples", "max_new_tokens", "top_k", "seed", "shard_size", "judge_concurrency"), int),
+    **dict.fromkeys(("temperature", "top_p", "threshold", "coherence_threshold"), float),
+    "judge_price": lambda text: [float(price) for price in text.split(",")],
 }
 
 

@@ -10,11 +10,12 @@ from extraction import __version__
 from extraction.atomic import read_receipt
 from extraction.errors import StoreError
 from extraction.jobs import Job
+from extraction.judging import kept_of
 from extraction.records import POLARITIES, Trait
 from extraction.report.facts import Facts
 from extraction.schema import show_path
 from extraction.shelf import runs_of, write_index
-from extraction.stages import kept_of, sources_of
+from extraction.stages import sources_of
 from extraction.store import EXECUTION_FIELDS, RunFolder, fingerprint
 
 

@@ -256,7 +256,13 @@ def _policy(engine: Engine) -> str:
 
 
 def _write_activations(
-    engine: Engine, folder: RunFolder, index: int, kept: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
+    engine: Engine,
+    folder: RunFolder,
+    index: int,
+    kept: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping[str, Any],
+    *,
+    stage: str = "activations",
 ) -> None:
     """Rows of every pooling, in the examples' order, in the capture's dtype."""
     tensors: dict[str, Tensor] = {}
@@ -266,7 +272,7 @@ def _write_activations(
             tensors.update({f"{name}/{i}": rows for i, rows in stored.items()})
         else:
             tensors[name] = _stacked(engine, list(stored.values()))
-    folder.write_activations_shard(index, list(kept), tensors, meta)
+    folder.write_activations_shard(index, list(kept), tensors, meta, stage=stage)
 
 
 def _stored(engine: Engine, hidden_LD: Tensor, place: str) -> Tensor:
@@ -292,12 +298,20 @@ def _stacked(engine: Engine, rows_LD: Sequence[Tensor]) -> Tensor:
     )
 
 
-def capture_shard(engine: Engine, folder: RunFolder, index: int, listener: Listener) -> None:
-    """Activations of one shard's stored responses, from their token ids; empty responses have none."""
+def capture_shard(
+    engine: Engine, folder: RunFolder, index: int, listener: Listener, *, stripped: Sequence[Prompt] | None = None
+) -> None:
+    """Activations of one shard's stored responses, from their token ids; empty responses have none.
+
+    `stripped`: the shard's prompts without the instruction, to be read in the place of the stored ones.
+    """
     from extraction.utils_batch import teacher_force
 
     rows = [row for row in folder.read_responses_shard(index) if row["token_ids"]]
-    texts = [(row["id"], row["prompt_token_ids"], row["token_ids"]) for row in rows]
+    prompts = {row["id"]: row["prompt_token_ids"] for row in rows}
+    if stripped is not None:
+        prompts = {prompt.example.id: prompt.token_ids for prompt in stripped}
+    texts = [(row["id"], prompts[row["id"]], row["token_ids"]) for row in rows]
     done: dict[str, Completion] = {}
 
     def run(batch_size: int) -> None:
@@ -311,4 +325,6 @@ def capture_shard(engine: Engine, folder: RunFolder, index: int, listener: Liste
     batch_size = _halving(run, asked, engine, listener, lambda: listener.advance(-len(done), 0))
     engine.note_work(done.values(), batch_size, time.perf_counter() - started)
     kept = {row["id"]: done[row["id"]].activations for row in rows}
-    _write_activations(engine, folder, index, kept, {**_meta(engine, batch_size), "captured": "from stored ids"})
+    how = "from stored ids" if stripped is None else "from stored ids, without the instruction"
+    stage = "activations" if stripped is None else "stripped"
+    _write_activations(engine, folder, index, kept, {**_meta(engine, batch_size), "captured": how}, stage=stage)

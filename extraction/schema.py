@@ -42,6 +42,12 @@ def show_path(path: str | os.PathLike[str]) -> str:
     return text if text.isprintable() and len(text) <= 300 else show(text)
 
 
+def one_line(said: object) -> str:
+    """Text for a terminal: ANSI and other control characters of a name or a path are shown, not obeyed."""
+    text = " ".join(str(said).split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def suggest(value: object, known: Iterable[str]) -> str:
     """`did you mean 'x'?`, or the known values where none is near."""
     names = sorted(known)
@@ -67,7 +73,8 @@ class Place:
             return "--" + next((key for key in reversed(self.keys) if isinstance(key, str)), "").replace("_", "-")
         outward = (self.keys[:n] for n in range(len(self.keys), -1, -1))
         line = next((self.lines[keys] for keys in outward if keys in self.lines), 1)
-        return f"{self.source}:{line}" + (f": '{'.'.join(map(str, self.keys))}'" if self.keys else "")
+        where = f"{self.source}:{line}" if self.lines else self.source
+        return where + (f": '{'.'.join(map(str, self.keys))}'" if self.keys else "")
 
     def fail(self, problem: str) -> ConfigError:
         """The error to raise: the place, then the problem with its remedy."""
@@ -125,6 +132,11 @@ def read_document(path: str | os.PathLike[str], error: type[ConfigError] = Confi
     source = show_path(path)
     with open_input(path, MAX_YAML_BYTES, error) as file:
         raw = file.read(MAX_YAML_BYTES + 1)
+    return parse_document(raw, source, error)
+
+
+def parse_document(raw: bytes, source: str, error: type[ConfigError] = ConfigError) -> Document:
+    """The document that these bytes are; `source` is what messages call it."""
     if len(raw) > MAX_YAML_BYTES:
         raise error(f"{source}: more than {MAX_YAML_BYTES} bytes; split the file")
     text = decode_utf8(raw, 0, source, error).removeprefix("\ufeff")

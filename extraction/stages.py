@@ -16,9 +16,17 @@ from typing import TYPE_CHECKING, Any
 from extraction.atomic import digest
 from extraction.configs import parse_layers
 from extraction.errors import ConfigError, StoreError, TraitError
+from extraction.evidence import (
+    SWEEP_FORM,
+    Material,
+    capture_stripped,
+    first_token_ratio,
+    has_stripped,
+    steering_evidence,
+)
 from extraction.jobs import MODES, Job, Mode
-from extraction.judges import resolve_judge
-from extraction.kept import Kept, kept_examples
+from extraction.judging import assemble, check_reader, scorer, usable_kept_of
+from extraction.kept import Kept
 from extraction.records import POLARITIES, Example, Trait
 from extraction.runners import Engine, Listener, capture_shard, make_shard
 from extraction.schema import show_path
@@ -33,12 +41,13 @@ Row = dict[str, Any]
 def generate(job: Job, mode: Mode, listener: Listener) -> Engine:
     """Make the responses of every trait (and, as the mode says, their activations); judge them; write both."""
     engine = Engine(job)
+    check_reader(job)
     for trait in job.traits:
         folder = job.folder(trait)
         with _working_in(folder, job, trait):
             _make_shards(engine, trait, folder, mode, listener)
             if job.is_whole:
-                _assemble(job, trait, folder)
+                assemble(job, trait, folder, listener)
     return engine
 
 
@@ -141,26 +150,6 @@ def _capture_shards(
             capture_shard(engine, folder, i, listener)
 
 
-def _assemble(job: Job, trait: Trait, folder: RunFolder) -> None:
-    """responses/pos.jsonl and neg.jsonl: every shard's rows with their scores, once all shards are there."""
-    count = len(job.shards(trait))
-    if not all(folder.shard_done("responses", i) for i in range(count)):
-        return
-    name, judge = resolve_judge(job.experiment.judge, trait)
-    made_from = [f"judge {name}", *folder.sources("responses")]
-    if folder.assembled_from() == made_from:
-        return
-
-    def scored(polarity: str) -> Iterator[Row]:
-        for i in range(count):
-            for row in folder.read_responses_shard(i):
-                if row["polarity"] == polarity:
-                    scores = {} if name == "none" else {name: judge(row["question"], row["response"], trait)}
-                    yield {**row, "scores": scores}
-
-    folder.write_responses({polarity: scored(polarity) for polarity in POLARITIES}, made_from)
-
-
 # --- vectors --------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +175,7 @@ def vectors(job: Job, wanted: Vectors, listener: Listener) -> int:
 def _make_vectors(job: Job, trait: Trait, wanted: Vectors, listener: Listener) -> int:
     folder = job.folder(trait)
     with _working_in(folder, job, trait):
-        plan = _plan_vectors(job, trait, folder, wanted)
+        plan = _plan_vectors(job, trait, folder, wanted, listener)
         stale = [name for name in plan.methods if folder.vectors_header(name) != plan.header(name)]
         return sum(_write_vector(plan, name, listener, named=wanted.methods is not None) for name in stale)
 
@@ -213,7 +202,11 @@ class _Plan:
     @cached_property
     def sides(self) -> tuple[Tensor, Tensor]:
         """Positive [N, L, D] and negative [M, L, D] activations of the examples that count."""
-        ids, activations_nLD = self.folder.load_activations(self.tensor)
+        return self.sides_of("activations")
+
+    def sides_of(self, stage: str) -> tuple[Tensor, Tensor]:
+        """The same rows of another stage's files."""
+        ids, activations_nLD = self.folder.load_activations(self.tensor, stage=stage)
         row_of = {example_id: row for row, example_id in enumerate(ids)}
         columns = [self.captured.index(layer) for layer in self.layers]
         rows = {polarity: [row_of[example_id] for example_id in self.kept.ids[polarity]] for polarity in POLARITIES}
@@ -235,7 +228,7 @@ class _Plan:
         }
 
 
-def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) -> _Plan:
+def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors, listener: Listener) -> _Plan:
     from extraction.vectors.methods import DEFAULT_METHODS, find_method
 
     for name in wanted.methods or ():
@@ -251,7 +244,7 @@ def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) ->
     captured = tuple(facts["meta"]["layers"])
     layers = _chosen_layers(wanted.layers, captured)
     tensor = _chosen_tensor(job, facts["tensors"], wanted)
-    _assemble(job, trait, folder)
+    assemble(job, trait, folder, listener, again=False)
     return _Plan(
         folder=folder,
         trait=trait.name,
@@ -261,7 +254,7 @@ def _plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors) ->
         captured=captured,
         tensor=tensor,
         seed=job.experiment.seed,
-        kept=kept_of(job, trait, folder),
+        kept=usable_kept_of(job, trait, folder),
     )
 
 
@@ -292,13 +285,6 @@ def _chosen_tensor(job: Job, stored: Mapping[str, Any], wanted: Vectors) -> str:
     return name
 
 
-def kept_of(job: Job, trait: Trait, folder: RunFolder) -> Kept:
-    """Which responses of a finished stage 1 count."""
-    name, _ = resolve_judge(job.experiment.judge, trait)
-    rows = {polarity: folder.read_responses(polarity) for polarity in POLARITIES}
-    return kept_examples(rows, name, job.experiment.threshold)
-
-
 def _write_vector(plan: _Plan, method: str, listener: Listener, *, named: bool) -> int:
     from extraction.vectors.methods import find_method
     from extraction.vectors.sides import check_sides
@@ -319,42 +305,153 @@ def _write_vector(plan: _Plan, method: str, listener: Listener, *, named: bool) 
 # --- validation -----------------------------------------------------------------------------------------------------
 
 
-def validate(job: Job, wanted: Vectors, listener: Listener) -> int:
-    """Stage 4: what each method and layer is worth on questions it has not seen. Returns how many cards are new."""
-    return sum(_validate_trait(job, trait, wanted) for trait in job.traits)
+@dataclass(frozen=True)
+class Checks:
+    """How much stage 4 asks. `quick`: of stored activations alone; else also of the model, `answers` a coefficient."""
+
+    quick: bool = False
+    answers: int = 24
 
 
-def _validate_trait(job: Job, trait: Trait, wanted: Vectors) -> int:
+def validate(job: Job, wanted: Vectors, checks: Checks, listener: Listener, engine: Engine) -> tuple[Engine, int]:
+    """Stage 4: what each method and layer is worth on questions it has not seen. Returns how many files are new.
+
+    `engine` is that of an earlier job, whose loaded model is used again where the two jobs have the same.
+    """
+    engine = engine.turned_to(job)
+    return engine, sum(_validate_trait(engine, trait, wanted, checks, listener) for trait in job.traits)
+
+
+def _validate_trait(engine: Engine, trait: Trait, wanted: Vectors, checks: Checks, listener: Listener) -> int:
+    folder = engine.job.folder(trait)
+    with _working_in(folder, engine.job, trait):
+        plan = _plan_vectors(engine.job, trait, folder, wanted, listener)
+        if not checks.quick:
+            _load_if(
+                not trait.is_natural and not has_stripped(engine.job, trait, folder, plan.tensor), engine, listener
+            )
+            capture_stripped(engine, trait, folder, plan.tensor, listener)
+        n_new = _write_card(engine, trait, plan, checks, listener)
+        n_new += 0 if checks.quick else _write_steering(engine, trait, plan, checks, listener)
+        return max(n_new, _settle_verdict(plan))
+
+
+def _load_if(needed: bool, engine: Engine, listener: Listener) -> None:
+    if needed:
+        _load(engine, listener)
+
+
+def _write_card(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, listener: Listener) -> int:
     import torch
 
-    from extraction.vectors.validation import build_card
+    from extraction.vectors.validation import CARD_FORM, build_card
 
-    folder = job.folder(trait)
-    with _working_in(folder, job, trait):
-        plan = _plan_vectors(job, trait, folder, wanted)
-        made_of = {**plan.header("card"), "methods": list(plan.methods)}
-        if folder.has_card() and folder.read_card().get("made_of") == made_of:
-            return 0
-        positive, negative = plan.sides
-        ids = [example_id for polarity in POLARITIES for example_id in plan.kept.ids[polarity]]
-        card = build_card(
-            torch.cat([positive, negative]),
-            [True] * len(positive) + [False] * len(negative),
-            [plan.kept.questions[example_id] for example_id in ids],
-            layers=plan.layers,
-            seed=plan.seed,
-            methods=plan.methods,
-            example_ids=ids,
-        )
-        folder.write_card({**card, "made_of": made_of})
+    folder = plan.folder
+    stripped = has_stripped(engine.job, trait, folder, plan.tensor)
+    old = folder.read_card() if folder.has_card() else {}
+    ratio_L = _token_0(engine, plan, old, checks, listener)
+    made_of = {
+        **plan.header("card"),
+        "methods": list(plan.methods),
+        "form": CARD_FORM,
+        "stripped": folder.sources("stripped") if stripped else None,
+        "token_0": ratio_L is not None,
+    }
+    if old.get("made_of") == made_of:
+        return 0
+    ids = [example_id for polarity in POLARITIES for example_id in plan.kept.ids[polarity]]
+    instruction_of = {
+        row["id"]: row["instruction_id"] for polarity in POLARITIES for row in folder.read_responses(polarity)
+    }
+    card = build_card(
+        torch.cat(plan.sides),
+        [True] * len(plan.kept.ids["pos"]) + [False] * len(plan.kept.ids["neg"]),
+        [plan.kept.questions[example_id] for example_id in ids],
+        instruction_ids=[instruction_of[example_id] for example_id in ids],
+        layers=plan.layers,
+        seed=plan.seed,
+        methods=plan.methods,
+        example_ids=ids,
+        stripped_nLD=torch.cat(plan.sides_of("stripped")) if stripped else None,
+        token_0_ratio_L=ratio_L,
+        facts=plan.kept.facts(),
+    )
+    folder.write_card({**card, "made_of": made_of})
     return 1
+
+
+def _token_0(
+    engine: Engine, plan: _Plan, old: Mapping[str, Any], checks: Checks, listener: Listener
+) -> list[float] | None:
+    """The first token's norm over the others', by layer; from the card where it was measured for these layers."""
+    measured = old.get("token_0")
+    if measured is not None and old["layers"] == list(plan.layers):
+        return list(measured["ratio"])
+    if checks.quick:
+        return None
+    _load(engine, listener)
+    return first_token_ratio(engine, plan.folder, plan.layers)
+
+
+def _write_steering(engine: Engine, trait: Trait, plan: _Plan, checks: Checks, listener: Listener) -> int:
+    """vectors/steering.json, by directions that are fitted without the questions that are reported on."""
+    folder, judge = plan.folder, plan.kept.judge
+    if judge == "none":
+        listener.note(f"{trait.name}: no steering sweep: without a judge there is no telling what it does")
+        return 0
+    chosen = folder.read_card()["chosen"]["method"]
+    made_of = {**plan.header("steering"), "form": SWEEP_FORM, "chosen": chosen, "answers": checks.answers}
+    if folder.has_steering() and folder.read_steering().get("made_of") == made_of:
+        return 0
+    _load(engine, listener)
+    material = _material(plan, ("mean_diff", chosen), checks.answers)
+    found = steering_evidence(engine, trait, material, scorer(engine.job, trait, listener, folder=folder), listener)
+    folder.write_steering({**found, "judge": judge, "made_of": made_of})
+    return 1
+
+
+def _settle_verdict(plan: _Plan) -> int:
+    """The card's verdict, with what steering did where that is of these vectors. 1 where the card had another."""
+    from extraction.vectors.verdict import verdict
+
+    folder = plan.folder
+    card = folder.read_card()
+    steering = folder.read_steering() if folder.has_steering() else None
+    if steering is not None and steering["made_of"]["sources"] != plan.sources:
+        steering = None
+    settled = verdict(card, steering)
+    if settled == card["verdict"]:
+        return 0
+    folder.write_card({**card, "verdict": settled})
+    return 1
+
+
+def _material(plan: _Plan, methods: Sequence[str], answers: int) -> Material:
+    """Rows about the questions that steering is not reported on."""
+    import torch
+
+    from extraction.vectors.splits import PARTS, deal_questions
+
+    questions = {side: [plan.kept.questions[i] for i in plan.kept.ids[side]] for side in POLARITIES}
+    both = [*questions["pos"], *questions["neg"]]
+    labels_n = torch.tensor([True] * len(questions["pos"]) + [False] * len(questions["neg"]))
+    fit, validation, test = deal_questions(both, labels_n, tuple(PARTS.values()), seed=plan.seed)
+    choose_on, report_on = sorted(fit | validation), sorted(test)  # the card's own parts
+    positive, negative = (
+        rows[[question in choose_on for question in questions[side]]]
+        for side, rows in zip(POLARITIES, plan.sides, strict=True)
+    )
+    norms_L = torch.cat([positive, negative]).norm(dim=-1).mean(0).tolist()
+    return Material(
+        positive, negative, norms_L, plan.layers, tuple(dict.fromkeys(methods)), choose_on, report_on, answers
+    )
 
 
 # --- the whole job --------------------------------------------------------------------------------------------------
 
 
-def extract(job: Job, wanted: Vectors, listener: Listener) -> tuple[Engine, int]:
-    """All stages. Returns the engine, and how many vectors and cards are new; a second run finds nothing to do."""
+def extract(job: Job, wanted: Vectors, checks: Checks, listener: Listener) -> tuple[Engine, int]:
+    """All stages. Returns the engine, and how many results are new; a second run finds nothing to do."""
     _check_wanted(job, wanted)
     engine = generate(job, MODES["batched"], listener)
     if not job.is_whole:
@@ -362,7 +459,7 @@ def extract(job: Job, wanted: Vectors, listener: Listener) -> tuple[Engine, int]
     n_new = vectors(job, wanted, listener)
     for trait in job.traits:
         try:
-            n_new += _validate_trait(job, trait, wanted)
+            n_new += _validate_trait(engine, trait, wanted, checks, listener)
         except TraitError as failure:
             listener.note(f"{trait.name}: no held-out figures: {failure}")
     return engine, n_new

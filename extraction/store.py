@@ -20,6 +20,7 @@ from extraction.atomic import (
     REMAKE,
     RERUN,
     Finding,
+    append_lines,
     atomic_write,
     check_payload,
     check_writable,
@@ -30,6 +31,7 @@ from extraction.atomic import (
     orphans,
     plain,
     read_document,
+    read_lines,
     read_payload,
     read_receipt,
     receipt_path,
@@ -50,15 +52,19 @@ Labels = Mapping[str, bool]  # an example's id, and whether it must have an acti
 
 LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer"
 # what may differ between two starts: it changes no response and no activation
-EXECUTION_FIELDS = ("batch_size", "device", "workers", "self_check", "gpu_price", "judge", "threshold")
-STAGES = {"responses": "responses/shards", "activations": "activations"}
+EXECUTION_FIELDS = (
+    *("batch_size", "device", "workers", "self_check", "gpu_price", "threshold", "coherence_threshold"),
+    *("judge", "judge_model", "judge_url", "judge_concurrency", "judge_price"),
+)
+STAGES = {"responses": "responses/shards", "activations": "activations", "stripped": "stripped"}
 PAYLOADS = {  # folder: suffix
     "responses/shards": ".jsonl",
     "responses": ".jsonl",
     "activations": ".safetensors",
+    "stripped": ".safetensors",
     "vectors": ".safetensors",
 }
-FOLDERS = (*PAYLOADS, "reports")
+FOLDERS = (*PAYLOADS, "judgements", "reports")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(\..*)?", re.IGNORECASE)
@@ -157,33 +163,44 @@ class RunFolder:
         return list(_rows(read_payload(self._shard_path("responses", index))[0]))
 
     def write_activations_shard(
-        self, index: int, ids: Sequence[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+        self,
+        index: int,
+        ids: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        meta: Mapping[str, Any],
+        *,
+        stage: str = "activations",
     ) -> None:
-        """`<site>.<pooling>` is [n, L, D], row i of example ids[i]; `<site>.all/<id>` is one example's [T, L, D]."""
-        path, shapes = self._shard_path("activations", index), _shapes(tensors)
+        """`<site>.<pooling>` is [n, L, D], row i of example ids[i]; `<site>.all/<id>` is one example's [T, L, D].
+
+        `stage`: activations, or stripped, those of the same responses with the instruction taken out of the prompt.
+        """
+        path, shapes = self._shard_path(stage, index), _shapes(tensors)
         _check_labels(path, ids, shapes)
         header = {"ids": list(ids), "layer_convention": LAYER_CONVENTION}
         facts = {"rows": len(ids), "layer_convention": LAYER_CONVENTION, "tensors": shapes, "meta": dict(meta)}
         commit(path, _safetensors(path, tensors, header), facts)
 
-    def iter_activations(self, names: Sequence[str] | None = None) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+    def iter_activations(
+        self, names: Sequence[str] | None = None, *, stage: str = "activations"
+    ) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
         """(ids, tensors) of every shard, in shard order; `names` picks tensors. Every sha256 is checked."""
-        for path in self._payload_paths("activations"):
+        for path in self._payload_paths(STAGES[stage]):
             data, _ = read_payload(path)
             tensors = _tensors(data)
             yield _metadata(data)["ids"], {name: _pick(path, tensors, name) for name in names or tensors}
 
-    def load_activations(self, name: str) -> tuple[list[str], Tensor]:
+    def load_activations(self, name: str, *, stage: str = "activations") -> tuple[list[str], Tensor]:
         """All rows of one tensor, [n, L, D], in shard order; takes the room of the result and of one shard."""
         import torch
 
-        paths = self._payload_paths("activations")
+        paths = self._payload_paths(STAGES[stage])
         parts = [_pick(path, read_receipt(path)["tensors"], name) for path in paths]
-        _check_alike(self.path / "activations", name, parts)
+        _check_alike(self.path / STAGES[stage], name, parts)
         n = sum(part["shape"][0] for part in parts)
         result = torch.empty((n, *parts[0]["shape"][1:]), dtype=getattr(torch, parts[0]["dtype"]))
         ids: list[str] = []
-        for shard_ids, tensors in self.iter_activations([name]):
+        for shard_ids, tensors in self.iter_activations([name], stage=stage):
             result[len(ids) : len(ids) + len(shard_ids)] = tensors[name]
             ids += shard_ids
         return ids, result
@@ -219,15 +236,27 @@ class RunFolder:
         """The rows of one polarity, one at a time."""
         return _rows(read_payload(self.responses_path(polarity))[0])
 
+    def add_judgements(self, judge: str, rows: Iterable[Row]) -> None:
+        """Put rows, each with its `key`, into a judge's log; they are on the disk when this returns."""
+        append_lines(self._judgements_path(judge), rows)
+
+    def read_judgements(self, judge: str) -> dict[str, Row]:
+        """A judge's log by key. A line that was torn or damaged is not in it."""
+        return {row["key"]: row for row in read_lines(self._judgements_path(judge)) if row}
+
     def write_vectors(self, method: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """One method's tensors ([L, D]); every value of `metadata` becomes JSON in the file's header."""
-        path, header = self._vectors_path(method), {**metadata, "layer_convention": LAYER_CONVENTION}
-        commit(path, _safetensors(path, tensors, header), {"tensors": _shapes(tensors)})
+        path = self._vectors_path(method)
+        commit(path, vectors_bytes(path, tensors, metadata), {"tensors": _shapes(tensors)})
 
     def read_vectors(self, method: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """One method's tensors and metadata."""
         data, _ = read_payload(self._vectors_path(method))
         return _tensors(data), _metadata(data)
+
+    def vectors_path(self, method: str) -> Path:
+        """Where one method's vectors lie."""
+        return self._vectors_path(method)
 
     def vectors_header(self, method: str) -> dict[str, Any] | None:
         """One method's metadata; None where there are no whole vectors of it. Needs no torch."""
@@ -284,6 +313,11 @@ class RunFolder:
         with _noting(findings):
             if self.has_steering():
                 self.read_steering()
+        for path in sorted((self.path / "judgements").glob("*.jsonl")):
+            if None in read_lines(path):
+                findings.append(
+                    Finding(path, "has lines that were changed or damaged", f"{RERUN}: they are judged again")
+                )
         labels = {name: self._verify_payloads(name, findings) for name in PAYLOADS}
         return [*findings, *self._strangers(labels)]
 
@@ -299,7 +333,7 @@ class RunFolder:
     def _strangers(self, labels: Mapping[str, Mapping[Path, Labels]]) -> Iterator[Finding]:
         """Examples that one file knows and its counterpart doesn't. A response without tokens needs no activation."""
         shards = {path.stem: rows for path, rows in labels["responses/shards"].items()}
-        for path, ids in labels["activations"].items():
+        for path, ids in [*labels["activations"].items(), *labels["stripped"].items()]:
             rows = shards.get(path.stem, {})
             strange = [*(ids.keys() - rows.keys()), *(id for id, needed in rows.items() if needed and id not in ids)]
             if strange:
@@ -331,16 +365,15 @@ class RunFolder:
         """reports/<name>."""
         return self.path / "reports" / safe_name(name, "report")
 
-    def vectors_path(self, method: str) -> Path:
-        """Where one method's vectors lie."""
-        return self._vectors_path(method)
-
     def _shard_path(self, stage: str, index: int) -> Path:
         return self.path / STAGES[stage] / f"{index:04d}{PAYLOADS[STAGES[stage]]}"
 
     def responses_path(self, polarity: str) -> Path:
         """Where one side's responses lie."""
         return self.path / "responses" / f"{polarity}.jsonl"
+
+    def _judgements_path(self, judge: str) -> Path:
+        return self.path / "judgements" / f"{safe_name(judge, 'judge')}.jsonl"
 
     def _vectors_path(self, method: str) -> Path:
         return self.path / "vectors" / f"{safe_name(method, 'method')}.safetensors"
@@ -378,6 +411,11 @@ def _jsonl(path: Path, rows: Iterable[Row]) -> bytes:
 
 def _rows(data: bytes) -> Iterator[Row]:
     return (json.loads(line) for line in data.split(b"\n")[:-1])
+
+
+def vectors_bytes(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """A file of vectors: every value of `metadata` becomes JSON in its header, and the layer convention joins it."""
+    return _safetensors(path, tensors, {**metadata, "layer_convention": LAYER_CONVENTION})
 
 
 def _safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:

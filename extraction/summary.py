@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.errors import StoreError
 from extraction.jobs import Job
+from extraction.judging import kept_of
 from extraction.records import POLARITIES, Trait
-from extraction.stages import kept_of, sources_of
+from extraction.schema import one_line
+from extraction.stages import sources_of
 from extraction.store import RunFolder
 
 if TYPE_CHECKING:
     from extraction.forecast import Forecast
+    from extraction.preview import Place, Seen
     from extraction.runners import Engine
 
 WIDTH = 80
@@ -93,6 +96,27 @@ def of_job(job: Job, engine: Engine, n_new: int, seconds: float, gpu_price: floa
         yield f"Took {duration(seconds)}: {n_new} new vectors and cards from stored activations."
 
 
+def of_look(job: Job, place: Place, seen: Sequence[Seen]) -> Iterator[str]:
+    """Steered answers under each other, by prompt."""
+    layers = f"layer{'s' * (len(place.layers) > 1)} {_ranges(place.layers)}"
+    yield f"{job.traits[0].name} on {job.spec.name}: {place.method} at {layers}"
+    unit = "A coefficient of 1 adds a vector as long as the layer's typical activation."
+    low, high = place.coherent or (0.0, 0.0)
+    held = f" Answers stayed coherent from {low:+g} to {high:+g} in the steering sweep." if place.coherent else ""
+    yield from _wrapped(unit + held, "", "")
+    prompt = None
+    for each in seen:
+        if each.prompt != prompt:
+            yield ""
+            yield from _wrapped(one_line(each.prompt), "> ", "  ")
+            yield f"{'coef':>9}  {'score':>5}  {'perplexity':>10}"
+            prompt = each.prompt
+        score = "-" if each.score is None else f"{each.score:.0f}"
+        perplexity = "-" if each.perplexity is None else f"{each.perplexity:.1f}"
+        yield f"{each.how:>9}  {score:>5}  {perplexity:>10}"
+        yield from _wrapped(one_line(each.text) or "(empty)", " " * 11, " " * 11)
+
+
 def of_reports(pages: Iterable[Path], index: Path) -> Iterator[str]:
     """Where the reports lie."""
     for page in pages:
@@ -110,13 +134,12 @@ def _heading(job: Job, trait: Trait) -> Iterator[str]:
 
 def _item(label: str, text: str) -> Iterator[str]:
     """A label and what it is; long text goes on, indented, at a space."""
-    yield from textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=f"  {label}".ljust(INDENT),
-        subsequent_indent=" " * INDENT,
-        break_long_words=False,
-        break_on_hyphens=False,
+    yield from _wrapped(text, f"  {label}".ljust(INDENT), " " * INDENT)
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -148,34 +171,52 @@ def _counts(job: Job, trait: Trait) -> Iterator[str]:
         kept = kept_of(job, trait, job.folder(trait))
     except StoreError:
         return
-    reasons = {"on the wrong side": kept.wrong_side, "without a score": kept.unscored, "empty": kept.empty}
-    dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-    by = "no judge" if kept.judge == "none" else f"{kept.judge} judge, threshold {kept.threshold:g}"
+    by = "no judge" if kept.judge == "none" else f"{kept.name}, threshold {kept.threshold:g}"
+    by += "" if kept.coherence_threshold is None else f", coherence {kept.coherence_threshold:g}"
     sides = " and ".join(f"{len(kept.ids[side])} {word}" for side, word in SIDES.items())
     yield from _item("kept", f"{kept.n_kept} of {kept.total} responses ({by}): {sides}")
-    if dropped:
-        yield from _item("dropped", dropped)
+    if reasons := kept.reasons():
+        yield from _item("dropped", reasons)
+    if kept.problem:
+        yield from _item("not usable", kept.problem)
 
 
 def _worth(job: Job, trait: Trait) -> Iterator[str]:
-    """The chosen layer and method on questions that had no part in fitting or choosing; the controls beside it."""
+    """The verdict; the chosen layer and method on questions and instructions that had no part in it; the controls."""
     folder = job.folder(trait)
     card = folder.read_card() if folder.has_card() else None
-    if card is None or card["made_of"]["sources"] != _sources(job, trait):
+    if card is None or "verdict" not in card or card["made_of"]["sources"] != _sources(job, trait):
         return
-    chosen, controls, held_out = card["chosen"], card["controls"], card["split"]["test"]
+    chosen, held_out, verdict = card["chosen"], card["split"]["test"], card["verdict"]
+    grave = [] if verdict["word"] == "usable" else verdict["reasons"][:1]
+    yield from _item("verdict", ": ".join([verdict["word"], *grave]))
     yield from _item("best", f"layer {chosen['layer']} of {_ranges(card['layers'])}, {chosen['method']}")
     rows = held_out["positive"] + held_out["negative"]
     yield from _item("held out", f"{_figures(chosen['test'])} ({rows} responses to {held_out['questions']} questions)")
-    shuffled = ", ".join(_two(each["test"]["auroc"]) for each in controls["shuffled_labels"])
-    random = _two(controls["random"]["test"]["auroc"])
-    yield from _item("controls", f"AUROC of a random direction {random}, of shuffled labels {shuffled}")
+    yield from _item("controls", _controls(card["controls"]))
+    if chosen["stripped"] is not None:
+        yield from _item("stripped", f"AUROC {_bounded(chosen['stripped']['auroc'])} without the instruction")
+
+
+def _controls(controls: Mapping[str, Any]) -> str:
+    random, shuffled = (
+        controls["random"],
+        [_two(each["test"]["auroc"]["value"]) for each in controls["shuffled_labels"]],
+    )
+    return f"AUROC of random directions {_two(random['median'])}, 95th percentile {_two(random['high'])}" + (
+        f"; of shuffled labels {', '.join(shuffled)}" if shuffled else ""
+    )
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    return (
-        f"AUROC {_two(figures['auroc'])}, Cohen's d {_two(figures['cohens_d'])}, accuracy {_two(figures['accuracy'])}"
-    )
+    effect, accuracy = (_two(figures[name]["value"]) for name in ("cohens_d", "accuracy"))
+    return f"AUROC {_bounded(figures['auroc'])}, Cohen's d {effect}, accuracy {accuracy}"
+
+
+def _bounded(figure: Mapping[str, float | None]) -> str:
+    """A figure and its interval: `0.93 (0.88 to 0.97)`."""
+    ends = "" if figure["low"] is None else f" ({_two(figure['low'])} to {_two(figure['high'])})"
+    return _two(figure["value"]) + ends
 
 
 def _two(value: float | None) -> str:

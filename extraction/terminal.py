@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from extraction.errors import TraitlineError
+from extraction.schema import one_line
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}| {remaining} left{postfix}"
@@ -26,12 +27,6 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-
-
-def one_line(said: object) -> str:
-    """Text for a terminal: ANSI and other control characters of a name or a path are shown, not obeyed."""
-    text = " ".join(str(said).split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def complain(said: object) -> None:
@@ -124,31 +119,49 @@ def _stoppable() -> Iterator[None]:
 
 
 class Terminal:
-    """A stage's listener that speaks to people: a bar with tokens/s and time left on a terminal, lines elsewhere."""
+    """A stage's listener that speaks to people: a bar with tokens/s and time left on a terminal, lines elsewhere.
+
+    A stage may begin within another: it has a bar of its own, below.
+    """
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._tokens = 0
-        self._started = self._spoke = 0.0
-        self._title, self._done, self._before = "", 0, 0
+        self._stages: list[_Stage] = []
 
     def note(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(one_line(text), file=sys.stderr)
+        """Print a line, above the bars if there are any."""
+        if self._stages:
+            self._stages[-1].bar.write(one_line(text), file=sys.stderr)
         else:
             click.echo(one_line(text), err=True)
 
     def begin(self, title: str, n_examples: int, n_done: int) -> None:
         """Start a bar."""
-        from tqdm import tqdm
-
         on_terminal = sys.stderr.isatty()
         if not on_terminal:
             self.note(f"{title}: {n_examples} examples" + (f", {n_done} of them done before" if n_done else ""))
-        self._tokens, self._started = 0, time.perf_counter()
-        self._spoke = self._started
-        self._bar = tqdm(
+        self._stages.append(_Stage(title, n_examples, n_done, on_terminal))
+
+    def advance(self, n_examples: int, n_tokens: int) -> None:
+        """Move the newest bar."""
+        line = self._stages[-1].advance(n_examples, n_tokens)
+        if line is not None:
+            self.note(line)
+
+    def end(self) -> None:
+        """Close the newest bar."""
+        if self._stages:
+            self._stages.pop().bar.close()
+
+
+class _Stage:
+    """One bar, and how fast it moves."""
+
+    def __init__(self, title: str, n_examples: int, n_done: int, on_terminal: bool) -> None:
+        from tqdm import tqdm
+
+        self.title, self.done, self.before, self.tokens = title, n_done, n_done, 0
+        self.started = self.spoke = time.perf_counter()
+        self.bar = tqdm(
             total=n_examples,
             initial=n_done,
             desc=title,
@@ -159,23 +172,17 @@ class Terminal:
             miniters=0,  # tokens move the bar too
             bar_format=BAR,
         )
-        self._title, self._done, self._before = title, n_done, n_done
 
-    def advance(self, n_examples: int, n_tokens: int) -> None:
-        """Move the bar."""
-        self._tokens += n_tokens
-        self._done += n_examples
+    def advance(self, n_examples: int, n_tokens: int) -> str | None:
+        """Move; where there is no terminal, now and then a line."""
+        self.tokens += n_tokens
+        self.done += n_examples
         now = time.perf_counter()
-        rate = f"{self._tokens / max(now - self._started, 1e-9):,.0f} tokens/s"
-        self._bar.set_postfix_str(rate, refresh=False)
-        self._bar.update(n_examples)
-        if self._bar.disable and now - self._spoke > SECONDS_BETWEEN_LINES:
-            self._spoke = now
-            left = (now - self._started) / max(self._done - self._before, 1) * (self._bar.total - self._done)
-            self.note(f"{self._title}: {self._done} of {self._bar.total} examples, {rate}, about {left:.0f} s left")
-
-    def end(self) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        rate = f"{self.tokens / max(now - self.started, 1e-9):,.0f} tokens/s"
+        self.bar.set_postfix_str(rate, refresh=False)
+        self.bar.update(n_examples)
+        if not self.bar.disable or now - self.spoke <= SECONDS_BETWEEN_LINES:
+            return None
+        self.spoke = now
+        left = (now - self.started) / max(self.done - self.before, 1) * (self.bar.total - self.done)
+        return f"{self.title}: {self.done} of {self.bar.total} examples, {rate}, about {left:.0f} s left"

@@ -15,7 +15,7 @@ from typing import Any
 from extraction.configs import check_name, config_names, distinct_names, find_config
 from extraction.errors import TraitError
 from extraction.records import POLARITIES, Example, InstructionPair, Markers, NaturalPrompt, Trait
-from extraction.schema import Document, Place, Rule, items, read_document, section, show, suggest, text
+from extraction.schema import Document, Place, Rule, items, parse_document, read_document, section, show, suggest, text
 
 MAX_PATTERN = 300
 
@@ -32,7 +32,15 @@ def load_trait(name: str, root: str | os.PathLike[str]) -> Trait:
     if path is None:
         known = list_traits(root)
         raise TraitError(f"configs/traits/{name}.yaml: no such trait; {suggest(name, known)}")
-    document = read_document(path, TraitError)
+    return _named(name, read_document(path, TraitError))
+
+
+def trait_from_yaml(name: str, raw: bytes, source: str) -> Trait:
+    """The trait that a file of these bytes would be, checked as one; `source` is what messages call it."""
+    return _named(name, parse_document(raw, source, TraitError))
+
+
+def _named(name: str, document: Document) -> Trait:
     trait = _trait(document)
     if trait.name != name:
         raise document.place.at("name").fail(f"{show(trait.name)} is not the file's name; write 'name: {name}'")
@@ -86,7 +94,7 @@ def _stripped(value: Any, place: Place) -> str:
 def _pair(value: Any, place: Place) -> InstructionPair:
     keys = ("positive", "negative")
     pair = InstructionPair(**section(dict.fromkeys(keys, _stripped), required=keys)(value, place))
-    if _same(pair.positive) == _same(pair.negative):
+    if same_text(pair.positive) == same_text(pair.negative):
         raise place.fail(f"{show(pair.positive)} stands on both sides; the two must ask for opposite ends")
     return pair
 
@@ -204,19 +212,20 @@ def _refuse_repeats(
     """Two entries that differ only by case, spaces or Unicode form count as the same."""
     seen: dict[str, int] = {}
     for i, entry in enumerate(texts):
-        first = seen.setdefault((key or _same)(entry), i)
+        first = seen.setdefault((key or same_text)(entry), i)
         if first != i:
             at = place.at(i).at(side) if side else place.at(i)
             raise at.fail(f"{show(entry)} is entry {first} again; keep one")
 
 
-def _same(entry: str) -> str:
+def same_text(entry: str) -> str:
+    """What is left of a text without case, spaces and Unicode form: equal for two that count as the same."""
     return " ".join(unicodedata.normalize("NFKC", entry).casefold().split())
 
 
 def _marker_key(marker: str) -> str:
     r"""Patterns as written: `\w` and `\W` are not the same."""
-    return marker if marker.startswith("re:") else _same(marker)
+    return marker if marker.startswith("re:") else same_text(marker)
 
 
 def _natural_key(prompt: NaturalPrompt) -> str:

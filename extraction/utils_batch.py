@@ -8,8 +8,8 @@ Shapes: B slots, T tokens, R rows that enter, P prompt columns, S columns, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from extraction.decoding.sample import Sample, uniforms
 from extraction.errors import ActivationError, LogitsError, PromptError
 from extraction.models import LanguageModel, wrap
 from extraction.slots import SlotCache
+from extraction.steering import NOTHING, Steerer, Steering, check_steering
 from extraction.teacher import Text, forced_activations
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue. With `seed`, `id` alone decides the random numbers, so ids are unique within a run."""
+    """A prompt to continue. With `seed`, `id` alone decides the random numbers, so ids are unique within a run.
+
+    `steering` is this request's own: neighbours in the batch don't feel it.
+    """
 
     id: str
     token_ids: tuple[int, ...]
     max_new_tokens: int
     seed: int = 0
+    steering: Steering | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ def generate(
 ) -> Iterator[Completion]:
     """Continue every request; yield completions as they end.
 
-    `on_progress` is told the number of new response tokens after each step. Raises PromptError for a request that the
-    model can't hold, ActivationError where an activation or a logit is not finite.
+    `on_progress` is told the number of new response tokens after each step. Activations are those of the steered
+    stream. Raises PromptError for a request that the model can't hold, ConfigError for a steering that does not fit
+    it, ActivationError where an activation or a logit is not finite.
     """
     for request in requests:
         _check(request, lm, feeds_last=capture is not None)
@@ -166,6 +172,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _check(request: Request, lm: LanguageModel, *, feeds_last: bool) -> None:
+    check_steering(request.steering or NOTHING, lm)
     n_prompt = len(request.token_ids)
     n_total = n_prompt + request.max_new_tokens - (not feeds_last)
     if not n_prompt:
@@ -210,6 +217,10 @@ class RunningBatch:
         columns = self.longest + max(32, self.longest // 4)
         self.cache = SlotCache(lm.n_layers, n_slots, columns)
         self.observer = Observer(lm, capture, n_slots) if capture is not None else None
+        steerings = [request.steering for request in requests if request.steering is not None]
+        self.steerer = Steerer(lm, steerings, n_slots) if steerings else None
+        # the steerer's hooks come first, so that the observer sees what it has done
+        self.guests = [guest for guest in (self.steerer, self.observer) if guest is not None]
         self.slots: list[_Slot | None] = [None] * n_slots
         device = lm.device
         self.mask_BS = torch.zeros(n_slots, columns, dtype=torch.bool, device=device)
@@ -223,9 +234,9 @@ class RunningBatch:
         """Whether anything waits or runs."""
         return bool(self.queue) or any(slot is not None for slot in self.slots)
 
-    def watching(self) -> Any:
-        """The observer's hooks, while the batch runs."""
-        return self.observer.watching() if self.observer is not None else nullcontext()
+    def watching(self) -> AbstractContextManager[Any]:
+        """The guests' hooks, while the batch runs."""
+        return _all(guest.watching() for guest in self.guests)
 
     @torch.inference_mode()
     def advance(self) -> tuple[list[Completion], int]:
@@ -256,8 +267,8 @@ class RunningBatch:
         rows_R = torch.tensor(rows, device=self.lm.device)
         self._seat(rows, rows_R, entering, mask_RP)
         position_RP = (mask_RP.cumsum(1) - 1).clamp_(min=0)
-        observing = self.observer.entering(rows_R, mask_RP) if self.observer else nullcontext()
-        with observing, self.cache.entering(rows_R, self.cache.window.cursor):
+        guests = _all(guest.entering(rows_R, mask_RP) for guest in self.guests)
+        with guests, self.cache.entering(rows_R, self.cache.window.cursor):
             logits_RV = self._forward(ids_RP, mask_RP, position_RP)
         token_R = self._choose(logits_RV, self.uniform_BT[rows_R, 0], rows)
         self.token_B1[rows_R, 0] = token_R
@@ -284,6 +295,8 @@ class RunningBatch:
         if self.strategy.draws:
             drawn = np.stack([uniforms(r.id, r.seed, self.budget) for r in entering])
             self.uniform_BT[rows_R] = torch.from_numpy(drawn).to(self.uniform_BT)
+        if self.steerer is not None:
+            self.steerer.seat(rows_R, [request.steering or NOTHING for request in entering])
         self._find_start()
 
     # -- stepping -----------------------------------------------------------------------------------------------------
@@ -295,7 +308,7 @@ class RunningBatch:
             self._roll()
         position_B1 = (window.cursor - self.first_column_B1).clamp_(0, self.last_position)  # idle rows drift
         age_B1 = position_B1 - self.prompt_length_B1
-        with self.observer.stepping(age_B1[:, 0]) if self.observer else nullcontext():
+        with _all(guest.stepping(age_B1[:, 0]) for guest in self.guests):
             mask_BS = self.mask_BS[:, window.start : window.cursor + 1]
             logits_BV = self._forward(self.token_B1, mask_BS, position_B1)
         window.cursor += 1
@@ -391,14 +404,22 @@ class RunningBatch:
         if rows_B is not None:
             self.token_B1, self.uniform_BT = self.token_B1[rows_B], self.uniform_BT[rows_B]
             self.prompt_length_B1 = self.prompt_length_B1[rows_B]
-            if self.observer is not None:
-                self.observer.repack(rows_B)
+            for guest in self.guests:
+                guest.repack(rows_B)
 
     def _shrink(self) -> None:
         """When nothing waits and half the slots are idle, go on with the live rows alone."""
         live = [i for i, slot in enumerate(self.slots) if slot is not None]
         if not self.queue and live and len(live) <= len(self.slots) // 2:
             self._roll(live)
+
+
+def _all(contexts: Iterable[AbstractContextManager[Any]]) -> ExitStack:
+    """Several contexts as one, the first outermost."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        return stack.pop_all()
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

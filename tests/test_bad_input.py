@@ -199,7 +199,7 @@ def test_only_every_token_gives_no_vectors_and_is_refused_before_the_work(root):
 
 
 def test_one_example_a_side(root):
-    result = succeed("extract", "--root", root, *DEMO, "--n-examples", "1", "--judge", "none")
+    result = succeed("extract", "--quick", "--root", root, *DEMO, "--n-examples", "1", "--judge", "none")
     assert "no probe vector: positive side: 1 examples" in result.stderr
     assert "no held-out figures" in result.stderr
     assert [path.stem for path in (run_of(root) / "vectors").glob("*.safetensors")] == ["mean_diff"]
@@ -216,7 +216,7 @@ def test_a_zero_difference_is_no_direction(root):
         if "embed_tokens" in name:
             tensor.copy_(tensor[:1].expand_as(tensor).clone())
     save_file(weights, root / "model/model.safetensors", metadata={"format": "pt"})
-    result = succeed("extract", "--root", root, *DEMO, "--judge", "none")
+    result = succeed("extract", "--quick", "--root", root, *DEMO, "--judge", "none")
     assert "calm: no mean_diff vector: " in result.stderr
     assert "layer 0" in result.stderr
     assert not list((run_of(root) / "vectors").glob("*.safetensors"))
@@ -242,7 +242,7 @@ def test_fp16_overflow_is_named_and_float32_cures_it(root):
     assert re.search(r"(layer 1|logits after 0 response tokens).* in float16", line)
     assert "--dtype bfloat16 or float32" in line
     shutil.rmtree(root / "experiments")
-    succeed("extract", "--root", root, *DEMO, *SMALL, "--dtype", "float32", "--judge", "none")
+    succeed("extract", "--quick", "--root", root, *DEMO, *SMALL, "--dtype", "float32", "--judge", "none")
 
 
 def test_activations_too_large_for_the_type_they_are_stored_in(root):
@@ -259,13 +259,13 @@ def test_activations_too_large_for_the_type_they_are_stored_in(root):
 def test_empty_responses_are_counted_not_captured(root):
     """A model that says EOS at once, whatever it is asked."""
     edit_json(root / "model/generation_config.json", eos_token_id=list(range(97)))
-    result = succeed("extract", "--root", root, *DEMO, "--judge", "none")
+    result = succeed("extract", "--quick", "--root", root, *DEMO, "--judge", "none")
     assert "48 empty" in result.stdout
     assert "0 of 48 responses" in result.stdout
     assert "no mean_diff vector: positive side: 0 examples" in result.stderr
     rows = [json.loads(line) for line in (run_of(root) / "responses/pos.jsonl").read_text().splitlines()]
     assert {(row["response"], row["finish_reason"]) for row in rows} == {("", "stop")}
-    assert "Nothing left to do" in succeed("extract", "--root", root, *DEMO, "--judge", "none").stdout
+    assert "Nothing left to do" in succeed("extract", "--quick", "--root", root, *DEMO, "--judge", "none").stdout
     assert invoke("verify", run_of(root)).exit_code == 0
 
 
@@ -275,7 +275,7 @@ def test_empty_responses_are_counted_not_captured(root):
 def test_no_pad_token(root):
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
         edit_json(root / "model" / name, pad_token=None, pad_token_id=None)
-    succeed("extract", "--root", root, *DEMO, *SMALL, "--judge", "none")
+    succeed("extract", "--quick", "--root", root, *DEMO, *SMALL, "--judge", "none")
 
 
 def test_no_chat_template_asks_for_raw_which_then_works(root):
@@ -283,7 +283,7 @@ def test_no_chat_template_asks_for_raw_which_then_works(root):
     line = refused("extract", "--root", root, *DEMO, *SMALL)
     assert "has no chat template; give --raw" in line
     assert nothing_written(root)
-    succeed("extract", "--root", root, *DEMO, *SMALL, "--raw", "--judge", "none")
+    succeed("extract", "--quick", "--root", root, *DEMO, *SMALL, "--raw", "--judge", "none")
 
 
 def test_no_system_role_folds_the_instruction_into_the_question(root):
@@ -518,28 +518,28 @@ def files_of_at_most(n_bytes: int) -> Iterator[None]:
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(root, tmp_path_factory):
     whole = make_root(tmp_path_factory.mktemp("whole"))
-    succeed("extract", "--root", whole, *DEMO)
+    succeed("extract", "--quick", "--root", whole, *DEMO)
     with files_of_at_most(9000):
-        line = refused("extract", "--root", root, *DEMO, notes=PROGRESS)
+        line = refused("extract", "--quick", "--root", root, *DEMO, notes=PROGRESS)
     assert "free some disk space, then run the same command again" in line
     assert not list((root / "experiments").rglob("*.tmp"))
-    succeed("extract", "--root", root, *DEMO)
+    succeed("extract", "--quick", "--root", root, *DEMO)
     assert contents(run_of(root)) == contents(run_of(whole))
 
 
 def test_files_that_dead_processes_left_are_cleared(root):
-    succeed("extract", "--root", root, *DEMO)
+    succeed("extract", "--quick", "--root", root, *DEMO)
     before = contents(run_of(root))
     for folder in ("responses/shards", "activations", "vectors"):
         (run_of(root) / folder / ".0000.jsonl.999999999.tmp").write_text("half")
     assert invoke("verify", run_of(root)).exit_code == 1
-    succeed("extract", "--root", root, *DEMO)
+    succeed("extract", "--quick", "--root", root, *DEMO)
     assert contents(run_of(root)) == before
 
 
 @pytest.mark.parametrize("harm", ["run.json missing", "run.json flipped"])
 def test_a_run_whose_config_is_harmed_is_refused(root, harm):
-    succeed("extract", "--root", root, *DEMO)
+    succeed("extract", "--quick", "--root", root, *DEMO)
     path = run_of(root) / "run.json"
     if harm == "run.json missing":
         path.unlink()

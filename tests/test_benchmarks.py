@@ -24,6 +24,7 @@ from benchmarks.peers import PEERS, Answers
 from benchmarks.race import race
 from benchmarks.shapes import random_model
 from benchmarks.tables import TABLES, save
+from benchmarks.validation import card_cost
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +162,12 @@ def test_memory_is_measured_in_fresh_processes() -> None:
     assert all(peak > 50 for by_count in found["peak_mib"].values() for peak in by_count.values())
     assert all(growth == 1.0 for growth in found["growth"].values())
     assert "8 examples" in TABLES["memory"](found)
+
+
+def test_a_cards_cost_is_measured_and_tabled() -> None:
+    found = card_cost(["tiny"], n_traits=1, say=say, placebos=1, bootstraps=20)
+    assert found["shapes"]["tiny"]["seconds"] > 0
+    assert "| tiny: 2 layers of 16, 200 rows | 1 |" in TABLES["validation"](found)
 
 
 # --- test_batching.py -----------------------------------------------------------------------------------------------

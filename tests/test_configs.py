@@ -230,7 +230,12 @@ def test_a_full_experiment_reads_as_written(root):
             "dtype": "float16",
         },
         "judge": "none",
+        "judge_model": None,
+        "judge_url": None,
+        "judge_concurrency": 8,
+        "judge_price": None,
         "threshold": 60.0,
+        "coherence_threshold": 50.0,
         "batch_size": "auto",
         "shard_size": 9,
         "instruction_as": "user",
@@ -456,3 +461,40 @@ def test_the_input_rooms_import_neither_torch_nor_transformers():
     code = f"import sys, {rooms}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SHIPPED, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# --- judges ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:8000/v1", "https://host.example/v1/", "http://[::1]:80", "HTTPS://x"]
+)
+def test_addresses_of_judges(url, tmp_path):
+    options = {"model": "m/m", "judge_url": url, "judge_price": [0, 0.5]}
+    experiment, _ = load_experiment("e", tmp_path, options)
+    assert (experiment.judge_url, experiment.judge_price) == (url, (0.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("judge", "gpt", "did you mean|known: "),
+        ("judge_url", "ftp://host", "not an http or https address"),
+        ("judge_url", "http://host:port", "not an http or https address"),
+        ("judge_url", "https://", "not an http or https address"),
+        ("judge_url", "https://me:sk-secret@host", "holds more than an address"),
+        ("judge_url", "https://host/v1?key=sk-secret", "holds more than an address"),
+        ("judge_url", "https://host/v1#sk-secret", "holds more than an address"),
+        ("judge_price", "cheap", "not two prices"),
+        ("judge_price", [1.0], "not two prices"),
+        ("judge_price", [1.0, -1.0], "out of range"),
+        ("judge_concurrency", 0, "out of range"),
+        ("coherence_threshold", 101.0, "out of range"),
+        ("judge_model", "", "is empty"),
+    ],
+)
+def test_wrong_settings_of_judges_are_refused_and_no_secret_is_shown(option, value, said, tmp_path):
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_experiment("e", tmp_path, {"model": "m/m", option: value})
+    assert "secret" not in str(caught.value)
+    assert "--" + option.replace("_", "-") in str(caught.value)

@@ -259,7 +259,9 @@ def on_a_terminal(server: Forks, *arguments: object, columns: int = 80) -> tuple
 
 
 def test_a_terminal_gets_one_bar_of_its_width(server, root):
-    code, sent = on_a_terminal(server, "extract", "--root", root, "--experiment", "demo", "--max-new-tokens", "60")
+    code, sent = on_a_terminal(
+        server, "extract", "--quick", "--root", root, "--experiment", "demo", "--max-new-tokens", "60"
+    )
     assert code == 0, sent
     frames = [frame for frame in re.split(r"[\r\n]+", sent.replace("\x1b[A", "")) if frame.strip()]
     bars = [frame for frame in frames if " examples |" in frame]
@@ -270,7 +272,7 @@ def test_a_terminal_gets_one_bar_of_its_width(server, root):
 
 
 def test_no_terminal_gets_lines_without_control_characters(server, root):
-    process = server.start("extract", "--root", root, "--experiment", "demo")
+    process = server.start("extract", "--quick", "--root", root, "--experiment", "demo")
     assert process.wait() == 0
     out, err = process.stdout, process.stderr
     assert all(line.isprintable() for line in (out + err).split("\n")), (out, err)

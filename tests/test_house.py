@@ -22,14 +22,16 @@ ROOMS = [path for path in SOURCES if path not in DOORS and path.name != "__init_
 # A module imports from lower floors only; `decoding`, `vectors` and `report` are one room each.
 FLOORS = [
     ("errors", "records"),
-    ("schema", "hooks", "atomic", "slots", "pooling"),
+    ("schema", "hooks", "atomic", "slots", "pooling", "rubrics"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges", "shelf"),
-    ("sites", "decoding", "kept", "jobs", "report"),
+    ("sites", "decoding", "kept", "jobs", "steering", "report"),
     ("capture", "forecast"),
     ("teacher", "vectors"),
-    ("utils_batch",),
-    ("runners", "self_check"),
+    ("utils_batch", "likelihood", "exchange"),
+    ("runners", "self_check", "steered", "local_judge", "openai_judge"),
+    ("judging", "sweep"),
+    ("evidence", "preview"),
     ("stages",),
     ("summary", "terminal", "reporting"),
     ("options",),
@@ -121,7 +123,7 @@ def test_no_room_imports_from_its_own_floor_or_above_or_what_is_private(path):
 
 def test_a_wrong_import_is_found():
     assert faults_of_imports("store", ast.parse("def f():\n    from extraction.stages import extract")) == [
-        "store (floor 2) imports stages (floor 9)"
+        "store (floor 2) imports stages (floor 11)"
     ]
     assert faults_of_imports("store", ast.parse("from extraction.atomic import _sealed")) == [
         "store imports the private extraction.atomic._sealed"
@@ -158,6 +160,24 @@ def test_hooks_have_one_caller():
     assert callers == {"hooks"}
 
 
+def loads_of(tree: ast.AST) -> list[str]:
+    """Every call of torch.load or numpy.load."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return [ast.unparse(call) for call in calls if ast.unparse(call.func) in ("torch.load", "numpy.load", "np.load")]
+
+
+def test_pickles_are_read_in_one_place_and_never_run():
+    loads = {name_of(path): loads_of(tree_of(path)) for path in SOURCES if loads_of(tree_of(path))}
+    assert set(loads) == {"exchange.torch_files", "exchange.array_files"}
+    assert all("weights_only=True" in call for call in loads["exchange.torch_files"])
+    assert all("allow_pickle=False" in call for call in loads["exchange.array_files"])
+    assert not [path.name for path in SOURCES if modules(tree_of(path)) & {"pickle", "dill", "joblib"}]
+
+
+def test_a_loaded_pickle_is_found():
+    assert loads_of(ast.parse("x = torch.load(path, weights_only=False)")) == ["torch.load(path, weights_only=False)"]
+
+
 @pytest.mark.parametrize("path", [path for path in SOURCES if name_of(path) not in OWNERS], ids=lambda path: path.name)
 def test_file_names_have_one_owner(path):
     assert [text for text in texts(tree_of(path)) if FILE_NAMES.search(text)] == []
@@ -176,7 +196,7 @@ def test_rooms_return_and_doors_speak(path):
 
 
 def test_the_doors_and_what_they_check_import_neither_torch_nor_transformers():
-    light = ["cli", "terminal", "configs", "schema", "traits", "store", "jobs", "kept", "judges"]
+    light = ["cli", "terminal", "configs", "schema", "traits", "store", "jobs", "kept", "judges", "judging"]
     light += ["prompts", "runners", "stages", "summary", "errors", "records", "pooling", "hooks", "atomic"]
     code = f"import sys; import {', '.join('extraction.' + name for name in light)}; print(*sys.modules)"
     result = subprocess.run(

@@ -1,14 +1,22 @@
-"""Judges: laws of the lexical score, and how a judge is chosen."""
+"""Judges: laws of the lexical score, how a judge is chosen, and what is read in the answer of one that reads."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from extraction.errors import ConfigError, TraitError
-from extraction.judges import JUDGES, judge_lexical, keep, lexical_score, resolve_judge
+from extraction.jobs import plan
+from extraction.judges import judge_lexical, judge_none, keep, lexical_score, resolve_judge
+from extraction.judging import scorer
 from extraction.records import Markers, Trait
+from extraction.rubrics import expectation, fill, read_score, rubrics_of
+from extraction.traits import list_traits, load_trait
+from tests.runs import REPOSITORY, make_root
 
 MARKERS = Markers(positive=("perhaps", "not sure", r"re:\bmight\b"), negative=("certainly", "no doubt"))
 SWAPPED = Markers(positive=MARKERS.negative, negative=MARKERS.positive)
@@ -82,15 +90,13 @@ def test_lexical_without_markers_says_what_to_add() -> None:
 
 
 def test_auto_is_lexical_where_there_are_markers() -> None:
-    assert resolve_judge("auto", TRAIT) == ("lexical", JUDGES["lexical"])
-    assert resolve_judge("auto", BARE) == ("none", JUDGES["none"])
+    assert resolve_judge("auto", TRAIT) == "lexical"
+    assert resolve_judge("auto", BARE) == "none"
 
 
-def test_the_resolved_judge_judges_the_answer_and_not_the_question() -> None:
-    _, judge = resolve_judge("lexical", TRAIT)
-    assert judge("Perhaps?", "Certainly.", TRAIT) == 0.0
-    _, silent = resolve_judge("none", TRAIT)
-    assert silent("Perhaps?", "Certainly.", TRAIT) is None
+def test_a_judge_judges_the_answer_and_not_the_question() -> None:
+    assert judge_lexical("Perhaps?", "Certainly.", TRAIT) == 0.0
+    assert judge_none("Perhaps?", "Certainly.", TRAIT) is None
 
 
 def test_an_unknown_judge_is_an_error_with_the_nearest_known() -> None:
@@ -110,3 +116,120 @@ def test_the_threshold_itself_is_positive_and_a_missing_score_is_neither() -> No
     assert keep("neg", 50.0) is False
     assert keep("pos", None) is None
     assert keep("neg", None) is None
+
+
+# --- rubrics, and what is read in an answer -------------------------------------------------------------------------
+
+words = st.text(st.characters(exclude_categories=["N", "Cs"], exclude_characters="-\u2212.,"), max_size=30)
+
+
+@given(st.text())
+def test_whatever_a_judge_says_the_score_is_0_to_100_or_missing_with_a_reason(text: str) -> None:
+    score, reason = read_score(text)
+    assert (score is None) == (reason is not None)
+    assert score is None or 0 <= score <= 100
+
+
+@given(words, st.integers(0, 100), words)
+def test_the_first_number_is_the_score(before: str, number: int, after: str) -> None:
+    said = f"{before} {number} {after}"
+    if "refusal" not in said.casefold() and "<think>" not in said:
+        assert read_score(said) == (float(number), None)
+
+
+@given(words)
+def test_words_are_never_a_score(text: str) -> None:
+    assert read_score(text)[0] is None
+
+
+@given(st.integers(101, 10**9) | st.integers(-(10**6), -1))
+def test_a_number_off_the_scale_is_missing(number: int) -> None:
+    assert read_score(f"{number}") == (None, "no number")
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "reason"),
+    [
+        ("85", 85.0, None),
+        (" 0\n", 0.0, None),
+        ("Score: 85/100.", 85.0, None),
+        ("**70**", 70.0, None),
+        ("85%", 85.0, None),
+        ("72.5", 72.5, None),
+        ("On a scale from 0 to 100 I give it 85.", 85.0, None),
+        ("0-100: 40", 40.0, None),
+        ("<think>It is 10, or 20.</think>90", 90.0, None),
+        ("REFUSAL 0", None, "refused"),
+        ("I say REFUSAL, since 90 would be wrong", None, "refused"),
+        ("90, not REFUSAL", 90.0, None),
+        ("From 0 to 100", None, "no number"),
+        ("1,000", None, "no number"),
+        ("1.2.3", None, "no number"),
+        ("\u22125", None, "no number"),
+        ("100.5", None, "no number"),
+        ("\u0663\u0664", None, "no number"),
+        ("", None, "no answer"),
+        (" \n", None, "no answer"),
+    ],
+)
+def test_answers_of_judges(text: str, score: float | None, reason: str | None) -> None:
+    assert read_score(text) == (score, reason)
+
+
+@given(st.text(), st.text())
+def test_a_rubric_holds_both_texts_as_they_are(question: str, answer: str) -> None:
+    assert fill("<{question}|{answer}>", question, answer) == f"<{question}|{answer}>"
+
+
+def test_a_placeholder_inside_a_question_is_no_placeholder() -> None:
+    assert fill("{question} {answer}", "What is {answer}?", "x") == "What is {answer}? x"
+
+
+@pytest.mark.parametrize("rubric", ["Rate {question}", "Rate {answer}", "Rate it"])
+def test_a_rubric_that_would_score_blind_is_refused_by_name(rubric: str) -> None:
+    blind = Trait(name="blind", description="", rubric=rubric)
+    for judge in ("local", "openai"):
+        with pytest.raises(TraitError, match=r"trait blind: \{(question|answer)\} does not stand"):
+            resolve_judge(judge, blind)
+    assert resolve_judge("none", blind) == "none"
+
+
+def test_every_trait_gives_rubrics_that_show_both_texts() -> None:
+    for trait in (BARE, *(load_trait(name, REPOSITORY) for name in list_traits(REPOSITORY))):
+        for rubric in rubrics_of(trait):
+            assert {"{question}", "{answer}"} <= set(re.findall(r"\{\w+\}", rubric))
+    assert BARE.description in rubrics_of(BARE)[0]
+
+
+@given(st.dictionaries(st.integers(0, 100), st.floats(0, 1), max_size=8))
+def test_the_mean_lies_among_the_numbers_or_is_missing(weights: dict[int, float]) -> None:
+    mean = expectation(weights)
+    assert (mean is None) == (sum(weights.values()) < 0.25)
+    if mean is not None:
+        likely = [number for number, weight in weights.items() if weight]
+        assert min(likely) - 1e-6 <= mean <= max(likely) + 1e-6
+
+
+def test_a_nan_is_no_score() -> None:
+    assert expectation({50: float("nan")}) is None
+
+
+# --- a judge for other code -----------------------------------------------------------------------------------------
+
+
+class Silent:
+    """A listener that hears nothing."""
+
+    def note(self, text: str) -> None: ...
+    def begin(self, title: str, n_examples: int, n_done: int) -> None: ...
+    def advance(self, n_examples: int, n_tokens: int) -> None: ...
+    def end(self) -> None: ...
+
+
+def test_a_scorer_judges_pairs_in_their_order(tmp_path: Path) -> None:
+    root = make_root(tmp_path)
+    job = plan("demo", "calm", root=str(root))
+    score = scorer(job, job.traits[0], Silent())
+    found = score([("Why?", "aaa"), ("Who?", "zzz"), ("What?", "az"), ("How?", "")])
+    assert [each.score for each in found] == [100.0, 0.0, 50.0, None]
+    assert score([]) == []

@@ -29,7 +29,7 @@ def root(tmp_path: Path) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of `traitline extract`, for tests that only read."""
     root = make_root(tmp_path_factory.mktemp("finished"))
-    succeed("extract", "--root", root, "--experiment", "demo")
+    succeed("extract", "--root", root, "--experiment", "demo", "--answers", "2")
     return root / "experiments/demo/calm"
 
 
@@ -52,10 +52,10 @@ def activations_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_extract_does_all_and_a_second_one_does_nothing(root):
-    first = succeed("extract", "--root", root, "--experiment", "demo")
+    first = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
     run = run_of(root)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*") if path.name != ".lock"}
-    second = succeed("extract", "--root", root, "--experiment", "demo")
+    second = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
     after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*") if path.name != ".lock"}
     files = {path: stamp for path, stamp in before.items() if path.is_file()}
     assert {path: after[path] for path in files} == files
@@ -69,7 +69,7 @@ def test_extract_does_all_and_a_second_one_does_nothing(root):
 
 def test_the_summary_says_where_things_lie_and_what_they_are_worth(finished):
     root = finished.parents[2]
-    lines = succeed("extract", "--root", root, "--experiment", "demo").stdout.splitlines()
+    lines = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo").stdout.splitlines()
     text = "\n".join(lines)
     card = json.loads((finished / "vectors/card.json").read_text())
     assert lines[0] == "calm on tiny"
@@ -82,8 +82,11 @@ def test_the_summary_says_where_things_lie_and_what_they_are_worth(finished):
         text,
     )
     assert f"layer {card['chosen']['layer']} of 0-2, {card['chosen']['method']}" in text
-    assert f"AUROC {card['chosen']['test']['auroc']:.2f}, Cohen's d {card['chosen']['test']['cohens_d']:.2f}" in text
-    assert "random direction" in text
+    auroc, effect = (card["chosen"]["test"][name] for name in ("auroc", "cohens_d"))
+    interval = f"({auroc['low']:.2f} to {auroc['high']:.2f})"
+    assert f"AUROC {auroc['value']:.2f} {interval}, Cohen's d {effect['value']:.2f}" in text
+    assert f"verdict      {card['verdict']['word']}" in text
+    assert f"random directions {card['controls']['random']['median']:.2f}" in text
     assert all(len(line) <= 80 for line in lines if str(finished) not in line), lines
 
 
@@ -108,8 +111,8 @@ def test_every_response_is_labelled_and_whole(finished):
 
 
 def test_stage_by_stage_equals_extract(root, finished):
-    for stage in ("batched", "vectors", "validate"):
-        succeed(stage, "--root", root, "--experiment", "demo")
+    for stage, *options in (["batched"], ["vectors"], ["validate", "--answers", "2"]):
+        succeed(stage, "--root", root, "--experiment", "demo", *options)
     assert contents(run_of(root)) == contents(finished)
 
 
@@ -134,8 +137,8 @@ def test_stage_2_captures_what_the_same_pass_would_have(root, finished):
     captured, wanted = activations_of(run_of(root)), activations_of(finished)
     assert captured.keys() == wanted.keys()
     assert max(deviation(captured[example], row) for example, row in wanted.items()) < 1e-5
-    for stage in ("vectors", "validate"):
-        succeed(stage, "--root", root, "--experiment", "demo")
+    for stage, *options in (["vectors"], ["validate", "--quick"]):
+        succeed(stage, "--root", root, "--experiment", "demo", *options)
     assert succeed("verify", run_of(root)).exit_code == 0
 
 
@@ -143,7 +146,7 @@ def test_stored_responses_are_read_not_made_again(root):
     succeed("generate", "--root", root, "--experiment", "demo")
     generated = payloads(run_of(root), "responses")
     receipts = contents(run_of(root) / "responses")
-    succeed("extract", "--root", root, "--experiment", "demo")
+    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
     assert payloads(run_of(root), "responses") == generated
     assert contents(run_of(root) / "responses") == receipts
     receipt = json.loads((run_of(root) / "activations/0000.receipt.json").read_text())
@@ -175,19 +178,19 @@ def test_the_judge_keeps_drops_and_counts(root):
 
 
 def test_extract_with_another_judge_generates_nothing(root):
-    first = succeed("extract", "--root", root, "--experiment", "demo")
+    first = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
     card = (run_of(root) / "vectors/card.json").read_bytes()
     second = succeed("extract", "--root", root, "--experiment", "demo", "--judge", "none")
     assert "tokens at" in first.stdout
     assert "from stored activations" in second.stdout
     assert "no judge" in second.stdout
     assert (run_of(root) / "vectors/card.json").read_bytes() != card
-    succeed("extract", "--root", root, "--experiment", "demo")
+    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
     assert (run_of(root) / "vectors/card.json").read_bytes() == card
 
 
 def test_vectors_and_a_card_of_other_responses_are_not_shown(root):
-    succeed("extract", "--root", root, "--experiment", "demo")
+    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
     result = succeed("extract", "--root", root, "--experiment", "demo", "--threshold", "0")
     assert "no mean_diff vector: negative side: 0 examples" in result.stderr
     assert "vectors  " not in result.stdout
@@ -201,7 +204,9 @@ def test_stage_3_takes_what_is_not_given_from_the_run(root):
     out = succeed("vectors", "--root", root, "--experiment", "anything").stdout
     assert out.startswith("calm on model\n")
     assert "24 of 24 responses (no judge)" in out
-    assert succeed("validate", "--root", root, "--experiment", "anything").stdout.startswith("calm on model\n")
+    assert succeed("validate", "--quick", "--root", root, "--experiment", "anything").stdout.startswith(
+        "calm on model\n"
+    )
 
 
 def test_layers_of_stage_3_are_any_of_the_captured(root, finished):
@@ -277,16 +282,16 @@ def test_slices_and_a_plain_run_equal_one_run(root, finished):
     for part in ("2/3", "1/3", "3/3"):
         assert "Took " in succeed("extract", "--root", root, "--experiment", "demo", "--slice", part).stdout
         assert not (run_of(root) / "responses/pos.jsonl").exists()
-    assert "new vectors" in succeed("extract", "--root", root, "--experiment", "demo").stdout
+    assert "new vectors" in succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo").stdout
     assert contents(run_of(root)) == contents(finished)
 
 
 def test_a_damaged_shard_is_made_again_with_the_same_bytes(root, finished):
-    succeed("extract", "--root", root, "--experiment", "demo")
+    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
     for name in ("responses/shards/0001.jsonl", "activations/0000.safetensors"):
         (run_of(root) / name).write_bytes((run_of(root) / name).read_bytes()[:-9])
     assert invoke("verify", run_of(root)).exit_code == 1
-    succeed("extract", "--root", root, "--experiment", "demo")
+    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
     assert contents(run_of(root)) == contents(finished)
 
 

@@ -546,3 +546,61 @@ def test_the_store_is_importable_and_verifies_without_torch(finished: RunFolder)
     )
     command = [sys.executable, "-c", code, str(finished.path)]
     assert subprocess.run(command, capture_output=True, check=True, text=True, cwd=ROOT).stdout == "[] False\n"
+
+
+# Logs of judgements
+
+
+LINES = st.lists(st.dictionaries(TEXT.filter(lambda key: key not in ("seal", "key")), JSON, max_size=3), max_size=5)
+
+
+@QUICK
+@given(LINES, LINES)
+def test_judgements_read_back_by_key_whatever_they_hold(tmp_path: Path, first: list, second: list) -> None:
+    folder = opened(tmp_path / os.urandom(8).hex())
+    keyed = [{"key": str(i), **row} for i, row in enumerate([*first, *second])]
+    folder.add_judgements("openai", keyed[: len(first)])
+    folder.add_judgements("openai", keyed[len(first) :])
+    assert folder.read_judgements("openai") == {row["key"]: through_json(row) for row in keyed}
+    assert folder.read_judgements("local") == {}
+    assert folder.verify() == []
+
+
+def log_of(folder: RunFolder) -> Path:
+    folder.add_judgements("openai", [{"key": str(i), "score": 50.0 + i} for i in range(4)])
+    return folder.path / "judgements/openai.jsonl"
+
+
+def test_a_log_torn_anywhere_loses_the_torn_line_alone(folder: RunFolder) -> None:
+    path = log_of(folder)
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        kept = whole[:cut].count(b"\n")
+        assert list(folder.read_judgements("openai")) == [str(i) for i in range(kept)]
+        assert path.read_bytes() == whole[:cut]  # reading changes nothing
+        folder.add_judgements("openai", [{"key": "new", "score": 1.0}])
+        assert list(folder.read_judgements("openai")) == [*(str(i) for i in range(kept)), "new"]
+        assert folder.verify() == []
+
+
+def test_a_flipped_bit_of_a_log_loses_at_most_the_lines_it_touches_and_is_found(folder: RunFolder) -> None:
+    path = log_of(folder)
+    whole, sound = path.read_bytes(), folder.read_judgements("openai")
+    for at in range(0, len(whole) - 1, 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        found = folder.read_judgements("openai")
+        assert all(sound[key] == row for key, row in found.items())
+        assert 2 <= len(found) < 4
+        assert any("changed or damaged" in finding.problem for finding in folder.verify())
+
+
+def test_a_judges_log_has_a_safe_name(folder: RunFolder) -> None:
+    with pytest.raises(ConfigError):
+        folder.add_judgements("../x", [])
+
+
+def test_judging_settings_do_not_change_what_a_run_is() -> None:
+    judged = {"judge": "openai", "judge_model": "m", "judge_url": "u", "judge_concurrency": 1, "judge_price": [1, 2]}
+    assert fingerprint(CONFIG | judged | {"coherence_threshold": 9}) == fingerprint(CONFIG)
+    assert fingerprint(CONFIG | {"seed": 1}) != fingerprint(CONFIG)

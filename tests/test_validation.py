@@ -1,4 +1,4 @@
-"""Held-out validation: figures against scikit-learn and scipy, and what comes out where there is nothing to find."""
+"""The card: figures against scikit-learn and scipy, what is split from what, and what comes out where."""
 
 from __future__ import annotations
 
@@ -12,50 +12,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
-from extraction.errors import ActivationError, ConfigError, TraitError
+from extraction.errors import ActivationError, TraitError
 from extraction.records import Example
+from extraction.vectors.controls import best, placebo, split_half_cosine
 from extraction.vectors.figures import (
     accuracy_at,
-    accuracy_at_train_threshold,
     auroc,
     cohens_d,
-    energy_in_top,
     fit_threshold,
     project,
+    top_1_percent,
+    wrong_side,
 )
-from extraction.vectors.methods import DEFAULT_METHODS, METHODS, mean_diff, probe
-from extraction.vectors.splits import Parts, Rows, question_keys, split_by_question, split_in_three
-from extraction.vectors.validation import Separation, Trial, best_layer, build_card, choose, held_out, separation
+from extraction.vectors.methods import DEFAULT_METHODS, find_method, mean_diff
+from extraction.vectors.reading import by_methods, fit_gauge, held_out_scores
+from extraction.vectors.splits import (
+    Fold,
+    Rows,
+    apportion,
+    check_apart,
+    deal_questions,
+    halves,
+    question_keys,
+    shuffled_labels,
+    split_rows,
+)
+from extraction.vectors.validation import build_card, choose_method
+from tests.planted import gaussian, memorised_instructions, natural_rows, trait_rows
 
 
-def gaussian(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def trait_rows(
-    questions: int = 20, instructions: int = 5, layers: int = 4, hidden: int = 24, effect: float = 1.0, seed: int = 0
-) -> Rows:
-    """An instructed trait: every question and instruction on both sides, a trait direction stronger at layer 2."""
-    n = 2 * questions * instructions
-    positive_n = torch.arange(n) < n // 2
-    question_n = torch.arange(n) % questions
-    strength_L1 = torch.tensor([0.1, 0.4, 1.0, 0.5])[:layers, None].double()
-    sign_n11 = torch.where(positive_n, 1.0, -1.0).double()[:, None, None]
-    by_question = gaussian(questions, layers, hidden, seed=seed)[question_n]
-    noise = gaussian(n, layers, hidden, seed=seed + 1)
-    way_LD = torch.nn.functional.normalize(gaussian(layers, hidden, seed=seed + 2), dim=-1)
-    activations = by_question + noise + effect * sign_n11 * strength_L1 * way_LD
-    return Rows(activations.float(), positive_n, tuple(question_n.tolist()))
-
-
-def confounded_rows(questions: int = 40, rows_each: int = 5, hidden: int = 64, seed: int = 0) -> Rows:
-    """No trait at all: each question lies on one side only, and its rows share nearly all of their activation."""
-    question_n = torch.arange(questions * rows_each) % questions
-    shared = gaussian(questions, 1, hidden, seed=seed)[question_n]
-    activations = shared + 0.1 * gaussian(questions * rows_each, 1, hidden, seed=seed + 1)
-    return Rows(activations, question_n % 2 == 0, tuple(question_n.tolist()))
+def card_of(rows: Rows, **asked: object) -> dict:
+    """A card of rows; two methods, one placebo and 200 resamples unless asked."""
+    settings = {"layers": range(rows.activations_nLD.shape[1]), "seed": 0, "methods": ["mean_diff", "gradient"],
+                "placebos": 1, "bootstraps": 200, "instruction_ids": rows.instruction_ids}  # fmt: skip
+    return build_card(
+        rows.activations_nLD, rows.positive_n, rows.question_ids, **{**settings, **asked}
+    )  # fmt: skip
 
 
 # --- figures against oracles
@@ -112,78 +105,67 @@ def test_of_equal_thresholds_the_one_in_the_widest_gap_is_taken():
     assert fit_threshold(above, below).item() == 5.5
 
 
-def test_the_threshold_comes_from_train_alone():
-    train = torch.tensor([[2.0], [3.0]]), torch.tensor([[0.0], [1.0]])
-    moved = torch.tensor([[12.0], [13.0]]), torch.tensor([[10.0], [11.0]])
-    assert accuracy_at_train_threshold(train, train).item() == 1.0
-    assert accuracy_at_train_threshold(train, moved).item() == 0.5  # perfectly separable, but not at train's threshold
-
-
 def test_accuracy_gives_both_sides_one_half():
     assert accuracy_at(torch.tensor([0.0]), torch.ones(99, 1), torch.ones(1, 1)).item() == 0.5
 
 
 def test_projection_is_the_dot_product_in_float64():
-    rows, way = gaussian(5, 3, 7, seed=0).bfloat16(), gaussian(3, 7, seed=1).float()
+    rows, way = gaussian(5, 3, 7, seed=0).bfloat16(), gaussian(2, 3, 7, seed=1).float()
     assert project(rows, way).dtype == torch.float64
-    torch.testing.assert_close(project(rows, way)[4, 2], rows[4, 2].double() @ way[2].double())
+    torch.testing.assert_close(project(rows, way)[4, 1, 2], rows[4, 2].double() @ way[1, 2].double())
 
 
-def test_energy_in_top_sees_massive_dimensions():
+def test_top_1_percent_sees_massive_dimensions():
     flat, spiky = torch.ones(300), torch.ones(300).index_fill(0, torch.tensor([5, 9]), 1e3)
-    share = energy_in_top(torch.stack([flat, spiky]))
-    torch.testing.assert_close(share[0].item(), 3 / 300)
+    share = top_1_percent(torch.stack([flat, spiky]))
+    assert share[0].item() == pytest.approx(3 / 300)
     assert share[1] > 0.99
-    assert energy_in_top(torch.ones(1, 2)).item() == 1.0
+    assert top_1_percent(torch.tensor([[3.0, 4.0]])).item() == pytest.approx(16 / 25)  # at least one dimension
+
+
+def test_rows_on_the_wrong_side_of_zero_are_counted_row_by_row():
+    scores, positive = torch.tensor([[1.0], [-1.0], [0.0], [-2.0]]), torch.tensor([True, True, True, False])
+    assert wrong_side(scores, positive).item() == 0.5
+    assert wrong_side(-scores, positive).item() == 0.75
 
 
 # --- splits
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=4, max_size=60),
-    st.floats(0.01, 0.99),
-    st.integers(0, 99),
-)
-def test_every_question_is_on_exactly_one_side(rows: list[tuple[int, bool]], fraction: float, seed: int):
-    questions = [question for question, _ in rows]
-    if len(set(questions)) < 2:
-        return
-    train, test = split_by_question(questions, fraction=fraction, seed=seed)
-    assert train
-    assert test
-    assert sorted(train + test) == sorted(set(questions))
-    again = split_by_question(questions[::-1], fraction=fraction, seed=seed)
-    assert again == (train, test)  # whatever the order of rows
+@given(st.integers(0, 200), st.sampled_from([(40, 20, 40), (50, 50), (10, 80, 10), (100,)]))
+def test_apportioning_loses_nothing_and_is_off_by_less_than_one(count: int, shares: tuple[int, ...]):
+    parts = apportion(count, shares)
+    assert sum(parts) == count
+    assert all(abs(part - share * count / 100) < 1 for part, share in zip(parts, shares, strict=True))
 
 
-def test_the_seed_decides_and_the_fraction_is_kept():
-    questions = [k % 20 for k in range(200)]
-    splits = {split_by_question(questions, seed=seed) for seed in range(20)}
+def test_every_part_has_a_question_from_three_on():
+    assert [apportion(count, (40, 20, 40)) for count in (3, 4, 5, 12, 20)] == [
+        [1, 1, 1], [2, 1, 1], [2, 1, 2], [5, 2, 5], [8, 4, 8],
+    ]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=60), st.integers(0, 99))
+def test_every_question_is_dealt_once_whatever_the_order_of_rows(rows: list[tuple[int, bool]], seed: int):
+    questions, labels = [question for question, _ in rows], torch.tensor([label for _, label in rows])
+    dealt = deal_questions(questions, labels, (40, 20, 40), seed=seed)
+    assert sorted(question for part in dealt for question in part) == sorted(set(questions))
+    assert deal_questions(questions[::-1], labels.flip(0), (40, 20, 40), seed=seed) == dealt
+
+
+def test_the_seed_decides():
+    rows = trait_rows()
+    splits = {tuple(split_rows(rows, seed=seed).part_n["test"].tolist()) for seed in range(20)}
     assert len(splits) > 15
-    assert {len(test) for _, test in splits} == {5}
 
 
 def test_natural_prompts_keep_both_sides_in_each_part():
-    questions = [f"p{k}" for k in range(8)] + [f"n{k}" for k in range(4)]
-    positive = [True] * 8 + [False] * 4
+    questions = [f"p{k}" for k in range(10)] + [f"n{k}" for k in range(5)]
+    positive = torch.tensor([True] * 10 + [False] * 5)
     for seed in range(30):
-        train, test = split_by_question(questions, seed=seed, positive=positive)
-        assert sum(name[0] == "p" for name in test) == 2
-        assert sum(name[0] == "n" for name in test) == 1
-        assert len(train) == 9
-
-
-@pytest.mark.parametrize("positive", [None, [True, False, True, False]])
-def test_one_question_cannot_be_split(positive: list[bool] | None):
-    with pytest.raises(TraitError, match=r"1 questions: .*at least 2"):
-        split_by_question([7, 7, 7, 7], seed=0, positive=positive)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
-def test_a_fraction_outside_zero_to_one_is_refused(fraction: float):
-    with pytest.raises(ConfigError, match="between 0 and 1"):
-        split_by_question([1, 2, 3], fraction=fraction, seed=0)
+        parts = deal_questions(questions, positive, (40, 20, 40), seed=seed)
+        assert [sum(name[0] == "p" for name in part) for part in parts] == [4, 2, 4]
+        assert [sum(name[0] == "n" for name in part) for part in parts] == [2, 1, 2]
 
 
 def test_duplicate_prompts_stay_together():
@@ -194,110 +176,186 @@ def test_duplicate_prompts_stay_together():
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_three_parts_share_no_question_and_lose_no_row():
-    rows = trait_rows()
-    parts = split_in_three(rows, seed=0)
-    questions = [set(part.question_ids) for part in (parts.fit, parts.validation, parts.test)]
-    assert [len(part) for part in questions] == [10, 5, 5]
-    assert set.union(*questions) == set(range(20))
-    assert sum(len(part.positive_n) for part in (parts.fit, parts.validation, parts.test)) == 200
+@pytest.mark.parametrize("instructions", [1, 2, 5, 12])
+def test_every_row_outside_the_fit_part_is_held_once_by_a_fold_that_saw_neither_question_nor_instruction(instructions):
+    rows = trait_rows(instructions=instructions)
+    split = split_rows(rows, seed=3)
+    assert len(split.folds) == min(5, instructions)
+    held = torch.stack([fold.held_n for fold in split.folds]).sum(0)
+    assert torch.equal(held == 1, ~split.part_n["fit"])
+    assert torch.equal(sum(part.int() for part in split.part_n.values()), torch.ones_like(held).int())
+    for fold in split.folds:
+        seen, unseen = rows.pick(fold.fit_n), rows.pick(fold.held_n)
+        assert set(seen.question_ids).isdisjoint(unseen.question_ids)
+        assert set(seen.instruction_ids).isdisjoint(unseen.instruction_ids) or instructions == 1
+    assert {len(set(rows.pick(part).question_ids)) for part in split.part_n.values()} == {8, 4}
+
+
+def test_a_leak_is_refused():
+    """The check itself: a fold with one test row among the fitted ones, by question and by instruction."""
+    rows = trait_rows(questions=6, instructions=2)
+    fold = split_rows(rows, seed=0).folds[0]
+    check_apart(rows, fold, instructions=True)
+    of_question = fold.held_n.nonzero()[0]
+    with pytest.raises(AssertionError, match=r"a leak: 1 questions"):
+        check_apart(rows, Fold(fold.fit_n.index_fill(0, of_question, True), fold.held_n), instructions=False)
+    questions = {rows.question_ids[i] for i in fold.fit_n.nonzero().flatten().tolist()}
+    of_instruction = [i for i, question in enumerate(rows.question_ids) if question in questions and not fold.fit_n[i]]
+    with pytest.raises(AssertionError, match=r"a leak: 1 instructions"):
+        check_apart(
+            rows, Fold(fold.fit_n.index_fill(0, torch.tensor(of_instruction[:1]), True), fold.held_n), instructions=True
+        )
+
+
+def test_too_few_rows_to_leave_an_instruction_out_hold_out_questions_only():
+    rows = trait_rows(questions=4, instructions=2)
+    thin_n = torch.tensor([instruction == 0 or i % 8 == 0 for i, instruction in enumerate(rows.instruction_ids)])
+    card = card_of(rows.pick(thin_n), placebos=0)
+    assert card["split"]["instruction_folds"] == 1
+    assert "No instruction was held out: only questions were." in card["verdict"]["reasons"]
 
 
 @pytest.mark.parametrize("questions", [1, 2])
 def test_too_few_questions_for_three_parts_are_refused(questions: int):
     with pytest.raises(TraitError, match="add questions"):
-        split_in_three(trait_rows(questions=questions), seed=0)
+        split_rows(trait_rows(questions=questions), seed=0)
 
 
 def test_a_side_with_no_rows_is_refused():
     rows = trait_rows()
     with pytest.raises(TraitError, match="0 negative rows"):
-        split_in_three(replace(rows, positive_n=torch.ones(200, dtype=torch.bool)), seed=0)
+        split_rows(rows.relabelled(torch.ones(200, dtype=torch.bool)), seed=0)
 
 
-# --- held out
+def test_halves_share_no_question():
+    for rows in (trait_rows(), natural_rows()):
+        first, second = halves(rows, seed=1)
+        assert set(first.question_ids).isdisjoint(second.question_ids)
+        assert len(first.question_ids) + len(second.question_ids) == len(rows.question_ids)
+        assert min(first.counts + second.counts) > 10
 
 
-@pytest.mark.parametrize("name", DEFAULT_METHODS)
-def test_a_planted_trait_is_read_on_unseen_questions(name: str):
-    rows = trait_rows(effect=4.0)
-    read = held_out(METHODS[name], rows.activations_nLD, rows.positive_n, rows.question_ids, seed=0)
-    assert read.auroc_L[2] > 0.95
-    assert read.accuracy_L[2] > 0.85
-    assert read.cohens_d_L[2] > 2
-    assert read.auroc_L.shape == (4,)
-
-
-@pytest.mark.parametrize("name", DEFAULT_METHODS)
-def test_shuffled_labels_leave_nothing_to_read(name: str):
-    """The negative control: 12 shuffles x 4 layers, whose mean has a standard error near 0.02."""
-    rows = trait_rows(effect=4.0)
-    areas = []
-    for seed in range(12):
-        labels = rows.shuffled(seed).positive_n
-        areas.append(held_out(METHODS[name], rows.activations_nLD, labels, rows.question_ids, seed=seed).auroc_L)
-    assert abs(torch.stack(areas).mean().item() - 0.5) < 0.08
-
-
-def test_splitting_by_row_would_flatter_a_confound_and_we_do_not():
-    """Two questions' rows differ, the trait does nothing: by question it reads as chance, by row as perfect."""
-    by_question, by_row = [], []
-    for seed in range(8):
-        rows = confounded_rows(seed=10 * seed)
-        by_question.append(held_out(probe, rows.activations_nLD, rows.positive_n, rows.question_ids, seed=seed).auroc_L)
-        row_ids = list(range(len(rows.question_ids)))  # what a split by row amounts to
-        by_row.append(held_out(probe, rows.activations_nLD, rows.positive_n, row_ids, seed=seed).auroc_L)
-    assert torch.stack(by_row).min() > 0.95  # the leak
-    assert abs(torch.stack(by_question).mean().item() - 0.5) < 0.15
-
-
-def test_directions_see_no_test_row():
-    """Test rows of another question may be anything: the direction that the method is asked for stays the same."""
+def test_shuffled_labels_stay_in_their_question_and_part():
     rows = trait_rows()
-    train_questions, test_questions = split_by_question(rows.question_ids, seed=3, positive=rows.positive_n)
-    seen = []
+    split = split_rows(rows, seed=0)
+    shuffled_n = shuffled_labels(rows, split, seed=0)
+    for question in range(20):
+        own_n = torch.tensor([each == question for each in rows.question_ids])
+        assert shuffled_n[own_n].sum() == rows.positive_n[own_n].sum()
+    assert 0.3 < (shuffled_n == rows.positive_n).double().mean() < 0.7
+    natural = natural_rows()
+    split = split_rows(natural, seed=0)
+    shuffled_n = shuffled_labels(natural, split, seed=0)
+    assert 0.2 < (shuffled_n == natural.positive_n).double().mean() < 0.8
+    for part_n in split.part_n.values():
+        assert shuffled_n[part_n].sum() == natural.positive_n[part_n].sum()
+    assert all(
+        len({bool(label) for label, each in zip(shuffled_n, natural.question_ids, strict=True) if each == question})
+        == 1
+        for question in range(30)
+    )
 
-    def spy(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int) -> Tensor:
-        seen.append(mean_diff(positive_NLD, negative_MLD, seed=seed))
-        return seen[-1]
 
-    in_test_n = torch.tensor([question in test_questions for question in rows.question_ids])
-    poisoned = torch.where(in_test_n[:, None, None], 1e4, rows.activations_nLD)
-    held_out(spy, rows.activations_nLD, rows.positive_n, rows.question_ids, seed=3)
-    held_out(spy, poisoned, rows.positive_n, rows.question_ids, seed=3)
-    assert torch.equal(seen[0], seen[1])
-    train = rows.about(train_questions)
-    assert torch.equal(seen[0], mean_diff(*train.sides, seed=3))
+# --- reading
 
 
-def test_held_out_needs_both_sides_in_test():
-    activations = gaussian(6, 2, 5, seed=0)
-    with pytest.raises(TraitError, match="test part has 2 positive and 0 negative"):
-        held_out(mean_diff, activations, [1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 2, 3], seed=0)
+def test_scores_are_standardised_by_the_fitted_rows_alone():
+    rows = trait_rows(effect=3.0)
+    gauge = fit_gauge(rows, by_methods(["mean_diff"], seed=0))
+    scores = gauge.read(rows.activations_nLD)[:, 0]
+    above, below = scores[rows.positive_n], scores[~rows.positive_n]
+    raw = project(rows.activations_nLD, gauge.direction_KLD)[:, 0]
+    pooled = np.sqrt((raw[rows.positive_n].numpy().var(0, ddof=1) + raw[~rows.positive_n].numpy().var(0, ddof=1)) / 2)
+    np.testing.assert_allclose(gauge.spread_KL[0].numpy(), pooled)
+    torch.testing.assert_close(fit_threshold(above, below), torch.zeros(4).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(cohens_d(above, below), above.mean(0) - below.mean(0))
+
+
+def test_every_row_is_scored_by_the_direction_of_its_fold():
+    """Each fold by hand: directions of the other instructions' fit rows, read on this one's rows."""
+    rows = trait_rows(effect=2.0)
+    split = split_rows(rows, seed=1)
+    (scores_nKL,) = held_out_scores(rows, split, by_methods(["mean_diff"], seed=0))
+    assert torch.equal(scores_nKL.isnan().all((1, 2)), split.part_n["fit"])
+    for fold in split.folds:
+        fitted = rows.pick(fold.fit_n)
+        way = mean_diff(*fitted.sides, seed=0).double()
+        train = [torch.einsum("nld,ld->nl", side.double(), way) for side in fitted.sides]
+        spread = (sum((side - side.mean(0)).square().sum(0) for side in train) / (len(fitted.positive_n) - 2)).sqrt()
+        raw = torch.einsum("nld,ld->nl", rows.activations_nLD[fold.held_n].double(), way)
+        torch.testing.assert_close(scores_nKL[fold.held_n, 0], (raw - fit_threshold(*train)) / spread)
+
+
+def test_directions_see_no_held_out_row():
+    """Rows of another question may be anything: directions, thresholds and units stay what they are."""
+    rows = trait_rows()
+    split = split_rows(rows, seed=3)
+    poisoned = torch.where(split.part_n["test"][:, None, None], 1e4 + rows.activations_nLD, rows.activations_nLD)
+    for fold in split.folds:
+        clean, other = (
+            fit_gauge(replace(rows, activations_nLD=each).pick(fold.fit_n), by_methods(["mean_diff", "probe"], seed=0))
+            for each in (rows.activations_nLD, poisoned)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(vars(clean).values(), vars(other).values(), strict=True))
+    validation_n = split.part_n["validation"]
+    scores = [
+        held_out_scores(replace(rows, activations_nLD=each), split, by_methods(["mean_diff"], seed=0))[0][validation_n]
+        for each in (rows.activations_nLD, poisoned)
+    ]
+    assert torch.equal(*scores)
+
+
+def test_the_threshold_comes_from_the_fitted_rows():
+    rows = trait_rows(effect=8.0)
+    moved = rows.activations_nLD + 100 * mean_diff(*rows.sides, seed=0)
+    card = card_of(rows, stripped_nLD=moved, methods=["mean_diff"])
+    assert card["chosen"]["test"]["accuracy"]["value"] > 0.95
+    assert card["chosen"]["stripped"]["accuracy"]["value"] == 0.5  # separable, but all of it above the threshold
+    assert card["chosen"]["stripped"]["auroc"]["value"] > 0.95
 
 
 # --- choice
 
 
-def separations(aurocs: list[float], effects: list[float]) -> Separation:
-    area = torch.tensor(aurocs, dtype=torch.float64)
-    return Separation(area, torch.tensor(effects, dtype=torch.float64), area)
-
-
 def test_the_best_layer_is_by_auroc_then_effect_then_depth():
-    assert best_layer(separations([0.5, 0.9, 0.8], [9, 1, 9])) == 1
-    assert best_layer(separations([1.0, 1.0, 1.0], [1, 3, 2])) == 1
-    assert best_layer(separations([1.0, 1.0], [2, 2])) == 0
-    assert best_layer(separations([1.0, 1.0], [float("nan"), 2])) == 1
-    assert best_layer(separations([1.0, 1.0], [float("nan")] * 2)) == 0
+    def at(areas: list[float], effects: list[float]) -> tuple[int, int]:
+        return best(torch.tensor([areas]), torch.tensor([effects]))
+
+    assert at([0.5, 0.9, 0.8], [9, 1, 9]) == (0, 1)
+    assert at([1.0, 1.0, 1.0], [1, 3, 2]) == (0, 1)
+    assert at([1.0, 1.0], [2, 2]) == (0, 0)
+    assert at([1.0, 1.0], [float("nan"), 2]) == (0, 1)
+    assert at([1.0, 1.0], [float("nan")] * 2) == (0, 0)
+    assert best(torch.tensor([[0.7, 0.6], [0.6, 0.8]]), torch.zeros(2, 2)) == (1, 1)
 
 
-def test_the_choice_reads_validation_and_never_test():
-    nothing = separations([0.5, 0.5], [0, 0])
-    way = torch.ones(2, 3)
-    good = Trial(way, nothing, validation=separations([0.6, 0.8], [1, 1]), test=separations([0.1, 0.1], [0, 0]))
-    lucky = Trial(way, nothing, validation=separations([0.7, 0.6], [1, 1]), test=separations([1.0, 1.0], [9, 9]))
-    assert choose({"lucky": lucky, "good": good}) == ("good", 1)
+def figures_of(area: float | None, effect: float | None, around: float | None = None) -> dict:
+    ends = (None, None) if effect is None or around is None else (effect - around, effect + around)
+    return {"auroc": {"value": area}, "cohens_d": {"value": effect, "low": ends[0], "high": ends[1]}}
+
+
+def test_of_methods_that_validation_cannot_tell_apart_the_first_is_taken():
+    assert choose_method([figures_of(0.9, 9, 1), figures_of(0.95, 1, 1), figures_of(0.93, 5, 1)]) == 1
+    assert choose_method([figures_of(1.0, 3, 1), figures_of(1.0, 6, 1), figures_of(1.0, 5, 1)]) == 1
+    assert choose_method([figures_of(1.0, 4, 1), figures_of(1.0, 6, 1), figures_of(0.9, 9, 1)]) == 0
+    assert choose_method([figures_of(1.0, 4), figures_of(1.0, 6)]) == 1
+    assert choose_method([figures_of(1.0, None), figures_of(1.0, 6)]) == 1
+    assert choose_method([figures_of(None, None), figures_of(None, None)]) == 0
+
+
+def test_the_card_does_not_choose_by_test():
+    """Layer 1 is good everywhere but in the test part, layer 0 in fit and test only: the card says 1, and owns up."""
+    rows = trait_rows(layers=2, effect=0.0)
+    split = split_rows(rows, seed=0)
+    sign_n = torch.where(rows.positive_n, 4.0, -4.0)
+    activations = rows.activations_nLD.clone()
+    activations[:, 0, 0] += sign_n * ~split.part_n["validation"]
+    activations[:, 1, 0] += sign_n * ~split.part_n["test"]
+    card = card_of(replace(rows, activations_nLD=activations))
+    assert card["chosen"]["layer"] == 1
+    assert card["chosen"]["validation"]["auroc"]["value"] > 0.95
+    assert card["chosen"]["test"]["auroc"]["value"] < 0.8
+    assert card["verdict"]["word"] != "usable"
 
 
 # --- the card
@@ -306,52 +364,160 @@ def test_the_choice_reads_validation_and_never_test():
 @pytest.fixture(scope="module")
 def card() -> dict:
     rows = trait_rows(effect=3.0)
-    return build_card(rows.activations_nLD, rows.positive_n, rows.question_ids, layers=[3, 5, 7, 9], seed=0, placebos=4)
+    facts = {"judge": "lexical", "total": 210, "kept_pos": 100, "kept_neg": 100}
+    return card_of(
+        rows, layers=[3, 5, 7, 9], methods=[*DEFAULT_METHODS, "random"], placebos=4, facts=facts,
+        stripped_nLD=rows.activations_nLD + 0.1, token_0_ratio_L=[1, 2, 3, 4],
+    )  # fmt: skip
 
 
 def test_the_card_is_plain_json_without_nan(card: dict):
     assert json.loads(json.dumps(card, allow_nan=False)) == card
 
 
+def shape_of(value: object) -> object:
+    """Keys all the way down; a list is its length."""
+    if isinstance(value, dict):
+        return {key: shape_of(each) for key, each in value.items()}
+    return len(value) if isinstance(value, list) else type(value).__name__
+
+
+BOUNDED = {"value": "float", "low": "float", "high": "float"}
+FIGURES = {"auroc": BOUNDED, "accuracy": BOUNDED, "cohens_d": BOUNDED}
+LAYERED = {name: dict.fromkeys(BOUNDED, 4) for name in FIGURES}
+
+
+def test_the_card_has_the_keys_that_its_readers_know(card: dict):
+    method = {
+        "layer": "int", "index": "int", "validation": FIGURES, "test": FIGURES, "wrong_side": "float",
+        "per_layer": {"validation": LAYERED, "test": LAYERED, "norm": 4, "top_1_percent": 4, "split_half_cosine": 4,
+                      "wrong_side": 4, "stripped": LAYERED},
+    }  # fmt: skip
+    counts = {"questions": "int", "positive": "int", "negative": "int"}
+    shuffled = {"method": "str", "layer": "int", "test": FIGURES}
+    assert {key: shape_of(card[key]) for key in card if key not in ("verdict", "judge")} == {
+        "layer_convention": "str", "layers": 4, "hidden_size": "int", "seed": "int", "bootstraps": "int",
+        "split": {"fit": counts, "validation": counts, "test": counts, "instruction_folds": "int"},
+        "typical_norm": 4,
+        "token_0": {"ratio": 4},
+        "methods": dict.fromkeys([*DEFAULT_METHODS, "random"], method),
+        "chosen": {"method": "str", "layer": "int", "index": "int", "validation": FIGURES, "test": FIGURES,
+                   "wrong_side": "float", "split_half_cosine": "float", "top_1_percent": "float", "stripped": FIGURES,
+                   "test_auroc_by_fold": 5},
+        "controls": {"random": {"draws": "int", "test_auroc": 20, "median": "float", "high": "float",
+                                "test_cohens_d": 20, "high_cohens_d": "float"},
+                     "placebo_methods": 4, "shuffled_labels": 4},
+        "projections": {"threshold": "float", "positive": 40, "negative": 40, "unit": "str",
+                        "stripped": {"positive": 40, "negative": 40}},
+    }  # fmt: skip
+    assert [shape_of(each) for each in card["controls"]["shuffled_labels"]] == [shuffled] * 4
+    assert card["judge"]["total"] == 210
+
+
 def test_the_card_chooses_the_layer_where_the_trait_is(card: dict):
-    assert card["chosen"]["layer"] == 7
-    assert card["chosen"]["test"]["auroc"] > 0.9
+    assert (card["chosen"]["layer"], card["chosen"]["index"]) == (7, 2)
+    assert card["chosen"]["test"]["auroc"]["low"] > 0.9
     assert card["chosen"]["method"] in DEFAULT_METHODS
     assert card["layers"] == [3, 5, 7, 9]
     assert "from 0" in card["layer_convention"]
-    assert card["split"]["test"] == {"questions": 5, "positive": 25, "negative": 25}
-
-
-def test_the_card_keeps_the_test_figures_of_other_layers_to_itself(card: dict):
-    method = card["methods"]["mean_diff"]
-    assert set(method["per_layer"]) == {"norm", "energy_in_top_3", "fit", "validation"}
-    assert len(method["per_layer"]["validation"]["auroc"]) == 4
-    assert set(method["test"]) == {"auroc", "cohens_d", "accuracy"}
+    assert card["split"]["test"] == {"questions": 8, "positive": 40, "negative": 40}
+    assert card["split"]["instruction_folds"] == 5
 
 
 def test_the_chosen_figures_are_those_of_its_method(card: dict):
     method = card["methods"][card["chosen"]["method"]]
-    for part in ("layer", "fit", "validation", "test"):
-        assert card["chosen"][part] == method[part]
+    for key in ("layer", "index", "validation", "test", "wrong_side"):
+        assert card["chosen"][key] == method[key]
+    index = method["index"]
+    for part in ("validation", "test"):
+        for name, ends in method["per_layer"][part].items():
+            assert {end: values[index] for end, values in ends.items()} == method[part][name]
+
+
+def test_the_figures_are_those_of_the_scores_in_the_card(card: dict):
+    scores, chosen = card["projections"], card["chosen"]
+    labels = [1] * 40 + [0] * 40
+    for key, found, folds in ((scores, chosen["test"], 0.0), (scores["stripped"], chosen["stripped"], 0.02)):
+        both = np.array(key["positive"] + key["negative"])
+        assert found["auroc"]["value"] == pytest.approx(roc_auc_score(labels, both), abs=folds or 1e-9)
+        assert found["accuracy"]["value"] == pytest.approx(((both > 0) == np.array(labels)).mean())
+    both = np.array(scores["positive"] + scores["negative"])
+    assert chosen["wrong_side"] == pytest.approx(((both > 0) != np.array(labels)).mean())
+
+
+def test_folds_have_areas_of_their_own(card: dict):
+    areas = card["chosen"]["test_auroc_by_fold"]
+    assert all(area > 0.8 for area in areas)
+    assert sum(areas) / 5 == pytest.approx(card["chosen"]["test"]["auroc"]["value"], abs=0.05)
+
+
+def test_norms_are_of_the_activations_and_of_the_written_direction(card: dict):
+    rows = trait_rows(effect=3.0)
+    norm = rows.activations_nLD.double().norm(dim=-1).mean(0)
+    assert card["typical_norm"] == pytest.approx(norm.tolist())
+    way = find_method("mean_diff")(*rows.sides, seed=0)
+    assert card["methods"]["mean_diff"]["per_layer"]["norm"] == pytest.approx(way.norm(dim=-1).tolist(), rel=1e-5)
+    assert card["methods"]["probe"]["per_layer"]["norm"] == pytest.approx([1.0] * 4)
 
 
 def test_the_controls_find_nothing(card: dict):
-    placebo = [control["test"]["auroc"] for control in card["controls"]["shuffled_labels"]]
-    assert len(placebo) == 4
-    assert abs(sum(placebo) / 4 - 0.5) < 0.2
-    assert max(placebo) < card["chosen"]["test"]["auroc"]
-    assert card["controls"]["random"]["test"]["auroc"] < card["chosen"]["test"]["auroc"]
+    placebo_areas = [control["test"]["auroc"]["value"] for control in card["controls"]["shuffled_labels"]]
+    assert abs(sum(placebo_areas) / 4 - 0.5) < 0.15
+    assert max(placebo_areas) < card["chosen"]["test"]["auroc"]["low"]
+    assert card["controls"]["random"]["high"] < card["chosen"]["test"]["auroc"]["low"]
+    areas = card["controls"]["random"]["test_auroc"]
+    assert card["controls"]["random"]["median"] == pytest.approx(np.median(areas))
+    assert card["controls"]["random"]["high"] == pytest.approx(np.quantile(areas, 0.95))
+    assert "ica" not in card["controls"]["placebo_methods"]
+
+
+def test_placebos_go_the_whole_way_and_average_to_chance():
+    """40 shuffles of a strong trait: their mean has a standard error near 0.015."""
+    rows = trait_rows(effect=4.0)
+    split = split_rows(rows, seed=0)
+    areas = []
+    for seed in range(40):
+        found = placebo(rows, split, ["mean_diff"], seed=seed)
+        assert found is not None
+        test_n = split.part_n["test"]
+        areas.append(auroc(*(found.scores_n[test_n & (found.positive_n == side), None] for side in (True, False))))
+    assert abs(torch.cat(areas).mean().item() - 0.5) < 0.06
 
 
 def test_the_card_is_the_same_twice_and_in_any_order_of_rows():
     rows = trait_rows(questions=8, instructions=2)
-    asked = {"layers": range(4), "seed": 1, "methods": ["mean_diff", "random"], "placebos": 0}
-    first = build_card(rows.activations_nLD, rows.positive_n, rows.question_ids, **asked)
+    asked = {"seed": 1, "methods": ["mean_diff", "random"], "placebos": 0}
+    first = card_of(rows, **asked)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    mixed = rows.activations_nLD[order], rows.positive_n[order], [rows.question_ids[k] for k in order.tolist()]
-    assert build_card(*mixed, **asked)["chosen"]["test"] == pytest.approx(first["chosen"]["test"])
-    assert build_card(rows.activations_nLD, rows.positive_n, rows.question_ids, **asked) == first
+    mixed = Rows(
+        rows.activations_nLD[order], rows.positive_n[order],
+        *(tuple(ids[k] for k in order.tolist()) for ids in (rows.question_ids, rows.instruction_ids)),
+    )  # fmt: skip
+    other = card_of(mixed, **asked)
+    for name in ("auroc", "accuracy", "cohens_d"):
+        assert other["chosen"]["test"][name] == pytest.approx(first["chosen"]["test"][name])
+    assert card_of(rows, **asked) == first
     assert first["chosen"]["method"] == "mean_diff"  # the control is never chosen
+
+
+def test_the_number_of_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        card_of(trait_rows(questions=4, instructions=2), placebos=0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_natural_prompts_have_one_fold_and_bounds():
+    rows = natural_rows(effect=4.0)
+    card = card_of(rows, instruction_ids=None, methods=["mean_diff"])
+    assert card["split"]["instruction_folds"] == 1
+    assert card["split"]["test"] == {"questions": 12, "positive": 12, "negative": 12}
+    area = card["chosen"]["test"]["auroc"]
+    assert 0.5 < area["low"] <= area["value"] <= area["high"]
+    assert len(card["controls"]["shuffled_labels"]) == 1
 
 
 def test_undefined_figures_are_none():
@@ -360,61 +526,80 @@ def test_undefined_figures_are_none():
     activations[:6, :, 0] = 1
     card = build_card(
         activations, [True] * 6 + [False] * 6, [k % 6 for k in range(12)], layers=[0], seed=0, methods=["mean_diff"],
-        placebos=0,
     )  # fmt: skip
-    assert card["chosen"]["test"] == {"auroc": 1.0, "cohens_d": None, "accuracy": 1.0}
+    test = card["chosen"]["test"]
+    assert (test["auroc"]["value"], test["accuracy"]["value"]) == (1.0, 1.0)
+    assert test["cohens_d"] == {"value": None, "low": None, "high": None}
     json.dumps(card, allow_nan=False)
+
+
+def test_a_single_test_question_has_no_interval():
+    card = card_of(trait_rows(questions=3, instructions=3, effect=4.0))
+    assert card["split"]["test"]["questions"] == 1
+    assert card["chosen"]["test"]["auroc"]["value"] is not None
+    assert card["chosen"]["test"]["auroc"]["low"] is None
+    assert card["verdict"]["word"] != "usable"
 
 
 def test_the_card_names_the_layer_and_example_of_a_nan():
     rows = trait_rows(questions=4, instructions=1)
     ids = [f"row-{k}" for k in range(8)]
-    activations = rows.activations_nLD.clone()
-    activations[6, 2, 0] = torch.nan
-    with pytest.raises(ActivationError, match="layer 12, example row-6"):
-        build_card(activations, rows.positive_n, rows.question_ids, layers=[10, 11, 12, 13], seed=0, example_ids=ids)
+    spoiled = rows.activations_nLD.clone()
+    spoiled[6, 2, 0] = torch.nan
+    for asked in ({"stripped_nLD": spoiled}, {}):
+        used = rows if asked else replace(rows, activations_nLD=spoiled)
+        with pytest.raises(ActivationError, match="layer 12, example row-6"):
+            card_of(used, layers=[10, 11, 12, 13], example_ids=ids, **asked)
 
 
 def test_a_card_of_mismatched_rows_is_our_own_bug():
     rows = trait_rows(questions=4)
     with pytest.raises(ValueError, match="3 layer numbers"):
-        build_card(rows.activations_nLD, rows.positive_n, rows.question_ids, layers=[0, 1, 2], seed=0)
+        card_of(rows, layers=[0, 1, 2])
+    with pytest.raises(ValueError, match="stripped rows"):
+        card_of(rows, stripped_nLD=rows.activations_nLD[:, :2])
 
 
-def test_separation_reads_what_it_is_given():
-    rows = trait_rows(effect=3.0)
-    parts = split_in_three(rows, seed=0)
-    assert isinstance(parts, Parts)
-    way = mean_diff(*parts.fit.sides, seed=0)
-    read = separation(way, parts.fit, parts.test)
-    scores = torch.einsum("nld,ld->nl", parts.test.activations_nLD.double(), way.double())
-    area = roc_auc_score(parts.test.positive_n.numpy(), scores[:, 2].numpy())
-    assert read.auroc_L[2].item() == pytest.approx(area)
+# --- stability
 
 
-def test_separation_takes_its_threshold_from_train():
-    rows = trait_rows(effect=8.0)
-    parts = split_in_three(rows, seed=0)
-    way = mean_diff(*parts.fit.sides, seed=0)
-    moved = replace(parts.test, activations_nLD=parts.test.activations_nLD + 100 * way / way.norm(dim=-1, keepdim=True))
-    assert separation(way, parts.fit, parts.test).accuracy_L[2] > 0.95
-    assert separation(way, parts.fit, moved).accuracy_L[2] == 0.5  # all of it lies above train's threshold
-    assert separation(way, parts.fit, moved).auroc_L[2] > 0.95
+def test_two_halves_agree_on_a_trait_and_on_nothing_else():
+    strong, nothing = trait_rows(effect=6.0, hidden=200), trait_rows(effect=0.0, hidden=200)
+    for name in DEFAULT_METHODS:
+        if name != "ica":
+            assert split_half_cosine(strong, name, seed=0)[2] > 0.5, name
+        assert split_half_cosine(nothing, name, seed=0).abs().max() < 0.3, name
 
 
-def test_the_card_does_not_choose_by_test():
-    """Layer 1 is good everywhere but in the test part, layer 0 in fit and test only: the card says 1, and owns up."""
-    rows = trait_rows(layers=2, effect=0.0)
-    parts = split_in_three(rows, seed=0)
-    sign_n = torch.where(rows.positive_n, 4.0, -4.0)
-    in_test_n, in_validation_n = (
-        torch.tensor([question in part.question_ids for question in rows.question_ids])
-        for part in (parts.test, parts.validation)
-    )
-    activations = rows.activations_nLD.clone()
-    activations[:, 0, 0] += sign_n * ~in_validation_n
-    activations[:, 1, 0] += sign_n * ~in_test_n
-    card = build_card(activations, rows.positive_n, rows.question_ids, layers=[0, 1], seed=0, placebos=0)
-    assert card["chosen"]["layer"] == 1
-    assert card["chosen"]["validation"]["auroc"] > 0.95
-    assert card["chosen"]["test"]["auroc"] < 0.8
+def test_two_rows_have_no_halves():
+    assert split_half_cosine(trait_rows(questions=1, instructions=1), "probe", seed=0).isnan().all()
+
+
+# --- what a leak would look like
+
+
+def area_of(rows: Rows, **asked: object) -> float:
+    return card_of(rows, methods=["probe"], placebos=0, random_draws=2, **asked)["chosen"]["test"]["auroc"]["value"]
+
+
+def test_splitting_by_row_would_flatter_a_memory_of_questions_and_we_do_not():
+    """Each question's rows are nearly the same, and the trait does nothing."""
+    by_question, by_row = [], []
+    for seed in range(8):
+        rows = natural_rows(repeats=12, hidden=64, seed=10 * seed)
+        by_question.append(area_of(rows, seed=seed))
+        row_ids = tuple(range(len(rows.question_ids)))  # what a split by row amounts to
+        by_row.append(area_of(replace(rows, question_ids=row_ids), seed=seed))
+    assert min(by_row) > 0.95  # the leak
+    assert abs(sum(by_question) / 8 - 0.5) < 0.15
+
+
+def test_a_memory_of_instructions_would_flatter_and_does_not():
+    """Each instruction pair is read along its own direction: only leaving it out shows that there is no trait."""
+    kept_out, kept_in = [], []
+    for seed in range(6):
+        rows = memorised_instructions(seed=10 * seed)
+        kept_out.append(area_of(rows, seed=seed))
+        kept_in.append(area_of(rows, seed=seed, instruction_ids=None))
+    assert min(kept_in) > 0.9
+    assert sum(kept_out) / 6 < 0.7

@@ -110,7 +110,7 @@ def check_sides(
     layers = range(positive_NLD.shape[1]) if layers is None else layers
     for side, rows, ids in (("positive", positive_NLD, positive_ids), ("negative", negative_MLD, negative_ids)):
         _check_count(side, rows, least)
-        _check_finite(side, rows, layers, ids)
+        check_finite(side, rows, layers, ids)
     _check_difference(positive_NLD, negative_MLD, layers)
 
 
@@ -123,7 +123,8 @@ def _check_count(side: str, rows_NLD: Tensor, least: int) -> None:
     raise TraitError(f"{side} side: {len(rows_NLD)} examples; this needs at least {least} on each side: {remedy}")
 
 
-def _check_finite(side: str, rows_NLD: Tensor, layers: Sequence[int], ids: Sequence[str] | None) -> None:
+def check_finite(side: str, rows_NLD: Tensor, layers: Sequence[int], ids: Sequence[str] | None) -> None:
+    """ActivationError for NaN or Inf; names the layer and the example."""
     finite_NLD = torch.isfinite(rows_NLD)
     if finite_NLD.all():
         return

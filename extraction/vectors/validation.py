@@ -1,155 +1,216 @@
-"""What a direction is worth on questions that it has never seen.
+"""What a trait's directions are worth, on questions and instructions that they have never seen: the card.
 
-n rows, L layers, D hidden. Directions and thresholds are fitted on one part of the questions, method and layer chosen
-on a second, and the figures that count are read on a third. Splits live in `splits`, figures in `figures`.
+n rows, K methods, L layers, D hidden, C = K L columns. Directions, thresholds and units are fitted on one part of the
+questions (and, in folds, on all instructions but those that are read), method and layer chosen on a second part, and
+the figures that count are read on a third. Splits live in `splits`, scores in `reading`, figures in `figures`,
+intervals in `bootstrap`, what must be beaten in `controls`, the words in `verdict`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from extraction.vectors.figures import accuracy_at_train_threshold, auroc, cohens_d, energy_in_top, project
-from extraction.vectors.methods import CONTROL, DEFAULT_METHODS, Method, find_method
-from extraction.vectors.sides import check_sides
-from extraction.vectors.splits import TEST_FRACTION, Parts, Rows, check_both_sides, split_by_question, split_in_three
+from extraction.vectors.bootstrap import Bounded, Resamples, bounded_figures, resample_questions
+from extraction.vectors.controls import best, cheap, placebo, random_draws, split_half_cosine
+from extraction.vectors.figures import auroc, top_1_percent, wrong_side
+from extraction.vectors.methods import CONTROL, DEFAULT_METHODS, find_method
+from extraction.vectors.reading import by_methods, held_out_scores
+from extraction.vectors.sides import check_finite, check_sides
+from extraction.vectors.splits import Rows, Split, split_rows
+from extraction.vectors.verdict import verdict
 
 LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0"
+UNIT = "pooled standard deviations within a side of the fitted rows; 0 is the threshold fitted on them"
+CARD_FORM = 2  # rises when the card of the same activations would be another
+CONTROL_QUANTILE = 0.95
+
+Figures = dict[str, Bounded]
 
 
-@dataclass(frozen=True)
-class Separation:
-    """How far one method's directions hold the sides apart, float64 [L] each; NaN where a figure is undefined.
-
-    `accuracy` is the mean of the two sides' accuracies, so a trait with many rows on one side gains nothing by it.
-    """
-
-    auroc_L: Tensor
-    cohens_d_L: Tensor
-    accuracy_L: Tensor
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One method's directions [L, D] from the fit part, and how they separate each part."""
-
-    direction_LD: Tensor
-    fit: Separation
-    validation: Separation
-    test: Separation
-
-
-def separation(direction_LD: Tensor, train: Rows, test: Rows) -> Separation:
-    """Read `test` along directions and thresholds of `train`."""
-    train_scores, test_scores = (
-        (project(positive, direction_LD), project(negative, direction_LD))
-        for positive, negative in (train.sides, test.sides)
-    )
-    return Separation(
-        auroc(*test_scores), cohens_d(*test_scores), accuracy_at_train_threshold(train_scores, test_scores)
-    )
-
-
-def held_out(
-    method: Method,
-    activations_nLD: Tensor,
-    labels: Sequence[bool] | Tensor,
-    question_ids: Sequence[Any],
-    seed: int,
-    *,
-    fraction: float = TEST_FRACTION,
-) -> Separation:
-    """Fit on some questions, read on the others. `labels`: True is positive. Choose no layer by what this returns."""
-    positive_n = torch.as_tensor(labels, dtype=torch.bool)
-    rows = Rows(activations_nLD, positive_n, tuple(question_ids))
-    train_questions, test_questions = split_by_question(question_ids, fraction=fraction, seed=seed, positive=positive_n)
-    train, test = rows.about(train_questions), rows.about(test_questions)
-    check_both_sides("train", train)
-    check_both_sides("test", test)
-    return separation(method(*train.sides, seed=seed), train, test)
-
-
-def try_method(method: Method, parts: Parts, *, seed: int) -> Trial:
-    """Fit on the fit part, read all three."""
-    direction_LD = method(*parts.fit.sides, seed=seed)
-    fit, validation, test = (separation(direction_LD, parts.fit, part) for part in vars(parts).values())
-    return Trial(direction_LD, fit, validation, test)
-
-
-def best_layer(validation: Separation) -> int:
-    """Index of the layer with the highest AUROC; among equals the largest Cohen's d, then the lowest layer."""
-    figures = zip(validation.auroc_L.tolist(), validation.cohens_d_L.nan_to_num(nan=-torch.inf).tolist(), strict=True)
-    ranked = [(area, effect, -index) for index, (area, effect) in enumerate(figures)]
-    return -max(ranked)[2]
-
-
-def choose(trials: Mapping[str, Trial]) -> tuple[str, int]:
-    """Method and layer index, by the validation part alone; the earlier method among equals."""
-
-    def merit(name: str) -> tuple[float, float]:
-        figures = _at(trials[name].validation, best_layer(trials[name].validation))
-        effect = figures["cohens_d"]
-        return figures["auroc"] or 0.0, -torch.inf if effect is None else effect
-
-    method = max(trials, key=merit)
-    return method, best_layer(trials[method].validation)
-
-
-def build_card(
+def build_card(  # noqa: PLR0913  # facts of one call, all named
     activations_nLD: Tensor,
     labels: Sequence[bool] | Tensor,
     question_ids: Sequence[Any],
     *,
+    instruction_ids: Sequence[Any] | None = None,
     layers: Sequence[int],
     seed: int,
     methods: Sequence[str] = DEFAULT_METHODS,
     example_ids: Sequence[str] | None = None,
+    stripped_nLD: Tensor | None = None,
+    token_0_ratio_L: Sequence[float] | None = None,
     placebos: int = 3,
+    random_draws: int = 20,
+    bootstraps: int = 1000,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the vectors of one trait are worth, JSON-ready: plain numbers, None where a figure is undefined.
 
     `labels`: True is positive; `layers`: the absolute number of each of the L layers; `question_ids` as
-    `question_keys` gives them. `methods.<name>` holds the fit and validation figures of every layer, and the test
-    figures of the layer that validation chose; `chosen` is the best of these by validation. The controls go the same
-    way: `random` directions, and the methods on labels shuffled within each part, `placebos` times.
+    `question_keys` gives them; `instruction_ids`: the instruction pair of each row, None for natural prompts;
+    `stripped_nLD`: the same rows, captured again without the instruction in the context; `facts`: how the judge
+    decided (`Kept.facts`), kept in the card under `judge`.
+
+    Every validation and test row is scored by a direction that saw neither its question nor its instruction
+    (`split_rows`). Layer and method are chosen on validation, and reported on test. The controls go the same way:
+    `random_draws` random directions, and `placebos` shuffles of the labels.
     """
-    rows = Rows(activations_nLD, torch.as_tensor(labels, dtype=torch.bool), tuple(question_ids))
-    _check_rows(rows, layers, example_ids)
-    parts = split_in_three(rows, seed=seed)
-    trials = {name: try_method(find_method(name), parts, seed=seed) for name in methods}
-    method, _ = choose({name: trial for name, trial in trials.items() if name != CONTROL} or trials)
+    positive_n = torch.as_tensor(labels, dtype=torch.bool)
+    instructions = (0,) * len(positive_n) if instruction_ids is None else tuple(instruction_ids)
+    rows = Rows(activations_nLD, positive_n, tuple(question_ids), instructions)
+    _check_rows(rows, layers, example_ids, stripped_nLD)
+    counts = {"placebos": placebos, "random_draws": random_draws, "bootstraps": bootstraps}
+    with _one_thread():
+        card = _card(rows, layers, methods, stripped_nLD, counts, seed)
+    card["token_0"] = None if token_0_ratio_L is None else {"ratio": [float(ratio) for ratio in token_0_ratio_L]}
+    if facts is not None:
+        card["judge"] = dict(facts)
+    return {**card, "verdict": verdict(card)}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small matrices: more threads than one would mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- the work -------------------------------------------------------------------------------------------------------
+
+
+def _card(
+    rows: Rows,
+    layers: Sequence[int],
+    methods: Sequence[str],
+    stripped_nLD: Tensor | None,
+    counts: Mapping[str, int],
+    seed: int,
+) -> dict[str, Any]:
+    """All of the card that is worked out."""
+    trial = _try_methods(rows, methods, stripped_nLD, bootstraps=counts["bootstraps"], seed=seed)
+    own = {name: _method_card(trial, way, layers, seed) for way, name in enumerate(methods)}
+    ways = [way for way, name in enumerate(methods) if name != CONTROL] or [0]
+    way = ways[choose_method([own[methods[way]]["validation"] for way in ways])]
     return {
         "layer_convention": LAYER_CONVENTION,
         "layers": [int(layer) for layer in layers],
-        "hidden_size": activations_nLD.shape[2],
+        "hidden_size": rows.activations_nLD.shape[2],
         "seed": seed,
-        "split": {name: _counts(part) for name, part in vars(parts).items()},
-        "methods": {name: _trial_figures(trial, layers) for name, trial in trials.items()},
-        "chosen": {"method": method, **_summary(trials[method], layers)},
-        "controls": {
-            "random": _summary(try_method(find_method(CONTROL), parts, seed=seed), layers),
-            "shuffled_labels": [_placebo(parts, methods, layers, seed=seed + 1 + index) for index in range(placebos)],
-        },
+        "bootstraps": counts["bootstraps"],
+        "split": _split_card(rows, trial.split),
+        "typical_norm": _plain(rows.activations_nLD.double().norm(dim=-1).mean(0)),
+        "methods": own,
+        "chosen": _chosen_card(trial, way, own),
+        "controls": _controls_card(trial, layers, counts, seed),
+        "projections": _projections(trial, way, own[methods[way]]["index"]),
     }
 
 
-def _check_rows(rows: Rows, layers: Sequence[int], example_ids: Sequence[str] | None) -> None:
+@dataclass(frozen=True)
+class _Trial:
+    """All methods' held-out scores [n, K, L] and figures [C]; `stripped`, where given, are of the test part.
+
+    Removing the instruction moves all rows, and each fold's direction reads that as another shift: so the stripped
+    AUROC compares rows of the same fold only, while its accuracy stays at the threshold of the fitted rows.
+    """
+
+    rows: Rows
+    split: Split
+    methods: tuple[str, ...]
+    bootstraps: int
+    seed: int
+    scores_nKL: Tensor
+    stripped_nKL: Tensor | None
+    figures: Mapping[str, Figures]
+
+    def at(self, part: str, way: int) -> Figures:
+        """One method's figures [L]."""
+        n_layers = self.scores_nKL.shape[2]
+        own = slice(way * n_layers, (way + 1) * n_layers)
+        return {
+            name: Bounded(*(ends_C[own] for ends_C in vars(figure).values()))
+            for name, figure in self.figures[part].items()
+        }
+
+
+def _try_methods(
+    rows: Rows, methods: Sequence[str], stripped_nLD: Tensor | None, *, bootstraps: int, seed: int
+) -> _Trial:
+    split = split_rows(rows, seed=seed)
+    others = [] if stripped_nLD is None else [stripped_nLD]
+    scores_nKL, *stripped = held_out_scores(rows, split, by_methods(methods, seed=seed), *others)
+    resamples = {part: _resamples(rows, split, part, bootstraps, seed) for part in ("validation", "test")}
+    scores = {part: scores_nKL[split.part_n[part]] for part in resamples}
+    if stripped:
+        test_n = split.part_n["test"]
+        resamples["stripped"] = replace(resamples["test"], stratum_n=split.fold_n()[test_n])
+        scores["stripped"] = stripped[0][split.part_n["test"]]
+    figures = {part: bounded_figures(scores[part].flatten(1), resamples[part]) for part in resamples}
+    stripped_nKL = stripped[0] if stripped else None
+    return _Trial(rows, split, tuple(methods), bootstraps, seed, scores_nKL, stripped_nKL, figures)
+
+
+def _resamples(rows: Rows, split: Split, part: str, count: int, seed: int) -> Resamples:
+    own = rows.pick(split.part_n[part])
+    return resample_questions(own.positive_n, own.question_ids, count=count, seed=seed)
+
+
+def _layer(trial: _Trial, way: int) -> int:
+    """Index of a method's best layer, by the validation part alone."""
+    figures = trial.at("validation", way)
+    return best(*(figures[name].value_C.unsqueeze(0) for name in ("auroc", "cohens_d")))[1]
+
+
+def choose_method(figures: Sequence[Mapping[str, Any]]) -> int:
+    """Which of several methods' validation figures, each at its own best layer, is the one to take.
+
+    The highest AUROC. Where several have that, as strong traits make them, the first whose interval of Cohen's d
+    reaches that of the largest: validation has few questions, and what they can't tell apart is left to the order, in
+    which simpler methods come first (the one-standard-error rule of Breiman et al. 1984, section 3.4.3, with
+    intervals).
+    """
+    area = max(each["auroc"]["value"] or 0.0 for each in figures)
+    equals = [place for place, each in enumerate(figures) if (each["auroc"]["value"] or 0.0) == area]
+    effects = {place: figures[place]["cohens_d"] for place in equals if figures[place]["cohens_d"]["value"] is not None}
+    if not effects:
+        return equals[0]
+    low = _end(max(effects.values(), key=lambda effect: float(effect["value"] or 0.0)), "low")
+    return next(place for place, effect in effects.items() if _end(effect, "high") >= low)
+
+
+def _end(figure: Mapping[str, float | None], name: str) -> float:
+    """An end of a figure's interval; the figure itself where it has none."""
+    value = figure["value"] if figure[name] is None else figure[name]
+    return float("nan") if value is None else value
+
+
+def _check_rows(
+    rows: Rows, layers: Sequence[int], example_ids: Sequence[str] | None, stripped_nLD: Tensor | None
+) -> None:
     n, n_layers = rows.activations_nLD.shape[:2]
-    if not n == len(rows.positive_n) == len(rows.question_ids) or len(layers) != n_layers:
+    if not n == len(rows.positive_n) == len(rows.question_ids) == len(rows.instruction_ids) or len(layers) != n_layers:
         raise ValueError(
-            f"activations of {n} rows and {n_layers} layers, {len(rows.positive_n)} labels,"
-            f" {len(rows.question_ids)} question ids, {len(layers)} layer numbers"
+            f"activations of {n} rows and {n_layers} layers, {len(rows.positive_n)} labels, {len(rows.question_ids)}"
+            f" question ids, {len(rows.instruction_ids)} instruction ids, {len(layers)} layer numbers"
         )
-    check_sides(
-        *rows.sides,
-        layers=layers,
-        positive_ids=_ids(rows, example_ids, True),
-        negative_ids=_ids(rows, example_ids, False),
-    )
+    ids = {side: _ids(rows, example_ids, side) for side in (True, False)}
+    check_sides(*rows.sides, layers=layers, positive_ids=ids[True], negative_ids=ids[False])
+    if stripped_nLD is not None:
+        if stripped_nLD.shape != rows.activations_nLD.shape:
+            raise ValueError(f"stripped rows {tuple(stripped_nLD.shape)}, rows {tuple(rows.activations_nLD.shape)}")
+        positive_NLD, negative_MLD = stripped_nLD[rows.positive_n], stripped_nLD[~rows.positive_n]
+        check_finite("positive", positive_NLD, layers, ids[True])
+        check_finite("negative", negative_MLD, layers, ids[False])
 
 
 def _ids(rows: Rows, example_ids: Sequence[str] | None, side: bool) -> list[str] | None:
@@ -158,47 +219,123 @@ def _ids(rows: Rows, example_ids: Sequence[str] | None, side: bool) -> list[str]
     return [name for name, positive in zip(example_ids, rows.positive_n.tolist(), strict=True) if positive is side]
 
 
-def _placebo(parts: Parts, methods: Sequence[str], layers: Sequence[int], *, seed: int) -> dict[str, Any]:
-    shuffled = Parts(*(part.shuffled(seed) for part in vars(parts).values()))
-    trials = {name: try_method(find_method(name), shuffled, seed=seed) for name in methods}
-    method, _ = choose(trials)
-    return {"method": method, **_summary(trials[method], layers)}
+# --- the words ------------------------------------------------------------------------------------------------------
 
 
-def _counts(part: Rows) -> dict[str, int]:
-    n_positive = int(part.positive_n.sum())
-    n_negative = len(part.positive_n) - n_positive
-    return {"questions": len(set(part.question_ids)), "positive": n_positive, "negative": n_negative}
+def _split_card(rows: Rows, split: Split) -> dict[str, Any]:
+    parts = {name: rows.pick(here_n) for name, here_n in split.part_n.items()}
+    counts = {
+        name: {"questions": len(set(part.question_ids)), "positive": part.counts[0], "negative": part.counts[1]}
+        for name, part in parts.items()
+    }
+    return {**counts, "instruction_folds": len(split.folds)}
 
 
-def _trial_figures(trial: Trial, layers: Sequence[int]) -> dict[str, Any]:
+def _method_card(trial: _Trial, way: int, layers: Sequence[int], seed: int) -> dict[str, Any]:
+    """`norm` and `top_1_percent` are of the direction of all kept rows, which is the one that stage 3 writes."""
+    rows, name = trial.rows, trial.methods[way]
+    direction_LD = find_method(name)(*rows.sides, seed=seed).double()
+    index = _layer(trial, way)
+    test_n = trial.split.part_n["test"]
+    wrong_L = wrong_side(trial.scores_nKL[test_n, way], rows.positive_n[test_n])
     return {
-        **_summary(trial, layers),
+        "layer": int(layers[index]),
+        "index": index,
+        **{part: _bounded_at(trial.at(part, way), index) for part in ("validation", "test")},
+        "wrong_side": float(wrong_L[index]),
         "per_layer": {
-            "norm": _plain(trial.direction_LD.double().norm(dim=-1)),
-            "energy_in_top_3": _plain(energy_in_top(trial.direction_LD)),
-            "fit": {name: _plain(values) for name, values in _figures(trial.fit).items()},
-            "validation": {name: _plain(values) for name, values in _figures(trial.validation).items()},
+            **{part: _per_layer(trial.at(part, way)) for part in ("validation", "test")},
+            "norm": _plain(direction_LD.norm(dim=-1)),
+            "top_1_percent": _plain(top_1_percent(direction_LD)),
+            "split_half_cosine": _plain(split_half_cosine(rows, name, seed=seed)),
+            "wrong_side": _plain(wrong_L),
+            "stripped": _per_layer(trial.at("stripped", way)) if "stripped" in trial.figures else None,
         },
     }
 
 
-def _summary(trial: Trial, layers: Sequence[int]) -> dict[str, Any]:
-    index = best_layer(trial.validation)
+def _chosen_card(trial: _Trial, way: int, own: Mapping[str, Any]) -> dict[str, Any]:
+    name = trial.methods[way]
+    index = own[name]["index"]
     return {
-        "layer": int(layers[index]),
-        "fit": _at(trial.fit, index),
-        "validation": _at(trial.validation, index),
-        "test": _at(trial.test, index),
+        "method": name,
+        **{key: own[name][key] for key in ("layer", "index", "validation", "test", "wrong_side")},
+        **{key: own[name]["per_layer"][key][index] for key in ("split_half_cosine", "top_1_percent")},
+        "test_auroc_by_fold": _auroc_by_fold(trial, way, index),
+        "stripped": _bounded_at(trial.at("stripped", way), index) if "stripped" in trial.figures else None,
     }
 
 
-def _figures(separation: Separation) -> dict[str, Tensor]:
-    return {name.removesuffix("_L"): values for name, values in vars(separation).items()}
+def _auroc_by_fold(trial: _Trial, way: int, index: int) -> list[float | None]:
+    """The test AUROC of each fold's held-out instructions alone; empty where none were held out."""
+    if len(trial.split.folds) == 1:
+        return []
+    test_n, positive_n = trial.split.part_n["test"], trial.rows.positive_n
+    found = []
+    for fold in trial.split.folds:
+        own = (test_n & fold.held_n & (positive_n == side) for side in (True, False))
+        found.append(auroc(*(trial.scores_nKL[own_n, way, index].unsqueeze(-1) for own_n in own)))
+    return _plain(torch.cat(found))
 
 
-def _at(separation: Separation, index: int) -> dict[str, float | None]:
-    return {name: _plain(values[index : index + 1])[0] for name, values in _figures(separation).items()}
+def _controls_card(trial: _Trial, layers: Sequence[int], counts: Mapping[str, int], seed: int) -> dict[str, Any]:
+    found = random_draws(trial.rows, trial.split, count=counts["random_draws"], seed=seed)
+    effect_K = found.cohens_d_K[found.cohens_d_K.isfinite()]
+    return {
+        "random": {
+            "draws": len(found.auroc_K),
+            "test_auroc": _plain(found.auroc_K),
+            "median": _quantile(found.auroc_K, 0.5),
+            "high": _quantile(found.auroc_K, CONTROL_QUANTILE),
+            "test_cohens_d": _plain(found.cohens_d_K),
+            "high_cohens_d": _quantile(effect_K, CONTROL_QUANTILE),
+        },
+        "placebo_methods": cheap(trial.methods),
+        "shuffled_labels": [
+            control
+            for index in range(counts["placebos"])
+            if (control := _placebo_card(trial, layers, seed=seed + 1 + index)) is not None
+        ],
+    }
+
+
+def _placebo_card(trial: _Trial, layers: Sequence[int], *, seed: int) -> dict[str, Any] | None:
+    found = placebo(trial.rows, trial.split, trial.methods, seed=seed)
+    if found is None:
+        return None
+    relabelled = trial.rows.relabelled(found.positive_n)
+    resamples = _resamples(relabelled, trial.split, "test", trial.bootstraps, trial.seed)
+    figures = bounded_figures(found.scores_n[trial.split.part_n["test"]].unsqueeze(-1), resamples)
+    return {"method": found.method, "layer": int(layers[found.index]), "test": _bounded_at(figures, 0)}
+
+
+def _projections(trial: _Trial, way: int, index: int) -> dict[str, Any]:
+    """The held-out test rows themselves, at the chosen method and layer."""
+
+    def sides(scores_nKL: Tensor) -> dict[str, list[float]]:
+        test_n, positive_n = trial.split.part_n["test"], trial.rows.positive_n
+        scores_n = scores_nKL[:, way, index]
+        return {"positive": scores_n[test_n & positive_n].tolist(), "negative": scores_n[test_n & ~positive_n].tolist()}
+
+    stripped = None if trial.stripped_nKL is None else sides(trial.stripped_nKL)
+    return {"threshold": 0.0, **sides(trial.scores_nKL), "unit": UNIT, "stripped": stripped}
+
+
+def _bounded_at(figures: Figures, index: int) -> dict[str, dict[str, float | None]]:
+    layers = {name: _ends(figure) for name, figure in figures.items()}
+    return {name: {end: values[index] for end, values in ends.items()} for name, ends in layers.items()}
+
+
+def _per_layer(figures: Figures) -> dict[str, dict[str, list[float | None]]]:
+    return {name: _ends(figure) for name, figure in figures.items()}
+
+
+def _ends(figure: Bounded) -> dict[str, list[float | None]]:
+    return {name.removesuffix("_C"): _plain(values_C) for name, values_C in vars(figure).items()}
+
+
+def _quantile(values_K: Tensor, share: float) -> float | None:
+    return float(values_K.quantile(share)) if len(values_K) else None
 
 
 def _plain(values_L: Tensor) -> list[float | None]:

@@ -1,0 +1,164 @@
+"""What only the model itself can say about a trait's vectors: do they separate without the instruction, do they steer?
+
+Shapes: L layers, D hidden, N positive rows, M negative rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from extraction.jobs import Job
+from extraction.records import Example, Prompt, Trait
+from extraction.runners import Engine, Listener, capture_shard
+from extraction.store import RunFolder
+from extraction.traits import make_examples
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from extraction.judges import Scorer
+    from extraction.steered import Trying
+    from extraction.sweep import Plan
+
+TOKEN_0_TEXTS = 8
+SWEEP_FORM = 1  # rises when the sweep of the same vectors would be another
+
+
+def capture_stripped(engine: Engine, trait: Trait, folder: RunFolder, tensor: str, listener: Listener) -> None:
+    """Activations of the stored responses with the instruction taken out of their prompts, shard by shard.
+
+    What is done is not done again; natural prompts have nothing to take out.
+    """
+    shards = engine.job.shards(trait)
+    pending = {i: shard for i, shard in enumerate(shards) if not _has(folder, i, tensor)}
+    if trait.is_natural or not pending:
+        return
+    site, pooling = tensor.split(".", 1)
+    settings = engine.job.experiment
+    layers = ",".join(map(str, folder.shard_facts("activations", 0)["meta"]["layers"]))
+    capture = replace(settings.capture, layers=layers, sites=(site,), poolings=(pooling,))
+    reader = engine.turned_to(replace(engine.job, experiment=replace(settings, capture=capture)))
+    n_examples, n_pending = (sum(map(len, some)) for some in (shards, pending.values()))
+    listener.begin(f"{trait.name}: instruction removed", n_examples, n_examples - n_pending)
+    try:
+        for i, shard in pending.items():
+            prompts = engine.prompts([without_instruction(example) for example in shard])
+            capture_shard(reader, folder, i, listener, stripped=prompts)
+    finally:
+        listener.end()
+
+
+def has_stripped(job: Job, trait: Trait, folder: RunFolder, tensor: str) -> bool:
+    """Whether every shard has been read without its instruction."""
+    return not trait.is_natural and all(_has(folder, i, tensor) for i in range(len(job.shards(trait))))
+
+
+def _has(folder: RunFolder, index: int, tensor: str) -> bool:
+    return folder.shard_done("stripped", index) and tensor in folder.shard_facts("stripped", index)["tensors"]
+
+
+def without_instruction(example: Example) -> Example:
+    """The same example with nothing but its question."""
+    return replace(example, system=None)
+
+
+def first_token_ratio(engine: Engine, folder: RunFolder, layers: Sequence[int]) -> list[float]:
+    """The norm at the first token over the median norm of the others, by layer, mean over a few texts: [L].
+
+    Far above 1 it is an attention sink (Xiao et al. 2023, arXiv 2309.17453; Sun et al. 2024, arXiv 2402.17762), which
+    would swamp any mean that counts it.
+    """
+    import torch
+
+    from extraction.hooks import watch
+
+    rows = [row for row in folder.read_responses_shard(0) if row["token_ids"]][:TOKEN_0_TEXTS]
+    modules = {layer: engine.lm.layers[layer] for layer in layers}
+    ratios: dict[int, list[float]] = {layer: [] for layer in layers}
+
+    def note(layer: int, hidden: Tensor) -> None:
+        norm_T = hidden.reshape(-1, hidden.shape[-1]).float().norm(dim=-1)
+        ratios[layer].append(float(norm_T[0] / norm_T[1:].median()))
+
+    with torch.inference_mode(), watch(modules, note):
+        for row in rows:
+            ids = [*row["prompt_token_ids"], *row["token_ids"]]
+            engine.lm.hidden_states(torch.tensor([ids], device=engine.lm.device))
+    return [sum(found) / len(found) for found in ratios.values() if found]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a steering sweep works with.
+
+    Rows to fit directions on, [N, L, D] and [M, L, D], none of them about a question of `report_on`; each layer's
+    typical norm [L]; the methods that may be chosen; questions to choose a layer by, and questions to report on.
+    """
+
+    positive_NLD: Tensor
+    negative_MLD: Tensor
+    norms_L: Sequence[float]
+    layers: tuple[int, ...]
+    methods: Sequence[str]
+    choose_on: Sequence[str]
+    report_on: Sequence[str]
+    answers: int
+
+
+def uninstructed(engine: Engine, trait: Trait, questions: Sequence[str]) -> list[Prompt]:
+    """A prompt for each of these questions, without an instruction; a natural prompt is itself."""
+    examples = make_examples(trait, engine.job.experiment.n_examples)
+    first: dict[str, Example] = {}
+    for example in examples:
+        first.setdefault(example.question, example if trait.is_natural else without_instruction(example))
+    return engine.prompts([first[question] for question in questions])
+
+
+def steering_evidence(
+    engine: Engine, trait: Trait, material: Material, scorer: Scorer, listener: Listener
+) -> dict[str, Any]:
+    """The steering sweep of one trait, without instructions; sampled as the run's responses were."""
+    from extraction.sweep import evaluate
+
+    plan = _plan(engine, trait, material)
+    trying = _trying(engine, plan, scorer, listener)
+    listener.begin(f"{trait.name}: steering", plan.n_answers, 0)
+    try:
+        return evaluate(trying, plan)
+    finally:
+        listener.end()
+
+
+def _plan(engine: Engine, trait: Trait, material: Material) -> Plan:
+    from extraction.steered import directions_of
+    from extraction.sweep import Plan
+    from extraction.vectors.methods import find_method
+
+    seed = engine.job.experiment.seed
+    candidates = {}
+    for method in material.methods:
+        direction_LD = find_method(method)(material.positive_NLD, material.negative_MLD, seed=seed)
+        candidates[method] = directions_of(direction_LD, material.norms_L, material.layers, seed=seed)
+    choose_on, report_on = (uninstructed(engine, trait, asked) for asked in (material.choose_on, material.report_on))
+    return Plan(choose_on, report_on, candidates, material.layers, material.answers)
+
+
+def _trying(engine: Engine, plan: Plan, scorer: Scorer, listener: Listener) -> Trying:
+    from extraction.decoding.sample import Sample
+    from extraction.jobs import MODES
+    from extraction.steered import Trying
+
+    settings = engine.job.experiment
+    lengths = [len(prompt.token_ids) for prompt in (*plan.choose_on, *plan.report_on)]
+    return Trying(
+        engine.lm,
+        Sample(settings.generation.temperature, settings.generation.top_k, settings.generation.top_p),
+        scorer,
+        settings.generation.max_new_tokens,
+        engine.batch_size(MODES["batched"], lengths),
+        settings.seed,
+        settings.threshold,
+        on_progress=listener.advance,
+    )

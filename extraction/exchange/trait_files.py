@@ -1,0 +1,151 @@
+"""Files of traits by others, read: JSON, a JSON object a line, or a prompt a line; and a trait as our YAML.
+
+What a file is, is told by its content, and its part (a side, the definition) by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from extraction.errors import TraitError
+from extraction.schema import Place, decode_utf8, open_input, show, show_path
+
+MAX_TRAIT_BYTES = 100_000_000
+_PARTS = {
+    "positive": re.compile(r"(.*[._-])?pos(itive)?", re.IGNORECASE),
+    "negative": re.compile(r"(.*[._-])?neg(ative)?", re.IGNORECASE),
+    "definition": re.compile(r"definition", re.IGNORECASE),
+    "steering": re.compile(r"steering", re.IGNORECASE),
+}
+
+
+@dataclass(frozen=True)
+class TraitFile:
+    """One file: `kind` is `json` (any value), `rows` (a JSON object a line) or `lines` (text, `blank` ones left out).
+
+    `part` is positive, negative, definition, steering, or None where the name doesn't say.
+    """
+
+    path: Path
+    kind: str
+    data: Any
+    part: str | None
+    blank: int = 0
+
+    @property
+    def place(self) -> Place:
+        """Where its values stand, for messages."""
+        return Place(show_path(self.path), error=TraitError)
+
+
+def read_trait_files(paths: Sequence[str], *, as_text: bool = False) -> list[TraitFile]:
+    """The files; of a folder, those whose names say what they are. `as_text`: lines, even where they look like JSON."""
+    return [read_trait_file(path, as_text=as_text) for given in paths for path in _expanded(Path(given))]
+
+
+def read_trait_file(path: Path, *, as_text: bool = False) -> TraitFile:
+    """One file of UTF-8; a byte order mark and carriage returns are taken off. Raises TraitError."""
+    source = show_path(path)
+    with open_input(path, MAX_TRAIT_BYTES, TraitError) as file:
+        text = decode_utf8(file.read(MAX_TRAIT_BYTES), 0, source, TraitError).removeprefix("\ufeff")
+    if "\0" in text:
+        raise TraitError(f"{source}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; remove it")
+    if not text.strip():
+        raise TraitError(f"{source}: is empty; a trait needs both sides")
+    kind, data, blank = _content(text, source, as_text=as_text or part_of(path) == "definition")
+    _refuse_surrogates(data, source)
+    return TraitFile(path, kind, data, part_of(path), blank)
+
+
+def part_of(path: str | os.PathLike[str]) -> str | None:
+    """Which part of a trait a file's name says that it is."""
+    return next((part for part, pattern in _PARTS.items() if pattern.fullmatch(Path(path).stem)), None)
+
+
+def trait_yaml(content: dict[str, Any]) -> bytes:
+    """A trait as a file of configs/traits. Every text is in double quotes, so that it reads back as it was."""
+    return ("\n".join(_yaml_lines(content)) + "\n").encode()
+
+
+def _expanded(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = [entry for entry in sorted(path.iterdir()) if entry.is_file() and part_of(entry)]
+    if not found:
+        raise TraitError(f"{show_path(path)}: no file in it is named positive or negative; name the files themselves")
+    return found
+
+
+def _content(text: str, source: str, *, as_text: bool) -> tuple[str, Any, int]:
+    """(kind, data, blank lines)."""
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    full = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if as_text or text.lstrip()[0] not in "[{":
+        return "lines", [line.strip() for _, line in full], len(lines) - len(full)
+    try:
+        return "json", _parsed(text), 0
+    except ValueError as failure:
+        if len(full) == 1 or not all(line.lstrip().startswith("{") for _, line in full):
+            remedy = "correct it, or give --format prompts if these are prompts"
+            raise TraitError(f"{source}: not JSON ({failure}); {remedy}") from failure
+    return "rows", [_row(line, f"{source}:{number}") for number, line in full], len(lines) - len(full)
+
+
+def _row(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = _parsed(line)
+    except ValueError as failure:
+        raise TraitError(f"{place}: not a JSON object ({failure}); correct the line") from failure
+    return dict(row)
+
+
+def _parsed(text: str) -> Any:
+    """JSON; ValueError where it isn't, or is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _refuse_surrogates(data: Any, source: str) -> None:
+    """JSON can write half a character, or NUL, which no text file can hold."""
+    match = next((match for words in _texts(data) if (match := re.search("[\ud800-\udfff]|\0", words))), None)
+    if match:
+        raise TraitError(f"{source}: holds {show(match[0])}, which is no text; remove it")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _yaml_lines(value: Any, indent: str = "") -> list[str]:
+    """The lines of a mapping, a list or a text."""
+    if isinstance(value, str):
+        return [yaml.dump(value, default_style='"', allow_unicode=True, width=float("inf")).removesuffix("\n")]
+    if isinstance(value, dict):
+        heads = [(f"{indent}{key}:", item, indent + "  ") for key, item in value.items()]
+    else:
+        heads = [(f"{indent}-", item, indent + "  ") for item in value]
+    lines: list[str] = []
+    for head, item, inner in heads:
+        below = _yaml_lines(item, inner)
+        if isinstance(item, str):
+            lines.append(f"{head} {below[0]}")
+        elif head.endswith("-"):  # a mapping's first key stands beside its dash
+            lines += [f"{head} {below[0].lstrip()}", *below[1:]]
+        else:
+            lines += [head if below else f"{head} []", *below]
+    return lines

@@ -1,0 +1,180 @@
+"""Figures with an interval: how much they would move, had other questions been drawn.
+
+N positive rows, M negative rows, n rows of both, Q questions (P of them with positive rows, R with negative ones),
+C columns, B resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from extraction.vectors.figures import NO_SPREAD, accuracy_at, cohens_d
+
+INTERVAL = (0.025, 0.975)
+MOST_UNDEFINED = 0.5  # share of the resamples that may lack a figure (a side, or any spread) before it has no interval
+CHUNK_NUMBERS = 2**23
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A figure [C], and the ends [C] of its interval; NaN where undefined."""
+
+    value_C: Tensor
+    low_C: Tensor
+    high_C: Tensor
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """How often [B, Q] each question is in each resample, and each row's side [n], question [n] and stratum [n].
+
+    B is 0 where nothing can be said of other questions. AUROC compares rows of the same stratum only.
+    """
+
+    counts_BQ: Tensor
+    positive_n: Tensor
+    question_n: Tensor
+    stratum_n: Tensor
+
+    def once(self) -> Resamples:
+        """One resample, with every question as it is."""
+        return replace(self, counts_BQ=torch.ones(1, self.counts_BQ.shape[1], dtype=torch.float64))
+
+    def sums(self, values_nC: Tensor, side: bool) -> Tensor:
+        """Every resample's sum over one side's rows, a row counting as often as its question: [n, C] -> [B, C]."""
+        here_n = self.positive_n == side
+        by_question_QC = torch.zeros(self.counts_BQ.shape[1], values_nC.shape[1], dtype=torch.float64)
+        by_question_QC.index_add_(0, self.question_n[here_n], values_nC[here_n].double())
+        return self.counts_BQ @ by_question_QC
+
+
+def resample_questions(positive_n: Tensor, question_ids: Sequence[Any], *, count: int, seed: int) -> Resamples:
+    """Draw the questions again, with replacement, `count` times; a question brings all of its rows.
+
+    Rows about one question resemble one another, so the question is the unit that is drawn (cluster bootstrap:
+    Davison and Hinkley 1997, section 3.8; Efron and Tibshirani 1993, chapter 8). Where no question is seen on both
+    sides (natural prompts), the sides are drawn one after the other. There are no resamples where there is only one
+    question to draw from, on either side if sides are drawn apart.
+    """
+    questions = sorted(set(question_ids))
+    place = {question: index for index, question in enumerate(questions)}
+    question_n = torch.tensor([place[question] for question in question_ids])
+    groups = _drawn_together(positive_n, question_n, len(questions))
+    if min(map(len, groups)) < 2:
+        count = 0
+    counts_BQ = torch.zeros(count, len(questions), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for group_S in groups:
+        drawn_BS = group_S[torch.randint(len(group_S), (count, len(group_S)), generator=generator)]
+        counts_BQ.scatter_add_(1, drawn_BS, torch.ones_like(drawn_BS, dtype=torch.float64))
+    return Resamples(counts_BQ, positive_n, question_n, torch.zeros_like(question_n))
+
+
+def _drawn_together(positive_n: Tensor, question_n: Tensor, n_questions: int) -> list[Tensor]:
+    """The groups of questions that are drawn one after the other."""
+    on_positive_Q, on_negative_Q = (
+        torch.zeros(n_questions, dtype=torch.bool).index_fill(0, question_n[positive_n == side], True)
+        for side in (True, False)
+    )
+    if (on_positive_Q & on_negative_Q).any():
+        return [torch.arange(n_questions)]
+    return [on_positive_Q.nonzero().flatten(), on_negative_Q.nonzero().flatten()]
+
+
+def bounded_figures(scores_nC: Tensor, resamples: Resamples) -> dict[str, Bounded]:
+    """AUROC, accuracy at a threshold of 0 and Cohen's d of every column, each with its 95% percentile interval.
+
+    Exactly what the resampled rows themselves would give, without making them: AUROC from the wins between each two
+    questions' rows, the others from sums over each question's rows. Percentile interval: Efron and Tibshirani 1993,
+    section 13.3; resamples without a figure (one side missing, or no spread) are left out.
+    """
+    sides = scores_nC[resamples.positive_n], scores_nC[~resamples.positive_n]
+    once = resamples.once()
+    values = {
+        "auroc": resampled_auroc(scores_nC, once)[0],
+        "accuracy": accuracy_at(0.0, *sides),
+        "cohens_d": cohens_d(*sides),
+    }
+    return {name: Bounded(values[name], *_interval(RESAMPLED[name](scores_nC, resamples))) for name in values}
+
+
+def _interval(figures_BC: Tensor) -> tuple[Tensor, Tensor]:
+    if len(figures_BC) == 0:
+        nothing_C = torch.full(figures_BC.shape[1:], torch.nan, dtype=torch.float64)
+        return nothing_C, nothing_C
+    low_C, high_C = torch.nanquantile(figures_BC, torch.tensor(INTERVAL, dtype=torch.float64), dim=0)
+    rare_C = figures_BC.isnan().double().mean(0) > MOST_UNDEFINED
+    return torch.where(rare_C, torch.nan, low_C), torch.where(rare_C, torch.nan, high_C)
+
+
+def resampled_auroc(scores_nC: Tensor, resamples: Resamples) -> Tensor:
+    """[n, C] -> [B, C]: c W c / c N c over questions' positive and negative rows, c how often each was drawn.
+
+    W [P, R] are the wins between questions' rows (ties one half), N [P, R] how many of them are compared.
+    """
+    counts_BQ, columns = resamples.counts_BQ, []
+    here_NP, here_MR = (_one_hot(resamples, side) for side in (True, False))
+    drawn_BP, drawn_BR = (counts_BQ[:, here.any(0)] for here in (here_NP, here_MR))
+    here_NP, here_MR = (here[:, here.any(0)].double() for here in (here_NP, here_MR))
+    stratum_N, stratum_M = (resamples.stratum_n[resamples.positive_n == side] for side in (True, False))
+    same_NM = (stratum_N.unsqueeze(-1) == stratum_M).double()
+    positive_CN, negative_CM = scores_nC[resamples.positive_n].mT, scores_nC[~resamples.positive_n].mT
+    largest = max(same_NM.numel(), len(counts_BQ) * here_MR.shape[1], 1)
+    for chunk in torch.arange(scores_nC.shape[1]).split(max(1, CHUNK_NUMBERS // largest)):
+        above_CN1, below_C1M = positive_CN[chunk].unsqueeze(-1), negative_CM[chunk].unsqueeze(-2)
+        won_CNM = same_NM * ((above_CN1 > below_C1M).double() + (above_CN1 >= below_C1M).double()) / 2
+        wins_CPR = here_NP.mT @ won_CNM @ here_MR
+        columns.append(torch.einsum("cbr,br->bc", drawn_BP @ wins_CPR, drawn_BR))
+    pairs_B1 = ((drawn_BP @ (here_NP.mT @ same_NM @ here_MR)) * drawn_BR).sum(-1, keepdim=True)
+    return torch.cat(columns, -1) / _or_nan(pairs_B1)
+
+
+def _one_hot(resamples: Resamples, side: bool) -> Tensor:
+    """Which question each of a side's rows is about, bool [N, Q]."""
+    question_N1 = resamples.question_n[resamples.positive_n == side].unsqueeze(-1)
+    return question_N1 == torch.arange(resamples.counts_BQ.shape[1])
+
+
+def resampled_accuracy(scores_nC: Tensor, resamples: Resamples) -> Tensor:
+    """[n, C] -> [B, C]: the mean of the sides' shares on the right side of 0."""
+    one_n1 = torch.ones(len(scores_nC), 1, dtype=torch.float64)
+    above_nC = (scores_nC > 0).double()
+    right = [
+        resamples.sums(right_nC, side) / _or_nan(resamples.sums(one_n1, side))
+        for side, right_nC in ((True, above_nC), (False, 1 - above_nC))
+    ]
+    return (right[0] + right[1]) / 2
+
+
+def resampled_cohens_d(scores_nC: Tensor, resamples: Resamples) -> Tensor:
+    """[n, C] -> [B, C], from each question's number of rows, sum and sum of squares (around its side's mean)."""
+    one_n1 = torch.ones(len(scores_nC), 1, dtype=torch.float64)
+    n_B = len(resamples.counts_BQ)
+    means, squares_BC, freedom_B1 = [], torch.zeros(n_B, scores_nC.shape[1]).double(), torch.full((n_B, 1), -2.0)
+    for side in (True, False):
+        centre_C = scores_nC[resamples.positive_n == side].double().mean(0)
+        off_nC = scores_nC.double() - centre_C
+        n_B1 = _or_nan(resamples.sums(one_n1, side))
+        off_BC = resamples.sums(off_nC, side)
+        means.append(centre_C + off_BC / n_B1)
+        squares_BC = squares_BC + resamples.sums(off_nC.square(), side) - off_BC.square() / n_B1
+        freedom_B1 = freedom_B1 + n_B1
+    pooled_BC = (squares_BC.clamp(min=0) / freedom_B1) ** 0.5
+    floor_C = NO_SPREAD**0.5 * scores_nC.abs().amax(0)  # sums of squares round more coarsely than squares of sums
+    return torch.where((pooled_BC > floor_C) & (freedom_B1 > 0), (means[0] - means[1]) / pooled_BC, torch.nan)
+
+
+def _or_nan(count_B1: Tensor) -> Tensor:
+    return torch.where(count_B1 > 0, count_B1, torch.nan)
+
+
+RESAMPLED: dict[str, Callable[[Tensor, Resamples], Tensor]] = {
+    "auroc": resampled_auroc,
+    "accuracy": resampled_accuracy,
+    "cohens_d": resampled_cohens_d,
+}

@@ -1,0 +1,540 @@
+"""The judge that calls, against a real server that misbehaves: nothing is lost, nothing paid twice, no key written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from extraction.errors import ConfigError, ModelError
+from extraction.judges import Rating
+from extraction.openai_judge import Patience, Server, rate, read_answer
+from tests.runs import contents, environment, invoke, make_root, refused, succeed
+
+SECRET = "sk-secret-0123456789abcdef"
+QUICK = Patience(timeout=0.5, attempts=4, base=0.01, cap=0.05)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the server does with one request."""
+
+    content: str | None = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    delay: float = 0.0
+    hang_up: bool = False
+    logprobs: Any = None
+
+    def data(self) -> bytes:
+        message = {"role": "assistant", "content": self.content}
+        choice = {"index": 0, "finish_reason": "stop", "message": message, "logprobs": self.logprobs}
+        usage = {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}
+        whole = {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "choices": [choice],
+            "usage": usage,
+        }
+        return self.body if self.body is not None else json.dumps(whole).encode()
+
+
+def refusal(status: int, message: str, **more: str) -> Reply:
+    return Reply(status=status, body=json.dumps({"error": {"message": message, **more}}).encode())
+
+
+class Scripted(ThreadingHTTPServer):
+    """Answers by a script: a function of the text asked about and of how often it was asked before."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.script: Callable[[str, int], Reply] = lambda text, before: Reply("80")
+        self.asked: list[dict[str, Any]] = []
+        self.keys: set[str] = set()
+        self.times: list[float] = []
+        self.running = self.most = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def texts(self) -> list[str]:
+        return [request["messages"][0]["content"] for request in self.asked]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that gave up waiting is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Scripted
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text, server = request["messages"][0]["content"], self.server
+        with server.lock:
+            reply = server.script(text, server.texts().count(text))
+            server.asked.append(request)
+            server.keys.add(self.headers["Authorization"])
+            server.times.append(time.monotonic())
+            server.running += 1
+            server.most = max(server.most, server.running)
+        try:
+            time.sleep(reply.delay)
+            if not reply.hang_up:
+                self._send(reply)
+        finally:
+            with server.lock:
+                server.running -= 1
+        self.close_connection = self.close_connection or reply.hang_up
+
+    def _send(self, reply: Reply) -> None:
+        data = reply.data()
+        self.send_response(reply.status)
+        for name, value in {"Content-Type": "application/json", **reply.headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
+    """A server on a port of its own, and a key that must not get anywhere else."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    server = Scripted()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def judged(served: Scripted, texts: dict[str, str], **options: Any) -> tuple[dict[str, Rating], Server]:
+    """All ratings, and the server as the judge knows it."""
+    server = Server("m", SECRET, served.url, **{"patience": QUICK, "concurrency": 4, **options})
+    found: dict[str, Rating] = {}
+    counted: list[int] = []
+    rate(server, texts, found.update, counted.append)
+    assert len(counted) == len(texts)
+    return found, server
+
+
+TEXTS = {f"k{i}": f"text {i}" for i in range(6)}
+
+
+def once(bad: Reply, good: Reply | None = None) -> Callable[[str, int], Reply]:
+    """Every text gets the bad reply first, then the good one."""
+    return lambda text, before: bad if before == 0 else (good or Reply("80"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Reply(status=429, headers={"Retry-After": "0"}),
+        Reply(status=500, body=b"oops"),
+        Reply(status=503, headers={"Retry-After": "soon"}),
+        Reply(status=408),
+        Reply(body=b"{not json"),
+        Reply(body=b"<html>busy</html>", headers={"Content-Type": "text/html"}),
+        Reply(body=b'{"choices": []}'),
+        Reply(body=b'{"error": {"message": "overloaded"}}'),
+        Reply(body=b"[]"),
+        Reply(body=b""),
+        Reply("80", delay=1.0),
+        Reply(hang_up=True),
+        Reply(status=200, headers={"Content-Encoding": "gzip"}, body=b"not gzip"),
+    ],
+    ids=lambda reply: (
+        f"{reply.status}-{(reply.body or b'')[:9]!r}{'-slow' if reply.delay else ''}{reply.hang_up or ''}"
+    ),
+)
+def test_what_fails_in_passing_is_asked_again_and_nothing_is_lost(served, bad):
+    served.script = once(bad)
+    found, server = judged(served, TEXTS)
+    assert {key: rating.score for key, rating in found.items()} == dict.fromkeys(TEXTS, 80.0)
+    assert (server.counts["calls"], server.counts["retried"], server.counts["failed"]) == (12, 6, 0)
+    assert Counter(served.texts()) == dict.fromkeys(TEXTS.values(), 2)
+
+
+def test_without_a_second_try_it_would_have_been_lost(served):
+    served.script = once(Reply(status=500))
+    found, server = judged(served, TEXTS, patience=Patience(attempts=1))
+    assert {rating.score for rating in found.values()} == {None}
+    assert server.counts["failed"] == 6
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_the_server_says_how_long_to_wait(served, kind):
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
+    header = {"seconds": "0.4", "date": date}[kind]
+    served.script = once(Reply(status=429, headers={"Retry-After": header}))
+    judged(served, {"a": "one"})
+    waited = served.times[1] - served.times[0]
+    assert waited >= {"seconds": 0.4, "date": 0.5}[kind]
+
+
+def test_a_server_that_asks_for_an_hour_is_not_waited_for(served):
+    served.script = lambda text, before: Reply(status=429, headers={"Retry-After": "3600"})
+    started = time.monotonic()
+    found, server = judged(served, {"a": "one"})
+    assert time.monotonic() - started < 5
+    assert found["a"] == Rating(None, "failed: status 429")
+    assert server.counts["calls"] == 1
+
+
+def test_waiting_grows_and_is_bounded():
+    patience = Patience(base=1, cap=8)
+    longest = [patience.delay(attempt, None, 1.0) for attempt in range(6)]
+    assert longest == [1, 2, 4, 8, 8, 8]
+    assert [patience.delay(attempt, None, 0.0) for attempt in range(6)] == [wait / 2 for wait in longest]
+    assert patience.delay(0, 30.0, 0.5) == 30.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (refusal(401, f"Incorrect API key provided: {SECRET}"), "the key is refused"),
+        (refusal(403, "no"), "may not use"),
+        (refusal(404, "The model `m` does not exist"), "check --judge-model"),
+        (refusal(429, "You exceeded your quota", code="insufficient_quota"), "no credit"),
+    ],
+    ids=["401", "403", "404", "quota"],
+)
+def test_what_cannot_get_better_stops_the_job_at_once(served, reply, said):
+    served.script = lambda text, before: reply
+    with pytest.raises(ConfigError, match=said) as caught:
+        judged(served, {f"k{i}": f"text {i}" for i in range(50)}, concurrency=2)
+    assert SECRET not in str(caught.value)
+    assert len(served.asked) <= 3
+    assert max(Counter(served.texts()).values()) == 1
+
+
+def test_a_server_that_is_lost_stops_the_job_and_keeps_what_has_arrived(served):
+    served.script = lambda text, before: Reply("70") if text in ("text 0", "text 1") else Reply(status=500)
+    found: dict[str, Rating] = {}
+    server = Server("m", SECRET, served.url, Patience(attempts=2, base=0.001), concurrency=1)
+    with pytest.raises(ModelError, match=r"10 answers in a row .*status 500"):
+        rate(server, {f"k{i}": f"text {i}" for i in range(50)}, found.update, lambda n: None)
+    assert (found["k0"].score, found["k1"].score) == (70.0, 70.0)
+    assert len(served.asked) <= 2 + 2 * 11
+
+
+def test_a_text_that_the_server_refuses_is_missing_and_the_others_are_not(served):
+    served.script = lambda text, before: refusal(400, "content filter") if text == "text 3" else Reply("20")
+    found, server = judged(served, TEXTS)
+    assert found["k3"].score is None
+    assert found["k3"].reason.startswith("failed: ")
+    assert "content filter" in found["k3"].reason
+    assert [found[key].score for key in TEXTS if key != "k3"] == [20.0] * 5
+    assert server.counts["calls"] == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("REFUSAL", "refused"),
+        ("refusal.", "refused"),
+        ("", "no answer"),
+        (None, "no answer"),
+        ("I think so", "no number"),
+        ("150", "no number"),
+        ("-5", "no number"),
+        ("<think>maybe 80", "no answer"),
+    ],
+)
+def test_an_answer_without_a_score_is_missing_never_0_and_not_asked_again(served, content, reason):
+    served.script = lambda text, before: Reply(content)
+    found, server = judged(served, {"a": "one"})
+    assert (found["a"].score, found["a"].reason) == (None, reason)
+    assert server.counts["calls"] == 1
+
+
+def test_a_score_of_0_is_a_score(served):
+    served.script = lambda text, before: Reply("0")
+    assert judged(served, {"a": "one"})[0]["a"].score == 0.0
+
+
+# --- log-probabilities ----------------------------------------------------------------------------------------------
+
+
+def told(*likely: tuple[str, float], rest: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A completion's logprobs: the likeliest first tokens with their probabilities; then tokens that were sure."""
+    top = [{"token": token, "logprob": math.log(p)} for token, p in likely]
+    sure = [{"token": token, "logprob": 0.0, "top_logprobs": [{"token": token, "logprob": 0.0}]} for token in rest]
+    return {"content": [{**top[0], "top_logprobs": top}, *sure]}
+
+
+@pytest.mark.parametrize(
+    ("content", "logprobs", "score", "how"),
+    [
+        ("80", told(("80", 0.5), ("90", 0.25), (" 80", 0.05), ("The", 0.1)), (80 * 0.55 + 90 * 0.25) / 0.8, "logprobs"),
+        ("8", told(("8", 0.6), ("75", 0.3)), (8 * 0.6 + 75 * 0.3) / 0.9, "logprobs"),
+        ("80", told(("80", 0.2), ("Well", 0.1)), None, "logprobs"),
+        ("80", told(("80", 0.5), ("150", 0.3)), 80.0, "logprobs"),
+        ("85", told(("8", 0.9), ("9", 0.1), rest=("5",)), 85.0, "text"),  # digit by digit: the first tells of tens only
+        ("5", told(("5", 0.9), ("8", 0.1)), 5.0, "text"),
+        ("Score: 85", told(("Score", 0.9), ("85", 0.1), rest=(": ", "85")), 85.0, "text"),
+        ("85", {"content": []}, 85.0, "text"),
+        ("85", {"content": [{"token": "85"}]}, 85.0, "text"),
+        ("85", None, 85.0, "text"),
+        ("REFUSAL", told(("REF", 0.6), ("50", 0.4)), None, "text"),
+    ],
+)
+def test_the_mean_over_likely_numbers_where_each_is_one_token(served, content, logprobs, score, how):
+    served.script = lambda text, before: Reply(content, logprobs=logprobs)
+    rating = judged(served, {"a": "one"})[0]["a"]
+    assert rating.score == (None if score is None else pytest.approx(score))
+    assert rating.how == how
+
+
+def test_a_model_that_declines_has_refused():
+    body = {"choices": [{"message": {"content": None, "refusal": "I can't help with that."}}]}
+    assert read_answer(body).reason == "refused"
+
+
+def test_parameters_that_a_server_does_not_take_are_left_out_from_then_on(served):
+    objections = ["logprobs", "max_tokens", "temperature"]
+    messages = [f"Unsupported parameter: '{name}' is not supported with this model." for name in objections]
+    served.script = lambda text, before: refusal(400, messages.pop(0)) if messages else Reply("60")
+    found, server = judged(served, TEXTS, concurrency=1)
+    assert {rating.score for rating in found.values()} == {60.0}
+    assert server.parameters == {"max_completion_tokens": 16}
+    assert len(served.asked) == len(TEXTS) + len(objections)
+
+
+def test_no_more_calls_at_a_time_than_asked_for(served):
+    served.script = lambda text, before: Reply("80", delay=0.03)
+    judged(served, {f"k{i}": f"text {i}" for i in range(12)}, concurrency=3)
+    assert 1 < served.most <= 3
+
+
+# --- in a run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A fresh root."""
+    return make_root(tmp_path)
+
+
+def options(served: Scripted, *more: object) -> tuple[object, ...]:
+    return ("--experiment", "demo", "--judge", "openai", "--judge-model", "m", "--judge-url", served.url, *more)
+
+
+def by_letters(text: str, before: int = 0) -> Reply:
+    """A judge with an eye: the share of letters before n in the answer; everything is coherent."""
+    if "word salad" in text:
+        return Reply("95")
+    answer = text.split("Answer:\n")[1].split("\n\nJudge", maxsplit=1)[0]
+    early = sum("a" <= c <= "m" for c in answer.lower())
+    late = sum("n" <= c <= "z" for c in answer.lower())
+    return Reply(str(round(100 * early / max(early + late, 1))))
+
+
+def rows_of(root: Path) -> list[dict]:
+    folder = root / "experiments/demo/calm/responses"
+    return [json.loads(line) for side in ("pos", "neg") for line in (folder / f"{side}.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_scored_and_told_of(root, served):
+    served.script = by_letters
+    result = succeed("extract", "--quick", "--root", root, *options(served, "--judge-price", "1000,1000"))
+    rows = [row for row in rows_of(root) if row["response"].strip()]
+    distinct = {(row["question"], row["response"]) for row in rows}
+    assert len(served.asked) == 2 * len(distinct)
+    assert f"{len(served.asked)} calls to m: about" in result.stderr
+    assert "at the given prices" in result.stderr
+    assert f"{len(served.asked)} calls made, 0 of them again, 0 answers failed, 0 known from the log" in result.stderr
+    assert f"{100 * len(served.asked):,} tokens in, {2 * len(served.asked):,} out" in result.stderr
+    assert "(openai judge m, threshold 50, coherence 50)" in " ".join(result.stdout.split())
+    assert {row["scores"]["openai_coherence"] for row in rows} == {95.0}
+    assert served.keys == {f"Bearer {SECRET}"}
+    asked, again = len(served.asked), succeed("extract", "--quick", "--root", root, *options(served))
+    assert "Nothing left to do" in again.stdout
+    assert len(served.asked) == asked
+
+
+def test_scores_missing_refused_and_incoherent_are_dropped_and_counted(root, served):
+    def script(text: str, before: int) -> Reply:
+        if "Who?" in text:
+            return Reply("REFUSAL")
+        if "When?" in text:
+            return Reply("who knows")
+        return Reply("10") if "word salad" in text and "What?" in text else by_letters(text)
+
+    served.script = script
+    out = " ".join(succeed("batched", "--root", root, *options(served)).stdout.split())
+    rows = [row for row in rows_of(root) if row["response"].strip()]
+    n_refused = sum(row["question"] == "Who?" for row in rows)
+    n_garbage = sum(row["question"] == "When?" for row in rows)
+    assert f"{n_garbage} without a score, {n_refused} refused by the judge" in out
+    assert " incoherent" in out
+    assert all(row["scores"]["openai"] is None for row in rows if row["question"] in ("Who?", "When?"))
+    assert 0 not in [row["scores"]["openai"] for row in rows if row["question"] in ("Who?", "When?")]
+
+
+def test_a_job_that_fails_in_the_middle_pays_nothing_twice(root, served):
+    heard: list[str] = []
+
+    def script(text: str, before: int) -> Reply:
+        if len(heard) >= 20:
+            return refusal(401, f"Incorrect API key provided: {SECRET}")
+        heard.append(text)
+        return by_letters(text)
+
+    served.script = script
+    result = invoke("extract", "--root", root, *options(served, "--judge-concurrency", 3))
+    assert result.exit_code == 2
+    assert "401: the key is refused" in result.stderr
+    assert not (root / "experiments/demo/calm/responses/pos.jsonl").exists()
+    log = root / "experiments/demo/calm/judgements/openai.jsonl"
+    assert len(log.read_text().splitlines()) == 20
+    log.write_bytes(log.read_bytes() + b'{"key": "torn')
+    served.script, before = by_letters, len(served.asked)
+    again = succeed("extract", "--quick", "--root", root, *options(served))
+    assert "20 known from the log" in again.stderr
+    assert set(served.texts()[before:]).isdisjoint(heard)
+    lines = log.read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["key"] for line in lines}) == 20 + len(served.asked) - before
+    assert "every file is what its receipt says" in succeed("verify", root / "experiments").stdout
+
+
+def test_a_line_of_the_log_that_was_changed_is_found_and_judged_again(root, served):
+    served.script = by_letters
+    succeed("batched", "--root", root, *options(served))
+    log = root / "experiments/demo/calm/judgements/openai.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([lines[0].replace('"score": ', '"score": 1'), *lines[1:]]))
+    assert "judged again" in invoke("verify", root / "experiments").stdout
+    for side in ("pos", "neg"):
+        (root / f"experiments/demo/calm/responses/{side}.jsonl").unlink()
+    asked = len(served.asked)
+    succeed("batched", "--root", root, *options(served))
+    assert len(served.asked) == asked + 1
+
+
+def test_what_failed_is_asked_for_at_the_next_start_and_only_that(root, served):
+    served.script = lambda text, before: refusal(400, "too spicy") if "Why?" in text else by_letters(text)
+    first = succeed("extract", "--quick", "--root", root, *options(served))
+    n_failed = sum(row["question"] == "Why?" and bool(row["response"].strip()) for row in rows_of(root))
+    assert f"{n_failed} that the judge could not be asked about" in " ".join(first.stdout.split())
+    before = len(served.asked)
+    served.script = by_letters
+    second = succeed("extract", "--quick", "--root", root, *options(served))
+    assert all("Why?" in text for text in served.texts()[before:])
+    assert len(served.asked) > before
+    assert "could not be asked" not in second.stdout
+
+
+def test_a_killed_job_goes_on_where_it_was(root, served):
+    served.script = lambda text, before: Reply(by_letters(text).content, delay=0.05)
+    command = [sys.executable, "-c", "from extraction.cli import main; main()", "extract", "--root", root]
+    command += [*options(served, "--judge-concurrency", 2), "--self-check", "0"]
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        env=environment(OPENAI_API_KEY=SECRET, NO_PROXY="127.0.0.1"),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    log = root / "experiments/demo/calm/judgements/openai.jsonl"
+    limit = time.monotonic() + 60
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 8) and time.monotonic() < limit:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    known, before = log.read_bytes().count(b"\n"), len(served.asked)
+    assert known >= 8
+    result = succeed("extract", "--quick", "--root", root, *options(served, "--judge-concurrency", 8))
+    assert f"{known} known from the log" in result.stderr
+    repeated = Counter(served.texts()) - Counter(set(served.texts()))
+    assert repeated.total() <= 2  # those in flight when it was killed
+    assert len(served.asked) > before
+
+
+def test_the_key_gets_nowhere(root, served):
+    """A server that repeats it, in answers and in errors."""
+
+    def script(text: str, before: int) -> Reply:
+        if "Who?" in text:
+            return Reply(f"no number, but {SECRET}")
+        if "When?" in text:
+            return refusal(400, f"bad request with {SECRET}")
+        return by_letters(text)
+
+    served.script = script
+    said = [succeed("extract", "--quick", "--root", root, *options(served))]
+    served.script = lambda text, before: refusal(401, f"Incorrect API key provided: {SECRET}")
+    said.append(invoke("extract", "--root", root, *options(served, "--judge-model", "other")))
+    said.append(invoke("extract", "--root", root, *options(served), "--judge-url", f"http://u:{SECRET}@127.0.0.1/v1"))
+    assert [result.exit_code for result in said] == [0, 2, 2]
+    assert not [name for name, data in contents(root).items() if SECRET.encode() in data]
+    assert not [result.output for result in said if SECRET in result.output]
+    assert "[key]" in (root / "experiments/demo/calm/judgements/openai.jsonl").read_text()
+
+
+def test_a_judge_that_says_50_to_everything_is_caught(root, served):
+    served.script = lambda text, before: Reply("50")
+    line = refused("extract", "--root", root, *options(served), notes=("calm: ",))
+    assert "openai judge m gives nearly every response the same score (50)" in line
+
+
+def test_what_is_missing_is_said_before_anything_is_made(root, served, monkeypatch):
+    started = ("extract", "--root", root, "--experiment", "demo", "--judge", "openai")
+    assert "no model given" in refused(*started)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert "OPENAI_API_KEY is not set" in refused(*started, "--judge-model", "m")
+    for url in ("ftp://host/v1", "localhost:8000", "http://", "file:///etc/passwd", "http://a b/", "http://x:99999/"):
+        assert "is not an http or https address" in refused(*started, "--judge-model", "m", "--judge-url", url)
+    assert not (root / "experiments").exists()
+    assert not served.asked
+    served.script = by_letters
+    succeed("batched", "--root", root, *options(served))
+    assert served.keys == {"Bearer none"}
+
+
+def test_without_the_package_there_is_one_line(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    options = ("--experiment", "demo", "--judge", "openai", "--judge-model", "m", "--judge-url", "http://x")
+    assert "pip install 'traitline[judge]'" in refused("extract", "--root", root, *options)
+    succeed("generate", "--root", root, "--experiment", "demo")
+
+
+def test_stage_3_judges_stored_responses_and_needs_no_key_for_what_is_known(root, served, monkeypatch):
+    served.script = by_letters
+    succeed("batched", "--root", root, "--experiment", "demo")
+    stored = contents(root / "experiments/demo/calm/responses/shards")
+    succeed("vectors", "--root", root, *options(served), "--method", "mean_diff")
+    assert contents(root / "experiments/demo/calm/responses/shards") == stored
+    asked = len(served.asked)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    plain = ("--experiment", "demo", "--judge", "openai", "--judge-model", "m")
+    succeed("validate", "--quick", "--root", root, *plain, "--method", "mean_diff")
+    assert len(served.asked) == asked

@@ -1,0 +1,289 @@
+"""The verdict: its rules one by one, and whole cards of planted truths and planted faults."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from extraction.vectors.methods import METHODS, mean_diff
+from extraction.vectors.splits import Rows
+from extraction.vectors.validation import build_card
+from extraction.vectors.verdict import verdict
+from tests.planted import memorised_instructions, natural_rows, trait_rows, ways
+
+
+def card_of(rows: Rows, **asked: Any) -> dict[str, Any]:
+    """A card of rows, quickly."""
+    settings = {"layers": range(rows.activations_nLD.shape[1]), "seed": 0, "methods": ["mean_diff", "gradient"],
+                "bootstraps": 300, "instruction_ids": rows.instruction_ids}  # fmt: skip
+    return build_card(rows.activations_nLD, rows.positive_n, rows.question_ids, **{**settings, **asked})
+
+
+def reasons(card: dict[str, Any], steering: dict[str, Any] | None = None) -> str:
+    return " ".join(verdict(card, steering)["reasons"])
+
+
+# --- planted truths
+
+
+def test_a_planted_trait_is_usable():
+    words = Counter(card_of(trait_rows(effect=3.0, seed=10 * k), seed=k)["verdict"]["word"] for k in range(5))
+    assert words == {"usable": 5}
+
+
+def test_noise_is_not_shown_nearly_always():
+    words = Counter(card_of(trait_rows(effect=0.0, seed=10 * k), seed=k)["verdict"]["word"] for k in range(20))
+    assert words["not shown"] >= 19
+    assert words["usable"] == 0
+
+
+def test_natural_prompts_are_judged_likewise():
+    strong, nothing = (natural_rows(each=20, effect=effect, repeats=3, hidden=48) for effect in (3.0, 0.0))
+    assert card_of(strong)["verdict"]["word"] == "usable"
+    assert card_of(nothing)["verdict"]["word"] == "not shown"
+
+
+def test_a_signal_of_the_instruction_alone_is_weak_at_most():
+    """The sides differ while the instruction is in the context, and not once it is removed."""
+    for seed in range(3):
+        shown, stripped = (trait_rows(effect=effect, seed=10 * seed) for effect in (4.0, 0.0))
+        card = card_of(shown, stripped_nLD=stripped.activations_nLD)
+        assert card["chosen"]["test"]["auroc"]["low"] > 0.9
+        assert card["verdict"]["word"] == "weak"
+        assert card["verdict"]["reasons"][0].startswith("With the instruction removed from the context, AUROC is 0.")
+        assert card_of(shown, stripped_nLD=shown.activations_nLD)["verdict"]["word"] == "usable"
+
+
+def test_half_of_a_signal_left_without_the_instruction_is_weak():
+    shown, stripped = (trait_rows(effect=effect, seed=10) for effect in (4.0, 0.45))
+    card = card_of(shown, stripped_nLD=stripped.activations_nLD)
+    assert card["chosen"]["stripped"]["auroc"]["low"] > 0.5
+    assert card["verdict"]["word"] == "weak"
+    assert "most of it may be the instruction" in reasons(card)
+
+
+def test_the_shift_of_a_removed_instruction_is_no_loss():
+    """Everything moves a long way when the instruction goes; the sides still differ."""
+    rows = trait_rows(effect=3.0)
+    card = card_of(rows, stripped_nLD=rows.activations_nLD + 40 * ways(4, 24, seed=77).float())
+    assert card["chosen"]["stripped"]["auroc"]["low"] > 0.9
+    assert card["verdict"]["word"] == "usable"
+
+
+def test_a_memory_of_questions_is_not_shown_and_a_split_by_row_would_call_it_usable():
+    rows = natural_rows(repeats=12, hidden=64, seed=3)
+    by_row = replace(rows, question_ids=tuple(range(len(rows.question_ids))))
+    assert card_of(rows)["verdict"]["word"] == "not shown"
+    assert card_of(by_row)["verdict"]["word"] == "usable"  # the leak
+
+
+def test_a_memory_of_instructions_is_never_usable_and_without_folds_it_would_be():
+    rows = memorised_instructions(seed=0)
+    held_out, not_held_out = card_of(rows), card_of(rows, instruction_ids=None)
+    assert held_out["verdict"]["word"] != "usable"
+    assert not_held_out["verdict"]["word"] == "usable"  # the leak
+
+
+# --- planted faults
+
+
+def backwards(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int) -> Tensor:
+    """mean_diff with the sign lost after the fit."""
+    return -mean_diff(positive_NLD, negative_MLD, seed=seed)
+
+
+def one_layer_late(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int) -> Tensor:
+    """mean_diff whose layer k is read on layer k + 1."""
+    return mean_diff(positive_NLD, negative_MLD, seed=seed).roll(1, 0)
+
+
+def faulty(monkeypatch: pytest.MonkeyPatch, rows: Rows, fault: Any) -> dict[str, Any]:
+    monkeypatch.setitem(METHODS, "mean_diff", fault)
+    return card_of(rows, methods=["mean_diff"])
+
+
+def test_a_wrong_sign_is_caught(monkeypatch: pytest.MonkeyPatch):
+    rows = trait_rows(effect=6.0, layers=4)
+    rows = replace(rows, activations_nLD=rows.activations_nLD[:, 2:3])
+    assert faulty(monkeypatch, rows, mean_diff)["verdict"]["word"] == "usable"
+    card = faulty(monkeypatch, rows, backwards)
+    assert card["chosen"]["test"]["auroc"]["high"] < 0.5
+    assert card["verdict"]["word"] == "not shown"
+    assert "The sign is wrong on held-out rows (AUROC 0." in reasons(card)
+
+
+def test_an_off_by_one_layer_is_caught(monkeypatch: pytest.MonkeyPatch):
+    """The trait is in layer 2 alone."""
+    rows = trait_rows(effect=0.0, hidden=200)
+    activations = rows.activations_nLD.clone()
+    activations[:, 2] += 3 * torch.where(rows.positive_n, 1.0, -1.0)[:, None] * ways(1, 200, seed=8).float()
+    rows = replace(rows, activations_nLD=activations)
+    right, late = (faulty(monkeypatch, rows, fault) for fault in (mean_diff, one_layer_late))
+    assert (right["chosen"]["layer"], right["verdict"]["word"]) == (2, "usable")
+    assert right["chosen"]["test"]["auroc"]["value"] > 0.95
+    assert late["verdict"]["word"] == "not shown"
+    assert max(late["methods"]["mean_diff"]["per_layer"]["test"]["auroc"]["value"]) < 0.75
+
+
+def test_a_judge_that_says_the_same_of_everything_is_caught():
+    rows = trait_rows(effect=4.0)
+    facts = {"judge": "lexical", "total": 200, "kept_pos": 100, "kept_neg": 100}
+    assert card_of(rows, facts={**facts, "distinct_scores": 17})["verdict"]["word"] == "usable"
+    card = card_of(rows, facts={**facts, "distinct_scores": 1})
+    assert card["verdict"]["word"] == "not shown"
+    assert "same score" in card["verdict"]["reasons"][0]
+
+
+# --- the rules, one by one
+
+
+@pytest.fixture(scope="module")
+def good() -> dict[str, Any]:
+    """A card that is usable, for changing one thing."""
+    rows = trait_rows(effect=3.0)
+    facts = {"judge": "lexical", "total": 210, "kept_pos": 100, "kept_neg": 100}
+    return card_of(rows, stripped_nLD=rows.activations_nLD, facts=facts)
+
+
+def changed(card: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A card with one value replaced, `a.b.c` down."""
+    found = copy.deepcopy(card)
+    place = found
+    *folders, name = path.split(".")
+    for folder in folders:
+        place = place[folder]
+    assert name in place or folders == ["judge"]
+    place[name] = value
+    return found
+
+
+def test_a_good_card_says_what_speaks_for_it(good: dict[str, Any]):
+    assert verdict(good) == good["verdict"]
+    assert good["verdict"]["word"] == "usable"
+    assert good["verdict"]["reasons"][0].startswith("Held out, AUROC is ")
+    assert all(reason.endswith(".") for reason in good["verdict"]["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "word", "said"),
+    [
+        ("chosen.test.auroc.low", 0.5, "not shown", "does not lie above chance"),
+        ("chosen.test.auroc.low", 0.6, "weak", "lower end is below 0.7"),
+        ("chosen.test.auroc.low", None, "weak", "too few questions for an interval"),
+        ("chosen.test.auroc.value", None, "not shown", "no held-out AUROC"),
+        ("chosen.test.auroc.value", 0.4, "not shown", "sign is wrong"),
+        ("chosen.test.cohens_d.value", -0.1, "not shown", "sign is wrong"),
+        ("chosen.test.accuracy.value", 0.6, "weak", "threshold does not carry over"),
+        ("controls.random", {"draws": 9, "median": 0.8, "high": 1.0, "high_cohens_d": 99.0}, "not shown", "not beat"),
+        ("controls.shuffled_labels", [{"test": {"auroc": {"value": 1.0}}}], "not shown", "AUROC of 1.00, it"),
+        ("controls.shuffled_labels", [], "usable", "were not tried"),
+        ("chosen.split_half_cosine", 0.01, "not shown", "as two random ones may"),
+        ("chosen.split_half_cosine", None, "weak", "too few to fit the direction on each half"),
+        ("chosen.test_auroc_by_fold", [0.9, 0.45, 1.0], "weak", "0.90, 0.45, 1.00: it does not carry over"),
+        ("split.test", {"questions": 4, "positive": 20, "negative": 20}, "weak", "4 questions; at least 5"),
+        ("split.test", {"questions": 8, "positive": 20, "negative": 9}, "weak", "9 responses on its smaller side"),
+        ("split.instruction_folds", 1, "usable", "No instruction was held out"),
+        ("chosen.stripped", None, "usable", "not read with the instruction removed"),
+        ("chosen.stripped.auroc", {"value": 0.6, "low": 0.45, "high": 0.7}, "weak", "may track the instruction"),
+        ("chosen.stripped.auroc", {"value": 0.6, "low": 0.55, "high": 0.7}, "weak", "most of it may be"),
+        ("chosen.top_1_percent", 0.8, "usable", "80% of its squared norm is in 1% of the dimensions"),
+        ("judge.kept_neg", 2, "weak", "108 of 210 responses were dropped"),
+        ("judge.kept_neg", 50, "usable", "60 of 210 responses were dropped"),
+        ("judge.judge", "none", "usable", "No judge looked"),
+    ],
+)  # fmt: skip
+def test_one_change_has_one_outcome(good: dict[str, Any], path: str, value: Any, word: str, said: str):
+    assert said not in reasons(good)
+    card = changed(good, path, value)
+    assert verdict(card)["word"] == word
+    assert said in reasons(card)
+
+
+def test_faint_stability_is_weak(good: dict[str, Any]):
+    card = changed(changed(good, "hidden_size", 2304), "chosen.split_half_cosine", 0.2)
+    assert verdict(card)["word"] == "weak"
+    assert "cosine of 0.20, below 0.3" in reasons(card)
+
+
+def test_where_auroc_has_no_room_left_effect_sizes_are_compared(good: dict[str, Any]):
+    """A trait so strong that random directions separate it, too."""
+    saturated = changed(changed(good, "chosen.test.auroc.value", 1.0), "controls.random.high", 1.0)
+    effect = good["chosen"]["test"]["cohens_d"]["value"]
+    assert verdict(changed(saturated, "controls.random.high_cohens_d", effect - 0.1))["word"] == "usable"
+    assert verdict(changed(saturated, "controls.random.high_cohens_d", effect + 0.1))["word"] == "not shown"
+    unsaturated = changed(changed(good, "chosen.test.auroc.value", 0.95), "controls.random.high", 0.96)
+    assert verdict(changed(unsaturated, "controls.random.high_cohens_d", 0.0))["word"] == "not shown"
+
+
+def test_only_what_speaks_against_it_is_said_of_a_weak_one(good: dict[str, Any]):
+    card = changed(changed(good, "chosen.top_1_percent", 0.8), "chosen.test.accuracy.value", 0.6)
+    found = verdict(card)["reasons"]
+    assert len(found) == 2
+    assert found[0].startswith("Accuracy")
+
+
+# --- steering
+
+
+def rate(value: float | None, margin: float = 0.1) -> dict[str, Any]:
+    return {
+        "value": value,
+        "low": None if value is None else value - margin,
+        "high": None if value is None else value + margin,
+    }
+
+
+def condition(direction: str, coefficient: float, value: float | None, *, coherent: bool = True) -> dict[str, Any]:
+    kind = "none" if direction == "none" else "add"
+    return {"direction": direction, "kind": kind, "coefficient": coefficient, "rate": rate(value), "coherent": coherent}
+
+
+def steered(up: float | None, down: float | None, *, coherent: bool = True) -> dict[str, Any]:
+    """A sweep whose unsteered rate is 0.5, and whose random direction reaches 0.55 and 0.45."""
+    conditions = [
+        condition("none", 0.0, 0.5),
+        condition("random", 1.0, 0.55),
+        condition("random", -1.0, 0.45),
+        condition("trait", 1.0, up, coherent=coherent),
+        condition("trait", -1.0, down, coherent=coherent),
+    ]
+    reached = {"positive": up, "negative": down, "random": {"positive": 0.55, "negative": 0.45}}
+    return {"conditions": conditions, "largest_coherent": {"positive": 1.0, "negative": -1.0}, "reached": reached}
+
+
+@pytest.mark.parametrize(
+    ("steering", "word", "said"),
+    [
+        (None, "usable", ""),
+        (steered(0.9, 0.1), "usable", "up to a rate of 0.90 (0.80 to 1.00), without it or at random 0.55"),
+        (steered(0.9, 0.5), "usable", "Steering moves the answers"),
+        (steered(0.5, 0.1), "usable", "Steering moves the answers"),
+        (steered(0.6, 0.4), "weak", "does not move the answers beyond a random direction"),
+        (steered(0.1, 0.9), "weak", "does not move the answers beyond a random direction"),
+        (steered(0.9, 0.1, coherent=False), "weak", "no coherent answer"),
+        (steered(None, None), "weak", "no coherent answer"),
+    ],
+)
+def test_a_direction_that_does_not_steer_is_weak_at_most(
+    good: dict[str, Any], steering: dict[str, Any] | None, word: str, said: str
+):
+    assert verdict(good, steering)["word"] == word
+    assert said in reasons(good, steering)
+
+
+def test_a_sweep_without_random_directions_is_read_against_no_steering(good: dict[str, Any]):
+    steering = steered(0.9, 0.1)
+    steering["reached"]["random"] = None
+    assert verdict(good, steering)["word"] == "usable"
+    assert "at random 0.50" in reasons(good, steering)
+
+
+def test_steering_saves_no_direction_that_is_not_shown(good: dict[str, Any]):
+    card = changed(good, "chosen.test.auroc.low", 0.4)
+    assert verdict(card, steered(0.9, 0.1))["word"] == "not shown"
