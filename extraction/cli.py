@@ -16,7 +16,9 @@ from extraction.options import (
     EVIDENCE,
     GENERATION,
     INPUTS,
+    JUDGE,
     LOOK,
+    PAGE,
     RUN,
     SETTINGS,
     STORED,
@@ -29,7 +31,6 @@ from extraction.options import (
     job_of,
     look_of,
     main,
-    options,
     prepare,
     show,
     stored_jobs,
@@ -145,11 +146,7 @@ def steer_command(**given: Any) -> None:
         show(summary.of_look(job, place, preview.look_at(engine, trait, place, look)))
 
 
-@main.command("report", cls=Command, context_settings=SETTINGS)
-@options(INPUTS)
-@click.option("--judge", metavar="NAME", help="auto, lexical or none; default: the run's.")
-@click.option("--threshold", metavar="X", help="Where the judge divides; default: the run's.")
-@click.option("--open", "opens", is_flag=True, help="Show it in the browser.")
+@command("report", INPUTS, JUDGE, PAGE)
 def report_command(opens: bool, **given: Any) -> None:
     """A page for each trait: what its vector is worth, what steering does, every response; and an index of them."""
     jobs = stored_jobs(given)

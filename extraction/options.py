@@ -158,6 +158,9 @@ LOOK: tuple[Decorator, ...] = (
     click.option("--temperature", metavar="X", help="0 is greedy; default: the run's."),
     click.option("--seed", metavar="N", help="Another seed gives other responses; default: the run's."),
 )
+PAGE: tuple[Decorator, ...] = (
+    click.option("--open", "opens", is_flag=True, help="Show it in the browser: one trait's page, else the index."),
+)
 STORED: tuple[Decorator, ...] = (
     click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all captured."),
     *JUDGE,

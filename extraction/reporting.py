@@ -16,7 +16,7 @@ from extraction.records import POLARITIES, Trait
 from extraction.report.facts import Facts
 from extraction.schema import show_path
 from extraction.shelf import runs_of, write_index
-from extraction.store import RunFolder, fingerprint
+from extraction.store import EXECUTION_FIELDS, RunFolder, fingerprint
 
 
 def report(job: Job, trait: Trait) -> Path:
@@ -80,11 +80,21 @@ def _facts_of(job: Job, trait: Trait, folder: RunFolder) -> Facts:
         rows=[row for polarity in POLARITIES for row in folder.read_responses(polarity)],
         kept=frozenset(example_id for ids in kept.ids.values() for example_id in ids),
         judge=kept.judge,
-        config={**config, "judge": job.experiment.judge, "threshold": job.experiment.threshold},
+        config=_shareable({**config, **_execution(job, trait)}),
         files=_files(folder, card["chosen"]["method"], steering["method"] if steering else None),
         hashes=_hashes(folder, config, card["chosen"]["method"]),
         made_with=_made_with(folder),
     )
+
+
+def _execution(job: Job, trait: Trait) -> dict[str, Any]:
+    """What may differ between two starts, as it is now; run.json has it as it was at the first."""
+    return {name: value for name, value in job.config(trait).items() if name in EXECUTION_FIELDS}
+
+
+def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the address of anybody's server: a report is passed on."""
+    return {name: value for name, value in config.items() if name != "judge_url"}
 
 
 def _files(folder: RunFolder, method: str, steers_by: str | None) -> dict[str, str]:

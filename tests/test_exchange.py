@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from extraction.errors import VectorError
 from extraction.exchange.formats import ASKS_MODEL, OUTPUTS, READERS, WRITERS, load_direction, read_direction, recognise
 from extraction.exchange.rows import Facts
-from extraction.store import RunFolder, run_folder, verify_tree
+from extraction.shelf import verify_tree
+from extraction.store import RunFolder, run_folder
 from extraction.vectors.direction import Direction
 from tests.gguf_by_hand import INT32, STRING, UINT32, Rejected, load_as_llama_cpp, write_by_hand
 from tests.runs import make_root, refused, succeed

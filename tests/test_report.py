@@ -233,13 +233,23 @@ def test_the_commands_are_commands():
 
 
 def test_rows_say_whether_they_count_and_why_not():
-    rows = make_rows(4)
+    rows = make_rows(6)
     rows[1]["response"], rows[2]["scores"] = " ", {"lexical": None}
+    rows[3]["scores"], rows[4]["scores"] = {"lexical": 90.0}, {"lexical": 90.0, "lexical_coherence": 10.0}
+    rows[5].update(scores={"lexical": None}, judged={"reason": "REFUSAL"})
     facts = make_facts(rows=rows, kept={rows[0]["id"]})
     data = data_of(facts)
     where = data["columns"].index("why")
-    assert [row[where] for row in data["rows"]] == ["", "empty", "no score", "wrong side"]
-    assert len(data["questions"]) == 1
+    assert [row[where] for row in data["rows"]] == [
+        "",
+        "empty",
+        "no score",
+        "wrong side",
+        "not coherent",
+        "no score, REFUSAL",
+    ]
+    assert data["rows"][4][data["columns"].index("scores")] == {"coherence": 10.0}
+    assert len(data["questions"]) == 2
 
 
 def test_a_natural_trait_has_no_instructions():

@@ -23,8 +23,8 @@ def browser(facts: Facts) -> Html:
         "The responses",
         tag(
             "p",
-            f"All {words.counted(len(facts.rows), 'response')}, with the judge's score from 0 (negative side) to 100 "
-            f"(positive side). {len(facts.kept):,} count towards the vector.",
+            f"All {words.counted(len(facts.rows), 'response')}, {_scale(facts.judge)}. "
+            f"{len(facts.kept):,} count towards the vector.",
         ),
         tag("noscript", tag("p", f"The list needs JavaScript. The same responses are in {files}.")),
         tag("form", _controls(facts), id="filters", hidden=True, role="search", aria_label="Look through responses"),
@@ -41,6 +41,10 @@ def browser(facts: Facts) -> Html:
         ),
         data_block("rows", data_of(facts)),
     )
+
+
+def _scale(judge: str) -> str:
+    return "without scores" if judge == "none" else "with the judge's score from 0 (negative side) to 100 (positive)"
 
 
 def _controls(facts: Facts) -> list[Html]:
@@ -75,6 +79,7 @@ def _distinct(facts: Facts, key: str) -> dict[str, int]:
 def data_of(facts: Facts) -> dict[str, Any]:
     """What the script shows: each text once, and a row of each response, as in `columns`. Control characters shown."""
     questions, prompts, kept = _distinct(facts, "question"), _distinct(facts, "prompt"), set(facts.kept)
+    threshold = facts.card["judge"]["threshold"]
     return {
         "perPage": PER_PAGE,
         "judge": facts.judge,
@@ -86,13 +91,13 @@ def data_of(facts: Facts) -> dict[str, Any]:
             [
                 visible(row["id"]),
                 row["polarity"],
-                "" if row["id"] in kept else _reason(row, facts.judge),
+                "" if row["id"] in kept else _reason(row, facts.judge, threshold),
                 questions[row["question"]],
                 prompts[row["prompt"]],
                 visible(row["response"]),
                 visible(str(row["finish_reason"])),
                 row["scores"].get(facts.judge),
-                {visible(name): score for name, score in row["scores"].items() if name != facts.judge},
+                {_other(name, facts.judge): score for name, score in row["scores"].items() if name != facts.judge},
                 visible(_asked(facts.trait, row)),
             ]
             for row in facts.rows
@@ -100,11 +105,21 @@ def data_of(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _reason(row: Row, judge: str) -> str:
-    """Why a response that doesn't count doesn't."""
+def _reason(row: Row, judge: str, threshold: float | None) -> str:
+    """Why a response that doesn't count doesn't: on the right side of the threshold, for want of coherence."""
+    score = row["scores"].get(judge)
     if not row["response"].strip():
         return "empty"
-    return "no score" if row["scores"].get(judge) is None else "wrong side"
+    if score is None:
+        why = (row.get("judged") or {}).get("reason")
+        return visible(f"no score, {why}") if why else "no score"
+    is_right = threshold is not None and (score >= threshold) == (row["polarity"] == "pos")
+    return "not coherent" if is_right else "wrong side"
+
+
+def _other(name: str, judge: str) -> str:
+    """What a judge's other score is called, without the judge's name."""
+    return visible(name.removeprefix(f"{judge}_"))
 
 
 def _asked(trait: Trait, row: Row) -> str:

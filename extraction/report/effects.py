@@ -97,7 +97,7 @@ def _samples(sweep: Mapping[str, Any]) -> Html | None:
     return join(
         [
             tag("h3", "What the model wrote"),
-            tag("p", "The same questions at each strength, from the negative end to the positive. Scroll sideways."),
+            tag("p", "The same questions at each strength, from the negative end to the positive."),
             tag(
                 "div",
                 tag("table", tag("caption", "Sample answers by coefficient"), tag("thead", head), tag("tbody", body)),
@@ -134,18 +134,25 @@ def _place(condition: Condition) -> tuple[bool, float]:
 
 
 def _column_head(condition: Condition, index: int) -> Iterator[Any]:
-    titles = {"none": "0 (unsteered)", "ablate": "direction removed"}
-    yield titles.get(condition["kind"], words.coefficient(condition["coefficient"]))
+    yield _strength(condition)
     yield tag("small", f"{words.percent(condition['rate']['value'])} show the trait")
     if not condition["coherent"]:
         yield tag("small", "not coherent", class_="broken")
+
+
+def _strength(condition: Condition) -> str:
+    titles = {"none": "0 (unsteered)", "ablate": "direction removed"}
+    return titles.get(condition["kind"], words.coefficient(condition["coefficient"]))
 
 
 def _rows(number: int, question: str, columns: Sequence[Condition]) -> Iterator[Html]:
     name = f"q{number}"
     heading = tag("th", tag("span", question), scope="rowgroup", colspan=len(columns), id=name)
     yield tag("tr", heading, class_="question")
-    yield tag("tr", (tag("td", *_cell(c, question), headers=f"{name} c{i}") for i, c in enumerate(columns)))
+    cells = (
+        tag("td", *_cell(c, question), headers=f"{name} c{i}", data_label=_strength(c)) for i, c in enumerate(columns)
+    )
+    yield tag("tr", cells)
 
 
 def _cell(condition: Condition, question: str) -> Iterator[Any]:

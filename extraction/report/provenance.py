@@ -26,17 +26,24 @@ OPTIONS = {
     "--sites": "capture.sites",
     "--poolings": "capture.poolings",
     "--judge": "judge",
+    "--judge-model": "judge_model",
+    "--coherence-threshold": "coherence_threshold",
     "--threshold": "threshold",
     "--shard-size": "shard_size",
 }
 LABELS = {  # of the counts that are known; others go by their own names
     "judge": "Judge: who scores the responses",
+    "judge_model": "Model of the judge",
     "threshold": "Threshold: a positive response counts at this score or above, a negative one below",
+    "coherence_threshold": "A response counts at this coherence or above",
     "total": "Responses in all",
     "kept_pos": "Counted, positive side",
     "kept_neg": "Counted, negative side",
     "dropped_empty": "Left out: the model ended at once",
     "dropped_unscored": "Left out: the judge could not score it",
+    "dropped_refused": "Left out: the judge refused",
+    "dropped_failed": "Left out: the judge could not be asked",
+    "dropped_incoherent": "Left out: not coherent",
     "dropped_wrong_side": "Left out: the answer shows the other side of the trait",
 }
 ROLES = {"fit": "directions are made", "validation": "layer and method are chosen", "test": "figures are read"}
