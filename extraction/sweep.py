@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COEFFICIENTS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 ANSWERS = 24  # of every condition
 SCAN_COEFFICIENTS = (0.25, 0.5, 1.0, 1.5)
-SCAN_QUESTIONS, SCAN_LAYERS = 12, 8
+SCAN_QUESTIONS, SCAN_LAYERS = 10, 8
 WINDOW = 3  # neighbouring layers that are steered together
 SAMPLES = 4  # answers of a condition that are kept as text
 
@@ -45,8 +45,9 @@ class Plan:
     @property
     def n_answers(self) -> int:
         """How many answers are made in all, at most."""
-        scan = 1 + 2 * len(SCAN_COEFFICIENTS) * len(places_of(self.layers))
-        n_scanned = len(self.candidates) * scan * min(len(self.choose_on), SCAN_QUESTIONS)
+        n_pushes = 2 * len(SCAN_COEFFICIENTS)
+        n_places = len(self.candidates) * min(len(self.layers), SCAN_LAYERS)
+        n_scanned = (len(self.candidates) + n_pushes * (n_places + 1) + 1) * min(len(self.choose_on), SCAN_QUESTIONS)
         n_strong = len(strong(self.coefficients))
         return n_scanned + (3 + 2 * len(self.coefficients) + 4 * n_strong) * len(self.report_on) * self.repeats
 
@@ -98,28 +99,30 @@ def choose_place(trying: Trying, plan: Plan) -> tuple[str, tuple[int, ...], list
     """The method and the layer, or layers, to steer at, and what was seen of all.
 
     Each is tried at a few coefficients, and counts by how far the trait's rate lies apart between the largest coherent
-    push each way; of equals, by how likely those answers are.
+    push each way; of equals, by how likely those answers are. Single layers first, then the best one's neighbours with
+    it.
     """
-    prompts, places, sizes = _spread(plan.choose_on, SCAN_QUESTIONS), places_of(plan.layers), signed(SCAN_COEFFICIENTS)
-    scan: list[dict[str, Any]] = []
-    for method, directions in plan.candidates.items():
-        pushes = [Condition("trait", "add", place, size) for place in places for size in sizes]
-        answers = answer_all(trying, prompts, directions, [UNSTEERED, *pushes], 1)
-        figures = {key: figures_of(rows, trying.threshold, seed=trying.seed) for key, rows in answers.items()}
-        coherent = {key: is_coherent(each, figures[UNSTEERED]) for key, each in figures.items()}
-        scan += [
-            {"method": method, "layers": list(place), **_moved(place, sizes, figures, coherent)} for place in places
-        ]
-    best = max(scan, key=lambda each: (each["moved"], -each["surprise"]))  # the first of equals
+    singles = [(layer,) for layer in _spread(plan.layers, SCAN_LAYERS)]
+    scan = [seen for method in plan.candidates for seen in _scan(trying, plan, method, singles)]
+    best = max(scan, key=_merit)  # the first of equals
+    window = window_of(best["layers"][0], plan.layers)
+    if len(window) > 1:
+        scan += _scan(trying, plan, best["method"], [window])
+        best = max(scan, key=_merit)
     return best["method"], tuple(best["layers"]), scan
 
 
-def places_of(layers: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Where a sweep may steer: single layers, and windows of neighbours; of many layers, some evenly spread."""
-    some = _spread(layers, SCAN_LAYERS)
-    singles = [(layer,) for layer in some]
-    windows = [window_of(layer, layers) for layer in some]
-    return [*singles, *dict.fromkeys(window for window in windows if len(window) == WINDOW)]
+def _merit(seen: Mapping[str, Any]) -> tuple[float, float]:
+    return seen["moved"], -seen["surprise"]
+
+
+def _scan(trying: Trying, plan: Plan, method: str, places: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+    prompts, sizes = _spread(plan.choose_on, SCAN_QUESTIONS), signed(SCAN_COEFFICIENTS)
+    pushes = [Condition("trait", "add", place, size) for place in places for size in sizes]
+    answers = answer_all(trying, prompts, plan.candidates[method], [UNSTEERED, *pushes], 1)
+    figures = {key: figures_of(rows, trying.threshold, seed=trying.seed) for key, rows in answers.items()}
+    coherent = {key: is_coherent(each, figures[UNSTEERED]) for key, each in figures.items()}
+    return [{"method": method, "layers": list(place), **_moved(place, sizes, figures, coherent)} for place in places]
 
 
 def window_of(layer: int, layers: tuple[int, ...]) -> tuple[int, ...]:
