@@ -286,7 +286,7 @@ def test_a_direction_that_does_not_steer_is_weak_at_most(
 
 
 def test_the_best_of_many_coefficients_is_not_what_steering_is_judged_by(good: dict[str, Any]):
-    """One lucky condition, at a smaller coefficient and at other layers, where the largest coherent one does nothing."""
+    """Lucky conditions, at a smaller coefficient and at other layers, where the largest coherent one does nothing."""
     steering = steered(0.55, 0.45)
     lucky = [condition("trait", 0.5, 1.0), {**condition("trait", 1.0, 1.0), "layers": [0, 1, 2]}]
     assert verdict(good, {**steering, "conditions": [*lucky, *steering["conditions"]]})["word"] == "weak"
