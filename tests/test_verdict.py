@@ -241,7 +241,14 @@ def rate(value: float | None, margin: float = 0.1) -> dict[str, Any]:
 
 def condition(direction: str, coefficient: float, value: float | None, *, coherent: bool = True) -> dict[str, Any]:
     kind = "none" if direction == "none" else "add"
-    return {"direction": direction, "kind": kind, "coefficient": coefficient, "rate": rate(value), "coherent": coherent}
+    return {
+        "direction": direction,
+        "kind": kind,
+        "layers": [2],
+        "coefficient": coefficient,
+        "rate": rate(value),
+        "coherent": coherent,
+    }
 
 
 def steered(up: float | None, down: float | None, *, coherent: bool = True) -> dict[str, Any]:
@@ -254,7 +261,8 @@ def steered(up: float | None, down: float | None, *, coherent: bool = True) -> d
         condition("trait", -1.0, down, coherent=coherent),
     ]
     reached = {"positive": up, "negative": down, "random": {"positive": 0.55, "negative": 0.45}}
-    return {"conditions": conditions, "largest_coherent": {"positive": 1.0, "negative": -1.0}, "reached": reached}
+    largest = {"positive": 1.0, "negative": -1.0} if coherent else {"positive": None, "negative": None}
+    return {"layers": [2], "conditions": conditions, "largest_coherent": largest, "reached": reached}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +283,13 @@ def test_a_direction_that_does_not_steer_is_weak_at_most(
 ):
     assert verdict(good, steering)["word"] == word
     assert said in reasons(good, steering)
+
+
+def test_the_best_of_many_coefficients_is_not_what_steering_is_judged_by(good: dict[str, Any]):
+    """Lucky conditions, at a smaller coefficient and at other layers, where the largest coherent one does nothing."""
+    steering = steered(0.55, 0.45)
+    lucky = [condition("trait", 0.5, 1.0), {**condition("trait", 1.0, 1.0), "layers": [0, 1, 2]}]
+    assert verdict(good, {**steering, "conditions": [*lucky, *steering["conditions"]]})["word"] == "weak"
 
 
 def test_a_sweep_without_random_directions_is_read_against_no_steering(good: dict[str, Any]):

@@ -223,7 +223,7 @@ SIGNS = {"positive": 1, "negative": -1}
 
 
 def _gain(steering: Mapping[str, Any], side: str) -> float | None:
-    """How far the nearer end of the best coherent rate lies beyond what a random (or no) direction reaches."""
+    """How far the nearer end of the rate lies beyond what a random direction at the same coefficient, or none, has."""
     ours, theirs = _reach(steering, side), _rival(steering, side)
     if ours is None or theirs is None:
         return None
@@ -232,18 +232,22 @@ def _gain(steering: Mapping[str, Any], side: str) -> float | None:
 
 
 def _reach(steering: Mapping[str, Any], side: str) -> Mapping[str, Any] | None:
-    """The rate of the trait direction's coherent condition that gets furthest."""
-    rates = [
+    """The trait direction's rate at the largest coefficient whose answers are coherent.
+
+    The coefficient is chosen by coherence; the best rate of all that were tried would owe something to luck.
+    """
+    size = steering["largest_coherent"][side]
+    rates = (
         each["rate"]
         for each in steering["conditions"]
-        if each["direction"] == "trait" and each["kind"] == "add" and each["coherent"]
-        if each["coefficient"] * SIGNS[side] > 0 and each["rate"]["value"] is not None
-    ]
-    return max(rates, key=lambda rate: SIGNS[side] * float(rate["value"]), default=None)
+        if each["direction"] == "trait" and each["kind"] == "add" and each["layers"] == steering["layers"]
+        if each["coefficient"] == size and each["rate"]["value"] is not None
+    )
+    return next(rates, None)
 
 
 def _rival(steering: Mapping[str, Any], side: str) -> float | None:
-    """The furthest that a random direction gets, or none at all."""
+    """How far a random direction gets at the same coefficient, or none at all: the further of the two."""
     plain = [each["rate"]["value"] for each in steering["conditions"] if each["direction"] == "none"]
     rates = [rate for rate in ((steering["reached"].get("random") or {}).get(side), *plain) if rate is not None]
     return max(rates, key=lambda rate: SIGNS[side] * float(rate), default=None)
