@@ -29,6 +29,7 @@ from extraction.report.page import CONTENTS, report_page
 from extraction.report.plots import PLOTS, Picture, pictures
 from extraction.report.provenance import commands
 from extraction.report.sweep import curves_of
+from extraction.store import run_folder
 from tests.runs import environment, invoke, make_root, refused, succeed
 from tests.synthetic import METHODS, make_card, make_condition, make_facts, make_rows, make_steering
 
@@ -328,7 +329,7 @@ def test_the_page_names_the_vector_that_steers():
     facts = make_facts(steering={**make_steering(), "method": "pca", "layers": [4]})
     facts = make_facts(steering=facts.steering, files={**facts.files, "steering": "vectors/pca.safetensors"})
     text = Outline(report_page(facts, PICTURES)).text
-    assert "the sweep chose pca at layer 4 (vectors/pca.safetensors)" in text
+    assert "the sweep chose pca at layer 4 (direction[4] of vectors/pca.safetensors)" in text
     assert "Where to steer is chosen apart" in text
     assert "Where to steer" not in Outline(report_page(make_facts(), PICTURES)).text
 
@@ -378,16 +379,24 @@ def test_plots_leave_no_trace_in_matplotlib():
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> Path:
-    """The root of a run of the whole job, whose card and sweep are put there by hand, and its report."""
-    from extraction.store import run_folder
-
+    """A run of the whole job, with its report in real.html; then with another card and sweep, reported again."""
     root = make_root(tmp_path_factory.mktemp("reported"))
     succeed("extract", "--root", root, "--experiment", "demo")
+    succeed("report", "--root", root, "--experiment", "demo", "--traits", "calm")
     folder = run_folder(root / "experiments", "demo", "calm")
+    (root / "real.html").write_bytes(folder.report_path().read_bytes())
     folder.write_card({**make_card(2), "made_of": folder.read_card()["made_of"]})
     folder.write_steering(make_steering())
     succeed("report", "--root", root, "--experiment", "demo", "--traits", "calm")
     return root
+
+
+def test_a_real_run_makes_a_page(reported):
+    outline = Outline((reported / "real.html").read_bytes())
+    assert [a["id"] for a in outline.all("section")] == list(CONTENTS)
+    assert len(outline.all("img")) == 5  # with the steering sweep
+    assert "None" not in outline.text
+    assert re.search(r"The (\w+) direction was added to the output of layers? \d", outline.text)
 
 
 def test_the_command_says_where_the_report_is(reported):

@@ -108,12 +108,15 @@ def _vector(facts: Facts) -> Iterator[Any]:
     yield tag("code", facts.files["vectors"])
     yield f", {card['hidden_size']:,} numbers. Here, {card['layer_convention']}."
     if facts.steering is not None and facts.steering["conditions"]:
-        yield from _to_steer(facts.steering, facts.files["steering"])
+        yield from _to_steer(facts.steering, facts.files["steering"], card["layers"])
 
 
-def _to_steer(steering: Mapping[str, Any], file: str) -> Iterator[Any]:
+def _to_steer(steering: Mapping[str, Any], file: str, layers: Sequence[int]) -> Iterator[Any]:
     """Where to steer, which the sweep has chosen apart."""
+    rows = words.listed([f"direction[{layers.index(layer)}]" for layer in steering["layers"] if layer in layers])
     yield f" To steer with, the sweep chose {steering['method']} at {words.layer_words(steering['layers'])} ("
+    yield tag("code", rows)
+    yield " of "
     yield tag("code", file)
     yield ")."
 
@@ -224,8 +227,8 @@ def _further(facts: Facts) -> Iterator[list[Any]]:
         yield [
             "First token",
             f"{words.number(card['token_0']['ratio'][chosen['index']], 1)} times",
-            "Length of the activation at the first token, over the median of the others at this layer. Such outliers "
-            "are usual; no response's mean includes it.",
+            "Length of the activation at the first token, over the median of the others at this layer. Outliers there "
+            "are usual.",
         ]
     if facts.steering is not None:
         yield list(_reach(facts.steering))
