@@ -65,6 +65,7 @@ class Kept:
             "coherence_threshold": self.coherence_threshold,
             **{f"kept_{polarity}": len(self.ids[polarity]) for polarity in POLARITIES},
             "total": self.total,
+            "distinct_scores": len(set(self.scores)) if self.scores else None,
             **{f"dropped_{reason}": self.dropped.get(reason, 0) for reason in REASONS},
         }
 
