@@ -120,7 +120,7 @@ def extract_command(**given: Any) -> None:
     how, wanted, checks = how_of(given), wanted_of(given, takes_layers=False), checks_of(given)
     job = job_of(given)
     if how.dry_run:
-        return _print_plans([job], "batched", how)
+        return _print_plans([job], "batched", how, steered=None if checks.quick else checks.answers)
     from extraction import stages, summary
 
     prepare(how.threads)
@@ -261,10 +261,10 @@ def _make_responses(mode: str, given: dict[str, Any]) -> None:
     show(summary.of_generation([job], engine, how.seconds, how.gpu_price))
 
 
-def _print_plans(jobs: Iterable[Job], work: str, how: How) -> None:
+def _print_plans(jobs: Iterable[Job], work: str, how: How, *, steered: int | None = None) -> None:
     from extraction import summary
     from extraction.forecast import forecast
 
     prepare(how.threads)
     for job in jobs:
-        show(summary.of_plan(job, forecast(job, work, gpu_price=how.gpu_price)))
+        show(summary.of_plan(job, forecast(job, work, gpu_price=how.gpu_price), steered=steered))

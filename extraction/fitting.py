@@ -101,6 +101,7 @@ class Fit:
 
 
 def plan_vectors(job: Job, trait: Trait, folder: RunFolder, wanted: Vectors, listener: Listener) -> Fit:
+    """What a trait's vectors are to be made from. Raises StoreError, ConfigError where that is not there."""
     from extraction.vectors.methods import DEFAULT_METHODS, find_method
 
     for name in wanted.methods or ():
@@ -146,6 +147,7 @@ def _chosen_layers(spec: str | None, captured: tuple[int, ...]) -> tuple[int, ..
 
 
 def chosen_tensor(job: Job, stored: Mapping[str, Any], wanted: Vectors) -> str:
+    """The name of the tensor that is asked for. Raises ConfigError where the run has no such activations."""
     settings = job.experiment.capture
     pooled = [pooling for pooling in settings.poolings if pooling != "all"]
     name = f"{wanted.site or settings.sites[0]}.{wanted.pooling or next(iter(pooled), 'all')}"

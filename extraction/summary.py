@@ -26,8 +26,8 @@ INDENT = 15
 SIDES = dict(zip(POLARITIES, ("positive", "negative"), strict=True))
 
 
-def of_plan(job: Job, forecast: Forecast) -> Iterator[str]:
-    """What a job would do and take."""
+def of_plan(job: Job, forecast: Forecast, *, steered: int | None = None) -> Iterator[str]:
+    """What a job would do and take; `steered`: how many answers to a coefficient stage 4 is asked for."""
     settings = job.experiment
     size_of_model = f"{forecast.n_parameters / 1e6:,.1f}M parameters"
     capture = f"{_ranges(job.layers)}; {', '.join(settings.capture.sites)}; {', '.join(settings.capture.poolings)}"
@@ -45,8 +45,18 @@ def of_plan(job: Job, forecast: Forecast) -> Iterator[str]:
     yield from _item("disk", size(forecast.disk))
     parts = ", ".join(f"{part} {size(n_bytes)}" for part, n_bytes in forecast.memory.items() if n_bytes)
     yield from _item("memory", f"{size(forecast.peak)}: {parts}")
+    if steered is not None:
+        yield from _item("and stage 4", _steered(job, forecast, steered))
     if forecast.cost is not None:
         yield from _item("cost", f"{forecast.cost:.2f} at the given price per hour")
+
+
+def _steered(job: Job, forecast: Forecast, answers: int) -> str:
+    from extraction.sweep import usual_answers
+
+    count = usual_answers(len(job.layers), answers) * len(job.traits)
+    seconds = forecast.seconds * count / max(forecast.n_examples, 1)
+    return f"about {count:,} steered answers, {duration(seconds)} more (--quick leaves them out)"
 
 
 def of_generation(jobs: Iterable[Job], engine: Engine, seconds: float, gpu_price: float | None) -> Iterator[str]:
@@ -198,6 +208,26 @@ def _worth(job: Job, trait: Trait) -> Iterator[str]:
     yield from _item("controls", _controls(card["controls"]))
     if chosen["stripped"] is not None:
         yield from _item("stripped", f"AUROC {_bounded(chosen['stripped']['auroc'])} without the instruction")
+    steering = folder.read_steering() if folder.has_steering() else None
+    if steering is not None and steering["made_of"]["sources"] == card["made_of"]["sources"]:
+        yield from _item("steering", _steering(steering))
+
+
+def _steering(steering: Mapping[str, Any]) -> str:
+    """How often the trait shows at the largest coherent coefficient each way, and with random directions there."""
+    layers = f"{steering['method']} at layer{'s' * (len(steering['layers']) > 1)} {_ranges(steering['layers'])}"
+    plain = next(each["rate"]["value"] for each in steering["conditions"] if each["kind"] == "none")
+    parts = [f"{_percent(plain)} of answers show the trait unsteered"]
+    for side in ("negative", "positive"):
+        size, reached = steering["largest_coherent"][side], steering["reached"]
+        if size is not None:
+            at_random = _percent(reached["random"][side])
+            parts.append(f"{_percent(reached[side])} at {size:+g} (random directions {at_random})")
+    return f"{layers}: {', '.join(parts)}"
+
+
+def _percent(share: float | None) -> str:
+    return "an unknown share" if share is None else f"{share:.0%}"
 
 
 def _controls(controls: Mapping[str, Any]) -> str:

@@ -52,6 +52,12 @@ class Plan:
         return n_scanned + (3 + 2 * len(self.coefficients) + 4 * n_strong) * len(self.report_on) * self.repeats
 
 
+def usual_answers(n_layers: int, answers: int) -> int:
+    """About how many answers a sweep makes with one method to choose from; for a forecast."""
+    scanned = (2 + 2 * len(SCAN_COEFFICIENTS) * (min(n_layers, SCAN_LAYERS) + 1)) * SCAN_QUESTIONS
+    return scanned + (3 + 2 * len(COEFFICIENTS) + 4 * len(strong(COEFFICIENTS))) * answers
+
+
 def evaluate(trying: Trying, plan: Plan) -> dict[str, Any]:
     """Choose method and layer on some prompts, sweep the coefficients on the others. JSON-ready.
 

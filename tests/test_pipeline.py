@@ -113,6 +113,7 @@ def test_every_response_is_labelled_and_whole(finished):
 def test_stage_by_stage_equals_extract(root, finished):
     for stage, *options in (["batched"], ["vectors"], ["validate", "--answers", "2"]):
         succeed(stage, "--root", root, "--experiment", "demo", *options)
+    succeed("report", "--root", root, "--experiment", "demo")
     assert contents(run_of(root)) == contents(finished)
 
 

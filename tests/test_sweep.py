@@ -296,7 +296,8 @@ def test_a_second_validation_makes_nothing_new_and_more_answers_make_the_sweep_a
     assert contents(run) == before
     assert "1 new." in succeed("validate", *options, "--answers", "8").stdout
     after = contents(run)
-    assert {name for name in after if after[name] != before.get(name)} == {"vectors/steering.json"}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert {"vectors/steering.json"} <= changed <= {"vectors/steering.json", "vectors/card.json"}  # the verdict tells
 
 
 def test_without_a_judge_or_instructions_it_says_what_it_leaves_out(tmp_path):

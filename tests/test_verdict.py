@@ -166,7 +166,8 @@ def changed(card: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def test_a_good_card_says_what_speaks_for_it(good: dict[str, Any]):
     assert verdict(good) == good["verdict"]
     assert good["verdict"]["word"] == "usable"
-    assert good["verdict"]["reasons"][0].startswith("Held out, AUROC is ")
+    assert good["verdict"]["reasons"][0] == "What steering with it does was not tried."
+    assert good["verdict"]["reasons"][1].startswith("Held out, AUROC is ")
     assert all(reason.endswith(".") for reason in good["verdict"]["reasons"])
 
 
@@ -224,7 +225,7 @@ def test_where_auroc_has_no_room_left_effect_sizes_are_compared(good: dict[str, 
 def test_only_what_speaks_against_it_is_said_of_a_weak_one(good: dict[str, Any]):
     card = changed(changed(good, "chosen.top_1_percent", 0.8), "chosen.test.accuracy.value", 0.6)
     found = verdict(card)["reasons"]
-    assert len(found) == 2
+    assert len(found) == 3
     assert found[0].startswith("Accuracy")
 
 

@@ -208,6 +208,7 @@ def _judge(card: Card, _: Steering) -> Iterator[Finding]:
 
 def _steers(_: Card, steering: Steering) -> Iterator[Finding]:
     if steering is None:
+        yield "mind", "What steering with it does was not tried."
         return
     gains = {side: _gain(steering, side) for side in ("positive", "negative")}
     said = "; ".join(_steering_words(steering, side) for side in gains)
