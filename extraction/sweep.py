@@ -18,7 +18,7 @@ from extraction.steering import Steering
 if TYPE_CHECKING:
     from extraction.records import Prompt
 
-COEFFICIENTS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+COEFFICIENTS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 ANSWERS = 24  # of every condition
 SCAN_COEFFICIENTS = (0.25, 0.5, 1.0, 1.5)
 SCAN_QUESTIONS, SCAN_LAYERS = 10, 8
