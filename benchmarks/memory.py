@@ -19,7 +19,7 @@ from extraction.traits import load_trait
 TRAIT = "retrieval_construction"
 STEPS = {  # the second finds the first one's work done, and goes on from there
     "responses and activations": ("batched",),
-    "vectors and validation": ("extract", "--methods", "mean_diff"),
+    "vectors and validation": ("extract", "--quick", "--methods", "mean_diff"),
 }
 ROOT = Path(extraction.__file__).resolve().parent.parent
 

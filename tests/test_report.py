@@ -22,7 +22,7 @@ import pytest
 from extraction.cli import main
 from extraction.records import NaturalPrompt, Trait
 from extraction.report import words
-from extraction.report.browser import data_of
+from extraction.report.browser import browser, data_of, shown
 from extraction.report.index import Entry, index_page
 from extraction.report.markup import Html, data_block, document, tag, visible
 from extraction.report.page import CONTENTS, report_page
@@ -339,6 +339,16 @@ def test_curves_that_are_flat_are_said_to_be():
     card["methods"]["mean_diff"]["per_layer"]["test"]["auroc"]["value"] = [1.0, 1.0, 0.999]
     assert "mean_diff 1.00 at every layer" in words.of_layers(card)
     assert "at layer" in words.of_distances(card)
+
+
+def test_a_run_of_very_many_responses_shows_some_of_them_evenly_spread_and_says_so():
+    rows = make_rows(12_001, 3)
+    facts = make_facts(rows=rows)
+    assert [row["id"] for row in shown(facts)] == [row["id"] for row in rows[::3]]
+    assert f"{len(rows[::3]):,} of 12,001 responses, evenly spread" in browser(facts)
+    assert shown(make_facts()) == make_facts().rows
+    assert "All 120 responses" in browser(make_facts())
+    assert "All 0 responses" in browser(make_facts(rows=[]))
 
 
 def test_two_thousand_responses_fit():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from extraction.records import POLARITIES, Trait
@@ -13,6 +13,7 @@ from extraction.report.sections import section
 
 SIDES = dict(zip(POLARITIES, ("positive", "negative"), strict=True))
 PER_PAGE = 50
+MOST_ROWS = 5000  # in the page; about 4 MB
 
 
 def browser(facts: Facts) -> Html:
@@ -23,8 +24,7 @@ def browser(facts: Facts) -> Html:
         "The responses",
         tag(
             "p",
-            f"All {words.counted(len(facts.rows), 'response')}, {_scale(facts.judge)}. "
-            f"{len(facts.kept):,} count towards the vector.",
+            f"{_share(facts)}, {_scale(facts.judge)}. {len(facts.kept):,} count towards the vector.",
         ),
         tag("noscript", tag("p", f"The list needs JavaScript. The same responses are in {files}.")),
         tag("form", _controls(facts), id="filters", hidden=True, role="search", aria_label="Look through responses"),
@@ -41,6 +41,16 @@ def browser(facts: Facts) -> Html:
         ),
         data_block("rows", data_of(facts)),
     )
+
+
+def shown(facts: Facts) -> Sequence[Row]:
+    """The rows that the page holds: all, or every so many-th of a large run."""
+    return facts.rows[:: -(-len(facts.rows) // MOST_ROWS) or 1]
+
+
+def _share(facts: Facts) -> str:
+    n_shown, total = len(shown(facts)), words.counted(len(facts.rows), "response")
+    return f"All {total}" if n_shown == len(facts.rows) else f"{n_shown:,} of {total}, evenly spread"
 
 
 def _scale(judge: str) -> str:
@@ -71,7 +81,7 @@ def _short(said: str) -> str:
 def _distinct(facts: Facts, key: str) -> dict[str, int]:
     """The different texts of a field, numbered in the order in which they come."""
     found: dict[str, int] = {}
-    for row in facts.rows:
+    for row in shown(facts):
         found.setdefault(row[key], len(found))
     return found
 
@@ -100,7 +110,7 @@ def data_of(facts: Facts) -> dict[str, Any]:
                 {_other(name, facts.judge): score for name, score in row["scores"].items() if name != facts.judge},
                 visible(_asked(facts.trait, row)),
             ]
-            for row in facts.rows
+            for row in shown(facts)
         ],
     }
 
