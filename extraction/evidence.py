@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.jobs import Job
 from extraction.records import Example, Prompt, Trait
-from extraction.runners import Engine, Listener, capture_shard
+from extraction.runners import Engine, Listener, capture_shard, halving
 from extraction.store import RunFolder
 from extraction.traits import make_examples
 
@@ -124,11 +124,17 @@ def steering_evidence(
 
     plan = _plan(engine, trait, material)
     trying = _trying(engine, plan, scorer, listener)
-    listener.begin(f"{trait.name}: steering", plan.n_answers, 0)
-    try:
-        return evaluate(trying, plan)
-    finally:
-        listener.end()
+    found: dict[str, Any] = {}
+
+    def run(batch_size: int) -> None:
+        listener.begin(f"{trait.name}: steering", plan.n_answers, 0)
+        try:
+            found.update(evaluate(replace(trying, batch_size=batch_size), plan))
+        finally:
+            listener.end()
+
+    halving(run, trying.batch_size, engine, listener, lambda: None)
+    return found
 
 
 def _plan(engine: Engine, trait: Trait, material: Material) -> Plan:

@@ -163,7 +163,7 @@ def make_shard(
 
     started = time.perf_counter()
     asked = engine.batch_size(mode, [len(prompt.token_ids) for prompt in prompts])
-    batch_size = _halving(run, asked, engine, listener, lambda: listener.advance(-len(done), 0))
+    batch_size = halving(run, asked, engine, listener, lambda: listener.advance(-len(done), 0))
     engine.note_work(done.values(), batch_size, time.perf_counter() - started)
     ordered = [done[_request_id(prompt)] for prompt in prompts]
     meta = {**_meta(engine, batch_size), "captured": mode.captures}
@@ -174,7 +174,7 @@ def make_shard(
         _write_activations(engine, folder, index, kept, {**meta, "captured": "while generating"})
 
 
-def _halving(
+def halving(
     run: Callable[[int], None], batch_size: int, engine: Engine, listener: Listener, undo: Callable[[], None]
 ) -> int:
     """Run at a batch size; when memory runs out, again at half of it. Returns the size that worked."""
@@ -196,7 +196,7 @@ def _halving(
             return batch_size
         batch_size //= 2
         engine.fits = batch_size
-        listener.note(f"out of memory: this shard again with batch size {batch_size}")
+        listener.note(f"out of memory: again with batch size {batch_size}")
         _free_memory()
 
 
@@ -345,7 +345,7 @@ def capture_shard(
 
     started = time.perf_counter()
     asked = engine.batch_size(MODES["batched"], [len(prompt_ids) for _, prompt_ids, _ in texts])
-    batch_size = _halving(run, asked, engine, listener, lambda: listener.advance(-len(done), 0))
+    batch_size = halving(run, asked, engine, listener, lambda: listener.advance(-len(done), 0))
     engine.note_work(done.values(), batch_size, time.perf_counter() - started)
     kept = {row["id"]: done[row["id"]].activations for row in rows}
     how = "from stored ids" if stripped is None else "from stored ids, without the instruction"

@@ -300,9 +300,9 @@ def test_memory_that_runs_out_halves_the_batch_of_that_shard(root, finished):
     """The hook stands for a device that holds two rows: the first shard is made before it is put on."""
     succeed("extract", "--root", root, "--experiment", "demo", "--slice", "1/3")
     untouched = contents(run_of(root) / "activations")
-    with _room_for(2):
+    with room_for(2):
         result = succeed("extract", "--root", root, "--experiment", "demo", "--batch-size", "8")
-    assert result.stderr.count("out of memory: this shard again") == 2  # 8, 4; the next shard starts with 2
+    assert result.stderr.count("out of memory: again") == 2  # 8, 4; the next shard starts with 2
     now = contents(run_of(root) / "activations")
     assert {name: now[name] for name in untouched} == untouched
     sizes = [json.loads(now[f"000{i}.receipt.json"])["meta"]["batch_size"] for i in range(3)]
@@ -314,17 +314,17 @@ def test_memory_that_runs_out_halves_the_batch_of_that_shard(root, finished):
 def test_memory_that_runs_out_at_one_is_refused_and_loses_nothing(root):
     succeed("extract", "--root", root, "--experiment", "demo", "--slice", "1/3")
     before = contents(run_of(root))
-    with _room_for(0):
+    with room_for(0):
         line = refused("batched", "--root", root, "--experiment", "demo", "--self-check", "0", notes=OUT_NOTES)
     assert "out of memory even with --batch-size 1" in line
     assert contents(run_of(root)) == before
 
 
-OUT_NOTES = ("out of memory: this shard again", "calm: generating")
+OUT_NOTES = ("out of memory: again", "calm: generating")
 
 
 @contextmanager
-def _room_for(n_rows: int) -> Iterator[None]:
+def room_for(n_rows: int) -> Iterator[None]:
     """More rows than this in one pass, and memory is out."""
 
     def hook(module: torch.nn.Module, _args: object, output: object) -> None:

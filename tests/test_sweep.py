@@ -300,6 +300,20 @@ def test_a_second_validation_makes_nothing_new_and_more_answers_make_the_sweep_a
     assert {"vectors/steering.json"} <= changed <= {"vectors/steering.json", "vectors/card.json"}  # the verdict tells
 
 
+def test_a_sweep_whose_memory_runs_out_is_made_again_with_half_the_batch_and_the_same_result(tmp_path):
+    from tests.test_pipeline import room_for
+
+    options = ("--root", make_root(tmp_path), "--experiment", "demo", "--answers", "2")
+    succeed("extract", *options)
+    run = tmp_path / "experiments/demo/calm"
+    before = contents(run / "vectors")
+    (run / "vectors/steering.json").unlink()
+    with room_for(3):
+        said = succeed("validate", *options, "--batch-size", "16").stderr
+    assert said.count("out of memory: again with batch size") == 3  # 8, 4, 2
+    assert contents(run / "vectors") == before
+
+
 def test_without_a_judge_or_instructions_it_says_what_it_leaves_out(tmp_path):
     root = make_root(tmp_path)
     result = succeed("extract", "--root", root, "--experiment", "demo", "--judge", "none")
