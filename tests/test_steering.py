@@ -210,5 +210,6 @@ def test_a_steering_that_does_not_fit_is_refused_before_anything_runs(steering: 
 
 def test_the_model_is_left_without_hooks() -> None:
     model = shared_model("llama")
+    before = [len(module._forward_hooks) for module in model.modules()]  # transformers leaves some of its own
     run(model, requests_of(model), 3)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [len(module._forward_hooks) for module in model.modules()] == before
