@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from extraction.sweep import Plan
 
 TOKEN_0_TEXTS = 8
-SWEEP_FORM = 3  # rises when the sweep of the same vectors would be another
+SWEEP_FORM = 4  # rises when the sweep of the same vectors would be another
 
 
 def capture_stripped(engine: Engine, trait: Trait, folder: RunFolder, tensor: str, listener: Listener) -> None:

@@ -76,11 +76,14 @@ class Directions:
 
 
 def directions_of(direction_LD: Tensor, norms_L: Sequence[float], layers: Sequence[int], *, seed: int) -> Directions:
-    """Unit directions of [L, D] vectors, and random ones from the seed."""
+    """Unit directions of [L, D] vectors, and random ones from the seed.
+
+    A random direction is the same at every layer, as a trait's nearly is: at several layers, too, they push as far.
+    """
     unit_LD = direction_LD.double() / direction_LD.double().norm(dim=-1, keepdim=True)
     generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randn(direction_LD.shape, generator=generator, dtype=torch.float64) for _ in range(N_RANDOM)]
-    random = [dict(zip(layers, (draw / draw.norm(dim=-1, keepdim=True)).float(), strict=True)) for draw in draws]
+    draws = [torch.randn(direction_LD.shape[1], generator=generator, dtype=torch.float64) for _ in range(N_RANDOM)]
+    random = [dict.fromkeys(layers, (draw_D / draw_D.norm()).float()) for draw_D in draws]
     return Directions(
         dict(zip(layers, unit_LD.float(), strict=True)), random, dict(zip(layers, map(float, norms_L), strict=True))
     )
@@ -115,16 +118,19 @@ class Trying:
 def answer_all(
     trying: Trying, prompts: Sequence[Prompt], directions: Directions, conditions: Sequence[Condition], repeats: int
 ) -> dict[Condition, list[Answer]]:
-    """Every prompt, `repeats` times under every condition, in one queue; judged, and scored by the unsteered model."""
+    """Every prompt, `repeats` times under every condition, in one queue; judged, and scored by the unsteered model.
+
+    A prompt's repeat has the same random numbers under every condition: what differs is the steering.
+    """
     plan = {
-        f"{condition.label}/{i}/{repeat}": (condition, prompt, directions.steering(condition, repeat))
+        f"{condition.label}/{i}/{repeat}": (condition, prompt, directions.steering(condition, repeat), f"{i}/{repeat}")
         for condition in conditions
         for i, prompt in enumerate(prompts)
         for repeat in range(repeats)
     }
     requests = [
-        Request(key, prompt.token_ids, trying.max_new_tokens, trying.seed, steering)
-        for key, (_, prompt, steering) in plan.items()
+        Request(key, prompt.token_ids, trying.max_new_tokens, trying.seed, steering, draws)
+        for key, (_, prompt, steering, draws) in plan.items()
     ]
     said = {}
     for completion in generate(
@@ -136,11 +142,11 @@ def answer_all(
     ):
         said[completion.id] = completion.token_ids
         trying.on_progress(1, 0)
-    surprises = _surprises(trying, {key: (prompt, said[key]) for key, (_, prompt, _) in plan.items()})
+    surprises = _surprises(trying, {key: (prompt, said[key]) for key, (_, prompt, *_) in plan.items()})
     texts = {key: _text(trying.lm, token_ids) for key, token_ids in said.items()}
-    judged = trying.scorer([(prompt.example.question, texts[key]) for key, (_, prompt, _) in plan.items()])
+    judged = trying.scorer([(prompt.example.question, texts[key]) for key, (_, prompt, *_) in plan.items()])
     found: dict[Condition, list[Answer]] = {condition: [] for condition in conditions}
-    for (key, (condition, prompt, _)), each in zip(plan.items(), judged, strict=True):
+    for (key, (condition, prompt, *_)), each in zip(plan.items(), judged, strict=True):
         question = prompt.example.question
         answer = Answer(question, texts[key], said[key], each.score, each.coherence, surprises.get(key))
         found[condition].append(answer)

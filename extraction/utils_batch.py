@@ -35,7 +35,8 @@ Progress = Callable[[int], None]
 class Request:
     """A prompt to continue. With `seed`, `id` alone decides the random numbers, so ids are unique within a run.
 
-    `steering` is this request's own: neighbours in the batch don't feel it.
+    `steering` is this request's own: neighbours in the batch don't feel it. `draws` names the random numbers where they
+    are to be those of others with the same name, so that nothing but the steering differs.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Request:
     max_new_tokens: int
     seed: int = 0
     steering: Steering | None = field(default=None, compare=False)
+    draws: str | None = None
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class RunningBatch:
         self.first_column_B1[rows_R] = cursor - length_R1
         self.prompt_length_B1[rows_R] = length_R1
         if self.strategy.draws:
-            drawn = np.stack([uniforms(r.id, r.seed, self.budget) for r in entering])
+            drawn = np.stack([uniforms(r.draws or r.id, r.seed, self.budget) for r in entering])
             self.uniform_BT[rows_R] = torch.from_numpy(drawn).to(self.uniform_BT)
         if self.steerer is not None:
             self.steerer.seat(rows_R, [request.steering or NOTHING for request in entering])

@@ -83,6 +83,16 @@ def test_every_answer_is_the_one_that_its_condition_and_prompt_give_alone():
         assert [answer.token_ids for answer in together[condition]] != plain
 
 
+def test_all_conditions_draw_the_same_random_numbers_so_that_only_the_steering_differs():
+    prompts, few = [prompt(word) for word in WORDS], Condition("trait", "add", (1,), 1e-6)
+    trying = replace(trying_of(), strategy=Sample(temperature=1.0))
+    found = answer_all(trying, prompts, directions(), [UNSTEERED, few, CONDITIONS[1]], 3)
+    plain = [answer.token_ids for answer in found[UNSTEERED]]
+    assert [answer.token_ids for answer in found[few]] == plain
+    assert [answer.token_ids for answer in found[CONDITIONS[1]]] != plain
+    assert len(set(plain)) > len(WORDS)  # repeats differ
+
+
 def test_a_coefficient_counts_in_typical_norms_and_is_shared_among_layers():
     some = directions(size=3.0)
     one = some.steering(Condition("trait", "add", (1,), -2.0), 0)
@@ -92,6 +102,7 @@ def test_a_coefficient_counts_in_typical_norms_and_is_shared_among_layers():
     assert [vector.norm().item() for vector in several.add.values()] == pytest.approx([3.0, 3.0], rel=1e-5)
     draws = [some.steering(Condition("random", "add", (1,), 1.0), repeat).add[1] for repeat in range(5)]
     assert torch.equal(draws[0], draws[4])
+    assert torch.equal(some.random[0][0], some.random[0][1])
     assert not torch.equal(draws[0], draws[1])
     assert some.steering(UNSTEERED, 0) is None
 
