@@ -77,7 +77,7 @@ def _facts_of(job: Job, trait: Trait, folder: RunFolder) -> Facts:
         trait=trait,
         card=card,
         steering=steering,
-        rows=[row for polarity in POLARITIES for row in folder.read_responses(polarity)],
+        rows=[_read(row) for polarity in POLARITIES for row in folder.read_responses(polarity)],
         kept=frozenset(example_id for ids in kept.ids.values() for example_id in ids),
         judge=kept.judge,
         config=_shareable({**config, **_execution(job, trait)}),
@@ -95,6 +95,11 @@ def _execution(job: Job, trait: Trait) -> dict[str, Any]:
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Without the address of anybody's server: a report is passed on."""
     return {name: value for name, value in config.items() if name != "judge_url"}
+
+
+def _read(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without its token ids, which nobody reads and which take most of the room."""
+    return {key: value for key, value in row.items() if not key.endswith("token_ids")}
 
 
 def _files(folder: RunFolder, method: str, steers_by: str | None) -> dict[str, str]:

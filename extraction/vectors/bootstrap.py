@@ -17,7 +17,7 @@ from extraction.vectors.figures import NO_SPREAD, accuracy_at, cohens_d
 
 INTERVAL = (0.025, 0.975)
 MOST_UNDEFINED = 0.5  # share of the resamples that may lack a figure (a side, or any spread) before it has no interval
-CHUNK_NUMBERS = 2**23
+CHUNK_NUMBERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -117,21 +117,33 @@ def resampled_auroc(scores_nC: Tensor, resamples: Resamples) -> Tensor:
 
     W [P, R] are the wins between questions' rows (ties one half), N [P, R] how many of them are compared.
     """
-    counts_BQ, columns = resamples.counts_BQ, []
+    counts_BQ = resamples.counts_BQ
     here_NP, here_MR = (_one_hot(resamples, side) for side in (True, False))
     drawn_BP, drawn_BR = (counts_BQ[:, here.any(0)] for here in (here_NP, here_MR))
     here_NP, here_MR = (here[:, here.any(0)].double() for here in (here_NP, here_MR))
-    stratum_N, stratum_M = (resamples.stratum_n[resamples.positive_n == side] for side in (True, False))
-    same_NM = (stratum_N.unsqueeze(-1) == stratum_M).double()
-    positive_CN, negative_CM = scores_nC[resamples.positive_n].mT, scores_nC[~resamples.positive_n].mT
-    largest = max(same_NM.numel(), len(counts_BQ) * here_MR.shape[1], 1)
-    for chunk in torch.arange(scores_nC.shape[1]).split(max(1, CHUNK_NUMBERS // largest)):
-        above_CN1, below_C1M = positive_CN[chunk].unsqueeze(-1), negative_CM[chunk].unsqueeze(-2)
-        won_CNM = same_NM * ((above_CN1 > below_C1M).double() + (above_CN1 >= below_C1M).double()) / 2
-        wins_CPR = here_NP.mT @ won_CNM @ here_MR
+    step = max(1, CHUNK_NUMBERS // max(1, drawn_BR.numel(), here_NP.shape[1] * here_MR.shape[1]))
+    columns, pairs_PR = [], torch.zeros(here_NP.shape[1], here_MR.shape[1], dtype=torch.float64)
+    for chunk in torch.arange(scores_nC.shape[1]).split(step):
+        wins_CPR, pairs_PR = _wins(scores_nC[:, chunk], resamples, here_NP, here_MR)
         columns.append(torch.einsum("cbr,br->bc", drawn_BP @ wins_CPR, drawn_BR))
-    pairs_B1 = ((drawn_BP @ (here_NP.mT @ same_NM @ here_MR)) * drawn_BR).sum(-1, keepdim=True)
+    pairs_B1 = ((drawn_BP @ pairs_PR) * drawn_BR).sum(-1, keepdim=True)
     return torch.cat(columns, -1) / _or_nan(pairs_B1)
+
+
+def _wins(scores_nC: Tensor, resamples: Resamples, here_NP: Tensor, here_MR: Tensor) -> tuple[Tensor, Tensor]:
+    """W [C, P, R] and N [P, R], some positive rows at a time: all pairs of rows at once would fill the memory."""
+    stratum_N, stratum_M = (resamples.stratum_n[resamples.positive_n == side] for side in (True, False))
+    positive_CN, negative_CM = scores_nC[resamples.positive_n].mT, scores_nC[~resamples.positive_n].mT
+    shape_PR = (here_NP.shape[1], here_MR.shape[1])
+    wins_CPR = torch.zeros(scores_nC.shape[1], *shape_PR, dtype=torch.float64)
+    pairs_PR = torch.zeros(shape_PR, dtype=torch.float64)
+    for some in torch.arange(len(here_NP)).split(max(1, CHUNK_NUMBERS // max(1, negative_CM.numel()))):
+        same_SM = (stratum_N[some].unsqueeze(-1) == stratum_M).double()
+        above_CS1, below_C1M = positive_CN[:, some].unsqueeze(-1), negative_CM.unsqueeze(-2)
+        won_CSM = same_SM * ((above_CS1 > below_C1M).double() + (above_CS1 >= below_C1M).double()) / 2
+        wins_CPR += here_NP[some].mT @ won_CSM @ here_MR
+        pairs_PR += here_NP[some].mT @ same_SM @ here_MR
+    return wins_CPR, pairs_PR
 
 
 def _one_hot(resamples: Resamples, side: bool) -> Tensor:
