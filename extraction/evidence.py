@@ -29,11 +29,11 @@ SWEEP_FORM = 4  # rises when the sweep of the same vectors would be another
 def capture_stripped(engine: Engine, trait: Trait, folder: RunFolder, tensor: str, listener: Listener) -> None:
     """Activations of the stored responses with the instruction taken out of their prompts, shard by shard.
 
-    What is done is not done again; natural prompts have nothing to take out.
+    What is done is not done again; natural prompts without a system text have nothing to take out.
     """
     shards = engine.job.shards(trait)
     pending = {i: shard for i, shard in enumerate(shards) if not _has(folder, i, tensor)}
-    if trait.is_natural or not pending:
+    if not trait.is_told or not pending:
         return
     site, pooling = tensor.split(".", 1)
     settings = engine.job.experiment
@@ -52,7 +52,7 @@ def capture_stripped(engine: Engine, trait: Trait, folder: RunFolder, tensor: st
 
 def has_stripped(job: Job, trait: Trait, folder: RunFolder, tensor: str) -> bool:
     """Whether every shard has been read without its instruction."""
-    return not trait.is_natural and all(_has(folder, i, tensor) for i in range(len(job.shards(trait))))
+    return trait.is_told and all(_has(folder, i, tensor) for i in range(len(job.shards(trait))))
 
 
 def _has(folder: RunFolder, index: int, tensor: str) -> bool:
@@ -108,11 +108,10 @@ class Material:
 
 
 def uninstructed(engine: Engine, trait: Trait, questions: Sequence[str]) -> list[Prompt]:
-    """A prompt for each of these questions, without an instruction; a natural prompt is itself."""
-    examples = make_examples(trait, engine.job.experiment.n_examples)
+    """A prompt for each of these questions, without an instruction, or a natural prompt's system text."""
     first: dict[str, Example] = {}
-    for example in examples:
-        first.setdefault(example.question, example if trait.is_natural else without_instruction(example))
+    for example in make_examples(trait, engine.job.experiment.n_examples):
+        first.setdefault(example.question, without_instruction(example))
     return engine.prompts([first[question] for question in questions])
 
 

@@ -49,6 +49,11 @@ class Trait:
         """True when the sides are lists of natural prompts."""
         return not self.instructions
 
+    @property
+    def is_told(self) -> bool:
+        """True when some prompts hold more than a question: an instruction, or a natural prompt's system text."""
+        return bool(self.instructions) or any(p.system for p in (*self.positive_prompts, *self.negative_prompts))
+
 
 @dataclass(frozen=True)
 class Example:

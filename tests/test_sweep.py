@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ from extraction.steered import (
     repetition,
 )
 from extraction.sweep import Plan, choose_place, counterpart, evaluate, reach, window_of
-from tests.runs import contents, make_root, refused, succeed
+from tests.runs import NATURAL, contents, make_root, refused, succeed
 from tests.tiny import LAYERS, deviation, shared_model, tiny_tokenizer
 
 ALL_LAYERS = tuple(range(LAYERS))
@@ -330,8 +331,25 @@ def test_without_a_judge_or_instructions_it_says_what_it_leaves_out(tmp_path):
     result = succeed("extract", "--root", root, "--experiment", "demo", "--judge", "none")
     assert "no steering sweep: without a judge" in result.stderr
     assert not (root / "experiments/demo/calm/vectors/steering.json").exists()
-    succeed("extract", "--root", root, "--experiment", "demo", "--trait", "warm", "--judge", "none")
-    assert not list((root / "experiments/demo/warm/stripped").iterdir())
+    bare = {**NATURAL, "name": "bare", "negative_prompts": [p["prompt"] for p in NATURAL["negative_prompts"]]}
+    (root / "configs/traits/bare.yaml").write_text(yaml.safe_dump(bare))
+    succeed("extract", "--root", root, "--experiment", "demo", "--trait", "bare,warm", "--judge", "none")
+    assert not list((root / "experiments/demo/bare/stripped").iterdir())
+    assert list((root / "experiments/demo/warm/stripped").iterdir())  # some of its prompts have a system text
+
+
+def test_natural_prompts_are_steered_without_their_system_text(tmp_path):
+    from extraction.evidence import uninstructed
+    from extraction.jobs import plan
+    from extraction.runners import Engine
+
+    root = make_root(tmp_path)
+    job = plan("demo", "warm", root=str(root), options={"model": str(root / "model")})
+    (trait,) = job.traits
+    prompts = uninstructed(Engine(job), trait, ["I love tea.", "I hate us."])
+    assert [prompt.text for prompt in prompts] == [
+        f"<bos><|user|>\n{text}<|end|>\n<|assistant|>\n" for text in ("I love tea.", "I hate us.")
+    ]
 
 
 def test_responses_without_their_instruction_are_captured_as_they_were_said(tmp_path):
