@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.jobs import Job
 from extraction.records import Example, Prompt, Trait
-from extraction.runners import Engine, Listener, capture_shard, halving
+from extraction.runners import Engine, Listener, capture_shard, halving, load_once
 from extraction.store import RunFolder
 from extraction.traits import make_examples
 
@@ -35,6 +35,7 @@ def capture_stripped(engine: Engine, trait: Trait, folder: RunFolder, tensor: st
     pending = {i: shard for i, shard in enumerate(shards) if not _has(folder, i, tensor)}
     if not trait.is_told or not pending:
         return
+    load_once(engine, listener)
     site, pooling = tensor.split(".", 1)
     settings = engine.job.experiment
     layers = ",".join(map(str, folder.shard_facts("activations", 0)["meta"]["layers"]))

@@ -47,16 +47,10 @@ def validate_trait(engine: Engine, trait: Trait, wanted: Vectors, checks: Checks
     with working_in(folder, engine.job, trait):
         plan = plan_vectors(engine.job, trait, folder, wanted, listener)
         if not checks.quick:
-            _load_if(trait.is_told and not has_stripped(engine.job, trait, folder, plan.tensor), engine, listener)
             capture_stripped(engine, trait, folder, plan.tensor, listener)
         n_new = _write_card(engine, trait, plan, checks, listener)
         n_new += 0 if checks.quick else _write_steering(engine, trait, plan, checks, listener)
         return max(n_new, _settle_verdict(plan))
-
-
-def _load_if(needed: bool, engine: Engine, listener: Listener) -> None:
-    if needed:
-        load_once(engine, listener)
 
 
 def _write_card(engine: Engine, trait: Trait, plan: Fit, checks: Checks, listener: Listener) -> int:
