@@ -23,10 +23,10 @@ ROOMS = [path for path in SOURCES if path not in DOORS and path.name != "__init_
 FLOORS = [
     ("errors", "records"),
     ("schema", "hooks", "atomic", "slots", "pooling", "rubrics"),
-    ("payloads",),
+    ("payloads", "adapters"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges", "shelf"),
-    ("sites", "decoding", "kept", "jobs", "steering", "report"),
+    ("sites", "decoding", "kept", "jobs", "steering", "report", "pairs"),
     ("capture", "forecast"),
     ("teacher", "vectors"),
     ("utils_batch", "likelihood", "exchange"),
