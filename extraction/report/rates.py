@@ -36,7 +36,9 @@ def draw_rates(study: Mapping[str, Any], page: Page) -> Figure:
             fontsize=0.85 * page.text,
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_ylim(-0.03, 1.03 if max(rates, default=0) > 0.4 else max((row["high"] for row in rows), default=0.1) * 1.25)
+    axes.set_ylim(
+        -0.03, 1.03 if max(rates, default=0) > 0.4 else max((row["high"] for row in rows), default=0.1) * 1.25
+    )
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.margins(x=0.08)
     axes.set_xlabel("alpha (0: the after model as it is)")
