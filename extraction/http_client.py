@@ -133,14 +133,19 @@ def _refusal(failure: urllib.error.HTTPError, url: str) -> RequestError:
 
 
 def _said(data: bytes) -> str:
-    """The message in an error's body, in any of the usual places."""
+    """The message in an error's body."""
     try:
-        found: Any = json.loads(data)
-        while isinstance(found, dict):
-            found = next((found[key] for key in ("error", "message", "detail", "msg") if key in found), str(found))
+        return message_in(json.loads(data)) or "no reason given"
     except (ValueError, RecursionError):
-        found = data.decode("utf-8", "replace")
-    return _brief(found) or "no reason given"
+        return _brief(data.decode("utf-8", "replace")) or "no reason given"
+
+
+def message_in(body: Any) -> str:
+    """What a body says that went wrong, wherever servers put it; on one line, not too long."""
+    found = body
+    while isinstance(found, dict):
+        found = next((found[key] for key in ("error", "message", "detail", "msg") if key in found), str(found))
+    return _brief(found)
 
 
 def _brief(said: Any) -> str:

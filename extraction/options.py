@@ -167,7 +167,9 @@ STUDY: tuple[Decorator, ...] = (
     click.option("--server-url", metavar="URL", help="Ask a server that has the two; its token is in TRAITLINE_TOKEN."),
     click.option("--in-process", is_flag=True, help="Load the two here; so it is without --server-url."),
     click.option("--timeout", metavar="S", type=click.FloatRange(1), default=600, help="Seconds for a request."),
-    click.option("--prompts-file", required=True, metavar="FILE", help="A prompt a line; or JSON, whole or a line each."),
+    click.option(
+        "--prompts-file", required=True, metavar="FILE", help="A prompt a line; or JSON, whole or a line each."
+    ),
     click.option("--num-prompts", metavar="N", type=click.IntRange(1), help="The first N of them; default: all."),
     click.option(
         "--alpha",

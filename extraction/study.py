@@ -108,7 +108,15 @@ def _in_process(given: Mapping[str, Any]) -> Callable[[], Answering]:
     options = {key: given[key] for key in ("dtype", "device")}
     names = (given["after"] or AFTER, given["before"] or BEFORE)
     specs = [resolve_model(name, find_root(given["root"]), options) for name in names]
-    return lambda: in_process(LDAModelPair(load_pair(*specs), raw=specs[0].raw))
+
+    def load() -> Answering:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        return in_process(LDAModelPair(load_pair(*specs), raw=specs[0].raw))
+
+    return load
 
 
 def _over_http(given: Mapping[str, Any], settings: Settings) -> Callable[[], Answering]:

