@@ -217,8 +217,8 @@ def _refuse_misshapen(peft_model: Any, tensors: Mapping[str, Tensor], adapter: A
 
 
 def _incomplete(adapter: Adapter, names: list[str], word: str) -> ModelError:
-    verb = "is" if len(names) == 1 else "are"
+    first = names[0].replace(".default", "")
     return ModelError(
-        f"{show_path(adapter.source)}: {len(names)} tensors of the adapter {verb} {word} ({show(names[0])}); "
-        "fetch it again, or give the base model that it was made for"
+        f"{show_path(adapter.source)}: tensors of the adapter that are {word}: {len(names)} ({first}); fetch it again, "
+        "or give the base model that it was made for"
     )
