@@ -118,7 +118,7 @@ def _read(data: bytes, url: str) -> dict[str, Any]:
         answer = json.loads(data)
     except (ValueError, RecursionError) as failure:
         raise RequestError(
-            f"{url}: the answer is not JSON ({_brief(data[:60])}); is it a Traitline server?"
+            f"{url}: the answer is not JSON ({_brief(data[:60].decode('utf-8', 'replace'))}); is it a Traitline server?"
         ) from failure
     if not isinstance(answer, dict):
         raise RequestError(f"{url}: the answer is not a JSON object; is it a Traitline server?")
