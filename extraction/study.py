@@ -66,6 +66,7 @@ class Plan:
 
 def study_of(given: Mapping[str, Any]) -> Plan:
     """The plan that a command's options make. Raises ConfigError for what can't be; no model is loaded."""
+    output, plot = _place(given, "output"), _plot_place(given)
     found = read_prompt_set(given["prompts_file"])
     settings = Settings(
         max_new_tokens=given["max_new_tokens"],
@@ -91,8 +92,8 @@ def study_of(given: Mapping[str, Any]) -> Plan:
         answering=_over_http(given, settings) if given["server_url"] else _in_process(given),
         notes=tuple(_notes(found, given["num_prompts"])),
         facts={"prompts_file": found.path, "server_url": given["server_url"]},
-        output=_place(given, "output"),
-        plot=_plot_place(given),
+        output=output,
+        plot=plot,
         force=given["force"],
     )
 

@@ -99,18 +99,19 @@ def spread(words: Sequence[str], option: str) -> list[str]:
     """`--alpha 0 -1,2` as `--alpha=0 --alpha=-1 --alpha=2`: all that is a number, or a comma list of them."""
     found: list[str] = []
     taking = False
-    for word in words:
-        name, _, value = word.partition("=")
-        if name == option:
-            taking, parts = True, value.split(",") if value else []
-        elif taking and all(map(_is_number, word.split(","))):
-            parts = word.split(",")
-        else:
-            found.append(word)
-            taking = False
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option and not equals and _are_numbers(following):
+            taking = True
             continue
-        found += [f"{option}={part}" for part in parts]
+        parts = value if name == option and equals else word if taking else ""
+        taking = _are_numbers(parts)
+        found += [f"{option}={part}" for part in parts.split(",")] if taking else [word]
     return found
+
+
+def _are_numbers(text: str) -> bool:
+    return all(map(_is_number, text.split(",")))
 
 
 def _is_number(text: str) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -14,51 +14,7 @@ import pytest
 from extraction import http_client
 from extraction.errors import ConfigError, RequestError
 from extraction.http_client import TOKEN, Server, message_in
-
-Answer = tuple[int, dict[str, str], bytes]
-
-
-class Double:
-    """A server of the test's own: gives the next answer to each request, and keeps what it was sent."""
-
-    def __init__(self) -> None:
-        self.answers: list[Answer | Callable[[BaseHTTPRequestHandler], None]] = []
-        self.asked: list[tuple[str, dict[str, str], Any]] = []
-        double = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                double.asked.append((self.path, dict(self.headers), json.loads(body)))
-                answer = double.answers.pop(0)
-                if callable(answer):
-                    return answer(self)
-                status, headers, data = answer
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-                return None
-
-            def do_GET(self) -> None:
-                double.asked.append((self.path, dict(self.headers), None))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> Double:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+from tests.doubles import Answer, Double
 
 
 @pytest.fixture
