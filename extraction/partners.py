@@ -8,17 +8,20 @@ Shapes: B slots, T columns, R rows that enter, P prompt columns, S columns of th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from extraction.continuations import Speculation
 from extraction.decoding.amplify import Amplify, amplified, check_alpha
 from extraction.decoding.sample import Sample, Sampler, draw_from
 from extraction.decoding.speculate import Lookup, Pace, Proposal, Speculate
+from extraction.rows import Rows
 from extraction.slots import SlotCache, Window
 
 if TYPE_CHECKING:
@@ -49,18 +52,12 @@ class Lane:
 
 @dataclass(frozen=True)
 class Front:
-    """Where the rows stand before a step: the token to feed, the one before it, how many are in the cache, the mask.
+    """Where the batch stands before a step. `room[b]` is how many proposals row b can use (0 for an idle one)."""
 
-    `draft_uniform_BK` are the random numbers for proposals; `room[b]` is how many row b can use (0 for an idle one).
-    """
-
-    token_B1: Tensor
-    last_B1: Tensor
-    length_B1: Tensor
+    rows: Rows
     mask_BS: Tensor
     last_position: int
     sampler: Sampler
-    draft_uniform_BK: Tensor
     room: Sequence[int]
 
 
@@ -71,8 +68,8 @@ class Alone:
     lane: Lane | None = None
     depth = 0
 
-    def __init__(self, strategy: Any, window: Window, vocab_size: int) -> None:
-        self.strategy, self.window, self.vocab_size = strategy, window, vocab_size
+    def __init__(self, strategy: Any, window: Window, lm: LanguageModel) -> None:
+        self.strategy, self.window, self.lm = strategy, window, lm
 
     def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
         """Slots take these requests."""
@@ -95,8 +92,8 @@ class Alone:
     def learn(self, row: int, proposed: int, accepted: int) -> None:
         """What became of a row's proposals."""
 
-    def counts(self, row: int) -> tuple[int, int, int] | None:
-        """(target steps, proposed, accepted) of a row."""
+    def account(self, row: int) -> Speculation | None:
+        """What became of all of a row's proposals."""
         return None
 
     def take_rows(self, rows: Sequence[int]) -> None:
@@ -106,8 +103,8 @@ class Alone:
 class Amplifier(Alone):
     """The before model reads along; its logits push the after model's."""
 
-    def __init__(self, strategy: Amplify, window: Window, vocab_size: int) -> None:
-        super().__init__(strategy, window, vocab_size)
+    def __init__(self, strategy: Amplify, window: Window, lm: LanguageModel) -> None:
+        super().__init__(strategy, window, lm)
         self.lane = Lane(strategy.before, window)
         self.alphas = [strategy.alpha] * window.slots
         self.entering: list[float] = []
@@ -143,8 +140,7 @@ class _Guess:
     pace: Pace
     lookup: Lookup | None
     steps: int = 0
-    proposed: int = 0
-    accepted: int = 0
+    judged: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Drafter(Alone):
@@ -152,16 +148,17 @@ class Drafter(Alone):
 
     streams = ("draft", "accept")
 
-    def __init__(self, strategy: Speculate, window: Window, vocab_size: int) -> None:
-        super().__init__(strategy, window, vocab_size)
+    def __init__(self, strategy: Speculate, window: Window, lm: LanguageModel) -> None:
+        super().__init__(strategy, window, lm)
         self.depth = strategy.depth
         self.lane = None if strategy.draft is None else Lane(strategy.draft, window)
+        self.cost = COLUMN_COST + (0.0 if strategy.draft is None else relative_size(strategy.draft, lm))
         self.rows: list[_Guess] = [self._new() for _ in range(window.slots)]
 
     def _new(self) -> _Guess:
         strategy: Speculate = self.strategy
         lookup = Lookup(strategy.ngram) if strategy.draft is None else None
-        return _Guess(Pace(strategy.depth, LOOKUP_COST if lookup is not None else DRAFT_COST), lookup)
+        return _Guess(Pace(strategy.depth, self.cost), lookup)
 
     def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
         for row, request in zip(rows, asked, strict=True):
@@ -192,7 +189,7 @@ class Drafter(Alone):
             return None
         token_BK = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in found])
         depth_B = torch.tensor([len(tokens) for tokens in found])
-        device = front.token_B1.device
+        device = front.mask_BS.device
         return Proposal(token_BK.to(device), depth_B.to(device), None)
 
     def _drafted(self, front: Front, depths: list[int], lane: Lane) -> Proposal | None:
@@ -200,28 +197,28 @@ class Drafter(Alone):
         width, cursor, start = max(depths), self.window.cursor, self.window.start
         if not width:
             return None
-        ids_BT = torch.cat([front.last_B1, front.token_B1], dim=1)
+        uniform_BK = front.rows.uniform("draft", width)
+        ids_BT = torch.cat([front.rows.last_B1, front.rows.token_B1], dim=1)
         tokens, chances = [], []
         for k in range(width):
             first = 1 - ids_BT.shape[1]  # -1 in the first pass: the column before the cursor
-            position_BT = front.length_B1 + k + torch.arange(first, 1, device=ids_BT.device)
+            position_BT = front.rows.length_B1 + k + torch.arange(first, 1, device=ids_BT.device)
+            mask_BS = front.mask_BS[:, start : cursor + k + 1]
             with self.window.at(cursor + k + first):
-                logits_BTV = lane.read(
-                    ids_BT, front.mask_BS[:, start : cursor + k + 1], position_BT.clamp_(0, front.last_position)
-                )
+                logits_BTV = lane.read(ids_BT, mask_BS, position_BT.clamp_(0, front.last_position))
             chance_BV = front.sampler.chances(self._fitted(logits_BTV))[:, -1]
-            ids_BT = draw_from(chance_BV, front.draft_uniform_BK[:, k]).unsqueeze(1)
+            ids_BT = draw_from(chance_BV, uniform_BK[:, k]).unsqueeze(1)
             tokens.append(ids_BT)
             chances.append(chance_BV)
-        depth_B = torch.tensor(depths, device=front.token_B1.device)
+        depth_B = torch.tensor(depths, device=ids_BT.device)
         return Proposal(torch.cat(tokens, dim=1), depth_B, torch.stack(chances, dim=1))
 
     def _fitted(self, logits_BTV: Tensor) -> Tensor:
         """As wide as the target's: heads may have padding rows. Where not finite, anything may be proposed."""
-        logits_BTV = logits_BTV[..., : self.vocab_size]
+        logits_BTV = logits_BTV[..., : self.lm.vocab_size]
         peak_BT1 = logits_BTV.amax(-1, keepdim=True)
         sound_BTV = torch.where(peak_BT1.isfinite(), logits_BTV, 0.0)
-        return pad(sound_BTV, (0, self.vocab_size - sound_BTV.shape[-1]), value=-torch.inf)
+        return pad(sound_BTV, (0, self.lm.vocab_size - sound_BTV.shape[-1]), value=-torch.inf)
 
     def extend(self, row: int, tokens: Sequence[int]) -> None:
         guess = self.rows[row]
@@ -230,30 +227,64 @@ class Drafter(Alone):
             guess.lookup.extend(tokens)
 
     def learn(self, row: int, proposed: int, accepted: int) -> None:
-        guess = self.rows[row]
-        guess.proposed += proposed
-        guess.accepted += accepted
         if proposed:
-            guess.pace.learn(proposed, accepted)
+            self.rows[row].judged.append((proposed, accepted))
+            self.rows[row].pace.learn(proposed, accepted)
 
-    def counts(self, row: int) -> tuple[int, int, int] | None:
+    def account(self, row: int) -> Speculation | None:
         guess = self.rows[row]
-        return guess.steps, guess.proposed, guess.accepted
+        proposed, accepted = (sum(counts) for counts in zip(*guess.judged, strict=True)) if guess.judged else (0, 0)
+        return Speculation(guess.steps, proposed, accepted, tuple(a / p for p, a in guess.judged))
 
     def take_rows(self, rows: Sequence[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
 
 
-LOOKUP_COST, DRAFT_COST = 0.05, 0.25  # of one proposal, in passes of the target
+COLUMN_COST = 0.1  # of one column more, in passes of the target; measured on a CPU, 0.1 to 0.25 by batch size
 PARTNERS: dict[type, type[Alone]] = {Sample: Alone, Amplify: Amplifier, Speculate: Drafter}
 
 
-def partner_of(strategy: Strategy, window: Window, vocab_size: int) -> Alone:
-    """What a strategy keeps beside a running batch of a model with so many tokens."""
-    return PARTNERS[type(strategy)](strategy, window, vocab_size)
+def partner_of(strategy: Strategy, window: Window, lm: LanguageModel) -> Alone:
+    """What a strategy keeps beside a running batch of this model."""
+    return PARTNERS[type(strategy)](strategy, window, lm)
 
 
 def check_partner(strategy: Strategy, alpha: float | None) -> None:
     """Raise ConfigError for an alpha that does not fit the strategy."""
     if alpha is not None:
         check_alpha(alpha)
+
+
+def relative_size(draft: LanguageModel, target: LanguageModel) -> float:
+    """A draft's pass in passes of its target: by weights where those take the time, by layers where steps are short."""
+    weights = [sum(p.numel() for p in lm.model.parameters()) for lm in (draft, target)]
+    return max(weights[0] / weights[1], draft.n_layers / target.n_layers)
+
+
+_BY_COLUMN = re.compile("window|chunk|sliding|local")
+
+
+@torch.inference_mode()
+def minds_holes(lm: LanguageModel) -> bool:
+    """Whether a masked column between live ones changes what a model says: sliding windows count columns; so may ALiBi.
+
+    A window is longer than any quick proof, so a config that speaks of one is believed; else a short text decides.
+    """
+    settings = lm.model.config.get_text_config().to_dict()
+    kinds = {key: str(settings.get(key)) for key in ("layer_types", "attention_types", "attention_layers")}
+    if any(map(_BY_COLUMN.search, kinds.values())):
+        return True
+    if any(_BY_COLUMN.search(key) and value for key, value in settings.items() if isinstance(value, int)):
+        return True
+    ids_BT = torch.arange(1, 8, device=lm.device).remainder(lm.vocab_size).unsqueeze(0)
+    mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    mask_BT[0, 3] = False
+    position_BT = mask_BT.cumsum(1) - 1
+    holed_V, whole_V = (
+        lm.last_logits(
+            ids_BT[:, keep], attention_mask=mask_BT[:, keep], position_ids=position_BT[:, keep], use_cache=False
+        )[0].double()
+        for keep in (slice(None), mask_BT[0])
+    )
+    tolerance = 1e-4 if lm.dtype in (torch.float32, torch.float64) else 3e-2
+    return not bool(((holed_V - whole_V).abs() <= tolerance * whole_V.abs().max()).all())
