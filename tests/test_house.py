@@ -22,7 +22,7 @@ ROOMS = [path for path in SOURCES if path not in DOORS and path.name != "__init_
 # A module imports from lower floors only; `decoding`, `vectors` and `report` are one room each.
 FLOORS = [
     ("errors", "records", "proportions"),
-    ("schema", "hooks", "atomic", "slots", "pooling", "rubrics"),
+    ("schema", "hooks", "atomic", "slots", "pooling", "rubrics", "phrases"),
     ("payloads", "adapters", "detectors", "http_client"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges", "shelf"),

