@@ -75,7 +75,9 @@ def test_an_adapter_gives_the_logits_that_peft_gives(tmp_path: Path, kind: str) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_it_has_the_dtype_that_was_asked_for(adapter: Path, base: Path, dtype: str) -> None:
+def test_it_has_the_dtype_that_was_asked_for(tmp_path: Path, dtype: str) -> None:
+    base = saved_base(tmp_path / "base", "gemma2")
+    adapter = saved_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
     halved = {name: tensor.half() for name, tensor in load_file(adapter / WEIGHTS).items()}
     save_file(halved, adapter / WEIGHTS)
     for lm in (load(spec(adapter, dtype=dtype)), load_over(load(spec(base, dtype=dtype)), spec(adapter, dtype=dtype))):
