@@ -725,22 +725,19 @@ def test_what_was_accepted_and_the_steps_account_for_every_token() -> None:
 
 
 def test_text_that_repeats_itself_pays_without_a_draft() -> None:
-    """A greedy answer that runs in a circle is looked up from the second round on."""
-    model = shared_model("llama")
-    said = {prompt: reference_greedy(model, prompt, 60) for prompt in prompts(12, seed=9)}
-    circles = [prompt for prompt, tokens in said.items() if len(set(tokens[-20:])) <= 6]
-    assert circles, "no tiny model repeats itself"
-    done = run(
-        wrap(model, stop_ids=()),
-        [Request(f"e{i}", prompt, 60) for i, prompt in enumerate(circles)],
-        4,
-        strategy=Speculate(None, ngram=3),
-    )
-    for i, prompt in enumerate(circles):
-        told = done[f"e{i}"].speculation
-        assert done[f"e{i}"].token_ids == said[prompt]
+    """With blocks that hardly speak and a tied head, a model runs in small circles."""
+    model = tiny_model("llama")
+    for parameter in model.model.layers.parameters():
+        parameter.data.mul_(0.05)
+    lm = wrap(model, stop_ids=())
+    requests = [Request(f"e{i}", prompt, 40) for i, prompt in enumerate(prompts(5, seed=9))]
+    done = run(lm, requests, 4, strategy=Speculate(None, depth=4, ngram=3))
+    for request in requests:
+        told = done[request.id].speculation
+        assert done[request.id].token_ids == reference_greedy(model, request.token_ids, 40)
+        assert len(set(done[request.id].token_ids)) <= 8
         assert told is not None
-        assert told.tokens_per_step > 1.3
+        assert told.tokens_per_step > 2
 
 
 def test_plain_decoding_has_no_figures_of_speculation() -> None:
