@@ -8,6 +8,7 @@ Shapes: B slots, T columns, R rows that enter, P prompt columns, S columns of th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 from extraction.decoding.amplify import Amplify, amplified, check_alpha
 from extraction.decoding.sample import Sample, Sampler, draw_from
 from extraction.decoding.speculate import Lookup, Pace, Proposal, Speculate
+from extraction.rows import Rows
 from extraction.slots import SlotCache, Window
 
 if TYPE_CHECKING:
@@ -49,18 +51,12 @@ class Lane:
 
 @dataclass(frozen=True)
 class Front:
-    """Where the rows stand before a step: the token to feed, the one before it, how many are in the cache, the mask.
+    """Where the batch stands before a step. `room[b]` is how many proposals row b can use (0 for an idle one)."""
 
-    `draft_uniform_BK` are the random numbers for proposals; `room[b]` is how many row b can use (0 for an idle one).
-    """
-
-    token_B1: Tensor
-    last_B1: Tensor
-    length_B1: Tensor
+    rows: Rows
     mask_BS: Tensor
     last_position: int
     sampler: Sampler
-    draft_uniform_BK: Tensor
     room: Sequence[int]
 
 
@@ -192,7 +188,7 @@ class Drafter(Alone):
             return None
         token_BK = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in found])
         depth_B = torch.tensor([len(tokens) for tokens in found])
-        device = front.token_B1.device
+        device = front.mask_BS.device
         return Proposal(token_BK.to(device), depth_B.to(device), None)
 
     def _drafted(self, front: Front, depths: list[int], lane: Lane) -> Proposal | None:
@@ -200,20 +196,20 @@ class Drafter(Alone):
         width, cursor, start = max(depths), self.window.cursor, self.window.start
         if not width:
             return None
-        ids_BT = torch.cat([front.last_B1, front.token_B1], dim=1)
+        uniform_BK = front.rows.uniform("draft", width)
+        ids_BT = torch.cat([front.rows.last_B1, front.rows.token_B1], dim=1)
         tokens, chances = [], []
         for k in range(width):
             first = 1 - ids_BT.shape[1]  # -1 in the first pass: the column before the cursor
-            position_BT = front.length_B1 + k + torch.arange(first, 1, device=ids_BT.device)
+            position_BT = front.rows.length_B1 + k + torch.arange(first, 1, device=ids_BT.device)
+            mask_BS = front.mask_BS[:, start : cursor + k + 1]
             with self.window.at(cursor + k + first):
-                logits_BTV = lane.read(
-                    ids_BT, front.mask_BS[:, start : cursor + k + 1], position_BT.clamp_(0, front.last_position)
-                )
+                logits_BTV = lane.read(ids_BT, mask_BS, position_BT.clamp_(0, front.last_position))
             chance_BV = front.sampler.chances(self._fitted(logits_BTV))[:, -1]
-            ids_BT = draw_from(chance_BV, front.draft_uniform_BK[:, k]).unsqueeze(1)
+            ids_BT = draw_from(chance_BV, uniform_BK[:, k]).unsqueeze(1)
             tokens.append(ids_BT)
             chances.append(chance_BV)
-        depth_B = torch.tensor(depths, device=front.token_B1.device)
+        depth_B = torch.tensor(depths, device=ids_BT.device)
         return Proposal(torch.cat(tokens, dim=1), depth_B, torch.stack(chances, dim=1))
 
     def _fitted(self, logits_BTV: Tensor) -> Tensor:
@@ -257,3 +253,32 @@ def check_partner(strategy: Strategy, alpha: float | None) -> None:
     """Raise ConfigError for an alpha that does not fit the strategy."""
     if alpha is not None:
         check_alpha(alpha)
+
+
+_BY_COLUMN = re.compile("window|chunk|sliding|local")
+
+
+@torch.inference_mode()
+def minds_holes(lm: LanguageModel) -> bool:
+    """Whether a masked column between live ones changes what a model says: sliding windows count columns, as some ALiBi.
+
+    A window is longer than any quick proof, so a config that speaks of one is believed; else a short text decides.
+    """
+    settings = lm.model.config.get_text_config().to_dict()
+    kinds = {key: str(settings.get(key)) for key in ("layer_types", "attention_types", "attention_layers")}
+    if any(map(_BY_COLUMN.search, kinds.values())):
+        return True
+    if any(_BY_COLUMN.search(key) and value for key, value in settings.items() if isinstance(value, int)):
+        return True
+    ids_BT = torch.arange(1, 8, device=lm.device).remainder(lm.vocab_size).unsqueeze(0)
+    mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    mask_BT[0, 3] = False
+    position_BT = mask_BT.cumsum(1) - 1
+    holed_V, whole_V = (
+        lm.last_logits(
+            ids_BT[:, keep], attention_mask=mask_BT[:, keep], position_ids=position_BT[:, keep], use_cache=False
+        )[0].double()
+        for keep in (slice(None), mask_BT[0])
+    )
+    tolerance = 1e-4 if lm.dtype in (torch.float32, torch.float64) else 3e-2
+    return not bool(((holed_V - whole_V).abs() <= tolerance * whole_V.abs().max()).all())

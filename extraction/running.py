@@ -9,7 +9,6 @@ Shapes: B slots, T columns of a step, R rows that enter, P prompt columns, S col
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -23,16 +22,14 @@ from torch import Tensor
 from extraction.capture import Capture, Observer, first_overflow
 from extraction.continuations import Completion, Request, Speculation
 from extraction.decoding import speculate
-from extraction.decoding.sample import Sample, Sampler, sampler_of, uniforms
+from extraction.decoding.sample import Sample, Sampler, sampler_of
 from extraction.decoding.speculate import Proposal
 from extraction.errors import ActivationError, ConfigError, LogitsError, PromptError
 from extraction.models import LanguageModel
-from extraction.partners import Front, Lane, Strategy, check_partner, partner_of
+from extraction.partners import Front, Lane, Strategy, check_partner, minds_holes, partner_of
+from extraction.rows import DRAW, Rows
 from extraction.slots import Move, Window
 from extraction.steering import NOTHING, Steerer, Steering, check_steering
-
-DRAW = ""  # the stream of random numbers that every strategy has
-_BY_COLUMN = re.compile("window|slid|chunk|local|alibi|layer_types|attention_types|block_size|sparse")
 
 
 @dataclass(frozen=True)
@@ -97,24 +94,17 @@ class RunningBatch:
         self.window.columns = limits.longest + max(32, limits.longest // 4) + self.partner.depth
         self.lane = Lane(lm, self.window)
         self.lanes = [lane for lane in (self.lane, self.partner.lane) if lane is not None]
-        self.holes_matter = self.width > 1 and any(counts_columns(lane.lm) for lane in self.lanes)
+        self.holes_matter = self.width > 1 and any(minds_holes(lane.lm) for lane in self.lanes)
         self.max_positions = min((lane.lm.max_positions for lane in self.lanes if lane.lm.max_positions), default=None)
         self.last_position = min(limits.longest, self.max_positions or limits.longest) - 1
         self.observer = Observer(lm, capture, 1, self.width) if capture is not None else None
+        for steering in steerings:
+            check_steering(steering, lm)
         self.steerer = Steerer(lm, steerings, 1) if steerings else None
         # the steerer's hooks come first, so that the observer sees what it has done
         self.guests = [guest for guest in (self.steerer, self.observer) if guest is not None]
-        self._make_buffers()
-
-    def _make_buffers(self) -> None:
-        device, wide = self.lm.device, torch.float32 if self.lm.device.type == "mps" else torch.float64
-        self.mask_BS = torch.ones(1, self.window.columns, dtype=torch.bool, device=device)
-        self.token_B1 = torch.full((1, 1), self.lm.pad_id, dtype=torch.long, device=device)
-        self.last_B1 = self.token_B1.clone()  # what stands in the column before the cursor
-        self.length_B1 = torch.zeros(1, 1, dtype=torch.long, device=device)
-        self.prompt_length_B1 = torch.zeros(1, 1, dtype=torch.long, device=device)
-        streams = (DRAW, *self.partner.streams)
-        self.uniform_BT = {s: torch.zeros(1, self.limits.budget, dtype=wide, device=device) for s in streams}
+        self.rows = Rows(self.partner.streams, limits.budget, lm.device)
+        self.mask_BS = torch.ones(1, self.window.columns, dtype=torch.bool, device=lm.device)
         self._sampler: Sampler | None = None
 
     # -- from outside -------------------------------------------------------------------------------------------------
@@ -191,15 +181,14 @@ class RunningBatch:
         ids_RP, mask_RP = left_padded([r.token_ids for r in entering], self.lm.pad_id, self.lm.device)
         self._make_room(ids_RP.shape[1])
         rows_R = torch.tensor(rows, device=self.lm.device)
-        self._seat(rows, rows_R, entering, mask_RP)
+        self._seat(rows, rows_R, entering, ids_RP, mask_RP)
         position_RP = (mask_RP.cumsum(1) - 1).clamp_(min=0)
         with self.window.entering(rows_R, self.window.cursor):
             with _all(guest.entering(rows_R, mask_RP) for guest in self.guests):
                 logits_RV = self.lane.read(ids_RP, mask_RP, position_RP)[:, -1]
             logits_RV = self.partner.enter(ids_RP, mask_RP, position_RP, logits_RV)
-        token_R = self._choose(logits_RV, self.uniform_BT[DRAW][rows_R, 0], rows)
-        self.token_B1[rows_R, 0] = token_R
-        self.last_B1[rows_R] = ids_RP[:, -1:]
+        token_R = self._choose(logits_RV, self.rows.uniform_BT[DRAW][rows_R, 0], rows)
+        self.rows.token_B1[rows_R, 0] = token_R
         chosen = {row: [token] for row, token in zip(rows, token_R.tolist(), strict=True)}
         self._extend_all(chosen, news, pending=0)
         self._let_go(news)
@@ -212,7 +201,7 @@ class RunningBatch:
         if window.cursor < width or window.cursor + self.width > window.columns:
             self._roll(width)
 
-    def _seat(self, rows: list[int], rows_R: Tensor, entering: list[Request], mask_RP: Tensor) -> None:
+    def _seat(self, rows: list[int], rows_R: Tensor, entering: list[Request], ids_RP: Tensor, mask_RP: Tensor) -> None:
         """Give each row its slot: mask, position, random numbers, steering."""
         cursor = self.window.cursor
         for row, request in zip(rows, entering, strict=True):
@@ -222,12 +211,8 @@ class RunningBatch:
         self.mask_BS[rows_R] = False
         self.mask_BS[rows_R, cursor - mask_RP.shape[1] : cursor] = mask_RP
         self.mask_BS[rows_R, cursor:] = True
-        self.length_B1[rows_R] = mask_RP.sum(1, keepdim=True)
-        self.prompt_length_B1[rows_R] = self.length_B1[rows_R]
-        for stream, uniform_BT in self.uniform_BT.items():
-            if any((r.sample or self.strategy.sample).draws for r in entering):
-                drawn = np.stack([uniforms(r.draws or r.id, r.seed, self.limits.budget, stream) for r in entering])
-                uniform_BT[rows_R] = torch.from_numpy(drawn).to(uniform_BT)
+        draws = any((request.sample or self.strategy.sample).draws for request in entering)
+        self.rows.seat(rows_R, entering, ids_RP, mask_RP, draws=draws)
         if self.steerer is not None:
             self.steerer.seat(rows_R, [request.steering or NOTHING for request in entering])
         self.partner.seat(rows, entering)
@@ -244,9 +229,10 @@ class RunningBatch:
         """Feed every slot's newest token and what is proposed to follow, and choose the next."""
         if self.window.cursor + self.width > self.window.columns:
             self._roll()
-        age_B = (self.length_B1 - self.prompt_length_B1)[:, 0]
+        age_B = self.rows.age_B
         proposal = self.partner.propose(self._front()) if self.width > 1 else None
-        ids_BT = self.token_B1 if proposal is None else torch.cat([self.token_B1, proposal.token_BK], dim=1)
+        pending_B1 = self.rows.token_B1
+        ids_BT = pending_B1 if proposal is None else torch.cat([pending_B1, proposal.token_BK], dim=1)
         logits_BTV = self._read(ids_BT)
         chosen = self._one_more(logits_BTV) if proposal is None else self._settle(logits_BTV, proposal, ids_BT)
         read = self._extend_all({row: chosen[row] for row, slot in enumerate(self.slots) if slot is not None}, news)
@@ -259,25 +245,18 @@ class RunningBatch:
     def _read(self, ids_BT: Tensor) -> Tensor:
         """One pass of every model over a step's columns: the logits that tokens are chosen from, [B, T, V]."""
         window, width = self.window, ids_BT.shape[1]
-        # an idle row's position drifts
-        position_BT = self._columns(self.length_B1, width).clamp_(0, self.last_position)
+        position_BT = self.rows.positions(width, self.last_position)
         mask_BS = self.mask_BS[:, window.start : window.cursor + width]
         with _all(guest.stepping(width) for guest in self.guests):
             logits_BTV = self.lane.read(ids_BT, mask_BS, position_BT, width)
         return self.partner.weigh(ids_BT, mask_BS, position_BT, logits_BTV)
 
-    @staticmethod
-    def _columns(first_B1: Tensor, width: int) -> Tensor:
-        """Counted on from each row's first: [B, T]."""
-        return first_B1 + torch.arange(width, device=first_B1.device) if width > 1 else first_B1.clone()
-
     def _one_more(self, logits_BTV: Tensor) -> list[list[int]]:
         """One token for every row."""
-        uniform_B = self._uniform(DRAW, 1)[:, 0] if self.sampler.draws else None
+        uniform_B = self.rows.uniform(DRAW, 1)[:, 0] if self.sampler.draws else None
         token_B = self._choose(logits_BTV[:, -1], uniform_B, None)
-        self.last_B1, self.token_B1 = self.token_B1, token_B.unsqueeze(1)
+        self.rows.step(token_B.unsqueeze(1), self.rows.token_B1, 1)
         self.window.cursor += 1
-        self.length_B1 += 1
         return [[token] for token in token_B.tolist()]
 
     def _settle(self, logits_BTV: Tensor, proposal: Proposal, ids_BT: Tensor) -> list[list[int]]:
@@ -285,35 +264,25 @@ class RunningBatch:
         cursor, width = self.window.cursor, ids_BT.shape[1]
         bad_BT = ~logits_BTV.amax(-1).isfinite()
         chances_BTV = self.sampler.chances(torch.where(bad_BT.unsqueeze(-1), 0.0, logits_BTV))
-        accept_BK, draw_BT = self._uniform("accept", width - 1), self._uniform(DRAW, width)
+        accept_BK, draw_BT = self.rows.uniform("accept", width - 1), self.rows.uniform(DRAW, width)
         verdict = speculate.settle(chances_BTV, proposal, accept_BK, draw_BT)
         count_B1 = verdict.count_B.unsqueeze(1)
         stays_BT = torch.arange(width, device=bad_BT.device) < count_B1
         self._fail((bad_BT & stays_BT).any(1).nonzero()[:, 0].tolist())
         self.mask_BS[:, cursor : cursor + width] = stays_BT
-        self.last_B1 = ids_BT.gather(1, count_B1 - 1)
-        self.token_B1 = verdict.token_BT.gather(1, count_B1 - 1)
-        self.length_B1 += count_B1
+        self.rows.step(verdict.token_BT.gather(1, count_B1 - 1), ids_BT.gather(1, count_B1 - 1), count_B1)
         self.window.cursor += width
         counts = verdict.count_B.tolist()
         return [tokens[:count] for tokens, count in zip(verdict.token_BT.tolist(), counts, strict=True)]
 
     def _front(self) -> Front:
         room = [0 if slot is None or slot.ending is not None else self._room(slot) for slot in self.slots]
-        draft_BK = self._uniform("draft", self.width - 1)
-        return Front(
-            self.token_B1, self.last_B1, self.length_B1, self.mask_BS, self.last_position, self.sampler, draft_BK, room
-        )
+        return Front(self.rows, self.mask_BS, self.last_position, self.sampler, room)
 
     @staticmethod
     def _room(slot: _Slot) -> int:
         """How many proposals are of use: one token comes without them."""
         return slot.request.max_new_tokens - len(slot.tokens) - 1
-
-    def _uniform(self, stream: str, width: int) -> Tensor:
-        """A stream's numbers for the next `width` tokens of every response: [B, T]."""
-        age_BT = self._columns(self.length_B1 - self.prompt_length_B1 + 1, width)
-        return self.uniform_BT[stream].gather(1, age_BT.clamp_(0, self.limits.budget - 1))
 
     @property
     def sampler(self) -> Sampler:
@@ -495,20 +464,12 @@ class RunningBatch:
 
     def _take_rows(self, rows_B: Tensor, rows: list[int]) -> None:
         self.window.slots = len(rows)
-        self.token_B1, self.last_B1, self.length_B1, self.prompt_length_B1 = (
-            buffer[rows_B] for buffer in (self.token_B1, self.last_B1, self.length_B1, self.prompt_length_B1)
-        )
-        self.uniform_BT = {stream: uniform_BT[rows_B] for stream, uniform_BT in self.uniform_BT.items()}
+        self.rows.take(rows_B)
         self.tainted = {i for i, row in enumerate(rows) if row in self.tainted}
         self.partner.take_rows(rows)
         for guest in self.guests:
             guest.repack(rows_B)
         self._sampler = None
-
-
-def counts_columns(lm: LanguageModel) -> bool:
-    """Whether a model may look at columns rather than positions, as a sliding window does: then holes would matter."""
-    return any(value and _BY_COLUMN.search(key) for key, value in lm.model.config.get_text_config().to_dict().items())
 
 
 def _all(contexts: Iterable[AbstractContextManager[Any]]) -> ExitStack:
