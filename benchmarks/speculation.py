@@ -38,7 +38,7 @@ class Side:
         return sum(getattr(c.speculation, field) for c in self.completions if c.speculation is not None)
 
 
-def speculation(  # noqa: PLR0913 (the sizes of a measurement)
+def speculation(
     shape: str,
     *,
     n_examples: int,
@@ -77,7 +77,7 @@ def _size(lm: LanguageModel) -> int:
     return sum(weights.numel() for weights in lm.model.parameters())
 
 
-def _cell(  # noqa: PLR0913 (one cell's settings)
+def _cell(
     target: LanguageModel,
     draft: LanguageModel,
     requests: Sequence[Request],

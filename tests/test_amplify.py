@@ -37,7 +37,7 @@ from tests.tiny import (
     tiny_tokenizer,
     until_stop,
 )
-from tests.two_models import amplified_response, chi_square_p, plain_amplified, warped
+from tests.two_models import GREEDY, amplified_response, chi_square_p, plain_amplified, warped
 
 # transformers 5.4 warns of its own BioGPT
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
@@ -171,9 +171,9 @@ def test_plausibility_is_li_and_others_equation_2() -> None:
     for plausibility, kept in ((0.0, 3), (1e-9, 3), (0.4799, 3), (0.4801, 2), (0.5201, 1), (1.0, 1)):
         got_V = amplified(*arguments, plausibility)[0]
         assert int(got_V.isfinite().sum()) == kept, plausibility
-        assert got_V[:kept].tolist() == pytest.approx(
-            (arguments[0] * 2 - arguments[1])[0, :kept].tolist()
-        ), "those that stay keep their scores"
+        assert got_V[:kept].tolist() == pytest.approx((arguments[0] * 2 - arguments[1])[0, :kept].tolist()), (
+            "those that stay keep their scores"
+        )
     ties_1V = torch.tensor([[2.0, 2.0, 1.0]])
     assert amplified(ties_1V, torch.zeros(1, 3), torch.ones(1), 1.0).isfinite().tolist() == [[True, True, False]]
 
@@ -233,7 +233,7 @@ def alpha_of(request: Request) -> float:
 
 @cache
 def by_hand(
-    name: str, n: int, dtype: torch.dtype = torch.float32, sample: Sample = Sample(), plausibility: float = 0.0
+    name: str, n: int, dtype: torch.dtype = torch.float32, sample: Sample = GREEDY, plausibility: float = 0.0
 ) -> dict[str, tuple[int, ...]]:
     """Two transformers models, one prompt at a time."""
     models = shared_model(name, dtype), before_model(name, dtype)
@@ -374,9 +374,7 @@ def test_alpha_0_and_a_model_against_itself_are_the_model_alone(name: str, sampl
 
 
 def test_many_requests_roll_the_window_again_and_again() -> None:
-    requests = [
-        replace(r, id=f"r{i}", max_new_tokens=3 + 5 * (i % 5)) for i, r in enumerate(asked("gpt2", 24, seed=3))
-    ]
+    requests = [replace(r, id=f"r{i}", max_new_tokens=3 + 5 * (i % 5)) for i, r in enumerate(asked("gpt2", 24, seed=3))]
     after, before = pair("gpt2")
     wanted = {r.id: amplified_response(after.model, before.model, r, alpha_of(r)) for r in requests}
     for batch_size in (2, 7):
@@ -422,7 +420,9 @@ def test_steering_changes_the_model_after_alone() -> None:
     """The difference is of the steered model to `before` as it is."""
     after, before = pair("llama")
     shift_D = 6 * torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
-    requests = [replace(r, steering=Steering(add={1: shift_D}) if i % 2 else None) for i, r in enumerate(asked("llama", 6))]
+    requests = [
+        replace(r, steering=Steering(add={1: shift_D}) if i % 2 else None) for i, r in enumerate(asked("llama", 6))
+    ]
     done = run(after, requests, 4, strategy=Amplify(before, alpha=RUN_ALPHA))
     wanted = by_hand("llama", 6)
     for i, r in enumerate(requests):

@@ -22,6 +22,7 @@ from extraction.utils_batch import Request
 from tests.tiny import tiny_model, until_stop
 
 MINUS_INFINITY = float("-inf")
+GREEDY = Sample()
 
 # --- choosing a token ------------------------------------------------------------------------------------------------
 
@@ -57,7 +58,7 @@ def plain_draw(weights: Sequence[float], uniform: float) -> int:
     return next(token for token, reached in enumerate(sums) if reached > uniform * sums[-1])
 
 
-def plain_settle(  # noqa: PLR0913 (the paper's own quantities)
+def plain_settle(
     target: Sequence[Sequence[float]],
     tokens: Sequence[int],
     drafted: Sequence[Sequence[float]] | None,
@@ -86,12 +87,12 @@ def last_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1].double()
 
 
-def amplified_response(  # noqa: PLR0913 (two models and how to choose)
+def amplified_response(
     after: PreTrainedModel,
     before: PreTrainedModel,
     request: Request,
     alpha: float,
-    sample: Sample = Sample(),
+    sample: Sample = GREEDY,
     plausibility: float = 0.0,
 ) -> tuple[int, ...]:
     """Two models by hand, one prompt, every token from the whole text again; to its budget."""
@@ -110,7 +111,7 @@ def outcome_chances(lm: LanguageModel, prompt: tuple[int, ...], n: int, sample: 
     """The probability of every response of up to `n` tokens, and how it ends, from the target alone."""
     found: dict[Outcome, float] = {}
     open_rows: dict[tuple[int, ...], float] = {(): 1.0}
-    for step in range(n):
+    for _ in range(n):
         longer: dict[tuple[int, ...], float] = {}
         for said, chance in open_rows.items():
             for token, p in enumerate(warped(last_logits(lm.model, prompt + said), sample).softmax(-1).tolist()):
