@@ -172,7 +172,6 @@ class _Run:
     completion: Completion
     first_token: float | None
     seconds: float
-    rates: tuple[float, ...]
 
 
 def _run(batch: RunningBatch, requests: Sequence[Request]) -> dict[str, _Run]:
@@ -190,7 +189,7 @@ def _run(batch: RunningBatch, requests: Sequence[Request]) -> dict[str, _Run]:
             for completion in news.done:
                 if completion.fault is not None:
                     raise completion.fault
-                runs[completion.id] = _Run(completion, first.get(completion.id), now, ())
+                runs[completion.id] = _Run(completion, first.get(completion.id), now)
     return runs
 
 
@@ -206,7 +205,7 @@ def _result(text: str, run: _Run) -> dict[str, Any]:
         "time_to_first_token": run.first_token,
         "stats": {
             "total_steps": 0 if told is None else told.target_steps,
-            "acceptance_rates": list(run.rates),
+            "acceptance_rates": [] if told is None else list(told.step_rates),
             "avg_acceptance_rate": None if told is None else told.acceptance_rate,
         },
     }
