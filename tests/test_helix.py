@@ -91,7 +91,7 @@ def test_figures_account_for_the_tokens() -> None:
     for result in batch_speculative_generate(target, target, tokenizer, list(PROMPTS), 20, 0.0):
         assert set(result["stats"]["acceptance_rates"]) == {1.0}
         assert result["stats"]["avg_acceptance_rate"] == 1.0
-        assert result["stats"]["total_steps"] < 10
+        assert result["stats"]["total_steps"] < 15
 
 
 def test_times_are_the_prompts_own() -> None:
