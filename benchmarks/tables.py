@@ -171,8 +171,8 @@ def speculation_table(result: dict[str, Any]) -> str:
     return (
         f"## Speculation, {result['shape']}: {sizes['target'] / 1e6:.1f}M parameters, a draft of "
         f"{sizes['draft'] / 1e6:.1f}M\n\n{result['examples']} prompts of up to {result['max_new_tokens']} tokens, "
-        f"at most {result['depth']} proposals, {result['repeats']} rounds; tokens per second over plain decoding in the same "
-        f"round.\n\n{table(head, rows)}"
+        f"at most {result['depth']} proposals, {result['repeats']} rounds; tokens per second over plain decoding in "
+        f"the same round.\n\n{table(head, rows)}"
     )
 
 

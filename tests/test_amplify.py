@@ -5,6 +5,7 @@ References: tests/two_models.py. Shapes: B rows, V vocabulary, D hidden.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from extraction.decoding.amplify import Amplify, amplified
 from extraction.decoding.sample import Sample
 from extraction.errors import ConfigError, ModelError, TraitlineError
 from extraction.models import LanguageModel, wrap
+from extraction.running import Limits, RunningBatch
 from extraction.steering import Steering
 from extraction.utils_batch import Capture, Completion, Request, generate
 from tests.tiny import (
@@ -37,7 +39,7 @@ from tests.tiny import (
     tiny_tokenizer,
     until_stop,
 )
-from tests.two_models import GREEDY, amplified_response, chi_square_p, plain_amplified, warped
+from tests.two_models import GREEDY, amplified_response, chi_square_p, fed_at_random, plain_amplified, warped
 
 # transformers 5.4 warns of its own BioGPT
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
@@ -300,9 +302,8 @@ def test_rows_keep_their_alphas_in_any_batch_and_order(name: str, batch_size: in
     wanted, requests = by_hand(name, 9), list(asked(name, 9))
     after, before = pair(name)
     strategy = Amplify(before, alpha=RUN_ALPHA)
-    for order in (requests, requests[::-1], requests[4:] + requests[:4]):
-        for capture in (None, Capture((1,))):
-            assert tokens_of(run(after, order, batch_size, strategy=strategy, capture=capture)) == wanted
+    for order, capture in ((requests, None), (requests[::-1], Capture((1,))), (requests[4:] + requests[:4], None)):
+        assert tokens_of(run(after, order, batch_size, strategy=strategy, capture=capture)) == wanted
 
 
 @SOME
@@ -380,6 +381,22 @@ def test_many_requests_roll_the_window_again_and_again() -> None:
     for batch_size in (2, 7):
         done = run(after, requests, batch_size, strategy=Amplify(before, alpha=RUN_ALPHA), capture=Capture((1,)))
         assert tokens_of(done) == wanted
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_rows_that_come_and_go_leave_the_others_as_they_are(name: str) -> None:
+    """Requests arrive and are dropped at any step, longer ones than those that run too: both caches follow."""
+    after, before = pair(name)
+    wanted = by_hand(name, 9)
+    n_dropped = 0
+    for seed in range(8):
+        rng = random.Random(seed)
+        limits = Limits(slots=rng.randint(1, 5), longest=40, budget=9)
+        batch = RunningBatch(after, limits, strategy=Amplify(before, alpha=RUN_ALPHA))
+        done, dropped = fed_at_random(batch, rng.sample(asked(name, 9), 9), rng)
+        assert done == {key: said for key, said in wanted.items() if key not in dropped}, seed
+        n_dropped += len(dropped)
+    assert n_dropped > 2
 
 
 def test_before_may_be_of_another_architecture() -> None:

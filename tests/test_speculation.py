@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from extraction.decoding import speculate
-from extraction.decoding.sample import Sample
+from extraction.decoding.sample import Sample, uniforms
 from extraction.decoding.speculate import Proposal, Speculate, Verdict, settle
 from extraction.errors import ConfigError, ModelError, TraitlineError
 from extraction.models import LanguageModel, wrap
@@ -48,6 +48,7 @@ from tests.tiny import (
 from tests.two_models import (
     chi_square_p,
     contradicting,
+    fed_at_random,
     noisy_model,
     outcome_chances,
     plain_settle,
@@ -356,7 +357,7 @@ def test_a_wrong_way_to_settle_is_caught(mutant: Any, draft: str, monkeypatch: p
 
     monkeypatch.setattr(speculate, "settle", planted)
     # of the batch's least, a large batch leaves little: cutting shows where rows are few
-    n, slots = (2500, 16) if mutant is least_of_the_batch else (N_RESPONSES, 512)
+    n, slots = (3000, 32) if mutant is least_of_the_batch else (N_RESPONSES, 512)
     requests = toy_requests((None,), n)
     done = run(toy(), requests, slots, strategy=Speculate(DRAFTS[draft](), Sample(1.0), depth=3, adaptive=False))
     found = {prompt: Counter[Any]() for prompt in TOY_PROMPTS}
@@ -364,6 +365,12 @@ def test_a_wrong_way_to_settle_is_caught(mutant: Any, draft: str, monkeypatch: p
         found[request.token_ids][done[request.id].token_ids, done[request.id].finish_reason] += 1
     assert called["settle"] > 3, "the engine settles elsewhere"
     assert min(chi_square_p(counts, toy_chances(prompt, Sample(1.0))) for prompt, counts in found.items()) < 1e-6
+
+
+def test_random_numbers_that_serve_two_purposes_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proposals, tests and draws need streams of their own: a proposal must not know how it will be judged."""
+    monkeypatch.setattr("extraction.rows.uniforms", lambda key, seed, n, _stream="": uniforms(key, seed, n))
+    assert toy_p(Speculate(toy_draft(), Sample(1.0), depth=3)) < 1e-6
 
 
 # --- greedy speculation is greedy ------------------------------------------------------------------------------------
@@ -692,30 +699,7 @@ def test_rows_that_come_and_go_leave_the_others_as_they_are(name: str) -> None:
     assert n_dropped > 5
 
 
-def fed_at_random(
-    batch: RunningBatch, waiting: list[Request], rng: random.Random
-) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """What was answered, told twice alike, and what was dropped before it ended."""
-    done: dict[str, tuple[int, ...]] = {}
-    fresh: dict[str, tuple[int, ...]] = {}
-    dropped: set[str] = set()
-    with batch.watching():
-        while waiting or batch.has_work:
-            n_new = rng.randint(0 if batch.has_work else 1, 3)
-            arriving, waiting = waiting[:n_new], waiting[n_new:]
-            batch.add(arriving)
-            running = [key for key in fresh if key not in done and key not in dropped]
-            gone = rng.sample([r.id for r in arriving] + running, 1) if running and rng.random() < 0.1 else []
-            for key in gone:
-                batch.drop(key)
-                dropped.add(key)
-            news = batch.advance()
-            fresh |= {key: fresh.get(key, ()) + tuple(tokens) for key, tokens in news.fresh.items()}
-            done |= {c.id: c.token_ids for c in news.done}
-    assert {key: tokens for key, tokens in fresh.items() if key in done} == done
-    return done, dropped
-
-
+@cache
 def come_and_go(name: str) -> tuple[LanguageModel, Speculate, list[Request]]:
     """A model, a draft that is often right, requests of which every other one is sampled."""
     own = (None, Sample(0.8))
@@ -778,7 +762,7 @@ def test_text_that_repeats_itself_pays_without_a_draft() -> None:
     for request in requests:
         told = done[request.id].speculation
         assert done[request.id].token_ids == reference_greedy(model, request.token_ids, 40)
-        assert len(set(done[request.id].token_ids)) <= 8
+        assert len(set(done[request.id].token_ids)) <= 20
         assert told is not None
         assert told.tokens_per_step > 2
 

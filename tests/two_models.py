@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from extraction.decoding.sample import Sample, uniforms
 from extraction.models import LanguageModel
+from extraction.running import RunningBatch
 from extraction.utils_batch import Request
-from tests.tiny import tiny_model, until_stop
+from tests.tiny import tiny_model
 
 MINUS_INFINITY = float("-inf")
 GREEDY = Sample()
@@ -104,6 +105,30 @@ def amplified_response(
     return tuple(said)
 
 
+def fed_at_random(
+    batch: RunningBatch, waiting: list[Request], rng: random.Random
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """What was answered, told twice alike, and what was dropped before it ended."""
+    done: dict[str, tuple[int, ...]] = {}
+    fresh: dict[str, tuple[int, ...]] = {}
+    dropped: set[str] = set()
+    with batch.watching():
+        while waiting or batch.has_work:
+            n_new = rng.randint(0 if batch.has_work else 1, 3)
+            arriving, waiting = waiting[:n_new], waiting[n_new:]
+            batch.add(arriving)
+            running = [key for key in fresh if key not in done and key not in dropped]
+            gone = rng.sample([r.id for r in arriving] + running, 1) if running and rng.random() < 0.1 else []
+            for key in gone:
+                batch.drop(key)
+                dropped.add(key)
+            news = batch.advance()
+            fresh |= {key: fresh.get(key, ()) + tuple(tokens) for key, tokens in news.fresh.items()}
+            done |= {c.id: c.token_ids for c in news.done}
+    assert {key: tokens for key, tokens in fresh.items() if key in done} == done
+    return done, dropped
+
+
 Outcome = tuple[tuple[int, ...], str]
 
 
@@ -139,11 +164,6 @@ def chi_square_p(counts: Mapping[Outcome, int], chances: Mapping[Outcome, float]
     return float(chisquare(observed, [each * scale for each in wanted]).pvalue)
 
 
-def counted(outcomes: Iterator[Outcome]) -> Counter[Outcome]:
-    """How often each came out."""
-    return Counter(outcomes)
-
-
 # --- drafts ----------------------------------------------------------------------------------------------------------
 
 
@@ -173,11 +193,3 @@ def contradicting(model: PreTrainedModel, where: Callable[[Tensor], Tensor]) -> 
         yield
     finally:
         handle.remove()
-
-
-def greedy_until(model: PreTrainedModel, prompt: Sequence[int], n: int, stops: frozenset[int]) -> tuple[int, ...]:
-    """Greedy by hand, without `generate`: the best token of the whole text, again and again."""
-    said: list[int] = []
-    for _ in range(n):
-        said.append(int(last_logits(model, [*prompt, *said]).argmax()))
-    return until_stop(said, stops)
