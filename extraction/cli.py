@@ -17,9 +17,12 @@ from extraction.options import (
     GENERATION,
     INPUTS,
     JUDGE,
+    LOADING,
     LOOK,
+    MODELS,
     PAGE,
     RUN,
+    SERVER,
     SETTINGS,
     STORED,
     THREADS,
@@ -32,6 +35,7 @@ from extraction.options import (
     look_of,
     main,
     prepare,
+    server_of,
     show,
     stored_jobs,
     take,
@@ -157,6 +161,20 @@ def report_command(opens: bool, **given: Any) -> None:
     show(summary.of_reports(pages, index))
     if opens:
         click.launch(str(pages[0] if len(pages) == 1 else index))
+
+
+@command("serve", MODELS, SERVER, LOADING, THREADS)
+def serve_command(**given: Any) -> None:
+    """Answer over HTTP: plain, amplified and speculated generation, in batches of whoever asks. See docs/server.md.
+
+    The bundled models are served where none is named. Without a token, only this machine is answered.
+    """
+    (threads,) = take(given, "threads")
+    settings, choice = server_of(given)
+    from extraction.serving.server import serve
+
+    prepare(threads)
+    serve(settings, choice, Terminal().note)
 
 
 @main.command("verify", cls=Command, context_settings=SETTINGS)

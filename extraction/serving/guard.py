@@ -66,7 +66,9 @@ def check_host(headers: Headers, settings: Settings) -> None:
     name = _name_of(host)
     if name not in settings.hosts and (is_loopback(settings.host) or not _is_address(name)):
         raise Refused(
-            403, f"Host {show(host)}: not a name of this server; use its address, or start it with --allow-host", code="host"
+            403,
+            f"Host {show(host)}: not a name of this server; use its address, or start it with --allow-host",
+            code="host",
         )
     origin = headers.get("origin")
     if origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
@@ -82,7 +84,10 @@ def check_token(headers: Headers, token: str | None) -> None:
     if scheme.lower() != "bearer" or not right:
         said = "wrong token" if given else "no token"
         raise Refused(
-            401, f"{said}; send the header Authorization: Bearer TOKEN", code="token", headers={"www-authenticate": "Bearer"}
+            401,
+            f"{said}; send the header Authorization: Bearer TOKEN",
+            code="token",
+            headers={"www-authenticate": "Bearer"},
         )
 
 

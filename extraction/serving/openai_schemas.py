@@ -74,7 +74,7 @@ class _Common(Body):
     top_k: TopK = 0
     seed: Seed | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False

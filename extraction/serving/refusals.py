@@ -49,7 +49,9 @@ def of_validation(errors: list[Any]) -> Refused:
     first = errors[0]
     kind, place = first["type"], _place(first["loc"])
     if kind == "json_invalid":
-        return Refused(400, f"the body is not JSON ({first['ctx']['error']}); send one JSON object", code="json_invalid")
+        return Refused(
+            400, f"the body is not JSON ({first['ctx']['error']}); send one JSON object", code="json_invalid"
+        )
     param = first.get("ctx", {}).get("param") or place or None
     if kind == "missing":
         said = f"{place!r} is missing; give it" if place else "the body is missing; send a JSON object"

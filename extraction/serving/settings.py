@@ -7,8 +7,9 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
-from extraction.errors import ConfigError
+from extraction.errors import ConfigError, MissingPackage
 from extraction.schema import decode_utf8, open_input, show, show_path
 
 TOKEN_VARIABLE = "TRAITLINE_TOKEN"
@@ -60,6 +61,13 @@ class Settings:
         if not is_loopback(self.host):
             named |= {socket.gethostname(), socket.getfqdn()}
         return frozenset(name.lower() for name in named)
+
+
+def check_installed() -> None:
+    """Raise MissingPackage where the extra `serve` is not installed."""
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise MissingPackage(f"traitline serve: needs {' and '.join(missing)}; pip install 'traitline[serve]'")
 
 
 def is_loopback(host: str) -> bool:
