@@ -190,7 +190,12 @@ SERVER: tuple[Decorator, ...] = (
     ),
     click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Another name of this server."),
     click.option(
-        "--batch-size", metavar="N", type=click.IntRange(1, 10_000), default=32, show_default=True, help="Rows at a time."
+        "--batch-size",
+        metavar="N",
+        type=click.IntRange(1, 10_000),
+        default=32,
+        show_default=True,
+        help="Rows at a time.",
     ),
     click.option(
         "--max-total-tokens",

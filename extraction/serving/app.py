@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable
 
 from fastapi import FastAPI
@@ -18,7 +17,7 @@ from extraction.serving import native, openai_api
 from extraction.serving.desk import ClientGone, Desk
 from extraction.serving.guard import App, Guard, Message, Receive, Scope, Send
 from extraction.serving.metrics import CONTENT_TYPE, Meter
-from extraction.serving.refusals import Refused, of_validation
+from extraction.serving.refusals import Refused, of_validation, where
 from extraction.serving.streams import Reply
 
 Say = Callable[[str], None]
@@ -90,9 +89,7 @@ def _add_errors(app: FastAPI, say: Say) -> None:
 
     @app.exception_handler(Exception)
     async def broken(_http: HttpRequest, failure: Exception) -> Response:
-        # where, but not what: a message may hold a part of somebody's prompt
-        last = traceback.extract_tb(failure.__traceback__)[-1]
-        say(f"internal error: {type(failure).__name__} at {last.filename}:{last.lineno}")
+        say(f"internal error: {where(failure)}")
         return Reply(
             Refused(500, f"internal error ({type(failure).__name__}); the server's output says where").body, 500
         )

@@ -15,7 +15,7 @@ from extraction.serving.desk import Desk, Order, Rows, outcome, seed_or_any
 from extraction.serving.prompting import Encoded, Raw
 from extraction.serving.refusals import Refused
 from extraction.serving.rows import Failed, Finished, Fresh
-from extraction.serving.schemas import Generate, GenerateBatch, GenerateLda, GenerateLdaBatch, Sampling
+from extraction.serving.schemas import Formatting, Generate, GenerateBatch, GenerateLda, GenerateLdaBatch, Sampling
 from extraction.serving.served import AMPLIFY, PLAIN, SPECULATE
 from extraction.serving.streams import Events, Reply, stream
 from extraction.serving.words import Stream, text_of
@@ -38,8 +38,8 @@ def routes(desk: Desk) -> APIRouter:
     @router.post("/generate_lda_batch")
     async def generate_lda_batch(body: GenerateLdaBatch, http: HttpRequest) -> Any:
         order = _order(desk, AMPLIFY, body, body.max_new_tokens, alpha=body.alpha)
-        rows, ends = await desk.answer(http, order, _several(body))
-        found = [_row(desk, order, *pair) for pair in zip(rows.encoded, ends, strict=True)]
+        rows, ends = await desk.answer(http, order, _several(desk, order, body))
+        found = [_row(desk, order, i, *pair) for i, pair in enumerate(zip(rows.encoded, ends, strict=True))]
         return Reply({"results": found, **_run(desk, order), "batch_size": len(found)}, _status(ends))
 
     @router.post("/generate/batch")
@@ -47,8 +47,8 @@ def routes(desk: Desk) -> APIRouter:
         depth = body.speculation_depth or desk.settings.depth
         order = _order(desk, SPECULATE, body, body.max_tokens, field="max_tokens", depth=depth)
         began = time.perf_counter()
-        rows, ends = await desk.answer(http, order, _several(body))
-        found = [_speculated(desk, order, *pair) for pair in zip(rows.encoded, ends, strict=True)]
+        rows, ends = await desk.answer(http, order, _several(desk, order, body))
+        found = [_speculated(desk, order, i, *pair) for i, pair in enumerate(zip(rows.encoded, ends, strict=True))]
         facts = {"batch_size": len(found), "speculation_depth": depth, "time_seconds": _seconds(began)}
         return Reply({"results": found, **_run(desk, order), **facts}, _status(ends))
 
@@ -86,18 +86,21 @@ def _order(
     )
 
 
-def _several(body: GenerateLdaBatch | GenerateBatch) -> list[Raw]:
-    return [
-        Raw(f"prompts.{i}", prompt, body.system_prompt, body.apply_chat_template)
-        for i, prompt in enumerate(body.prompts)
-    ]
+def _several(desk: Desk, order: Order, body: GenerateLdaBatch | GenerateBatch) -> list[Raw]:
+    return [_asked(desk, order, body, f"prompts.{i}", prompt) for i, prompt in enumerate(body.prompts)]
+
+
+def _asked(desk: Desk, order: Order, body: Formatting, field: str, prompt: str) -> Raw:
+    by_default = False if order.lane[0] in desk.served.raw else None
+    chat = by_default if body.apply_chat_template is None else body.apply_chat_template
+    return Raw(field, prompt, body.system_prompt, chat)
 
 
 async def _one(desk: Desk, http: HttpRequest, order: Order, body: Generate) -> Response:
-    asked = [Raw("prompt", body.prompt, body.system_prompt, body.apply_chat_template)]
+    asked = [_asked(desk, order, body, "prompt", body.prompt)]
     if not body.stream:
         rows, ends = await desk.answer(http, order, asked)
-        return Reply({**_answer(desk, order, rows.encoded[0], outcome(ends)[0]), **_run(desk, order)})
+        return Reply({**_answer(desk, order, 0, rows.encoded[0], outcome(ends)[0]), **_run(desk, order)})
     rows = await desk.accept(order, asked, streams=True)
     return await stream(http, rows, lambda events: _pieces(desk, rows, events))
 
@@ -113,7 +116,7 @@ async def _pieces(desk: Desk, rows: Rows, events: Events) -> AsyncIterator[dict[
         if piece:
             yield {"text": piece, "tokens_generated": len(text.token_ids), "done": False}
         if isinstance(event, Finished):
-            yield {**_answer(desk, order, rows.encoded[0], event), **_run(desk, order), "done": True}
+            yield {**_answer(desk, order, 0, rows.encoded[0], event), **_run(desk, order), "done": True}
 
 
 def _run(desk: Desk, order: Order) -> dict[str, Any]:
@@ -124,17 +127,17 @@ def _run(desk: Desk, order: Order) -> dict[str, Any]:
         AMPLIFY: {"alpha": order.alpha, "model_after": names["after"], "model_before": names["before"]},
         SPECULATE: {"model": names["model"], "draft": names["draft"]},
     }
-    return {**said[kind], "seed": order.seed}
+    return said[kind]
 
 
-def _row(desk: Desk, order: Order, encoded: Encoded, end: Finished | Refused) -> dict[str, Any]:
+def _row(desk: Desk, order: Order, index: int, encoded: Encoded, end: Finished | Refused) -> dict[str, Any]:
     """One prompt's place in a batch's reply: its answer, or why it has none."""
     if isinstance(end, Refused):
         return {"prompt": encoded.prompt, **end.body}
-    return _answer(desk, order, encoded, end)
+    return _answer(desk, order, index, encoded, end)
 
 
-def _answer(desk: Desk, order: Order, encoded: Encoded, end: Finished) -> dict[str, Any]:
+def _answer(desk: Desk, order: Order, index: int, encoded: Encoded, end: Finished) -> dict[str, Any]:
     completion = end.completion
     text = text_of(desk.decoders[order.lane[0]], completion.token_ids, order.stops)
     return {
@@ -145,10 +148,11 @@ def _answer(desk: Desk, order: Order, encoded: Encoded, end: Finished) -> dict[s
         "tokens_generated": len(completion.token_ids),
         "stopped_early": completion.finish_reason in EARLY,
         "finish_reason": completion.finish_reason,
+        "seed": order.seed + index,
     }
 
 
-def _speculated(desk: Desk, order: Order, encoded: Encoded, end: Finished | Refused) -> dict[str, Any]:
+def _speculated(desk: Desk, order: Order, index: int, encoded: Encoded, end: Finished | Refused) -> dict[str, Any]:
     if isinstance(end, Refused):
         return {"prompt": encoded.prompt, **end.body}
     completion, stats = end.completion, end.completion.speculation
@@ -160,6 +164,7 @@ def _speculated(desk: Desk, order: Order, encoded: Encoded, end: Finished | Refu
         "tokens": list(completion.token_ids),
         "num_tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
+        "seed": order.seed + index,
         "time_seconds": round(end.seconds, 6),
         "tokens_per_second": round(len(completion.token_ids) / max(end.seconds, 1e-9), 3),
         "time_to_first_token": None if end.first_seconds is None else round(end.first_seconds, 6),

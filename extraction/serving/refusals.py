@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from extraction.schema import show, suggest
@@ -61,6 +62,12 @@ def of_validation(errors: list[Any]) -> Refused:
         asked = first["msg"][:1].lower() + first["msg"][1:]
         said = f"{repr(place) if place else 'the body'}: {show(first.get('input'))} given; {asked}"
     return Refused(422, said, param=param, code=kind)
+
+
+def where(failure: BaseException) -> str:
+    """What broke and at which line, but not what it said: a message may hold a part of somebody's prompt."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    return f"{type(failure).__name__}" + (f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else "")
 
 
 def unknown(value: object, known: Any, what: str, param: str, status: int = 422) -> Refused:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from extraction.serving.lanes import Batch, Ends
 from extraction.serving.metrics import Meter
-from extraction.serving.refusals import Refused
+from extraction.serving.refusals import Refused, where
 from extraction.serving.rows import Failed, Lane, Row
 
 LONGEST_WAIT = 60  # seconds that a client is asked to wait before it tries again
@@ -22,8 +22,10 @@ LONGEST_WAIT = 60  # seconds that a client is asked to wait before it tries agai
 class Scheduler:
     """Rows in, events out. `open_lane` makes the batch of a lane when its first row comes."""
 
-    def __init__(self, open_lane: Callable[[Lane], Batch], queue: int, meter: Meter) -> None:
-        self.queue, self.meter = queue, meter
+    def __init__(
+        self, open_lane: Callable[[Lane], Batch], queue: int, meter: Meter, say: Callable[[str], None]
+    ) -> None:
+        self.queue, self.meter, self.say = queue, meter, say
         self.state = "ready"  # then draining, then stopped; or failed
         self.fault: str | None = None
         self._open_lane = open_lane
@@ -107,10 +109,10 @@ class Scheduler:
                     if batch.has_work:
                         self._advance(lane, batch)
         except BaseException as failure:
-            self.fault = type(failure).__name__
-            self.state = "failed"
+            with self._changed:
+                self.state, self.fault = "failed", type(failure).__name__
+            self.say(f"the engine has failed: {where(failure)}")
             self._fail_all(Refused(500, f"the engine has failed ({self.fault}); restart the server", code="engine"))
-            raise
 
     def _take(self) -> bool:
         """Wait for work; hand what is new to the lanes. False: it is over."""

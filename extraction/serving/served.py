@@ -36,13 +36,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Served:
-    """Loaded models and their names. Without a draft, speculation proposes what a row's own tokens suggest."""
+    """Loaded models and their names. Without a draft, speculation proposes what a row's own tokens suggest.
+
+    `raw`: the kinds whose prompts are not written with a chat template, unless a request says so.
+    """
 
     target: LanguageModel | None = None
     draft: LanguageModel | None = None
     after: LanguageModel | None = None
     before: LanguageModel | None = None
     names: Mapping[str, str | None] = field(default_factory=dict)
+    raw: frozenset[str] = frozenset()
 
     @property
     def models(self) -> dict[str, LanguageModel]:
@@ -115,7 +119,9 @@ def load_served(choice: Choice, say: Callable[[str], None]) -> Served:
     target, draft = (loaded[spec] if spec is not None else None for spec in (choice.model, choice.draft))
     if target is not None and draft is not None:
         refuse_different(target, draft)
-    return Served(target, draft, after, before, names_of(choice))
+    roles = {PLAIN: choice.model, SPECULATE: choice.model, AMPLIFY: choice.after}
+    raw = frozenset(kind for kind, spec in roles.items() if spec is not None and spec.raw)
+    return Served(target, draft, after, before, names_of(choice), raw)
 
 
 def names_of(choice: Choice) -> dict[str, str | None]:

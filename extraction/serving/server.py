@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
     def __init__(self, served: Served, settings: Settings, taken: socket.socket, say: Say) -> None:
         self.settings, self.taken, self.say = settings, taken, say
         self.meter = Meter()
-        self.scheduler = Scheduler(served.opener(settings), settings.queue, self.meter)
+        self.scheduler = Scheduler(served.opener(settings), settings.queue, self.meter, say)
         self.desk = Desk(served, settings, self.scheduler)
         self.stopping: asyncio.Task[None] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
