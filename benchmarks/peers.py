@@ -21,7 +21,8 @@ from benchmarks.jobs import Answer, cut
 from extraction.capture import Capture
 from extraction.hooks import watch
 from extraction.models import LanguageModel
-from extraction.utils_batch import Request, generate, left_padded
+from extraction.running import left_padded
+from extraction.utils_batch import Request, generate
 
 Answers = dict[str, Answer]
 Tokens = Mapping[str, tuple[int, ...]]

@@ -75,8 +75,8 @@ class Accumulator:
     def prompt(self, point: int, rows_R: Tensor, hidden_RPD: Tensor, mask_RP: Tensor) -> None:
         """See the prompt of the rows that enter, left-padded, at one point."""
 
-    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
-        """See the tokens of one decode step."""
+    def step(self, hidden_KBD: Tensor, age_B: Tensor, live_B: Tensor | None) -> None:
+        """See one token of every slot; where `live_B` is given, other slots have none."""
 
     def emit(self, slot: int, n_tokens: int) -> Tensor:
         """The pooled vectors [K, D] of a slot whose response has `n_tokens` tokens."""
@@ -90,8 +90,8 @@ class Accumulator:
 class ResponseMean(Accumulator):
     """Mean over the response's tokens."""
 
-    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
-        self.sum_KBD += hidden_KBD
+    def step(self, hidden_KBD: Tensor, age_B: Tensor, live_B: Tensor | None) -> None:
+        self.sum_KBD += hidden_KBD if live_B is None else hidden_KBD.where(live_B[None, :, None], 0)
 
     def emit(self, slot: int, n_tokens: int) -> Tensor:
         return self.sum_KBD[:, slot] / n_tokens
@@ -104,8 +104,9 @@ class ResponseFirst(Accumulator):
         super().__init__(*args)
         self.count = count
 
-    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
-        self.sum_KBD += hidden_KBD.where((age_B < self.count)[None, :, None], 0)
+    def step(self, hidden_KBD: Tensor, age_B: Tensor, live_B: Tensor | None) -> None:
+        early_B = age_B < self.count if live_B is None else live_B & (age_B < self.count)
+        self.sum_KBD += hidden_KBD.where(early_B[None, :, None], 0)
 
     def emit(self, slot: int, n_tokens: int) -> Tensor:
         return self.sum_KBD[:, slot] / min(n_tokens, self.count)
@@ -114,8 +115,9 @@ class ResponseFirst(Accumulator):
 class ResponseLast(Accumulator):
     """The response's last token."""
 
-    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
-        self.sum_KBD.copy_(hidden_KBD)
+    def step(self, hidden_KBD: Tensor, age_B: Tensor, live_B: Tensor | None) -> None:
+        last_KBD = hidden_KBD if live_B is None else hidden_KBD.where(live_B[None, :, None], self.sum_KBD)
+        self.sum_KBD.copy_(last_KBD)
 
 
 class ResponseAll(Accumulator):
@@ -129,15 +131,17 @@ class ResponseAll(Accumulator):
         for row in rows_R.tolist():
             self.rows[row] = []
 
-    def step(self, hidden_KBD: Tensor, age_B: Tensor) -> None:
-        for row, kept in zip(hidden_KBD.to(self.dtype).unbind(1), self.rows, strict=True):
-            kept.append(row.clone())
+    def step(self, hidden_KBD: Tensor, age_B: Tensor, live_B: Tensor | None) -> None:
+        live = [True] * len(self.rows) if live_B is None else live_B.tolist()
+        for row, kept, is_live in zip(hidden_KBD.to(self.dtype).unbind(1), self.rows, live, strict=True):
+            if is_live:
+                kept.append(row.clone())
 
     def emit(self, slot: int, n_tokens: int) -> Tensor:
         return torch.stack(self.rows[slot][:n_tokens])
 
     def repack(self, rows_B: Tensor) -> None:
-        self.rows = [self.rows[row] for row in rows_B.tolist()]
+        self.rows = [list(self.rows[row]) for row in rows_B.tolist()]
 
 
 class PromptMean(Accumulator):
@@ -174,12 +178,13 @@ def accumulator_of(pooling: str) -> Callable[..., Accumulator]:
 class Observer:
     """Watches a model while it generates, and keeps every accumulator of a capture up to date."""
 
-    def __init__(self, lm: LanguageModel, capture: Capture, slots: int) -> None:
+    def __init__(self, lm: LanguageModel, capture: Capture, slots: int, width: int = 1) -> None:
         self.capture, self.device, self.dtype = capture, lm.device, lm.dtype
         self.taps = taps_of(lm, capture.sites, capture.layers)
         wide = torch.float64 if lm.dtype == torch.float64 else torch.float32
         shape = (len(self.taps), slots, lm.hidden_size)
-        self.fed_KBD = torch.zeros(shape, dtype=lm.dtype, device=lm.device)
+        self.hidden_size = lm.hidden_size
+        self.fed_TKBD = torch.zeros(width, *shape, dtype=lm.dtype, device=lm.device)
         self.poolings = {name: accumulator_of(name)(shape, wide, lm.device) for name in capture.poolings}
         self.reads_prompts = any(parse_pooling(pooling).part == "prompt" for pooling in capture.poolings)
         self._note: Callable[[int, Tensor], None] = _ignore
@@ -201,7 +206,7 @@ class Observer:
             accumulator.enter(rows_R)
 
         def note(point: int, hidden: Tensor) -> None:
-            hidden_RPD = shaped(hidden, (*mask_RP.shape, self.fed_KBD.shape[2])).to(self.device)
+            hidden_RPD = shaped(hidden, (*mask_RP.shape, self.hidden_size)).to(self.device)
             for accumulator in self.poolings.values():
                 accumulator.prompt(point, rows_R, hidden_RPD, mask_RP)
 
@@ -209,18 +214,23 @@ class Observer:
             yield
 
     @contextmanager
-    def stepping(self, age_B: Tensor) -> Iterator[None]:
-        """Around one decode step of every slot."""
-        n_slots = len(age_B)
+    def stepping(self, width: int) -> Iterator[None]:
+        """Around one decode step, `width` tokens of every slot. They count when they are credited."""
+        fed_TKBD = self.fed_TKBD[:width]
 
         def note(point: int, hidden: Tensor) -> None:
             # a copy: models may change it in place later
-            self.fed_KBD[point].copy_(shaped(hidden, (n_slots, 1, self.fed_KBD.shape[2]))[:, 0])
+            fed_TKBD[:, point].copy_(shaped(hidden, (fed_TKBD.shape[2], width, self.hidden_size)).transpose(0, 1))
 
         with self._noting(note):
             yield
-        for accumulator in self.poolings.values():
-            accumulator.step(self.fed_KBD, age_B)
+
+    def credit(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Count the first `counts[slot]` tokens of the step (None: the only one), the first of them aged `age_B`."""
+        for t in range(1 if counts is None else max(counts, default=0)):
+            live_B = None if counts is None else torch.tensor([t < count for count in counts], device=age_B.device)
+            for accumulator in self.poolings.values():
+                accumulator.step(self.fed_TKBD[t], age_B + t, live_B)
 
     def emit(self, slot: int, n_tokens: int, example_id: str) -> dict[str, Tensor]:
         """`site.pooling` -> [L, D] (`all`: [T, L, D]) of a slot that has ended. ActivationError on NaN or Inf."""
@@ -229,7 +239,7 @@ class Observer:
 
     def repack(self, rows_B: Tensor) -> None:
         """Keep only these slots."""
-        self.fed_KBD = self.fed_KBD[:, rows_B]
+        self.fed_TKBD = self.fed_TKBD[:, :, rows_B]
         for accumulator in self.poolings.values():
             accumulator.repack(rows_B)
 

@@ -26,8 +26,8 @@ from extraction.models import LanguageModel, load, read_tokenizer
 from extraction.prompts import encode_example
 from extraction.records import Example
 from extraction.rubrics import NO_NUMBER, expectation
-from extraction.slots import SlotCache
-from extraction.utils_batch import left_padded
+from extraction.running import left_padded
+from extraction.slots import SlotCache, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,12 +138,12 @@ class _Reading:
         self.ids_BP, self.mask_BP = left_padded(prompts, lm.pad_id, lm.device)
         self.length_B1 = self.mask_BP.sum(1, keepdim=True)
         self.width = self.ids_BP.shape[1]
-        self.cache = SlotCache(lm.n_layers, len(prompts), self.width + spellings.longest)
+        self.cache = SlotCache(lm.n_layers, Window(len(prompts), self.width + spellings.longest))
 
     def prompts(self) -> Tensor:
         """Log-probabilities of the token after each prompt: [B, V]."""
         rows_B = torch.arange(len(self.ids_BP), device=self.lm.device)
-        with self.cache.entering(rows_B, self.width):
+        with self.cache.window.entering(rows_B, self.width):
             return self._forward(self.ids_BP, self.mask_BP, (self.mask_BP.cumsum(1) - 1).clamp_(min=0))
 
     def step(self, path: TokenIds) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from extraction.errors import ModelError
-from extraction.slots import SlotCache
+from extraction.slots import SlotCache, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,8 @@ ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "
 class LanguageModel:
     """A loaded causal model: its decoder blocks in order, and the ids that matter.
 
-    `max_positions` is the longest sequence that the model knows (None: no limit of its own).
+    `max_positions` is the longest sequence that the model knows (None: no limit of its own). `around` is entered
+    around every pass: two models can be one copy of the weights with something switched.
     """
 
     model: PreTrainedModel
@@ -38,6 +39,7 @@ class LanguageModel:
     pad_id: int
     max_positions: int | None
     keeps_last_logits: bool
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def n_layers(self) -> int:
@@ -64,7 +66,8 @@ class LanguageModel:
         """One forward pass; the logits of the last `n_last` positions: [B, n_last, V]. Pads without a mask go right."""
         if self.keeps_last_logits:
             inputs["logits_to_keep"] = self._last_positions(input_ids_BT, n_last)
-        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, **inputs).logits
+        with self.around():
+            logits_BTV: Tensor = self.model(input_ids=input_ids_BT, **inputs).logits
         return logits_BTV[:, -n_last:]
 
     def _last_positions(self, input_ids_BT: Tensor, n_last: int) -> int | Tensor:
@@ -76,7 +79,8 @@ class LanguageModel:
 
     def hidden_states(self, input_ids_BT: Tensor) -> None:
         """One pass through the decoder without the head, for its hooks alone; no mask, so pads must be on the right."""
-        self.model.base_model(input_ids=input_ids_BT, use_cache=False)
+        with self.around():
+            self.model.base_model(input_ids=input_ids_BT, use_cache=False)
 
 
 def load(spec: ModelSpec) -> LanguageModel:
@@ -220,9 +224,9 @@ def wrap(
 def _prove_cached_decoding(lm: LanguageModel) -> None:
     """Three tokens at once, then two and one through the cache: a causal model gives the same last logits."""
     ids_BT = torch.arange(3, device=lm.device).remainder(lm.vocab_size).unsqueeze(0)
-    cache = SlotCache(lm.n_layers, slots=1, columns=3)
+    cache = SlotCache(lm.n_layers, Window(slots=1, columns=3))
     try:
-        with cache.entering(torch.zeros(1, dtype=torch.long, device=lm.device), cursor=2):
+        with cache.window.entering(torch.zeros(1, dtype=torch.long, device=lm.device), cursor=2):
             lm.last_logits(ids_BT[:, :2], past_key_values=cache, use_cache=True)
         cached_V = lm.last_logits(ids_BT[:, 2:], past_key_values=cache, use_cache=True)[0].float()
         whole_V = lm.last_logits(ids_BT, use_cache=False)[0].float()

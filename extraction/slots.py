@@ -14,19 +14,47 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 @dataclass
 class Window:
-    """The columns in use: `[start, cursor)` hold live tokens; `entering` names the slots that a prefill fills."""
+    """The columns in use: `[start, cursor)` hold live tokens; `prefilled` names the slots that a prefill fills."""
 
     slots: int
     columns: int
     cursor: int = 0
     start: int = 0
-    entering: Tensor | None = None
+    prefilled: Tensor | None = None
+
+    @contextmanager
+    def entering(self, rows: Tensor, cursor: int) -> Iterator[None]:
+        """Around a prefill: its keys and values go into these slots, and end at the cursor."""
+        self.prefilled, self.cursor = rows, cursor
+        try:
+            yield
+        finally:
+            self.prefilled = None
+
+    @contextmanager
+    def at(self, cursor: int) -> Iterator[None]:
+        """Around a pass that writes from another column on."""
+        was, self.cursor = self.cursor, cursor
+        try:
+            yield
+        finally:
+            self.cursor = was
+
+
+@dataclass(frozen=True)
+class Move:
+    """`width` columns from `start` on go to the columns from `to` on."""
+
+    start: int
+    width: int
+    to: int = 0
 
 
 class SlotLayer(CacheLayerMixin):
@@ -54,8 +82,8 @@ class SlotLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         window, width = self.window, key_states.shape[2]
-        if window.entering is not None:
-            rows, columns = window.entering.to(self.keys.device), slice(window.cursor - width, window.cursor)
+        if window.prefilled is not None:
+            rows, columns = window.prefilled.to(self.keys.device), slice(window.cursor - width, window.cursor)
             self.keys[rows, :, columns] = key_states
             self.values[rows, :, columns] = value_states
             return key_states, value_states
@@ -64,15 +92,31 @@ class SlotLayer(CacheLayerMixin):
         live = slice(window.start, window.cursor + width)
         return self.keys[:, :, live], self.values[:, :, live]
 
-    def repack(self, rows: Tensor | None, start: int, cursor: int) -> None:
-        """Keep only these rows (None: all), and roll columns `[start, cursor)` to the left edge."""
+    def repack(self, rows: Tensor | None, move: Move) -> None:
+        """Take these rows (None: all, as they are), and move the live columns."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (_repacked(states, rows, move) for states in (self.keys, self.values))
+
+    def align(self, source_BS: Tensor) -> None:
+        """Live columns, each from the column `source_BS`, counted from the window's start."""
         if self.keys is None or self.values is None:
             return
-        self.keys, self.values = (_repacked(states, rows, start, cursor) for states in (self.keys, self.values))
+        live = slice(self.window.start, self.window.cursor)
+        rows_B11 = torch.arange(len(source_BS), device=source_BS.device)[:, None, None].to(self.keys.device)
+        heads_1H1 = torch.arange(self.keys.shape[1], device=self.keys.device)[None, :, None]
+        source_B1S = (source_BS + self.window.start).unsqueeze(1).to(self.keys.device)
+        for states in (self.keys, self.values):
+            states[:, :, live] = states[rows_B11, heads_1H1, source_B1S]
+
+    def clear(self, rows: Tensor) -> None:
+        """Zero these rows: what is masked must still be finite."""
+        if self.keys is not None and self.values is not None:
+            for states in (self.keys, self.values):
+                states[rows.to(states.device)] = 0
 
     def get_seq_length(self) -> int:
         """Columns that a decode step attends to besides its own; 0 in a prefill."""
-        return 0 if self.window.entering is not None else self.window.cursor - self.window.start
+        return 0 if self.window.prefilled is not None else self.window.cursor - self.window.start
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """(columns, offset) of the mask; older versions pass the cache positions instead of their number."""
@@ -86,36 +130,33 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-def _repacked(states: Tensor, rows: Tensor | None, start: int, cursor: int) -> Tensor:
-    live = states[:, :, start:cursor] if rows is None else states[rows.to(states.device), :, start:cursor]
-    if rows is None:
-        live = live.clone()
+def _repacked(states: Tensor, rows: Tensor | None, move: Move) -> Tensor:
+    live = slice(move.start, move.start + move.width)
+    moved = states[:, :, live].clone() if rows is None else states[rows.to(states.device), :, live]
     packed = states if rows is None else states.new_zeros(len(rows), *states.shape[1:])
-    packed[:, :, : cursor - start] = live
+    packed[:, :, move.to : move.to + move.width] = moved
     return packed
 
 
 class SlotCache(Cache):
-    """A transformers cache whose layers are slots."""
+    """A transformers cache whose layers are slots. Several models that read the same tokens share one window."""
 
-    def __init__(self, n_layers: int, slots: int, columns: int) -> None:
-        self.window = Window(slots, columns)
-        self.slot_layers = [SlotLayer(self.window) for _ in range(n_layers)]
+    def __init__(self, n_layers: int, window: Window) -> None:
+        self.window = window
+        self.slot_layers = [SlotLayer(window) for _ in range(n_layers)]
         super().__init__(layers=list(self.slot_layers))
 
-    @contextmanager
-    def entering(self, rows: Tensor, cursor: int) -> Iterator[None]:
-        """Around a prefill: its keys and values go into these slots, and end at the cursor."""
-        self.window.entering, self.window.cursor = rows, cursor
-        try:
-            yield
-        finally:
-            self.window.entering = None
-
-    def repack(self, rows: Tensor | None = None) -> None:
-        """Roll live columns to the left edge; with `rows`, shrink the batch to those slots."""
-        window = self.window
+    def repack(self, rows: Tensor | None, move: Move) -> None:
+        """Take these slots (None: all, as they are), and move the live columns; the window is the caller's."""
         for layer in self.slot_layers:
-            layer.repack(rows, window.start, window.cursor)
-        window.cursor, window.start = window.cursor - window.start, 0
-        window.slots = window.slots if rows is None else len(rows)
+            layer.repack(rows, move)
+
+    def align(self, source_BS: Tensor) -> None:
+        """Bring every row's live columns together, each from the column `source_BS` of the window."""
+        for layer in self.slot_layers:
+            layer.align(source_BS)
+
+    def clear(self, rows: Tensor) -> None:
+        """Zero these slots."""
+        for layer in self.slot_layers:
+            layer.clear(rows)

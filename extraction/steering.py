@@ -122,9 +122,9 @@ class Steerer:
             yield
 
     @contextmanager
-    def stepping(self, age_B: Tensor) -> Iterator[None]:
-        """Around one decode step of every slot."""
-        with self._running(lambda point: self._vectors(point, None), (len(age_B), 1), None):
+    def stepping(self, width: int) -> Iterator[None]:
+        """Around one decode step, `width` tokens of every slot."""
+        with self._running(lambda point: self._vectors(point, None), (len(self.prompts_B11), width), None):
             yield
 
     def repack(self, rows_B: Tensor) -> None:

@@ -23,7 +23,8 @@ from extraction.forecast import (
 )
 from extraction.jobs import plan
 from extraction.models import wrap
-from extraction.utils_batch import Request, RunningBatch
+from extraction.running import Limits, RunningBatch
+from extraction.utils_batch import Request
 from tests.runs import EXPERIMENT, make_root
 from tests.tiny import shared_model, tiny_tokenizer
 
@@ -40,24 +41,19 @@ def test_memory_by_part_is_what_the_engine_takes(name):
     model, work = shared_model(name), work_of()
     lm = wrap(model)
     requests = [Request(str(i), tuple(range(3, 33)), 20) for i in range(8)]
-    batch = RunningBatch(lm, requests, 4, strategy_of(), Capture((0, 1, 2)), ())
+    batch = RunningBatch(lm, Limits.of(requests, 4), capture=Capture((0, 1, 2)))
+    batch.add(requests)
     with batch.watching():
         batch.advance()
     parts = memory_by_part(shape_of(model.config, torch.float32), work, 4, "cpu")
-    caches = [tensor for layer in batch.cache.layers for tensor in (layer.keys, layer.values)]
+    caches = [tensor for layer in batch.lane.cache.layers for tensor in (layer.keys, layer.values)]
     assert parts["weights"] == sum(p.numel() * 4 for p in model.parameters())
     assert parts["cache"] == sum(tensor.numel() * 4 for tensor in caches)
     observer = batch.observer
     assert isinstance(observer, Observer)
-    sums = [observer.fed_KBD, *(accumulator.sum_KBD for accumulator in observer.poolings.values())]
+    sums = [observer.fed_TKBD, *(accumulator.sum_KBD for accumulator in observer.poolings.values())]
     assert parts["running sums"] == sum(tensor.numel() * 4 for tensor in sums)
     assert batch.mask_BS.shape[1] == work.columns
-
-
-def strategy_of():
-    from extraction.decoding.sample import Sample
-
-    return Sample()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -27,8 +27,10 @@ FLOORS = [
     ("configs", "store"),
     ("models", "traits", "prompts", "judges", "shelf"),
     ("sites", "decoding", "kept", "jobs", "steering", "report"),
-    ("capture", "forecast"),
-    ("teacher", "vectors"),
+    ("capture", "forecast", "continuations"),
+    ("teacher", "vectors", "rows"),
+    ("partners",),
+    ("running",),
     ("utils_batch", "likelihood", "exchange"),
     ("runners", "self_check", "steered", "local_judge", "openai_judge"),
     ("judging", "sweep"),
@@ -125,7 +127,7 @@ def test_no_room_imports_from_its_own_floor_or_above_or_what_is_private(path):
 
 def test_a_wrong_import_is_found():
     assert faults_of_imports("store", ast.parse("def f():\n    from extraction.stages import extract")) == [
-        "store (floor 3) imports stages (floor 13)"
+        "store (floor 3) imports stages (floor 15)"
     ]
     assert faults_of_imports("store", ast.parse("from extraction.atomic import _sealed")) == [
         "store imports the private extraction.atomic._sealed"

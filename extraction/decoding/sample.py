@@ -1,18 +1,34 @@
 """Plain sampling: temperature, top-k, top-p, then one draw by inverse CDF.
 
-Shapes: B rows, V vocabulary.
+Shapes: B rows, T columns, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from extraction.errors import ConfigError, LogitsError
+
+
+class Sampler(Protocol):
+    """Chooses tokens for the rows of a batch: a Sample for all of them, or one for each."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether any token needs a uniform."""
+
+    def __call__(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Tensor:
+        """Choose a token for every row."""
+
+    def chances(self, logits_BTV: Tensor) -> Tensor:
+        """What each column's token is drawn from: probabilities [B, T, V], one-hot where greedy."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +55,23 @@ class Sample:
         """Whether a token needs a uniform."""
         return self.temperature > 0
 
+    @property
+    def sample(self) -> Sample:
+        """A Sample is a strategy by itself."""
+        return self
+
     def __call__(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Tensor:
         """Choose a token for every row. Raises LogitsError where a row has none."""
         if not self.draws:
-            best_B, token_B = logits_BV.max(dim=-1)
-            return _checked(token_B, best_B)
+            return best(logits_BV)
         assert uniform_B is not None
-        scores_BV = logits_BV.float() if logits_BV.dtype in (torch.float16, torch.bfloat16) else logits_BV
-        return draw(self.warp(scores_BV), uniform_B)
+        return draw(self.warp(widened(logits_BV)), uniform_B)
+
+    def chances(self, logits_BTV: Tensor) -> Tensor:
+        """What each column's token is drawn from: probabilities [B, T, V], one-hot where greedy."""
+        if not self.draws:
+            return one_hot(logits_BTV)
+        return self.warp(widened(logits_BTV).flatten(0, 1)).softmax(-1).view_as(logits_BTV)
 
     def warp(self, logits_BV: Tensor) -> Tensor:
         """Temperature, top-k and top-p applied: tokens that are out have -inf."""
@@ -58,21 +83,97 @@ class Sample:
         return _keep_nucleus(scores_BV, self.top_p) if self.top_p < 1.0 else scores_BV
 
 
+class PerRow:
+    """Every row its own Sample: a row's token is the one that it would get alone."""
+
+    def __init__(self, samples: Sequence[Sample], device: torch.device) -> None:
+        self.samples = tuple(samples)
+        self.draws = any(sample.draws for sample in samples)
+
+        def column_B1(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+
+        self.greedy_B = torch.tensor([not sample.draws for sample in samples], device=device)
+        self.temperature_B1 = column_B1([sample.temperature or 1.0 for sample in samples])
+        self.out_B1 = column_B1([1.0 - sample.top_p for sample in samples])
+        self.top_k_B1 = torch.tensor([[sample.top_k] for sample in samples], device=device)
+        self.cuts_mass = any(sample.top_p < 1.0 for sample in samples)
+
+    def __call__(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Tensor:
+        """Choose a token for every row. Raises LogitsError where a row has none."""
+        best_B = best(logits_BV)
+        if not self.draws:
+            return best_B
+        assert uniform_B is not None
+        return torch.where(self.greedy_B, best_B, draw(self.warp(widened(logits_BV)), uniform_B))
+
+    def chances(self, logits_BTV: Tensor) -> Tensor:
+        """What each column's token is drawn from: probabilities [B, T, V], one-hot where greedy."""
+        columns = [self.warp(logits_BV).softmax(-1) for logits_BV in widened(logits_BTV).unbind(1)]
+        return torch.where(self.greedy_B[:, None, None], one_hot(logits_BTV), torch.stack(columns, 1))
+
+    def warp(self, logits_BV: Tensor) -> Tensor:
+        """Temperature, top-k and top-p applied: tokens that are out have -inf."""
+        scores_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature_B1.to(logits_BV.dtype)
+        n_tokens = scores_BV.shape[-1]
+        widest = max((sample.top_k for sample in self.samples if sample.top_k < n_tokens), default=0)
+        if widest:
+            cuts_B1 = (self.top_k_B1 > 0) & (self.top_k_B1 < n_tokens)
+            kth_B1 = scores_BV.topk(widest, dim=-1).values.gather(1, (self.top_k_B1 - 1).clamp(0, widest - 1))
+            scores_BV = scores_BV.masked_fill(cuts_B1 & (scores_BV < kth_B1), float("-inf"))
+        return _keep_nucleus_by_row(scores_BV, self.out_B1) if self.cuts_mass else scores_BV
+
+
+def sampler_of(samples: Sequence[Sample], device: torch.device) -> Sampler:
+    """One Sample where all rows have the same, else one for each row."""
+    return samples[0] if len(set(samples)) == 1 else PerRow(samples, device)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def best(logits_BV: Tensor) -> Tensor:
+    """The likeliest token of every row. Raises LogitsError where a row has none."""
+    best_B, token_B = logits_BV.max(dim=-1)
+    return _checked(token_B, best_B)
+
+
+def one_hot(logits: Tensor) -> Tensor:
+    """Probability 1 for the largest logit, in float32 or wider."""
+    return torch.zeros_like(widened(logits)).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+
+
 def _keep_nucleus(scores_BV: Tensor, top_p: float) -> Tensor:
     """The smallest set of likeliest tokens with at least `top_p` of the mass (Holtzman et al. 2020, section 3.1)."""
+    return _without(scores_BV, lambda mass_BV: mass_BV <= 1.0 - top_p)
+
+
+def _keep_nucleus_by_row(scores_BV: Tensor, out_B1: Tensor) -> Tensor:
+    """The same, where each row leaves out a mass of its own; a row with 0 keeps all."""
+    return _without(scores_BV, lambda mass_BV: (mass_BV <= out_B1.to(mass_BV.dtype)) & (out_B1 > 0))
+
+
+def _without(scores_BV: Tensor, is_out: Callable[[Tensor], Tensor]) -> Tensor:
     ascending_BV, order_BV = scores_BV.sort(dim=-1)
-    out_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1.0 - top_p
+    out_BV = is_out(ascending_BV.softmax(-1).cumsum(-1))
     out_BV[:, -1] = False
     return scores_BV.masked_fill(out_BV.scatter(1, order_BV, out_BV), float("-inf"))
 
 
 def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Inverse CDF: the first token whose cumulative probability exceeds the uniform. A probability of 0 never wins."""
-    wide = torch.float32 if scores_BV.device.type == "mps" else torch.float64
-    cdf_BV = scores_BV.softmax(-1).cumsum(-1, dtype=wide)
+    return draw_from(scores_BV.softmax(-1), uniform_B)
+
+
+def draw_from(chances_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The same, from weights that need not sum to 1."""
+    wide = torch.float32 if chances_BV.device.type == "mps" else torch.float64
+    cdf_BV = chances_BV.cumsum(-1, dtype=wide)
     total_B1 = cdf_BV[:, -1:]
     token_B1 = torch.searchsorted(cdf_BV, uniform_B.to(wide).unsqueeze(1) * total_B1, right=True)
-    return _checked(token_B1.clamp_(max=scores_BV.shape[-1] - 1).squeeze(1), total_B1.squeeze(1))
+    return _checked(token_B1.clamp_(max=chances_BV.shape[-1] - 1).squeeze(1), total_B1.squeeze(1))
 
 
 def _checked(token_B: Tensor, witness_B: Tensor) -> Tensor:
@@ -82,10 +183,12 @@ def _checked(token_B: Tensor, witness_B: Tensor) -> Tensor:
     return token_B
 
 
-def uniforms(example_id: str, seed: int, n: int) -> np.ndarray:
-    """The first `n` uniforms in [0, 1) of one example: a function of (seed, id, step) alone.
+def uniforms(example_id: str, seed: int, n: int, stream: str = "") -> np.ndarray:
+    """The first `n` uniforms in [0, 1) of one example: a function of (seed, id, step, stream) alone.
 
     Philox, a counter-based generator (Salmon et al. 2011), keyed by a hash of seed and id.
     """
-    digest = hashlib.blake2b(f"{seed}/{example_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    digest = hashlib.blake2b(
+        f"{seed}/{example_id}".encode("utf-8", "surrogatepass"), digest_size=16, person=stream.encode()
+    ).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(n)

@@ -1,0 +1,284 @@
+"""What a strategy keeps beside the running batch: a second model that reads along, what it proposes or takes away.
+
+A partner has one shape: `seat` and `take_rows` follow the slots, `enter` sees a prefill, `propose` comes before a step,
+`weigh` sees the step's logits, `learn` its outcome.
+
+Shapes: B slots, T columns, R rows that enter, P prompt columns, S columns of the window, K proposals, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from extraction.decoding.amplify import Amplify, amplified, check_alpha
+from extraction.decoding.sample import Sample, Sampler, draw_from
+from extraction.decoding.speculate import Lookup, Pace, Proposal, Speculate
+from extraction.rows import Rows
+from extraction.slots import SlotCache, Window
+
+if TYPE_CHECKING:
+    from extraction.models import LanguageModel
+
+Strategy = Sample | Amplify | Speculate
+
+
+class Lane:
+    """A model and its cache of slots; several lanes read the same tokens in one window."""
+
+    def __init__(self, lm: LanguageModel, window: Window) -> None:
+        self.lm, self.cache = lm, SlotCache(lm.n_layers, window)
+
+    def read(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, n_last: int = 1) -> Tensor:
+        """One pass; the logits of the last `n_last` columns: [B, n_last, V]."""
+        device = self.lm.device
+        logits_BTV = self.lm.logits(
+            ids_BT.to(device),
+            n_last,
+            attention_mask=mask_BS.to(device),
+            position_ids=position_BT.to(device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return logits_BTV.to(ids_BT.device)
+
+
+@dataclass(frozen=True)
+class Front:
+    """Where the batch stands before a step. `room[b]` is how many proposals row b can use (0 for an idle one)."""
+
+    rows: Rows
+    mask_BS: Tensor
+    last_position: int
+    sampler: Sampler
+    room: Sequence[int]
+
+
+class Alone:
+    """No partner: one model, one token a step."""
+
+    streams: tuple[str, ...] = ()
+    lane: Lane | None = None
+    depth = 0
+
+    def __init__(self, strategy: Any, window: Window, vocab_size: int) -> None:
+        self.strategy, self.window, self.vocab_size = strategy, window, vocab_size
+
+    def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
+        """Slots take these requests."""
+
+    def enter(self, ids_RP: Tensor, mask_RP: Tensor, position_RP: Tensor, logits_RV: Tensor) -> Tensor:
+        """A prefill: read it too, and return the logits that the first tokens are chosen from."""
+        return logits_RV
+
+    def propose(self, front: Front) -> Proposal | None:
+        """Tokens for the model to judge in this step."""
+        return None
+
+    def weigh(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+        """A step: the logits that tokens are chosen from."""
+        return logits_BTV
+
+    def extend(self, row: int, tokens: Sequence[int]) -> None:
+        """A pass gave a row these tokens."""
+
+    def learn(self, row: int, proposed: int, accepted: int) -> None:
+        """What became of a row's proposals."""
+
+    def counts(self, row: int) -> tuple[int, int, int] | None:
+        """(target steps, proposed, accepted) of a row."""
+        return None
+
+    def take_rows(self, rows: Sequence[int]) -> None:
+        """The slots become these ones."""
+
+
+class Amplifier(Alone):
+    """The before model reads along; its logits push the after model's."""
+
+    def __init__(self, strategy: Amplify, window: Window, vocab_size: int) -> None:
+        super().__init__(strategy, window, vocab_size)
+        self.lane = Lane(strategy.before, window)
+        self.alphas = [strategy.alpha] * window.slots
+        self.entering: list[float] = []
+
+    def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
+        self.entering = [self.strategy.alpha if request.alpha is None else request.alpha for request in asked]
+        for row, alpha in zip(rows, self.entering, strict=True):
+            self.alphas[row] = alpha
+
+    def enter(self, ids_RP: Tensor, mask_RP: Tensor, position_RP: Tensor, logits_RV: Tensor) -> Tensor:
+        return self._amplified(self.entering, ids_RP, mask_RP, position_RP, logits_RV)
+
+    def weigh(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+        return self._amplified(self.alphas, ids_BT, mask_BS, position_BT, logits_BTV[:, -1]).unsqueeze(1)
+
+    def _amplified(
+        self, alphas: Sequence[float], ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, after_BV: Tensor
+    ) -> Tensor:
+        assert self.lane is not None
+        before_BV = self.lane.read(ids_BT, mask_BS, position_BT)[:, -1]
+        shared = min(after_BV.shape[1], before_BV.shape[1])  # heads may be padded by different numbers of rows
+        alpha_B = torch.tensor(alphas, dtype=torch.float32, device=after_BV.device)
+        return amplified(after_BV[:, :shared], before_BV[:, :shared], alpha_B, self.strategy.plausibility)
+
+    def take_rows(self, rows: Sequence[int]) -> None:
+        self.alphas = [self.alphas[row] for row in rows]
+
+
+@dataclass
+class _Guess:
+    """What one row's speculation has seen."""
+
+    pace: Pace
+    lookup: Lookup | None
+    steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+
+class Drafter(Alone):
+    """Proposes tokens: a draft model's, or a row's own, looked up."""
+
+    streams = ("draft", "accept")
+
+    def __init__(self, strategy: Speculate, window: Window, vocab_size: int) -> None:
+        super().__init__(strategy, window, vocab_size)
+        self.depth = strategy.depth
+        self.lane = None if strategy.draft is None else Lane(strategy.draft, window)
+        self.rows: list[_Guess] = [self._new() for _ in range(window.slots)]
+
+    def _new(self) -> _Guess:
+        strategy: Speculate = self.strategy
+        lookup = Lookup(strategy.ngram) if strategy.draft is None else None
+        return _Guess(Pace(strategy.depth, LOOKUP_COST if lookup is not None else DRAFT_COST), lookup)
+
+    def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
+        for row, request in zip(rows, asked, strict=True):
+            self.rows[row] = self._new()
+            lookup = self.rows[row].lookup
+            if lookup is not None:
+                lookup.extend(request.token_ids)
+
+    def enter(self, ids_RP: Tensor, mask_RP: Tensor, position_RP: Tensor, logits_RV: Tensor) -> Tensor:
+        if self.lane is not None:
+            self.lane.read(ids_RP, mask_RP, position_RP)
+        return logits_RV
+
+    def propose(self, front: Front) -> Proposal | None:
+        depths = [min(room, self._depth(guess)) for room, guess in zip(front.room, self.rows, strict=True)]
+        return self._looked_up(front, depths) if self.lane is None else self._drafted(front, depths, self.lane)
+
+    def _depth(self, guess: _Guess) -> int:
+        return guess.pace.best_depth if self.strategy.adaptive else int(self.strategy.depth)
+
+    def _looked_up(self, front: Front, depths: list[int]) -> Proposal | None:
+        found = [
+            guess.lookup.propose(depth) if depth and guess.lookup is not None else []
+            for depth, guess in zip(depths, self.rows, strict=True)
+        ]
+        width = max(map(len, found))
+        if not width:
+            return None
+        token_BK = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in found])
+        depth_B = torch.tensor([len(tokens) for tokens in found])
+        device = front.mask_BS.device
+        return Proposal(token_BK.to(device), depth_B.to(device), None)
+
+    def _drafted(self, front: Front, depths: list[int], lane: Lane) -> Proposal | None:
+        """Column by column. The first pass reads the last column again: it may be one that the draft has not seen."""
+        width, cursor, start = max(depths), self.window.cursor, self.window.start
+        if not width:
+            return None
+        uniform_BK = front.rows.uniform("draft", width)
+        ids_BT = torch.cat([front.rows.last_B1, front.rows.token_B1], dim=1)
+        tokens, chances = [], []
+        for k in range(width):
+            first = 1 - ids_BT.shape[1]  # -1 in the first pass: the column before the cursor
+            position_BT = front.rows.length_B1 + k + torch.arange(first, 1, device=ids_BT.device)
+            mask_BS = front.mask_BS[:, start : cursor + k + 1]
+            with self.window.at(cursor + k + first):
+                logits_BTV = lane.read(ids_BT, mask_BS, position_BT.clamp_(0, front.last_position))
+            chance_BV = front.sampler.chances(self._fitted(logits_BTV))[:, -1]
+            ids_BT = draw_from(chance_BV, uniform_BK[:, k]).unsqueeze(1)
+            tokens.append(ids_BT)
+            chances.append(chance_BV)
+        depth_B = torch.tensor(depths, device=ids_BT.device)
+        return Proposal(torch.cat(tokens, dim=1), depth_B, torch.stack(chances, dim=1))
+
+    def _fitted(self, logits_BTV: Tensor) -> Tensor:
+        """As wide as the target's: heads may have padding rows. Where not finite, anything may be proposed."""
+        logits_BTV = logits_BTV[..., : self.vocab_size]
+        peak_BT1 = logits_BTV.amax(-1, keepdim=True)
+        sound_BTV = torch.where(peak_BT1.isfinite(), logits_BTV, 0.0)
+        return pad(sound_BTV, (0, self.vocab_size - sound_BTV.shape[-1]), value=-torch.inf)
+
+    def extend(self, row: int, tokens: Sequence[int]) -> None:
+        guess = self.rows[row]
+        guess.steps += 1
+        if guess.lookup is not None:
+            guess.lookup.extend(tokens)
+
+    def learn(self, row: int, proposed: int, accepted: int) -> None:
+        guess = self.rows[row]
+        guess.proposed += proposed
+        guess.accepted += accepted
+        if proposed:
+            guess.pace.learn(proposed, accepted)
+
+    def counts(self, row: int) -> tuple[int, int, int] | None:
+        guess = self.rows[row]
+        return guess.steps, guess.proposed, guess.accepted
+
+    def take_rows(self, rows: Sequence[int]) -> None:
+        self.rows = [self.rows[row] for row in rows]
+
+
+LOOKUP_COST, DRAFT_COST = 0.05, 0.25  # of one proposal, in passes of the target
+PARTNERS: dict[type, type[Alone]] = {Sample: Alone, Amplify: Amplifier, Speculate: Drafter}
+
+
+def partner_of(strategy: Strategy, window: Window, vocab_size: int) -> Alone:
+    """What a strategy keeps beside a running batch of a model with so many tokens."""
+    return PARTNERS[type(strategy)](strategy, window, vocab_size)
+
+
+def check_partner(strategy: Strategy, alpha: float | None) -> None:
+    """Raise ConfigError for an alpha that does not fit the strategy."""
+    if alpha is not None:
+        check_alpha(alpha)
+
+
+_BY_COLUMN = re.compile("window|chunk|sliding|local")
+
+
+@torch.inference_mode()
+def minds_holes(lm: LanguageModel) -> bool:
+    """Whether a masked column between live ones changes what a model says: sliding windows count columns, as some ALiBi.
+
+    A window is longer than any quick proof, so a config that speaks of one is believed; else a short text decides.
+    """
+    settings = lm.model.config.get_text_config().to_dict()
+    kinds = {key: str(settings.get(key)) for key in ("layer_types", "attention_types", "attention_layers")}
+    if any(map(_BY_COLUMN.search, kinds.values())):
+        return True
+    if any(_BY_COLUMN.search(key) and value for key, value in settings.items() if isinstance(value, int)):
+        return True
+    ids_BT = torch.arange(1, 8, device=lm.device).remainder(lm.vocab_size).unsqueeze(0)
+    mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    mask_BT[0, 3] = False
+    position_BT = mask_BT.cumsum(1) - 1
+    holed_V, whole_V = (
+        lm.last_logits(
+            ids_BT[:, keep], attention_mask=mask_BT[:, keep], position_ids=position_BT[:, keep], use_cache=False
+        )[0].double()
+        for keep in (slice(None), mask_BT[0])
+    )
+    tolerance = 1e-4 if lm.dtype in (torch.float32, torch.float64) else 3e-2
+    return not bool(((holed_V - whole_V).abs() <= tolerance * whole_V.abs().max()).all())
