@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from extraction.models import LanguageModel, wrap
-from extraction.serving.server import Server
 from extraction.serving.served import Served
+from extraction.serving.server import Server
 from extraction.serving.settings import Settings, address_of, bind
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -267,7 +267,11 @@ def test_the_client_completes_text_lists_and_token_ids(client, server):
     assert text.choices[0].text == several.choices[0].text == tokens.choices[0].text == plain["completion"]
     assert several.choices[1].text != text.choices[0].text
     assert (text.choices[0].finish_reason, text.object) == ("length", "text_completion")
-    assert (text.usage.prompt_tokens, text.usage.completion_tokens, text.usage.total_tokens) == (len(ids), 9, len(ids) + 9)
+    assert (text.usage.prompt_tokens, text.usage.completion_tokens, text.usage.total_tokens) == (
+        len(ids),
+        9,
+        len(ids) + 9,
+    )
 
 
 def test_the_client_chats(client, server):
@@ -398,7 +402,9 @@ def test_health_and_metrics(server):
     assert float(series["traitline_rows_now"]) == 0
     count = series['traitline_row_seconds_count{kind="plain"}']
     assert series['traitline_row_seconds_bucket{kind="plain",le="+Inf"}'] == count
-    buckets = [int(value) for key, value in series.items() if key.startswith('traitline_row_seconds_bucket{kind="plain"')]
+    buckets = [
+        int(value) for key, value in series.items() if key.startswith('traitline_row_seconds_bucket{kind="plain"')
+    ]
     assert buckets == sorted(buckets)
 
 

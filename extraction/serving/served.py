@@ -101,13 +101,14 @@ def load_served(choice: Choice, say: Callable[[str], None]) -> Served:
     from transformers.utils import logging
 
     from extraction.models import load
-    from extraction.pairs import load_pair, refuse_different
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded: dict[ModelSpec, LanguageModel] = {}
     after = before = None
     if choice.after is not None and choice.before is not None:
+        from extraction.pairs import load_pair
+
         say(f"loading {choice.after.name} and {choice.before.name}")
         pair = load_pair(choice.after, choice.before)
         after, before = pair.after, pair.before
@@ -118,6 +119,8 @@ def load_served(choice: Choice, say: Callable[[str], None]) -> Served:
             loaded[spec] = load(spec)
     target, draft = (loaded[spec] if spec is not None else None for spec in (choice.model, choice.draft))
     if target is not None and draft is not None:
+        from extraction.pairs import refuse_different
+
         refuse_different(target, draft)
     roles = {PLAIN: choice.model, SPECULATE: choice.model, AMPLIFY: choice.after}
     raw = frozenset(kind for kind, spec in roles.items() if spec is not None and spec.raw)

@@ -16,10 +16,11 @@ from extraction.serving.desk import Desk
 from extraction.serving.metrics import Meter
 from extraction.serving.scheduler import Scheduler
 from extraction.serving.served import Choice, Served, load_served
-from extraction.serving.settings import Settings, address_of, bind
+from extraction.serving.settings import Settings, address_of, bind, unusable
 
 Say = Callable[[str], None]
 
+KEEP_ALIVE = 30  # seconds that a connection may be idle
 LAST_WORDS = 5  # seconds for what is finished to reach its reader
 
 
@@ -52,6 +53,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=LAST_WORDS,
             )
         )
@@ -68,7 +70,10 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where."""
         self.loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as failure:  # somebody else listened there first
+            raise unusable(self.settings, failure) from failure
         names = self.desk.served.names
         models = ", ".join(f"{role} {name}" for role, name in names.items() if name is not None)
         self.say(f"listening on {address_of(self.taken)} ({models})")

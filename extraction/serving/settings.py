@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
@@ -100,19 +101,26 @@ def read_token(path: str | None, environment: Mapping[str, str] = os.environ) ->
 
 def bind(settings: Settings) -> socket.socket:
     """Take the address before the models load, so that one that is taken is noticed at once; nobody is heard yet."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        taken = socket.socket(family, kind, protocol)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
-    except (OSError, UnicodeError, OverflowError) as failure:
-        reason = str(getattr(failure, "strerror", None) or failure).lower()
-        raise ConfigError(
-            f"--host {show(settings.host)} --port {settings.port}: {reason}; give another, or --port 0 for any free one"
-        ) from failure
-    return taken
+    with ExitStack() as undo:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            taken = undo.enter_context(socket.socket(family, kind, protocol))
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(address)
+        except (OSError, UnicodeError, OverflowError) as failure:
+            raise unusable(settings, failure) from failure
+        undo.pop_all()
+        return taken
+
+
+def unusable(settings: Settings, failure: Exception) -> ConfigError:
+    """What to raise where the address can't be had."""
+    reason = str(getattr(failure, "strerror", None) or failure).lower()
+    return ConfigError(
+        f"--host {show(settings.host)} --port {settings.port}: {reason}; give another, or --port 0 for any free one"
+    )
 
 
 def address_of(taken: socket.socket) -> str:
