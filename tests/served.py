@@ -1,4 +1,4 @@
-"""Real servers on loopback with tiny random models, in a thread of the test's process; and models with planted faults."""
+"""Real servers on loopback with tiny random models, in a thread of this process; and models with planted faults."""
 
 from __future__ import annotations
 
@@ -130,12 +130,14 @@ class Planted(nn.Embedding):
 def faulty(fault: str, most_rows: int = 10_000) -> LanguageModel:
     """A model that never says the poison of itself, but breaks where a prompt holds it."""
     model = tiny_model("llama", max_position_embeddings=512, tie_word_embeddings=False)
-    inner = model.get_input_embeddings()
+    inner, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(inner, nn.Embedding)
-    planted = Planted(inner, fault, most_rows)
-    planted.requires_grad_(False)
+    planted = Planted(inner, fault, 10_000)
+    silenced = nn.Linear(head.in_features, head.out_features)
+    silenced.weight.data.copy_(head.weight)
+    silenced.bias.data.zero_()[planted.poison] = -1e9
     model.set_input_embeddings(planted)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[planted.poison] = 0
-        planted.weight.copy_(inner.weight)
-    return wrap(model, tiny_tokenizer())
+    model.set_output_embeddings(silenced)
+    lm = wrap(model.requires_grad_(False), tiny_tokenizer())
+    planted.most_rows = most_rows  # once it has loaded
+    return lm

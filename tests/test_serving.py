@@ -1,4 +1,4 @@
-"""What the server answers: every endpoint, against the engine alone, streams against whole answers, and OpenAI's client."""
+"""What the server answers: every endpoint against the engine alone, streams against whole answers, OpenAI's client."""
 
 from __future__ import annotations
 

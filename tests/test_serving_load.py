@@ -19,6 +19,10 @@ import httpx2
 import pytest
 
 from extraction.serving import scheduler as scheduler_module
+from extraction.serving.lanes import ROUNDS, Batch
+from extraction.serving.rows import Row
+from extraction.serving.settings import Settings
+from extraction.utils_batch import Request
 from tests.runs import REPOSITORY, environment, make_root
 from tests.served import POISON, Running, error_of, faulty, language_model, running, served
 
@@ -336,8 +340,6 @@ def test_a_stream_goes_on_where_it_was_when_memory_runs_out_beside_it():
             events += list(stream.lines)
         pieces = [line.removeprefix("data: ") for line in events if line]
         assert pieces.pop() == "[DONE]"
-        import json
-
         last = json.loads(pieces.pop())
         assert last == {**whole, "done": True}
         assert "".join(json.loads(piece)["text"] for piece in pieces) == whole["completion"]
@@ -356,13 +358,7 @@ def test_a_batch_that_is_too_large_is_made_smaller_and_grows_again():
 
 
 def test_a_batch_that_stays_small_grows_while_it_is_never_empty():
-    from extraction.serving.lanes import ROUNDS, Batch
-    from extraction.serving.rows import Row
-    from extraction.utils_batch import Request
-
     what = served(target=faulty("memory", most_rows=3), draft=None)
-    from extraction.serving.settings import Settings
-
     batch: Batch = what.opener(Settings(batch_size=4, max_total_tokens=64, max_new_tokens=8))(("plain", 0))
     rows = [Row(("plain", 0), Request(f"{i}", (5, 6, 7 + i % 20), 3), lambda event: None) for i in range(60)]
     for row in rows:
@@ -446,6 +442,7 @@ def start(root) -> Iterator[Callable[..., Process]]:
         child.communicate()
 
 
+ENDLESS = {"prompt": "x", "max_new_tokens": 480, "ignore_eos": True, "stream": True}
 LONG = {"prompt": "x", "max_new_tokens": 400, "ignore_eos": True, "seed": 1}
 
 
@@ -471,26 +468,29 @@ def test_a_signal_drains(start, number):
 def test_a_second_signal_ends_it_at_once(start):
     process = start()
     with (
-        httpx2.Client(base_url=process.url, timeout=30) as client, pytest.raises(httpx2.HTTPError),
-        client.stream("POST", "/generate", json={**LONG, "stream": True}) as response,
+        httpx2.Client(base_url=process.url, timeout=30) as client,
+        client.stream("POST", "/generate", json=ENDLESS) as it,
     ):
-        next(lines := response.iter_lines())
+        lines = it.iter_lines()
+        next(lines)
         process.child.terminate()
-        time.sleep(0.1)
+        assert process.child.stderr.readline() == "stopping: 1 rows to finish\n"
         process.child.terminate()
-        process.child.wait(5)
-        list(lines)
-    assert process.child.returncode in (143, 0)
+        assert process.child.wait(5) == 143
+        with pytest.raises(httpx2.HTTPError):
+            list(lines)
 
 
 def test_what_is_not_done_within_the_grace_time_is_told_so(start):
     process = start("--grace", "0.1")
-    with httpx2.Client(base_url=process.url, timeout=30) as client:
-        with client.stream("POST", "/generate", json={**LONG, "max_new_tokens": 450, "stream": True}) as response:
-            lines = response.iter_lines()
-            next(lines)
-            process.child.terminate()
-            rest = [line for line in lines if line]
+    with (
+        httpx2.Client(base_url=process.url, timeout=30) as client,
+        client.stream("POST", "/generate", json=ENDLESS) as it,
+    ):
+        lines = it.iter_lines()
+        next(lines)
+        process.child.terminate()
+        rest = [line for line in lines if line]
     assert "the server has stopped" in rest[-2]
     assert process.child.wait(10) == 0
 
