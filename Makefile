@@ -13,12 +13,15 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(if $(filter core,$*),.,".[$*]")
 	@touch $@
 
-.PHONY: extract test check bench clean
+.PHONY: extract serve test check bench clean
 
 extract: $(VENV)/.installed-report
 	@$(BIN)/traitline extract --experiment "$(EXPERIMENT)" --traits "$(TRAIT)" \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH_SIZE),--batch-size "$(BATCH_SIZE)") \
 	  $(if $(N_EXAMPLES),--n-examples "$(N_EXAMPLES)") $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
+
+serve: $(VENV)/.installed-serve
+	@$(BIN)/traitline serve $(ARGS)
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -n 2 $(ARGS)

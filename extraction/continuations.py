@@ -39,16 +39,25 @@ class Request:
 
 @dataclass(frozen=True)
 class Speculation:
-    """What speculation came to in one row: passes of the target, tokens proposed to it, those that it accepted."""
+    """What speculation came to in one row: passes of the target, tokens proposed to it, those that it accepted.
+
+    `step_rates`: accepted of proposed in each pass that was proposed to, in order.
+    """
 
     target_steps: int
     proposed: int
     accepted: int
+    step_rates: tuple[float, ...] = ()
 
     @property
     def acceptance_rate(self) -> float | None:
         """Accepted of proposed, 0 to 1; None where nothing was proposed."""
         return self.accepted / self.proposed if self.proposed else None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """What a pass of the target gave: the accepted ones and one more."""
+        return 1 + self.accepted / self.target_steps if self.target_steps else 0.0
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from extraction.continuations import Speculation
 from extraction.decoding.amplify import Amplify, amplified, check_alpha
 from extraction.decoding.sample import Sample, Sampler, draw_from
 from extraction.decoding.speculate import Lookup, Pace, Proposal, Speculate
@@ -67,8 +68,8 @@ class Alone:
     lane: Lane | None = None
     depth = 0
 
-    def __init__(self, strategy: Any, window: Window, vocab_size: int) -> None:
-        self.strategy, self.window, self.vocab_size = strategy, window, vocab_size
+    def __init__(self, strategy: Any, window: Window, lm: LanguageModel) -> None:
+        self.strategy, self.window, self.lm = strategy, window, lm
 
     def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
         """Slots take these requests."""
@@ -91,8 +92,8 @@ class Alone:
     def learn(self, row: int, proposed: int, accepted: int) -> None:
         """What became of a row's proposals."""
 
-    def counts(self, row: int) -> tuple[int, int, int] | None:
-        """(target steps, proposed, accepted) of a row."""
+    def account(self, row: int) -> Speculation | None:
+        """What became of all of a row's proposals."""
         return None
 
     def take_rows(self, rows: Sequence[int]) -> None:
@@ -102,8 +103,8 @@ class Alone:
 class Amplifier(Alone):
     """The before model reads along; its logits push the after model's."""
 
-    def __init__(self, strategy: Amplify, window: Window, vocab_size: int) -> None:
-        super().__init__(strategy, window, vocab_size)
+    def __init__(self, strategy: Amplify, window: Window, lm: LanguageModel) -> None:
+        super().__init__(strategy, window, lm)
         self.lane = Lane(strategy.before, window)
         self.alphas = [strategy.alpha] * window.slots
         self.entering: list[float] = []
@@ -139,8 +140,7 @@ class _Guess:
     pace: Pace
     lookup: Lookup | None
     steps: int = 0
-    proposed: int = 0
-    accepted: int = 0
+    judged: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Drafter(Alone):
@@ -148,16 +148,17 @@ class Drafter(Alone):
 
     streams = ("draft", "accept")
 
-    def __init__(self, strategy: Speculate, window: Window, vocab_size: int) -> None:
-        super().__init__(strategy, window, vocab_size)
+    def __init__(self, strategy: Speculate, window: Window, lm: LanguageModel) -> None:
+        super().__init__(strategy, window, lm)
         self.depth = strategy.depth
         self.lane = None if strategy.draft is None else Lane(strategy.draft, window)
+        self.cost = COLUMN_COST + (0.0 if strategy.draft is None else relative_size(strategy.draft, lm))
         self.rows: list[_Guess] = [self._new() for _ in range(window.slots)]
 
     def _new(self) -> _Guess:
         strategy: Speculate = self.strategy
         lookup = Lookup(strategy.ngram) if strategy.draft is None else None
-        return _Guess(Pace(strategy.depth, LOOKUP_COST if lookup is not None else DRAFT_COST), lookup)
+        return _Guess(Pace(strategy.depth, self.cost), lookup)
 
     def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
         for row, request in zip(rows, asked, strict=True):
@@ -214,10 +215,10 @@ class Drafter(Alone):
 
     def _fitted(self, logits_BTV: Tensor) -> Tensor:
         """As wide as the target's: heads may have padding rows. Where not finite, anything may be proposed."""
-        logits_BTV = logits_BTV[..., : self.vocab_size]
+        logits_BTV = logits_BTV[..., : self.lm.vocab_size]
         peak_BT1 = logits_BTV.amax(-1, keepdim=True)
         sound_BTV = torch.where(peak_BT1.isfinite(), logits_BTV, 0.0)
-        return pad(sound_BTV, (0, self.vocab_size - sound_BTV.shape[-1]), value=-torch.inf)
+        return pad(sound_BTV, (0, self.lm.vocab_size - sound_BTV.shape[-1]), value=-torch.inf)
 
     def extend(self, row: int, tokens: Sequence[int]) -> None:
         guess = self.rows[row]
@@ -226,27 +227,26 @@ class Drafter(Alone):
             guess.lookup.extend(tokens)
 
     def learn(self, row: int, proposed: int, accepted: int) -> None:
-        guess = self.rows[row]
-        guess.proposed += proposed
-        guess.accepted += accepted
         if proposed:
-            guess.pace.learn(proposed, accepted)
+            self.rows[row].judged.append((proposed, accepted))
+            self.rows[row].pace.learn(proposed, accepted)
 
-    def counts(self, row: int) -> tuple[int, int, int] | None:
+    def account(self, row: int) -> Speculation | None:
         guess = self.rows[row]
-        return guess.steps, guess.proposed, guess.accepted
+        proposed, accepted = (sum(counts) for counts in zip(*guess.judged, strict=True)) if guess.judged else (0, 0)
+        return Speculation(guess.steps, proposed, accepted, tuple(a / p for p, a in guess.judged))
 
     def take_rows(self, rows: Sequence[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
 
 
-LOOKUP_COST, DRAFT_COST = 0.05, 0.25  # of one proposal, in passes of the target
+COLUMN_COST = 0.1  # of one column more, in passes of the target; measured on a CPU, 0.1 to 0.25 by batch size
 PARTNERS: dict[type, type[Alone]] = {Sample: Alone, Amplify: Amplifier, Speculate: Drafter}
 
 
-def partner_of(strategy: Strategy, window: Window, vocab_size: int) -> Alone:
-    """What a strategy keeps beside a running batch of a model with so many tokens."""
-    return PARTNERS[type(strategy)](strategy, window, vocab_size)
+def partner_of(strategy: Strategy, window: Window, lm: LanguageModel) -> Alone:
+    """What a strategy keeps beside a running batch of this model."""
+    return PARTNERS[type(strategy)](strategy, window, lm)
 
 
 def check_partner(strategy: Strategy, alpha: float | None) -> None:
@@ -255,12 +255,18 @@ def check_partner(strategy: Strategy, alpha: float | None) -> None:
         check_alpha(alpha)
 
 
+def relative_size(draft: LanguageModel, target: LanguageModel) -> float:
+    """A draft's pass in passes of its target: by weights where those take the time, by layers where steps are short."""
+    weights = [sum(p.numel() for p in lm.model.parameters()) for lm in (draft, target)]
+    return max(weights[0] / weights[1], draft.n_layers / target.n_layers)
+
+
 _BY_COLUMN = re.compile("window|chunk|sliding|local")
 
 
 @torch.inference_mode()
 def minds_holes(lm: LanguageModel) -> bool:
-    """Whether a masked column between live ones changes what a model says: sliding windows count columns, as some ALiBi.
+    """Whether a masked column between live ones changes what a model says: sliding windows count columns; so may ALiBi.
 
     A window is longer than any quick proof, so a config that speaks of one is believed; else a short text decides.
     """

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from extraction.capture import Capture, Observer, first_overflow
-from extraction.continuations import Completion, Request, Speculation
+from extraction.continuations import Completion, Request
 from extraction.decoding import speculate
 from extraction.decoding.sample import Sample, Sampler, sampler_of
 from extraction.decoding.speculate import Proposal
@@ -89,7 +89,7 @@ class RunningBatch:
         self.slots: list[_Slot | None] = [None]
         self.tainted: set[int] = set()
         self.window = Window(len(self.slots), 0)
-        self.partner = partner_of(self.strategy, self.window, lm.vocab_size)
+        self.partner = partner_of(self.strategy, self.window, lm)
         self.width = self.partner.depth + 1
         self.window.columns = limits.longest + max(32, limits.longest // 4) + self.partner.depth
         self.lane = Lane(lm, self.window)
@@ -347,10 +347,11 @@ class RunningBatch:
         return read
 
     def _learn(self, proposal: Proposal, chosen: Sequence[Sequence[int]]) -> None:
-        """Tell the partner what became of its proposals, and close the holes where a model would mind them."""
+        """Tell the partner what became of its proposals; close the holes where a model minds them, or they are many."""
         for row, depth in enumerate(proposal.depth_B.tolist()):
             self.partner.learn(row, depth, len(chosen[row]) - 1)
-        if self.holes_matter:
+        longest = max(len(slot.request.token_ids) + slot.fed for slot in self.slots if slot is not None)
+        if self.holes_matter or self.window.cursor - self.window.start > 1.5 * longest + 16:
             self._align()
 
     def _let_go(self, news: Advance) -> None:
@@ -398,9 +399,7 @@ class RunningBatch:
                 slot.fault = fault
         reason = "failed" if slot.fault is not None else slot.ending or "length"
         self._free(row)
-        counts = self.partner.counts(row)
-        speculation = None if counts is None else Speculation(*counts)
-        return Completion(slot.request.id, tuple(slot.tokens), reason, kept, speculation, slot.fault)
+        return Completion(slot.request.id, tuple(slot.tokens), reason, kept, self.partner.account(row), slot.fault)
 
     def _free(self, row: int) -> None:
         self.slots[row] = None
