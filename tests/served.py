@@ -21,7 +21,7 @@ from extraction.serving.settings import Settings, address_of, bind
 from tests.tiny import tiny_model, tiny_tokenizer
 
 NAMES = {"model": "tiny", "draft": "tiny-draft", "after": "tiny-after", "before": "tiny-before"}
-POISON = "$"
+POISON = "$$"  # twice in a row, which no model that looks itself over with single tokens meets
 
 
 @dataclass
@@ -114,11 +114,13 @@ class Planted(nn.Embedding):
     def __init__(self, inner: nn.Embedding, fault: str, most_rows: int) -> None:
         super().__init__(inner.num_embeddings, inner.embedding_dim, _weight=inner.weight.detach())
         self.fault, self.most_rows = fault, most_rows
-        self.poison = tiny_tokenizer().convert_tokens_to_ids(POISON)
+        self.poison = tiny_tokenizer().convert_tokens_to_ids(POISON[0])
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Embeddings, or the fault."""
         poisoned_BT = ids_BT == self.poison
+        poisoned_BT[:, 1:] &= poisoned_BT[:, :-1].clone()
+        poisoned_BT[:, 0] = False
         if len(ids_BT) > self.most_rows or (self.fault == "memory" and poisoned_BT.any()):
             raise torch.OutOfMemoryError("CUDA out of memory (planted)")
         if self.fault == "crash" and poisoned_BT.any():

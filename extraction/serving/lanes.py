@@ -133,6 +133,6 @@ class Batch:
         import torch
 
         self.slots, self.running, self.well = slots, None, 0
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
