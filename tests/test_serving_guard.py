@@ -276,12 +276,12 @@ BAD = [
     ({"prompt": ["x"]}, "prompt", r"'prompt': \['x'\] given; input should be a valid string"),
     ({"prompt": "x", "temperatur": 1}, "temperatur", r"'temperatur': not a known field; did you mean 'temperature'\?"),
     ({"prompt": "x", "\x1b[31m": 1}, "\x1b[31m", r"not a known field"),
-    ({"prompt": "x", "temperature": "hot"}, "temperature", r"'temperature': 'hot' given; input should be a valid number"),
-    ({"prompt": "x", "temperature": True}, "temperature", r"'temperature': True given; input should be a valid number"),
+    ({"prompt": "x", "temperature": "hot"}, "temperature", r"'temperature': 'hot' given; .* a valid number"),
+    ({"prompt": "x", "temperature": True}, "temperature", r"'temperature': True given; .* a valid number"),
     ({"prompt": "x", "temperature": -0.1}, "temperature", r"greater than or equal to 0"),
     ({"prompt": "x", "temperature": 101}, "temperature", r"less than or equal to 100"),
-    ({"prompt": "x", "temperature": math.nan}, "temperature", r"'temperature': nan given; input should be a finite number"),
-    ({"prompt": "x", "temperature": math.inf}, "temperature", r"'temperature': inf given; input should be a finite number"),
+    ({"prompt": "x", "temperature": math.nan}, "temperature", r"'temperature': nan given; .* a finite number"),
+    ({"prompt": "x", "temperature": math.inf}, "temperature", r"'temperature': inf given; .* a finite number"),
     ({"prompt": "x", "top_p": 0}, "top_p", r"'top_p': 0 given; input should be greater than 0"),
     ({"prompt": "x", "top_p": 1.1}, "top_p", r"less than or equal to 1"),
     ({"prompt": "x", "top_k": -1}, "top_k", r"greater than or equal to 0"),
@@ -342,8 +342,8 @@ def test_a_depth_out_of_range_is_refused(server, depth):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/generate", 405), ("PUT", "/generate", 405), ("POST", "/health", 405), ("GET", "/", 404), ("GET", "/docs", 404),
-     ("GET", "/redoc", 404), ("GET", "/openapi.json", 404), ("GET", "/generate/", 404), ("GET", "/../etc/passwd", 404)],
+    [("GET", "/generate", 405), ("PUT", "/generate", 405), ("POST", "/health", 405), ("GET", "/", 404),
+     ("GET", "/docs", 404), ("GET", "/redoc", 404), ("GET", "/openapi.json", 404), ("GET", "/generate/", 404), ("GET", "/../etc/passwd", 404)],
 )  # fmt: skip
 def test_other_paths_and_methods_are_errors_of_the_same_shape(server, method, path, status):
     response = server.client.request(method, path, headers={"content-type": "application/json"})

@@ -242,9 +242,9 @@ def test_a_client_that_leaves_frees_its_slot_and_place(stream):
         body = (
             b'{"prompt": "x", "max_new_tokens": 120, "ignore_eos": true, "stream": %s}' % str(stream).lower().encode()
         )
-        request = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d"
         with socket.create_connection((address[0], int(address[1]))) as wire:
-            wire.sendall(request % (len(body), body))
+            wire.sendall(head % len(body) + b"\r\n\r\n" + body)
             wait_until(lambda: rows_now(server) == 1)
             if stream:
                 assert b"200 OK" in wire.recv(1000)
