@@ -1,4 +1,4 @@
-"""`python -m benchmarks [peers|capture|memory|validation|all]`: measure, and write JSON, a page and pictures."""
+"""`python -m benchmarks [peers|capture|memory|validation|server|all]`: measure, and write JSON, a page and pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 SHAPES = ("tiny", "pocket", "15m", "135m")
-UNDRAWN = ("validation",)  # its table says it all
+UNDRAWN = ("validation", "server")  # their tables say it all
 BUSY = 0.5  # cores that others use
 CARD_SHAPES = ("pocket", "2b")
 N_TRAITS = 11  # as many as are shipped
@@ -18,7 +18,7 @@ MEMORY_COUNTS = (2_000, 20_000)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("what", type=click.Choice(["peers", "capture", "memory", "validation", "all"]), default="all")
+@click.argument("what", type=click.Choice(["peers", "capture", "memory", "validation", "server", "all"]), default="all")
 @click.option("--shape", "shapes", multiple=True, default=("pocket",), type=click.Choice(SHAPES), show_default=True,
               help="Model; may be given several times.")  # fmt: skip
 @click.option("--threads", default=2, type=click.IntRange(1), show_default=True, help="Processor threads.")
@@ -43,7 +43,7 @@ def main(
     scouts: int,
     out: Path,
 ) -> None:
-    """Measure the engine beside its peers, what capture costs, how memory grows, and what a card costs."""
+    """Measure the engine beside its peers, what capture costs, how memory grows, what a card costs, and the server."""
     _quiet(threads)
     load = busy_cores()
     if load > BUSY:
@@ -73,6 +73,12 @@ def main(
 
         _say("validation")
         _write("validation", "validation", card_cost(CARD_SHAPES, n_traits=N_TRAITS, say=_say), load, threads, out)
+    if what in ("server", "all"):
+        from benchmarks.server import server_load
+
+        _say("server")
+        found = server_load(n_requests=examples, repeats=repeats, threads=threads, say=_say)
+        _write("server", "server", found, load, threads, out)
 
 
 def busy_cores() -> float:

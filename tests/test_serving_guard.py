@@ -343,7 +343,8 @@ def test_a_depth_out_of_range_is_refused(server, depth):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/generate", 405), ("PUT", "/generate", 405), ("POST", "/health", 405), ("GET", "/", 404),
-     ("GET", "/docs", 404), ("GET", "/redoc", 404), ("GET", "/openapi.json", 404), ("GET", "/generate/", 404), ("GET", "/../etc/passwd", 404)],
+     ("GET", "/docs", 404), ("GET", "/redoc", 404), ("GET", "/openapi.json", 404), ("GET", "/generate/", 404),
+     ("GET", "/../etc/passwd", 404)],
 )  # fmt: skip
 def test_other_paths_and_methods_are_errors_of_the_same_shape(server, method, path, status):
     response = server.client.request(method, path, headers={"content-type": "application/json"})
