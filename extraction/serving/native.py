@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from extraction.continuations import Speculation
 from extraction.decoding.sample import Sample
 from extraction.serving.desk import Desk, Order, Rows, outcome, seed_or_any
 from extraction.serving.prompting import Encoded, Raw
@@ -155,9 +156,7 @@ def _answer(desk: Desk, order: Order, index: int, encoded: Encoded, end: Finishe
 def _speculated(desk: Desk, order: Order, index: int, encoded: Encoded, end: Finished | Refused) -> dict[str, Any]:
     if isinstance(end, Refused):
         return {"prompt": encoded.prompt, **end.body}
-    completion, stats = end.completion, end.completion.speculation
-    proposed, accepted = (stats.proposed, stats.accepted) if stats else (0, 0)
-    rate = accepted / proposed if proposed else None
+    completion, stats = end.completion, end.completion.speculation or Speculation(0, 0, 0)
     return {
         "prompt": encoded.prompt,
         "text": text_of(desk.decoders[SPECULATE], completion.token_ids, order.stops),
@@ -169,10 +168,11 @@ def _speculated(desk: Desk, order: Order, index: int, encoded: Encoded, end: Fin
         "tokens_per_second": round(len(completion.token_ids) / max(end.seconds, 1e-9), 3),
         "time_to_first_token": None if end.first_seconds is None else round(end.first_seconds, 6),
         "stats": {
-            "total_steps": stats.target_steps if stats else 0,
-            "proposed_tokens": proposed,
-            "accepted_tokens": accepted,
-            "avg_acceptance_rate": rate,
+            "total_steps": stats.target_steps,
+            "proposed_tokens": stats.proposed,
+            "accepted_tokens": stats.accepted,
+            "acceptance_rates": [round(rate, 6) for rate in stats.step_rates],
+            "avg_acceptance_rate": None if stats.acceptance_rate is None else round(stats.acceptance_rate, 6),
         },
     }
 

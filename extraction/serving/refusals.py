@@ -61,7 +61,7 @@ def of_validation(errors: list[Any]) -> Refused:
     else:
         asked = first["msg"][:1].lower() + first["msg"][1:]
         said = f"{repr(place) if place else 'the body'}: {show(first.get('input'))} given; {asked}"
-    return Refused(422, said, param=param, code=kind)
+    return Refused(422, said, param=param, code="invalid" if kind == "refused" else kind)
 
 
 def where(failure: BaseException) -> str:
