@@ -20,6 +20,9 @@ from extraction.schema import one_line
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}| {remaining} left{postfix}"
 
+KEPT = "stopped; finished shards are kept, and the same command goes on from there"
+STOPPED = {"serve": "stopped before it listened"}
+
 
 class Interrupted(BaseException):
     """A signal asked this process to stop."""
@@ -79,7 +82,7 @@ class Command(click.Command):
                 complain(failure)
                 ctx.exit(2)
             except Interrupted as stop:
-                complain("stopped; finished shards are kept, and the same command goes on from there")
+                complain(STOPPED.get(str(ctx.info_name), KEPT))
                 ctx.exit(128 + stop.number)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from extraction.errors import ConfigError
 from extraction.serving.settings import MAX_BODY, Settings, bind, is_loopback, read_token
+from tests.runs import refused
 from tests.served import Running, error_of, running
 from tests.tiny import tiny_tokenizer
 
@@ -170,6 +171,31 @@ def test_an_address_that_is_taken_is_told_before_any_model_loads():
         taken.listen()
         with pytest.raises(ConfigError, match="give another, or --port 0"):
             bind(Settings(port=taken.getsockname()[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--host", "0.0.0.0"), "set TRAITLINE_TOKEN or give --token-file, or take 127.0.0.1"),
+        (("--after", "pocket"), "--after and --before are a pair; give both, or neither"),
+        (("--draft", "pocket"), "--draft proposes tokens to --model; give that too"),
+        (("--model", "no-such-model"), "no such short name, folder or hub id"),
+        (("--token-file", "/no/such/file"), "no such file"),
+        (("--port", "70000"), "70000 is not in the range"),
+        (("--timeout", "0"), "0.0 is not in the range"),
+        (("--max-new-tokens", "100", "--max-total-tokens", "100"), "leaves no room for a prompt"),
+        (("--model", "pocket", "--dtype", "int8"), "'int8' is not known"),
+        (("--host", "no.such.host.invalid", "--token-file", "TOKEN"), "give another, or --port 0"),
+        (("--qeue", "3"), "No such option"),
+    ],
+    ids=lambda value: value[0][2:] if isinstance(value, tuple) else "",
+)
+def test_a_wrong_option_is_one_line_before_any_model_loads(options, said, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRAITLINE_TOKEN", raising=False)
+    (tmp_path / "token").write_text(TOKEN)
+    line = refused("serve", *[str(tmp_path / "token") if word == "TOKEN" else word for word in options])
+    assert said in line
+    assert TOKEN not in line
 
 
 # --- what arrives ---------------------------------------------------------------------------------------------------

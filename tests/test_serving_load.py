@@ -505,6 +505,27 @@ def test_it_starts_with_m_and_an_idle_one_stops_at_once(start):
     assert time.monotonic() - began < 5
 
 
+def test_a_signal_while_the_models_load_is_no_drain(root):
+    words = [
+        "-c",
+        "from extraction.cli import main; main()",
+        "serve",
+        "--root",
+        str(root),
+        "--model",
+        "tiny",
+        "--port",
+        "0",
+    ]
+    child = subprocess.Popen(
+        [sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY
+    )
+    assert child.stderr.readline() == "loading tiny\n"
+    child.terminate()
+    assert child.communicate(timeout=30)[1] == "traitline: stopped before it listened\n"
+    assert child.returncode == 143
+
+
 def test_two_servers_of_one_port_are_refused(start, root):
     process = start()
     port = process.url.rsplit(":", 1)[1]

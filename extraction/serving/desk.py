@@ -115,6 +115,7 @@ class Desk:
         self.served, self.settings, self.scheduler = served, settings, scheduler
         tokenizers = {kind: lm.tokenizer for kind, lm in served.models.items()}
         self.prompter, self.decoders = Prompter(tokenizers), copies(tokenizers)
+        self.compatibility = served.compatibility()  # asked once, while nobody else uses the tokenizers
         self._numbers = itertools.count()
 
     def request(self, order: Order, encoded: Encoded, index: int) -> Request:

@@ -55,11 +55,8 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.get("/tokenizer_compatibility")
     async def tokenizer_compatibility() -> Any:
-        from extraction.pairs import compatibility
-
-        after, names = desk.served.of(AMPLIFY), desk.served.names
-        assert desk.served.before is not None
-        return Reply(compatibility(after, desk.served.before, (names["after"], names["before"])))
+        desk.served.of(AMPLIFY)
+        return Reply(desk.compatibility)
 
     return router
 

@@ -60,6 +60,14 @@ class Served:
             raise Refused(404, REMEDIES[kind], code="no_model")
         return self.models[kind]
 
+    def compatibility(self) -> dict[str, Any] | None:
+        """How the pair's vocabularies compare; None where there is no pair."""
+        from extraction.pairs import compatibility
+
+        if self.after is None or self.before is None:
+            return None
+        return compatibility(self.after, self.before, (str(self.names["after"]), str(self.names["before"])))
+
     def longest(self, kind: str, settings: Settings) -> int:
         """Tokens of prompt and answer together, at most."""
         partner = {AMPLIFY: self.before, SPECULATE: self.draft}.get(kind)
