@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from extraction.errors import ConfigError
-from extraction.serving.settings import MAX_BODY, Settings, bind, is_loopback, read_token
+from extraction.serving.settings import MAX_ALPHA, MAX_BODY, Settings, bind, is_loopback, read_token
 from tests.runs import refused
 from tests.served import Running, error_of, running
 from tests.tiny import tiny_tokenizer
@@ -274,6 +274,22 @@ def test_a_slow_body_is_not_waited_for(server):
     still_answers(server)
 
 
+def test_requests_beyond_what_memory_is_meant_for_are_sent_away():
+    with running(queue=1, body_timeout=5) as small, contextlib.ExitStack() as opened:
+        host, port = small.url.removeprefix("http://").split(":")
+        for _ in range(65):
+            wire = opened.enter_context(socket.create_connection((host, int(port))))
+            wire.sendall(head(Content_Length="30") + b"{")
+        time.sleep(0.3)
+        response = small.post("/generate", {"prompt": "x"})
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        assert small.client.get("/health").status_code == 200
+        opened.close()
+        time.sleep(0.3)
+        still_answers(small)
+
+
 def test_who_hangs_up_in_the_middle_is_forgotten(server):
     host, port = server.url.removeprefix("http://").split(":")
     for _ in range(5):
@@ -311,7 +327,7 @@ BAD = [
     ({"prompt": "x", "top_p": 0}, "top_p", r"'top_p': 0 given; input should be greater than 0"),
     ({"prompt": "x", "top_p": 1.1}, "top_p", r"less than or equal to 1"),
     ({"prompt": "x", "top_k": -1}, "top_k", r"greater than or equal to 0"),
-    ({"prompt": "x", "alpha": 1e30}, "alpha", r"'alpha': 1e\+30 given; input should be less than or equal to 1000"),
+    ({"prompt": "x", "alpha": 1e30}, "alpha", r"'alpha': 1e\+30 given; input should be less than or equal to 1000000"),
     ({"prompt": "x", "alpha": -math.inf}, "alpha", r"'alpha': -inf given"),
     ({"prompt": "x", "seed": 1.5}, "seed", r"'seed': 1.5 given; input should be a valid integer"),
     ({"prompt": "x", "seed": 2**63}, "seed", r"less than 9223372036854775808"),
@@ -335,6 +351,12 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(server, body, param, s
     error = error_of(response)
     assert re.search(said, error["message"]), error
     assert error["param"] == param
+
+
+def test_the_engine_takes_every_alpha_that_the_server_takes():
+    from extraction.decoding.amplify import LARGEST_ALPHA
+
+    assert MAX_ALPHA == LARGEST_ALPHA
 
 
 @pytest.mark.parametrize("text", [r"\ud800", r"\udfff\ud800", r"x\udc00y"])

@@ -329,22 +329,34 @@ def test_one_bad_prompt_of_a_batch_fails_in_its_place(fault, kind, path):
         assert server.post(path, {"prompts": [POISON, POISON]}).status_code == {"nan": 500, "memory": 507}[fault]
 
 
-def test_a_stream_goes_on_where_it_was_when_memory_runs_out_beside_it():
+def streamed_beside_a_bad_one(server: Running, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The text of a stream's pieces, and its last event, where memory runs out beside it."""
+    with Streaming(server, "/generate", **body) as stream:
+        lines = [stream.first, *(next(stream.lines) for _ in range(10))]
+        assert server.post("/generate", BAD).status_code == 507
+        lines += list(stream.lines)
+    *pieces, last, end = [line.removeprefix("data: ") for line in lines if line]
+    assert end == "[DONE]"
+    assert re.search(r'traitline_out_of_memory_total{kind="plain"} [1-9]', server.client.get("/metrics").text)
+    return "".join(json.loads(piece)["text"] for piece in pieces), json.loads(last)
+
+
+def test_a_stream_goes_on_where_it_was_when_memory_runs_out_beside_it(monkeypatch):
     lm = faulty("memory")
     lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
     body = {"prompt": "Why?", "max_new_tokens": 80, "seed": 4, "ignore_eos": True}
     with running(served(target=lm, draft=None)) as server:
         whole = server.answer("/generate", **body)
-        with Streaming(server, "/generate", **body) as stream:
-            events = [stream.first, *(next(stream.lines) for _ in range(10))]
-            assert server.post("/generate", BAD).status_code == 507
-            events += list(stream.lines)
-        pieces = [line.removeprefix("data: ") for line in events if line]
-        assert pieces.pop() == "[DONE]"
-        last = json.loads(pieces.pop())
-        assert last == {**whole, "done": True}
-        assert "".join(json.loads(piece)["text"] for piece in pieces) == whole["completion"]
-        assert re.search(r'traitline_out_of_memory_total{kind="plain"} [1-9]', server.client.get("/metrics").text)
+        text, last = streamed_beside_a_bad_one(server, body)
+        assert (text, last) == (whole["completion"], {**whole, "done": True})
+
+        def forgetful(row: Row) -> None:
+            """Tells everything again."""
+            row.made = row.told = 0
+
+        monkeypatch.setattr(Row, "restart", forgetful)
+        text, _ = streamed_beside_a_bad_one(server, body)
+        assert text != whole["completion"]
 
 
 def test_a_batch_that_is_too_large_is_made_smaller_and_grows_again():

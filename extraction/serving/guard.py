@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,6 +23,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 DRAINED = 16 * MAX_BODY  # read and thrown away, so that whoever sends too much still hears why
+BODILESS = ("GET", "HEAD", "OPTIONS")
 SAFE = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
@@ -39,6 +41,7 @@ class Guard:
 
     def __init__(self, app: App, settings: Settings) -> None:
         self.app, self.settings = app, settings
+        self.n_bodies = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -50,14 +53,29 @@ class Guard:
             headers = Headers(scope=scope)
             check_host(headers, self.settings)
             check_token(headers, self.settings.token)
-            body = await read_body(headers, receive, self.settings.body_timeout)
-            check_type(scope["method"], headers, body)
+            if scope["method"] in BODILESS:
+                return await self.app(scope, receive, _safely(send))
+            with self._held():
+                body = await read_body(headers, receive, self.settings.body_timeout)
+                check_type(scope["method"], headers, body)
+                return await self.app(scope, _again(body, receive), _safely(send))
         except Gone:
             return None
         except Refused as refused:
             response = JSONResponse(refused.body, refused.status, headers={**refused.headers, "connection": "close"})
             return await response(scope, receive, _safely(send))
-        return await self.app(scope, _again(body, receive), _safely(send))
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """A place among the requests whose bodies are in memory. Raises Refused where all are taken."""
+        if self.n_bodies >= self.settings.most_requests:
+            said = f"{self.n_bodies} requests are being answered; try again in 1 s"
+            raise Refused(429, said, code="requests", headers={"retry-after": "1"})
+        self.n_bodies += 1
+        try:
+            yield
+        finally:
+            self.n_bodies -= 1
 
 
 def check_host(headers: Headers, settings: Settings) -> None:

@@ -19,7 +19,7 @@ MAX_TOKEN_BYTES = 4096
 MAX_BODY = 1_000_000  # bytes
 MAX_ROWS = 32  # prompts, or choices, of one HTTP request
 MAX_DEPTH = 16  # of speculation
-MAX_ALPHA = 1000.0
+MAX_ALPHA = 1e6
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Settings:
                 f"--max-new-tokens {self.max_new_tokens}: leaves no room for a prompt in --max-total-tokens "
                 f"{self.max_total_tokens}; give less"
             )
+
+    @property
+    def most_requests(self) -> int:
+        """HTTP requests with a body that are held at a time; each may hold a million bytes."""
+        return self.queue + 64
 
     @property
     def hosts(self) -> frozenset[str]:

@@ -46,8 +46,10 @@ class _Stream(StreamingResponse):
 
     async def __call__(self, *asgi: Any) -> None:
         try:
-            async with asyncio.timeout_at(self.rows.ends_at + 1):  # also for a client that does not read
+            async with asyncio.timeout_at(self.rows.ends_at + 1):
                 await super().__call__(*asgi)
+        except TimeoutError:  # the client does not read: hang up
+            return
         finally:
             self.rows.close()
 
