@@ -19,12 +19,11 @@ from extraction.options import (
     JUDGE,
     LOADING,
     LOOK,
-    MODELS,
     PAGE,
     RUN,
-    SERVER,
     SETTINGS,
     STORED,
+    STUDY,
     THREADS,
     VECTORS,
     How,
@@ -34,15 +33,16 @@ from extraction.options import (
     job_of,
     look_of,
     main,
+    options,
     prepare,
-    server_of,
     show,
     stored_jobs,
     take,
     wanted_of,
 )
 from extraction.schema import one_line
-from extraction.terminal import Command, Terminal
+from extraction.server_options import MODELS, SERVER, server_of
+from extraction.terminal import Command, Serving, Study, Terminal, complain
 
 if TYPE_CHECKING:
     from extraction.jobs import Job
@@ -150,6 +150,26 @@ def steer_command(**given: Any) -> None:
         show(summary.of_look(job, place, preview.look_at(engine, trait, place, look)))
 
 
+@main.command("amplify", cls=Study, context_settings=SETTINGS)
+@options(STUDY, THREADS)
+def amplify_command(threads: int | None, **given: Any) -> None:
+    """How often a hidden behaviour shows when the difference of two models is amplified.
+
+    Every prompt is answered at every alpha, by after + alpha * (after - before). Exit code 1 if an answer failed.
+    """
+    from extraction.study import study_of
+
+    prepare(threads)
+    plan = study_of(given)
+    for note in plan.notes:
+        click.echo(one_line(note), err=True)
+    outcome, lines = plan.run(Terminal())
+    show(lines)
+    if outcome.n_failed:
+        complain(f"{outcome.n_failed} of {len(outcome.trials)} answers failed; the first: {outcome.first_failure}")
+        sys.exit(1)
+
+
 @command("report", INPUTS, JUDGE, PAGE)
 def report_command(opens: bool, **given: Any) -> None:
     """A page for each trait: what its vector is worth, what steering does, every response; and an index of them."""
@@ -163,7 +183,8 @@ def report_command(opens: bool, **given: Any) -> None:
         click.launch(str(pages[0] if len(pages) == 1 else index))
 
 
-@command("serve", MODELS, SERVER, LOADING, THREADS)
+@main.command("serve", cls=Serving, context_settings=SETTINGS)
+@options(MODELS, SERVER, LOADING, THREADS)
 def serve_command(**given: Any) -> None:
     """Answer over HTTP: plain, amplified and speculated generation, in batches of whoever asks. See docs/server.md.
 

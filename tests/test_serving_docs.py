@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from extraction.options import server_of
+from extraction.server_options import server_of
 from extraction.serving.served import load_served
 from tests.runs import REPOSITORY
 from tests.served import Running, running
