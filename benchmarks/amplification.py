@@ -97,8 +97,7 @@ def _response(after: LanguageModel, before: LanguageModel, request: Request) -> 
     while len(said) < request.max_new_tokens:
         logits_V = []
         for i, lm in enumerate((after, before)):
-            with lm.around():
-                out: Any = lm.model(input_ids=ids_1T, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
+            out: Any = lm.model(input_ids=ids_1T, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
             caches[i] = out.past_key_values
             logits_V.append(out.logits[0, -1].float())
         said.append(int((logits_V[0] + ALPHA * (logits_V[0] - logits_V[1])).argmax()))
