@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -24,7 +24,8 @@ from extraction.serving.lanes import ROUNDS, Batch
 from extraction.serving.rows import Row
 from extraction.serving.settings import Settings
 from extraction.utils_batch import Request
-from tests.runs import REPOSITORY, environment, make_root
+from tests.forks import Forked, Forks, forks
+from tests.runs import REPOSITORY, environment, make_root, refused
 from tests.served import POISON, Running, error_of, faulty, language_model, running, served
 
 CLIENTS = 64
@@ -410,151 +411,112 @@ def test_a_batch_that_can_not_be_made_at_all_fails_its_rows_one_by_one(monkeypat
 
 # --- signals --------------------------------------------------------------------------------------------------------
 
-
-@dataclass
-class Process:
-    """`traitline serve` in a process of its own."""
-
-    child: subprocess.Popen[str]
-    url: str
-
-    def lines(self) -> list[str]:
-        """What else it said on stderr, until its end."""
-        return self.child.communicate(timeout=30)[1].splitlines()
+LONG = {"prompt": "x", "max_new_tokens": 400, "ignore_eos": True, "seed": 1}
+ENDLESS = {"prompt": "x", "max_new_tokens": 480, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a tiny model."""
     return make_root(tmp_path_factory.mktemp("serving"))
 
 
-@pytest.fixture
-def start(root) -> Iterator[Callable[..., Process]]:
-    """Start `traitline serve` on the tiny model; ended at the end."""
-    children: list[subprocess.Popen[str]] = []
+@pytest.fixture(scope="module")
+def server_of_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Where processes come from."""
+    with forks(tmp_path_factory.mktemp("forks")) as started:
+        yield started
 
-    def starting(
-        *arguments: str, command: tuple[str, ...] = ("-c", "from extraction.cli import main; main()", "serve")
-    ) -> Process:
-        words = ("--root", str(root), "--port", "0", "--model", "tiny", *arguments)
-        child = subprocess.Popen(
-            [sys.executable, *command, *words],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY,
-        )  # fmt: skip
-        children.append(child)
-        for line in child.stderr:
-            if found := re.match(r"listening on (\S+) \(model tiny\)", line):
-                return Process(child, found[1])
-            assert line.startswith("loading "), line
-        raise AssertionError(child.wait())
+
+@pytest.fixture
+def start(server_of_forks: Forks, root: Path) -> Iterator[Callable[..., tuple[Forked, str]]]:
+    """Start `traitline serve` on the tiny model: the process, and its address; ended at the end."""
+    begun: list[Forked] = []
+
+    def starting(*options: str) -> tuple[Forked, str]:
+        begun.append(server_of_forks.start("serve", "--root", root, "--model", "tiny", "--port", "0", *options))
+        wait_until((begun[-1].folder / "stderr").exists)
+        wait_until(lambda: "listening" in begun[-1].stderr or begun[-1].poll() is not None, 60)
+        loading, listening = begun[-1].stderr.splitlines()
+        assert loading == "loading tiny"
+        return begun[-1], re.fullmatch(r"listening on (\S+) \(model tiny\)", listening)[1]
 
     yield starting
-    for child in children:
-        child.kill()
-        child.communicate()
+    for process in begun:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
 
 
-ENDLESS = {"prompt": "x", "max_new_tokens": 480, "ignore_eos": True, "stream": True}
-LONG = {"prompt": "x", "max_new_tokens": 400, "ignore_eos": True, "seed": 1}
+def said_since(process: Forked) -> list[str]:
+    """What a server has said after it listened."""
+    return process.stderr.splitlines()[2:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains(start, number):
-    process = start()
-    with httpx2.Client(base_url=process.url, timeout=30) as client, httpx2.Client(base_url=process.url) as other:
+    process, url = start()
+    with httpx2.Client(base_url=url, timeout=30) as client, httpx2.Client(base_url=url) as other:
         other.get("/health")
         with client.stream("POST", "/generate", json={**LONG, "stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
-            process.child.send_signal(number)
+            process.send_signal(number)
             wait_until(lambda: other.get("/health").status_code == 503)
             refused = other.post("/generate", json=LONG)
             assert (refused.status_code, error_of(refused)["code"]) == (503, "draining")
             rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert '"tokens_generated":400' in rest[-2]
-    assert process.lines() == ["stopping: 1 rows to finish"]
-    assert process.child.returncode == 0
+    assert process.wait(20) == 0
+    assert said_since(process) == ["stopping: 1 rows to finish"]
+    assert process.stdout == ""
 
 
 def test_a_second_signal_ends_it_at_once(start):
-    process = start()
-    with (
-        httpx2.Client(base_url=process.url, timeout=30) as client,
-        client.stream("POST", "/generate", json=ENDLESS) as it,
-    ):
-        lines = it.iter_lines()
+    process, url = start()
+    with httpx2.Client(base_url=url, timeout=30) as client, client.stream("POST", "/generate", json=ENDLESS) as stream:
+        lines = stream.iter_lines()
         next(lines)
-        process.child.terminate()
-        assert process.child.stderr.readline() == "stopping: 1 rows to finish\n"
-        process.child.terminate()
-        assert process.child.wait(5) == 143
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: said_since(process) == ["stopping: 1 rows to finish"])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 143
         with pytest.raises(httpx2.HTTPError):
             list(lines)
 
 
 def test_what_is_not_done_within_the_grace_time_is_told_so(start):
-    process = start("--grace", "0.1")
-    with (
-        httpx2.Client(base_url=process.url, timeout=30) as client,
-        client.stream("POST", "/generate", json=ENDLESS) as it,
-    ):
-        lines = it.iter_lines()
+    process, url = start("--grace", "0.1")
+    with httpx2.Client(base_url=url, timeout=30) as client, client.stream("POST", "/generate", json=ENDLESS) as stream:
+        lines = stream.iter_lines()
         next(lines)
-        process.child.terminate()
+        process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
     assert "the server has stopped" in rest[-2]
-    assert process.child.wait(10) == 0
+    assert process.wait(20) == 0
+    assert said_since(process)[-1] == "not finished within 0.1 s: 1 rows"
 
 
-def test_it_starts_with_m_and_an_idle_one_stops_at_once(start):
-    process = start(command=("-m", "extraction.serving"))
-    began = time.monotonic()
-    process.child.terminate()
-    assert process.lines() == ["stopping"]
-    assert process.child.returncode == 0
-    assert time.monotonic() - began < 5
-
-
-def test_a_signal_while_the_models_load_is_no_drain(root):
-    words = [
-        "-c",
-        "from extraction.cli import main; main()",
-        "serve",
-        "--root",
-        str(root),
-        "--model",
-        "tiny",
-        "--port",
-        "0",
-    ]
-    child = subprocess.Popen(
-        [sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY
-    )
-    assert child.stderr.readline() == "loading tiny\n"
-    child.terminate()
-    assert child.communicate(timeout=30)[1] == "traitline: stopped before it listened\n"
-    assert child.returncode == 143
+def test_an_idle_server_stops_at_once(start):
+    process, _ = start()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 0
+    assert said_since(process) == ["stopping"]
 
 
 def test_two_servers_of_one_port_are_refused(start, root):
-    process = start()
-    port = process.url.rsplit(":", 1)[1]
-    words = [
-        "-c",
-        "from extraction.cli import main; main()",
-        "serve",
-        "--root",
-        str(root),
-        "--model",
-        "tiny",
-        "--port",
-        port,
-    ]
-    result = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment(), check=False, cwd="/"
-    )
-    assert (result.returncode, result.stdout) == (2, "")
-    (line,) = result.stderr.splitlines()
+    _, url = start()
+    line = refused("serve", "--root", root, "--model", "tiny", "--port", url.rsplit(":", 1)[1])
     assert line.startswith("traitline: --host '127.0.0.1' --port")
+
+
+def test_a_signal_while_the_models_load_is_no_drain(root):
+    """And `python -m extraction.serving` is the same command."""
+    words = ["-m", "extraction.serving", "--root", str(root), "--model", "tiny", "--port", "0"]
+    with subprocess.Popen(
+        [sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY
+    ) as child:
+        assert child.stderr.readline() == "loading tiny\n"
+        child.terminate()
+        assert child.communicate(timeout=60)[1] == "traitline: stopped before it listened\n"
+    assert child.returncode == 143
