@@ -274,6 +274,31 @@ def test_a_slow_body_is_not_waited_for(server):
     still_answers(server)
 
 
+@pytest.mark.parametrize(
+    "first", [b"", b"POST /generate HTTP/1.1\r\nHost: loc", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he"]
+)
+def test_slow_headers_are_not_waited_for(server, first):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as wire:
+        wire.sendall(first)
+        began = time.monotonic()
+        while wire.recv(65536):
+            wire.sendall(b"x")
+        assert 0.3 < time.monotonic() - began < 4
+    still_answers(server)
+
+
+def test_a_connection_that_is_used_now_and_then_is_kept(server):
+    ports = set()
+    with httpx2.Client(base_url=server.url) as client:
+        for _ in range(3):
+            response = client.get("/health")
+            assert response.status_code == 200
+            ports.add(response.extensions["network_stream"].get_extra_info("client_addr"))
+            time.sleep(1.0)  # more than a slow request may take
+    assert len(ports) == 1
+
+
 def test_requests_beyond_what_memory_is_meant_for_are_sent_away():
     with running(queue=1, body_timeout=5) as small, contextlib.ExitStack() as opened:
         host, port = small.url.removeprefix("http://").split(":")

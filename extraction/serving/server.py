@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 
 from extraction.serving.app import make_app
+from extraction.serving.connections import impatient
 from extraction.serving.desk import Desk
 from extraction.serving.metrics import Meter
 from extraction.serving.scheduler import Scheduler
@@ -44,7 +45,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(self.desk, self.meter, say),
-                http="h11",
+                http=impatient(settings.body_timeout),
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
