@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extraction.decoding.sample import Sample
+from extraction.lda import LDAModelPair
+from extraction.pairs import Pair
 from extraction.prompts import encode_conversation, encode_raw
 from extraction.serving.words import UNFINISHED, Stream, settled, text_of
 from extraction.utils_batch import Request, generate
@@ -82,6 +84,16 @@ def test_a_batch_gives_each_prompt_its_own_answer_with_its_own_seed(server):
         single = server.answer("/generate_lda", prompt=prompts[i], alpha=1.5, **{**SAMPLED, "seed": 5 + i})
         assert {key: single[key] for key in ANSWER} == each
     assert answer["results"][0]["completion"] != answer["results"][2]["completion"]
+
+
+def test_the_server_says_what_a_script_would_get(server):
+    pair = LDAModelPair(Pair(language_model(1), language_model(2), "tiny-after", "tiny-before", shares_weights=False))
+    how = {"alpha": 1.5, "system_prompt": "Be calm.", **SAMPLED}
+    prompts = ["What is AI?", "Why <|user|>?"]
+    scripted = pair.generate_lda_batched(prompts, **how)
+    for i, wanted in enumerate(scripted):
+        got = server.answer("/generate_lda", prompt=prompts[i], **{**how, "seed": SAMPLED["seed"] + i})
+        assert {key: got[key] for key in wanted} == wanted
 
 
 def test_speculation_says_what_the_model_says(server):

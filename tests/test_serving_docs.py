@@ -72,6 +72,8 @@ def test_a_documented_request_is_answered_as_documented(server, command):
 
 def test_the_document_shows_every_sort_of_request():
     assert len(CURLS) == 5
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^serve: .*\n\t@exec \S+/traitline serve ", makefile, re.MULTILINE)
 
 
 def test_the_document_names_every_path_option_and_metric(server):

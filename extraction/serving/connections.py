@@ -9,7 +9,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def impatient(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, with a limit on the time from a connection's or a request's first byte to the headers' end."""
+    """uvicorn's protocol, with a limit on the time until a request's headers have arrived."""
 
     class Impatient(H11Protocol):
         """One connection."""

@@ -17,6 +17,7 @@ from starlette.requests import Request as HttpRequest
 
 from extraction.continuations import Request
 from extraction.decoding.sample import Sample
+from extraction.lda import DRAWS
 from extraction.serving.prompting import Asked, Encoded, Prompter, copies
 from extraction.serving.refusals import Refused
 from extraction.serving.rows import Event, Failed, Finished, Lane, Row
@@ -25,8 +26,6 @@ from extraction.serving.served import Served
 from extraction.serving.settings import MAX_ROWS, Settings
 
 T = TypeVar("T")
-
-DRAWS = "lda"  # the name of every row's random numbers, as in extraction.lda: the seed alone decides them
 
 
 class ClientGone(Exception):
