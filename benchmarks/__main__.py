@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-WHATS = ("peers", "capture", "amplification", "speculation", "memory", "validation")
+WHATS = ("peers", "capture", "amplification", "speculation", "memory", "validation", "server")
 SHAPES = ("tiny", "pocket", "15m", "135m")
-UNDRAWN = ("validation",)  # its table says it all
+UNDRAWN = ("validation", "server")  # their tables say it all
 BUSY = 0.5  # cores that others use
 CARD_SHAPES = ("pocket", "2b")
 N_TRAITS = 11  # as many as are shipped
@@ -44,7 +44,7 @@ def main(
     scouts: int,
     out: Path,
 ) -> None:
-    """Measure the engine beside its peers, what capture costs, two models at once, how memory grows, cards."""
+    """Measure the engine beside its peers, what capture costs, two models at once, memory, cards, the server."""
     _quiet(threads)
     load = busy_cores()
     if load > BUSY:
@@ -88,6 +88,12 @@ def main(
 
         _say("validation")
         _write("validation", "validation", card_cost(CARD_SHAPES, n_traits=N_TRAITS, say=_say), load, threads, out)
+    if what in ("server", "all"):
+        from benchmarks.server import server_load
+
+        _say("server")
+        found = server_load(n_requests=examples, repeats=repeats, threads=threads, say=_say)
+        _write("server", "server", found, load, threads, out)
 
 
 def busy_cores() -> float:
