@@ -31,7 +31,7 @@ FLOORS = [
     ("teacher", "vectors", "rows"),
     ("partners",),
     ("running",),
-    ("utils_batch", "likelihood", "exchange"),
+    ("utils_batch", "likelihood", "exchange", "helix"),
     ("runners", "self_check", "steered", "local_judge", "openai_judge"),
     ("judging", "sweep"),
     ("evidence", "preview", "fitting"),
