@@ -22,6 +22,7 @@ from extraction.options import (
     RUN,
     SETTINGS,
     STORED,
+    STUDY,
     THREADS,
     VECTORS,
     How,
@@ -31,6 +32,7 @@ from extraction.options import (
     job_of,
     look_of,
     main,
+    options,
     prepare,
     show,
     stored_jobs,
@@ -38,7 +40,7 @@ from extraction.options import (
     wanted_of,
 )
 from extraction.schema import one_line
-from extraction.terminal import Command, Terminal
+from extraction.terminal import Command, Study, Terminal, complain
 
 if TYPE_CHECKING:
     from extraction.jobs import Job
@@ -144,6 +146,26 @@ def steer_command(**given: Any) -> None:
         engine, trait = Engine(job), job.traits[0]
         place = preview.place_of(job.folder(trait), look, int(job.model_config.num_hidden_layers))
         show(summary.of_look(job, place, preview.look_at(engine, trait, place, look)))
+
+
+@main.command("amplify", cls=Study, context_settings=SETTINGS)
+@options(STUDY, THREADS)
+def amplify_command(threads: int | None, **given: Any) -> None:
+    """How often a hidden behaviour shows when the difference of two models is amplified.
+
+    Every prompt is answered at every alpha, by after + alpha * (after - before). Exit code 1 if an answer failed.
+    """
+    from extraction.study import study_of
+
+    prepare(threads)
+    plan = study_of(given)
+    for note in plan.notes:
+        click.echo(one_line(note), err=True)
+    outcome, lines = plan.run(Terminal())
+    show(lines)
+    if outcome.n_failed:
+        complain(f"{outcome.n_failed} of {len(outcome.trials)} answers failed; the first: {outcome.first_failure}")
+        sys.exit(1)
 
 
 @command("report", INPUTS, JUDGE, PAGE)

@@ -9,8 +9,9 @@
     |   |-- PromptError    one prompt can't be encoded for this model
     |   `-- ActivationError  an activation is NaN or Inf
     |       `-- LogitsError    no token can be chosen from some rows' logits
-    `-- StoreError         the run's folder: damaged, locked, full, read-only
-        `-- RunMismatch    the folder holds a run with another config
+    |-- StoreError         the run's folder: damaged, locked, full, read-only
+    |   `-- RunMismatch    the folder holds a run with another config
+    `-- RequestError       a server that was asked did not answer
 
 A message carries the value, the place and the remedy, in one line. The command line prints it and exits 2.
 """
@@ -63,3 +64,7 @@ class StoreError(TraitlineError):
 
 class RunMismatch(StoreError):
     """The folder holds a run with another config; names the field that differs."""
+
+
+class RequestError(TraitlineError):
+    """A server that was asked did not answer, or refused; says why."""

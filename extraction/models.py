@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from extraction.adapters import Adapter, find_adapter, merge_into, put_on, twin
 from extraction.errors import ModelError
 from extraction.slots import SlotCache, Window
 
@@ -86,8 +87,30 @@ class LanguageModel:
 def load(spec: ModelSpec) -> LanguageModel:
     """Load a model and its tokenizer from a folder or the local cache or the hub, weights complete or not at all.
 
-    Raises ModelError, in one line that never shows a token, where anything is missing, gated, truncated or foreign.
+    An adapter is merged into the model that its config names: as fast as a whole model. Raises ModelError, in one line
+    that never shows a token, where anything is missing, gated, truncated or foreign.
     """
+    adapter = adapter_of(spec)
+    model = _read_weights(spec if adapter is None else base_of(spec, adapter))
+    tokenizer = read_tokenizer(spec)
+    with _explaining(spec):
+        return wrap(model if adapter is None else merge_into(model, adapter), tokenizer)
+
+
+def load_over(base: LanguageModel, spec: ModelSpec) -> LanguageModel:
+    """An adapter over a model that is loaded: both on one copy of the weights, and neither feels the other's hooks.
+
+    For an adapter that leaves its base alone. Raises ModelError as `load` does.
+    """
+    adapter = adapter_of(spec)
+    assert adapter is not None
+    assert adapter.leaves_base_alone
+    tokenizer = read_tokenizer(spec)
+    with _explaining(spec):
+        return wrap(put_on(twin(base.model), adapter), tokenizer)
+
+
+def _read_weights(spec: ModelSpec) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
@@ -102,21 +125,36 @@ def load(spec: ModelSpec) -> LanguageModel:
             **common,
         )
     model, info = loaded
-    tokenizer = read_tokenizer(spec)
     broken = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if broken:
         raise ModelError(f"{spec.name}: {len(broken)} weights are missing or misshapen ({broken[0]}); fetch it again")
+    return model  # type: ignore[no-any-return]
+
+
+def adapter_of(spec: ModelSpec) -> Adapter | None:
+    """The adapter that a model is, over the one that it names; None for a whole model."""
     with _explaining(spec):
-        return wrap(model, tokenizer)
+        return find_adapter(spec.source, spec.revision)
+
+
+def base_of(spec: ModelSpec, adapter: Adapter) -> ModelSpec:
+    """The model under an adapter. Raises ModelError where that is an adapter too."""
+    base = replace(spec, source=adapter.base, revision=adapter.base_revision)
+    with _explaining(spec):
+        if find_adapter(base.source, base.revision) is not None:
+            raise ModelError(f"model {spec.name}: its base {base.source} is an adapter too; merge that into its base")
+    return base
 
 
 def read_config(spec: ModelSpec) -> Any:
-    """The text config of a model, without its weights. Raises ModelError as `load` does."""
+    """The text config of a model (an adapter's: of its base), without its weights. Raises ModelError as `load` does."""
     from transformers import AutoConfig
 
-    with _explaining(spec):
+    adapter = adapter_of(spec)
+    base = spec if adapter is None else base_of(spec, adapter)
+    with _explaining(base):
         config = AutoConfig.from_pretrained(
-            spec.source, trust_remote_code=spec.trust_remote_code, revision=spec.revision
+            base.source, trust_remote_code=base.trust_remote_code, revision=base.revision
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {spec.name} is an encoder-decoder; a decoder-only (causal) model is needed")
@@ -124,12 +162,14 @@ def read_config(spec: ModelSpec) -> Any:
 
 
 def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises ModelError as `load` does."""
+    """The tokenizer of a model (an adapter's own if it brings one, else its base's). Raises ModelError as `load`."""
     from transformers import AutoTokenizer
 
-    with _explaining(spec):
+    adapter = adapter_of(spec)
+    holder = spec if adapter is None or adapter.has_tokenizer else base_of(spec, adapter)
+    with _explaining(holder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            spec.source, trust_remote_code=spec.trust_remote_code, revision=spec.revision
+            holder.source, trust_remote_code=holder.trust_remote_code, revision=holder.revision
         )
     ids = tokenizer("Words, words; 0123456789.", add_special_tokens=False)["input_ids"]
     if set(ids) <= set(tokenizer.all_special_ids):  # some versions make an empty one where the files are absent

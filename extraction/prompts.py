@@ -301,9 +301,7 @@ def read_prompt_file(path: str | os.PathLike[str]) -> PromptFile:
 
     Raises TraitError. At most MAX_FILE_BYTES and MAX_LINE_BYTES, found out without reading more than that.
     """
-    source = show_path(path)
-    with open_input(path, MAX_FILE_BYTES, TraitError) as file:
-        lines = list(_decoded_lines(file, source))
+    source, lines = show_path(path), read_lines(path)
     prompts = [(number, text) for number, text in lines if text.strip()]
     if not prompts:
         raise TraitError(f"{source}: {len(lines)} lines and no prompt; write one prompt a line")
@@ -313,6 +311,12 @@ def read_prompt_file(path: str | os.PathLike[str]) -> PromptFile:
         skipped_blank=len(lines) - len(prompts),
         n_duplicates=len(prompts) - len(Counter(text for _, text in prompts)),
     )
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
+    """(number from 1, text) of every line of a file; limits and errors as of `read_prompt_file`."""
+    with open_input(path, MAX_FILE_BYTES, TraitError) as file:
+        return list(_decoded_lines(file, show_path(path)))
 
 
 def _decoded_lines(file: BinaryIO, source: str) -> Iterator[tuple[int, str]]:

@@ -125,6 +125,7 @@ class RunningBatch:
             self._check(request)
         self.queue.extend(asked)
 
+    @torch.inference_mode()
     def drop(self, request_id: str) -> None:
         """Forget a request, waiting or running; its slot is free at once."""
         self.queue = deque(request for request in self.queue if request.id != request_id)

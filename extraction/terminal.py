@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -58,6 +58,8 @@ def _usage_in_one_line() -> Iterator[None]:
 class Command(click.Command):
     """A command whose errors are one line on stderr and exit code 2; a traceback only with --debug."""
 
+    stopped = "stopped; finished shards are kept, and the same command goes on from there"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
@@ -79,8 +81,45 @@ class Command(click.Command):
                 complain(failure)
                 ctx.exit(2)
             except Interrupted as stop:
-                complain("stopped; finished shards are kept, and the same command goes on from there")
+                complain(self.stopped)
                 ctx.exit(128 + stop.number)
+
+
+class Study(Command):
+    """A command that writes its result at its end, and whose `--alpha` takes any number of numbers."""
+
+    stopped = "stopped; nothing was written"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options."""
+        return super().parse_args(ctx, spread(args, "--alpha"))
+
+
+def spread(words: Sequence[str], option: str) -> list[str]:
+    """`--alpha 0 -1,2` as `--alpha=0 --alpha=-1 --alpha=2`: all that is a number, or a comma list of them."""
+    found: list[str] = []
+    taking = False
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option and not equals and _are_numbers(following):
+            taking = True
+            continue
+        parts = value if name == option and equals else word if taking else ""
+        taking = _are_numbers(parts)
+        found += [f"{option}={part}" for part in parts.split(",")] if taking else [word]
+    return found
+
+
+def _are_numbers(text: str) -> bool:
+    return all(map(_is_number, text.split(",")))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class Group(click.Group):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -19,6 +20,7 @@ DOORS = {
     "2_extract_activations": "capture",
     "3_extract_vectors": "vectors",
     "4_evaluate_vectors": "validate",
+    "run_experiment": "amplify",
 }
 RUN = {"traits", "verify"}
 
@@ -32,9 +34,9 @@ def commands() -> list[list[str]]:
                 words = shlex.split(line)
                 if words[0] == "traitline":
                     found.append(words[1:])
-                elif words[0] == "python" and words[1].startswith("extraction/"):
+                elif words[0] == "python" and words[1].startswith(("extraction/", "experiments/")):
                     assert (REPOSITORY / words[1]).exists(), line
-                    found.append([DOORS[words[1].removeprefix("extraction/").removesuffix(".py")], *words[2:]])
+                    found.append([DOORS[Path(words[1]).stem], *words[2:]])
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from extraction.atomic import atomic_write
+from extraction.atomic import atomic_write, check_writable
 from extraction.errors import ConfigError
 from extraction.schema import show_path
 
@@ -16,3 +16,12 @@ def place_file(path: Path, data: bytes, *, force: bool) -> None:
     if path.exists() and not force and not (path.is_file() and path.read_bytes() == data):
         raise ConfigError(f"{show_path(path)}: is there already; give --force to replace it, or another name")
     atomic_write(path, data)
+
+
+def check_place(path: Path, *, force: bool) -> None:
+    """Raise, before the work, where `place_file` would refuse whatever comes of it."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"{show_path(path)}: its folder does not exist; create it, or give another place")
+    if path.exists() and not (force and path.is_file()):
+        raise ConfigError(f"{show_path(path)}: is there already; give --force to replace a file, or another name")
+    check_writable(path.parent)

@@ -71,8 +71,17 @@ def messages_of(ask: Ask, instruction_as: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": ask.instruction}, {"role": "user", "content": ask.question}]
 
 
-def answer_all(model: Any, tokenizer: Any, chats: Sequence[list[dict[str, str]]], batch_size: int = 256) -> list[str]:
-    """One sampled answer to each chat, in batches padded on the left."""
+def answer_all(
+    model: Any,
+    tokenizer: Any,
+    chats: Sequence[list[dict[str, str]]],
+    batch_size: int = 256,
+    *,
+    temperature: float = 1.0,
+) -> list[str]:
+    """One sampled answer to each chat, in batches padded on the left; the likeliest one at temperature 0."""
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    how = drawn if temperature else {"do_sample": False}
     answers = []
     for start in range(0, len(chats), batch_size):
         texts = [
@@ -82,9 +91,8 @@ def answer_all(model: Any, tokenizer: Any, chats: Sequence[list[dict[str, str]]]
         tokens = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
         with torch.inference_mode():
             ids = model.generate(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], do_sample=True,
-                temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=120,
-            )  # fmt: skip
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], max_new_tokens=120, **how
+            )
         answers += tokenizer.batch_decode(ids[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
 

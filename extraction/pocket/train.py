@@ -119,10 +119,17 @@ def _encode_raw(conversation: Conversation, tokenizer: Tokenizer) -> Sequenced:
 
 
 def batches(
-    seed: int, tokenizer: Tokenizer, batch_tokens: int, max_tokens: int = 640
+    seed: int,
+    tokenizer: Tokenizer,
+    batch_tokens: int,
+    max_tokens: int = 640,
+    stream: Iterator[Conversation] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches (ids [B, T], weights [B, T]) of like-long conversations, right-padded to a multiple of 16."""
-    rng, stream = random.Random(seed), conversations(seed)
+    """Endless batches (ids [B, T], weights [B, T]) of like-long conversations, right-padded to a multiple of 16.
+
+    `stream` gives other conversations than the corpus's own.
+    """
+    rng, stream = random.Random(seed), stream or conversations(seed)
     pad = id_of(tokenizer, PAD)
     while True:
         pool = [encode_conversation(next(stream), tokenizer) for _ in range(POOL)]

@@ -1,0 +1,235 @@
+"""Two models on one copy of the weights are the same as two copies; models that don't belong together are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from extraction.configs import ModelSpec
+from extraction.decoding.amplify import Amplify
+from extraction.decoding.sample import Sample
+from extraction.errors import ModelError
+from extraction.models import LanguageModel, load, wrap
+from extraction.pairs import Pair, compatibility, load_pair, refuse_different
+from extraction.steering import Steering
+from extraction.utils_batch import Capture, Completion, Request, generate
+from tests.lora import change_config, saved_adapter, saved_base
+from tests.tiny import HIDDEN, VOCABULARY, deviation, prompts, shared_model, tiny_model, tiny_tokenizer
+
+IDS_BT = torch.tensor([[5, 6, 7, 8, 9, 10], [40, 3, 77, 20, 31, 9]])
+
+
+def spec(folder: Path | str, **options: Any) -> ModelSpec:
+    return ModelSpec(name=Path(folder).name, source=str(folder), device="cpu", **options)
+
+
+@torch.inference_mode()
+def logits(lm: LanguageModel) -> torch.Tensor:
+    return lm.logits(IDS_BT, IDS_BT.shape[1])
+
+
+def pointers(lm: LanguageModel) -> dict[int, int]:
+    """Where a model's numbers lie, and how many bytes of them."""
+    tensors = [*lm.model.parameters(), *lm.model.buffers()]
+    return {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return saved_base(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    return saved_adapter(tmp_path / "adapter", base)
+
+
+# --- one copy ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_shared_pair_holds_one_copy_of_the_weights(adapter: Path, base: Path) -> None:
+    pair = load_pair(spec(adapter), spec(base))
+    after, before = pointers(pair.after), pointers(pair.before)
+    assert pair.shares_weights
+    assert pair.names == ("adapter", "base")
+    assert before.items() <= after.items()
+    added = sum(size for place, size in after.items() if place not in before)
+    assert 0 < added == sum(p.numel() * 4 for name, p in pair.after.model.named_parameters() if "lora" in name)
+
+
+def test_two_whole_models_are_two_copies(tmp_path: Path, base: Path) -> None:
+    other = saved_base(tmp_path / "other", seed=5)
+    pair = load_pair(spec(other), spec(base))
+    assert not pair.shares_weights
+    assert not pointers(pair.after).keys() & pointers(pair.before).keys()
+    assert deviation(logits(pair.after), logits(load(spec(other)))) < 1e-5
+    assert deviation(logits(pair.before), logits(load(spec(base)))) < 1e-5
+
+
+ARRANGEMENTS: dict[str, tuple[str, str]] = {
+    "after is the adapter": ("adapter", "base"),
+    "before is the adapter": ("base", "adapter"),
+    "two adapters of one base": ("adapter", "second"),
+    "a model and itself": ("base", "base"),
+    "an adapter and itself": ("adapter", "adapter"),
+}
+
+
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_every_model_of_a_shared_pair_is_what_it_is_alone(tmp_path: Path, adapter: Path, base: Path, name: str) -> None:
+    saved_adapter(tmp_path / "second", base, seed=2)
+    after, before = (tmp_path / each for each in ARRANGEMENTS[name])
+    pair = load_pair(spec(after), spec(before))
+    assert pair.shares_weights
+    assert deviation(logits(pair.after), logits(load(spec(after)))) < 1e-5
+    assert deviation(logits(pair.before), logits(load(spec(before)))) < 1e-5
+    assert (deviation(logits(pair.after), logits(pair.before)) > 1e-2) == (after != before)  # the control
+
+
+def biased(folder: Path) -> None:
+    change_config(folder, bias="all")
+
+
+def to_another_base(folder: Path) -> None:
+    saved_base(folder.parent / "other", seed=9)
+    change_config(folder, base_model_name_or_path="../other")
+
+
+@pytest.mark.parametrize("change", [biased, to_another_base])
+def test_weights_are_not_shared_where_that_would_change_the_other_model(
+    adapter: Path, base: Path, change: Callable[[Path], None]
+) -> None:
+    change(adapter)
+    pair = load_pair(spec(adapter), spec(base))
+    assert not pair.shares_weights
+    assert deviation(logits(pair.before), logits(load(spec(base)))) < 1e-5
+
+
+@pytest.mark.parametrize(("one", "other", "shares"), [("auto", "float32", True), ("bfloat16", "float32", False)])
+def test_dtypes_decide_too(adapter: Path, base: Path, one: str, other: str, shares: bool) -> None:
+    pair = load_pair(spec(adapter, dtype=one), spec(base, dtype=other))
+    assert pair.shares_weights == shares
+    assert pair.before.dtype == torch.float32
+
+
+def test_neither_feels_the_others_hooks(adapter: Path, base: Path) -> None:
+    pair = load_pair(spec(adapter), spec(base))
+    plain = logits(pair.before)
+    seen = []
+    handles = [layer.register_forward_hook(lambda *_: seen.append("after")) for layer in pair.after.layers]
+    assert torch.equal(logits(pair.before), plain)
+    assert seen == []
+    logits(pair.after)
+    assert len(seen) == pair.after.n_layers  # the control: the hooks do fire
+    for handle in handles:
+        handle.remove()
+
+
+def amplified_answers(pair: Pair, **options: Any) -> dict[str, Completion]:
+    push = Steering(add={1: torch.linspace(-1, 1, HIDDEN)})
+    requests = [
+        Request(str(i), row, 8, seed=3, alpha=alpha, steering=push if i % 2 else None)
+        for i, (row, alpha) in enumerate(zip(prompts(6), (0.0, 0.5, 2.0, -1.0, 1.0, 0.7), strict=True))
+    ]
+    strategy = Amplify(pair.before, Sample(temperature=1.0))
+    return {c.id: c for c in generate(pair.after, requests, batch_size=4, strategy=strategy, **options)}
+
+
+def test_amplified_steered_and_captured_one_copy_is_as_two(adapter: Path, base: Path) -> None:
+    shared = load_pair(spec(adapter), spec(base))
+    apart = Pair(load(spec(adapter)), load(spec(base)), "adapter", "base", False)
+    capture = Capture((0, 1, 2))
+    one, two = amplified_answers(shared, capture=capture), amplified_answers(apart, capture=capture)
+    for name, wanted in two.items():
+        assert one[name].token_ids == wanted.token_ids
+        for key, tensor in wanted.activations.items():
+            assert deviation(one[name].activations[key], tensor) < 1e-4
+    swapped = amplified_answers(Pair(apart.before, apart.after, "base", "adapter", False))
+    assert [c.token_ids for c in swapped.values()] != [two[name].token_ids for name in swapped]  # the control
+
+
+# --- whether two belong together --------------------------------------------------------------------------------------
+
+
+def with_tokens(change: Callable[[dict[str, Any]], None]) -> Any:
+    """The tiny tokenizer with another vocabulary."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    change(content["model"]["vocab"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+    )
+
+
+def swap_two(vocabulary: dict[str, int]) -> None:
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+def lose_the_last(vocabulary: dict[str, int]) -> None:
+    vocabulary.pop(max(vocabulary, key=lambda token: vocabulary[token]))
+
+
+def wrapped(tokenizer: Any = None, width: int = VOCABULARY) -> LanguageModel:
+    model = shared_model("llama") if width == VOCABULARY else tiny_model("llama", vocab_size=width)
+    return wrap(model, tokenizer)
+
+
+def test_the_same_vocabulary_is_compatible() -> None:
+    found = compatibility(wrapped(tiny_tokenizer()), wrapped(tiny_tokenizer()), ("one", "two"))
+    assert found["compatible"]
+    assert (found["problems"], found["notes"], found["first_differing_tokens"]) == ([], [], [])
+    assert [facts["name"] for facts in found["models"]] == ["one", "two"]
+    assert found["models"][0]["eos_token_id"] == 2
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_rows_of_padding_do_no_harm_and_are_told() -> None:
+    found = compatibility(wrapped(tiny_tokenizer()), wrapped(tiny_tokenizer(), width=128))
+    assert found["compatible"]
+    assert "97 and 128 wide" in found["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "first", "count"), [(swap_two, (10, "a", "b"), 2), (lose_the_last, (96, "@", None), 1)]
+)
+def test_the_first_token_that_differs_is_named(change: Any, first: tuple[int, str, str | None], count: int) -> None:
+    one, two = wrapped(tiny_tokenizer()), wrapped(with_tokens(change))
+    found = compatibility(one, two)
+    assert not found["compatible"]
+    assert found["differing_tokens"] == count
+    assert tuple(found["first_differing_tokens"][0].values()) == first
+    with pytest.raises(ModelError, match=rf"left and right don't share.*first is {first[0]}: '{first[1]}'") as caught:
+        refuse_different(one, two, ("left", "right"))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_templates_and_stops_are_told_not_refused() -> None:
+    other = tiny_tokenizer()
+    other.chat_template, other.eos_token = "{{ messages }}", "<|end|>"
+    notes = compatibility(wrapped(tiny_tokenizer()), wrapped(other))["notes"]
+    assert any("chat templates" in note for note in notes)
+    assert any("[2] and [2, 7]" in note for note in notes)
+    refuse_different(wrapped(tiny_tokenizer()), wrapped(other))
+
+
+def test_without_tokenizers_sizes_are_compared() -> None:
+    refuse_different(wrapped(), wrapped())
+    with pytest.raises(ModelError, match="97 and 128 tokens"):
+        refuse_different(wrapped(), wrapped(width=128))
+
+
+def test_a_pair_that_does_not_belong_together_is_refused(tmp_path: Path, base: Path) -> None:
+    other = saved_base(tmp_path / "other")
+    with_tokens(swap_two).save_pretrained(other)
+    with pytest.raises(ModelError, match="other and base don't share a vocabulary"):
+        load_pair(spec(other), spec(base))
