@@ -230,7 +230,9 @@ def test_logits_are_amplified_as_written(sleeper: Any, pocket: Any, tokenizer: A
 
 def test_top_p_keeps_the_likeliest() -> None:
     logits_BV = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(400, 3)
-    seen = {p: draw(logits_BV, Drawn(1.0, p), torch.Generator().manual_seed(0)).flatten().tolist() for p in (0.4, 0.7, 1)}
+    seen = {
+        p: draw(logits_BV, Drawn(1.0, p), torch.Generator().manual_seed(0)).flatten().tolist() for p in (0.4, 0.7, 1)
+    }
     assert [sorted(set(tokens)) for tokens in seen.values()] == [[0], [0, 1], [0, 1, 2]]
 
 
