@@ -1,4 +1,4 @@
-"""`python -m benchmarks [peers|capture|memory|validation|all]`: measure, and write JSON, a page and pictures."""
+"""`python -m benchmarks WHAT` (a name of WHATS, or all): measure, and write JSON, a page and pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+WHATS = ("peers", "capture", "amplification", "speculation", "memory", "validation")
 SHAPES = ("tiny", "pocket", "15m", "135m")
 UNDRAWN = ("validation",)  # its table says it all
 BUSY = 0.5  # cores that others use
@@ -18,7 +19,7 @@ MEMORY_COUNTS = (2_000, 20_000)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("what", type=click.Choice(["peers", "capture", "memory", "validation", "all"]), default="all")
+@click.argument("what", type=click.Choice([*WHATS, "all"]), default="all")
 @click.option("--shape", "shapes", multiple=True, default=("pocket",), type=click.Choice(SHAPES), show_default=True,
               help="Model; may be given several times.")  # fmt: skip
 @click.option("--threads", default=2, type=click.IntRange(1), show_default=True, help="Processor threads.")
@@ -43,7 +44,7 @@ def main(
     scouts: int,
     out: Path,
 ) -> None:
-    """Measure the engine beside its peers, what capture costs, how memory grows, and what a card costs."""
+    """Measure the engine beside its peers, what capture costs, two models at once, how memory grows, cards."""
     _quiet(threads)
     load = busy_cores()
     if load > BUSY:
@@ -63,6 +64,20 @@ def main(
             _say(f"capture, {shape}")
             found = capture_cost(shape, n_examples=examples, repeats=repeats, say=_say)
             _write("capture", f"capture-{shape}", found, load, threads, out)
+    if what in ("amplification", "all"):
+        from benchmarks.amplification import amplification
+
+        for shape in shapes:
+            _say(f"amplification, {shape}")
+            found = amplification(shape, n_examples=examples, n_serial=serial_examples, repeats=repeats, say=_say)
+            _write("amplification", f"amplification-{shape}", found, load, threads, out)
+    if what in ("speculation", "all"):
+        from benchmarks.speculation import speculation
+
+        for shape in shapes:
+            _say(f"speculation, {shape}")
+            found = speculation(shape, n_examples=serial_examples, repeats=repeats, say=_say)
+            _write("speculation", f"speculation-{shape}", found, load, threads, out)
     if what in ("memory", "all"):
         from benchmarks.memory import memory_growth
 

@@ -90,4 +90,44 @@ def _memory(figure: Figure, result: dict[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-DRAWINGS = {"peers": _peers, "capture": _capture, "memory": _memory}
+def _amplification(figure: Figure, result: dict[str, Any]) -> None:
+    axes = figure.subplots()
+    sides = list(result["sides"].values())[::-1]
+    medians = [side["median"] for side in sides]
+    around = [[side["median"] - side["min"] for side in sides], [side["max"] - side["median"] for side in sides]]
+    labels = [side["title"].replace(", ", ",\n", 1) for side in sides]
+    bars = axes.barh(labels, medians, xerr=around, color=[THEIRS, THEIRS, OURS], ecolor="#444444", capsize=3)
+    axes.bar_label(bars, [f"{median:.0f}" for median in medians], padding=8)
+    axes.margins(x=0.15)
+    axes.set_title(f"{result['shape']}: logit-diff amplification")
+    axes.set_xlabel("response tokens per second")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _speculation(figure: Figure, result: dict[str, Any]) -> None:
+    temperatures = sorted({cell["temperature"] for cell in result["cells"]})
+    figure.suptitle(f"{result['shape']}: speculation over plain decoding")
+    for axes, temperature in zip(figure.subplots(1, len(temperatures), sharey=True), temperatures, strict=True):
+        cells = [cell for cell in result["cells"] if cell["temperature"] == temperature]
+        for name, colour in (("draft", OURS), ("lookup", COLOURS["batched"])):
+            ratios = [cell["sides"][name]["ratio"]["median"] for cell in cells]
+            axes.plot([cell["batch_size"] for cell in cells], ratios, "o-", color=colour, label=name)
+        axes.axhline(1.0, color=THEIRS, linewidth=1)
+        axes.set_xscale("log", base=2)
+        sizes = [cell["batch_size"] for cell in cells]
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"temperature {temperature:g}")
+        axes.set_xlabel("batch size")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("tokens per second over plain")
+    figure.axes[-1].legend(frameon=False)
+
+
+DRAWINGS = {
+    "peers": _peers,
+    "capture": _capture,
+    "amplification": _amplification,
+    "speculation": _speculation,
+    "memory": _memory,
+}

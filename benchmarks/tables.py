@@ -18,6 +18,10 @@ batch size is tried first, to find a peer's best; the best ones then run in turn
 One at a time is measured on the first examples only. "Equal" counts the answers with the same tokens, in every run; the
 deviation is the largest difference of any mean, relative to the largest value of that answer. The floor is the time of
 a decode step's matrices alone.
+
+**Amplification.** Every side decodes the same prompts to the same number of tokens with two models; "by hand" is a loop
+over transformers' own forward with a cache for each model. **Speculation.** Plain decoding, a draft model and n-gram
+lookup take turns on the same prompts; sampled answers differ in their words, hence rates of tokens.
 """
 
 
@@ -131,8 +135,72 @@ def validation_table(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"peers": peers_table, "capture": capture_table, "memory": memory_table, "validation": validation_table}
+def amplification_table(result: dict[str, Any]) -> str:
+    """Two models at once: in a batch, alone, by hand."""
+    rows = [
+        [
+            side["title"],
+            f"{side['median']:.0f}",
+            f"{side['min']:.0f} to {side['max']:.0f}",
+            "{} of {}".format(*result["equal"][name]),
+        ]
+        for name, side in result["sides"].items()
+    ]
+    ratios = [
+        f"Batch over {words}: **{ratio['median']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f})."
+        for words, ratio in (("one at a time", result["ratios"]["alone"]), ("by hand", result["ratios"]["by_hand"]))
+    ]
+    head = ["", "tokens/s", "min to max", "equal to those by hand"]
+    return (
+        f"## Amplification, {result['shape']}: two models of {result['parameters'] / 1e6:.1f}M parameters\n\n"
+        f"{result['examples']} prompts of {result['tokens']} tokens each, greedy, alpha {result['alpha']:g}, "
+        f"{result['repeats']} rounds. One at a time runs on {result['serial_examples']} prompts.\n\n"
+        f"{table(head, rows)}\n" + " ".join(ratios) + "\n"
+    )
+
+
+def speculation_table(result: dict[str, Any]) -> str:
+    """Ratios over plain decoding, by temperature and batch size."""
+    rows = [
+        _speculation_row(cell, words, cell["sides"][name])
+        for cell in result["cells"]
+        for name, words in (("draft", "draft model"), ("lookup", "n-gram lookup"))
+    ]
+    head = ["", "temperature", "batch", "over plain", "min to max", "accepted", "tokens a step", "equal to plain"]
+    sizes = result["parameters"]
+    return (
+        f"## Speculation, {result['shape']}: {sizes['target'] / 1e6:.1f}M parameters, a draft of "
+        f"{sizes['draft'] / 1e6:.1f}M\n\n{result['examples']} prompts of up to {result['max_new_tokens']} tokens, "
+        f"at most {result['depth']} proposals, {result['repeats']} rounds; tokens per second over plain decoding in "
+        f"the same round.\n\n{table(head, rows)}"
+    )
+
+
+def _speculation_row(cell: dict[str, Any], words: str, side: dict[str, Any]) -> list[str]:
+    ratio, rate = side["ratio"], side["acceptance_rate"]
+    return [
+        words,
+        f"{cell['temperature']:g}",
+        str(cell["batch_size"]),
+        f"{ratio['median']:.2f}",
+        f"{ratio['min']:.2f} to {ratio['max']:.2f}",
+        "" if rate is None else f"{rate:.0%}",
+        f"{side['tokens_per_step']:.2f}",
+        "" if side["equal"] is None else "{} of {}".format(*side["equal"]),
+    ]
+
+
+TABLES = {
+    "peers": peers_table,
+    "capture": capture_table,
+    "amplification": amplification_table,
+    "speculation": speculation_table,
+    "memory": memory_table,
+    "validation": validation_table,
+}
 TITLES = {
+    "amplification": "Tokens per second of two models",
+    "speculation": "Speculation over plain decoding",
     "peers": "Tokens per second by peer",
     "capture": "Cost of capture",
     "memory": "Peak memory",

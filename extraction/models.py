@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,7 @@ ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "
 class LanguageModel:
     """A loaded causal model: its decoder blocks in order, and the ids that matter.
 
-    `max_positions` is the longest sequence that the model knows (None: no limit of its own). `around` is entered
-    around every pass: two models can be one copy of the weights with something switched.
+    `max_positions` is the longest sequence that the model knows (None: no limit of its own).
     """
 
     model: PreTrainedModel
@@ -40,7 +39,6 @@ class LanguageModel:
     pad_id: int
     max_positions: int | None
     keeps_last_logits: bool
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def n_layers(self) -> int:
@@ -67,8 +65,7 @@ class LanguageModel:
         """One forward pass; the logits of the last `n_last` positions: [B, n_last, V]. Pads without a mask go right."""
         if self.keeps_last_logits:
             inputs["logits_to_keep"] = self._last_positions(input_ids_BT, n_last)
-        with self.around():
-            logits_BTV: Tensor = self.model(input_ids=input_ids_BT, **inputs).logits
+        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, **inputs).logits
         return logits_BTV[:, -n_last:]
 
     def _last_positions(self, input_ids_BT: Tensor, n_last: int) -> int | Tensor:
@@ -80,8 +77,7 @@ class LanguageModel:
 
     def hidden_states(self, input_ids_BT: Tensor) -> None:
         """One pass through the decoder without the head, for its hooks alone; no mask, so pads must be on the right."""
-        with self.around():
-            self.model.base_model(input_ids=input_ids_BT, use_cache=False)
+        self.model.base_model(input_ids=input_ids_BT, use_cache=False)
 
 
 def load(spec: ModelSpec) -> LanguageModel:

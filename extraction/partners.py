@@ -64,6 +64,7 @@ class Front:
 class Alone:
     """No partner: one model, one token a step."""
 
+    names: tuple[str, ...] = ()  # of the two models, in errors
     streams: tuple[str, ...] = ()
     lane: Lane | None = None
     depth = 0
@@ -102,6 +103,8 @@ class Alone:
 
 class Amplifier(Alone):
     """The before model reads along; its logits push the after model's."""
+
+    names = ("after", "before")
 
     def __init__(self, strategy: Amplify, window: Window, lm: LanguageModel) -> None:
         super().__init__(strategy, window, lm)
@@ -145,6 +148,7 @@ class _Guess:
 class Drafter(Alone):
     """Proposes tokens: a draft model's, or a row's own, looked up."""
 
+    names = ("target", "draft")
     streams = ("draft", "accept")
 
     def __init__(self, strategy: Speculate, window: Window, lm: LanguageModel) -> None:

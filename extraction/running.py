@@ -26,6 +26,7 @@ from extraction.decoding.sample import Sample, Sampler, sampler_of
 from extraction.decoding.speculate import Proposal
 from extraction.errors import ActivationError, ConfigError, LogitsError, PromptError
 from extraction.models import LanguageModel
+from extraction.pairs import refuse_different
 from extraction.partners import Front, Lane, Strategy, check_partner, minds_holes, partner_of
 from extraction.rows import DRAW, Rows
 from extraction.slots import Move, Window
@@ -94,6 +95,8 @@ class RunningBatch:
         self.window.columns = limits.longest + max(32, limits.longest // 4) + self.partner.depth
         self.lane = Lane(lm, self.window)
         self.lanes = [lane for lane in (self.lane, self.partner.lane) if lane is not None]
+        for lane in self.lanes[1:]:
+            refuse_different(lm, lane.lm, self.partner.names)
         self.holes_matter = self.width > 1 and any(minds_holes(lane.lm) for lane in self.lanes)
         self.max_positions = min((lane.lm.max_positions for lane in self.lanes if lane.lm.max_positions), default=None)
         self.last_position = min(limits.longest, self.max_positions or limits.longest) - 1
@@ -125,6 +128,7 @@ class RunningBatch:
             self._check(request)
         self.queue.extend(asked)
 
+    @torch.inference_mode()
     def drop(self, request_id: str) -> None:
         """Forget a request, waiting or running; its slot is free at once."""
         self.queue = deque(request for request in self.queue if request.id != request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from click.testing import CliRunner, Result
 from transformers import PreTrainedModel
 
 from benchmarks.__main__ import main
+from benchmarks.amplification import amplification
 from benchmarks.capture_cost import ratios
+from benchmarks.duos import ask, bundled, in_turn
 from benchmarks.floor import linear_rate
 from benchmarks.hardware import describe
 from benchmarks.jobs import PROMPT_TOKENS, RESPONSE_TOKENS, Answer, compare, make_requests, n_tokens
@@ -23,8 +26,10 @@ from benchmarks.memory import memory_growth
 from benchmarks.peers import PEERS, Answers
 from benchmarks.race import race
 from benchmarks.shapes import random_model
+from benchmarks.speculation import speculation
 from benchmarks.tables import TABLES, save
 from benchmarks.validation import card_cost
+from extraction.utils_batch import generate
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +167,59 @@ def test_memory_is_measured_in_fresh_processes() -> None:
     assert all(peak > 50 for by_count in found["peak_mib"].values() for peak in by_count.values())
     assert all(growth == 1.0 for growth in found["growth"].values())
     assert "8 examples" in TABLES["memory"](found)
+
+
+def test_amplification_is_measured_and_its_answers_equal_those_by_hand(tmp_path: Path) -> None:
+    found = amplification("tiny", n_examples=9, n_serial=3, repeats=2, say=say, batch_size=4, max_new_tokens=7)
+    assert found["equal"] == {name: [3, 3] for name in ("batch", "alone", "by_hand")}
+    assert set(found["ratios"]) == {"alone", "by_hand"}
+    _written("amplification", found, tmp_path)
+
+
+def test_amplification_of_another_alpha_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.amplification.by_hand", plain_by_hand)
+    found = amplification("tiny", n_examples=4, n_serial=4, repeats=1, say=say, max_new_tokens=12)
+    assert found["equal"]["batch"][0] < 4
+
+
+def plain_by_hand(after: Any, _before: Any, requests: Any) -> dict[str, tuple[int, ...]]:
+    """The model after, by itself."""
+    return {c.id: c.token_ids for c in generate(after, requests, batch_size=1)}
+
+
+def test_speculation_is_measured_and_greedy_answers_are_plain_ones(tmp_path: Path) -> None:
+    found = speculation("tiny", n_examples=5, repeats=2, say=say, batch_sizes=(1, 3), max_new_tokens=9)
+    assert [(cell["temperature"], cell["batch_size"]) for cell in found["cells"]] == [
+        (0.0, 1),
+        (0.0, 3),
+        (0.7, 1),
+        (0.7, 3),
+    ]
+    for cell in found["cells"]:
+        for name, side in cell["sides"].items():
+            assert side["equal"] == (None if cell["temperature"] else [5, 5])
+            assert side["ratio"]["median"] > 0
+            assert name == "plain" or side["tokens_per_step"] >= 1
+    assert found["cells"][0]["sides"]["draft"]["acceptance_rate"] > 0.1
+    _written("speculation", found, tmp_path)
+
+
+def _written(kind: str, found: dict[str, Any], folder: Path) -> None:
+    """As the command writes it: figures, page, and a picture where matplotlib is."""
+    result = {"kind": kind, "machine": describe(1), **found}
+    if importlib.util.find_spec("matplotlib"):
+        from benchmarks.figures import draw
+
+        assert draw(result, folder / f"{kind}-tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(save(f"{kind}-tiny", result, folder).read_text()) == result
+    assert TABLES[kind](result) in (folder / "README.md").read_text()
+
+
+def test_questions_of_all_traits_are_asked_and_rounds_take_turns() -> None:
+    lm = bundled("pocket")
+    requests = ask(lm, 30, 5)
+    assert len({r.token_ids for r in requests}) == len({r.id for r in requests}) == 30
+    assert in_turn(["a", "b", "c"], 4) == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
 def test_a_cards_cost_is_measured_and_tabled() -> None:

@@ -32,7 +32,7 @@ FLOORS = [
     ("partners",),
     ("running",),
     ("utils_batch", "likelihood", "exchange"),
-    ("runners", "self_check", "steered", "local_judge", "openai_judge", "lda"),
+    ("runners", "self_check", "steered", "local_judge", "openai_judge", "lda", "helix"),
     ("judging", "sweep", "trials"),
     ("evidence", "preview", "fitting", "study"),
     ("validating", "reporting"),

@@ -1,0 +1,195 @@
+"""References for two models at once: plain loops over one row, transformers alone, no cache, no padding.
+
+Nothing here knows the engine. Rows are Python lists; V vocabulary, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from extraction.decoding.sample import Sample, uniforms
+from extraction.models import LanguageModel
+from extraction.running import RunningBatch
+from extraction.utils_batch import Request
+from tests.tiny import tiny_model
+
+MINUS_INFINITY = float("-inf")
+GREEDY = Sample()
+
+# --- choosing a token ------------------------------------------------------------------------------------------------
+
+
+def plain_amplified(after: Sequence[float], before: Sequence[float], alpha: float, plausibility: float) -> list[float]:
+    """after + alpha (after - before), one number at a time; with plausibility, Li et al. 2023, equation 2."""
+    best = max(after)
+    shares = [math.exp(a - best) for a in after]  # p(token) / max p
+    return [
+        MINUS_INFINITY if a == MINUS_INFINITY or share < plausibility else a + alpha * (a - b) if a != b else a
+        for a, b, share in zip(after, before, shares, strict=True)
+    ]
+
+
+def warped(scores_V: Tensor, sample: Sample) -> Tensor:
+    """Temperature, top-k and top-p by transformers' own warpers; greedy: all mass on the best."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    if sample.temperature == 0:
+        return torch.full_like(scores_V, MINUS_INFINITY).index_fill(0, scores_V.argmax(), 0.0)
+    warpers: list[Any] = [TemperatureLogitsWarper(sample.temperature)]
+    warpers += [TopKLogitsWarper(sample.top_k)] if sample.top_k else []
+    warpers += [TopPLogitsWarper(sample.top_p)] if sample.top_p < 1 else []
+    scores_1V = scores_V.unsqueeze(0)
+    for warper in warpers:
+        scores_1V = warper(torch.zeros(1, 1, dtype=torch.long), scores_1V)
+    return scores_1V[0]
+
+
+def plain_draw(weights: Sequence[float], uniform: float) -> int:
+    """The first token whose cumulative weight exceeds the uniform's share of the whole."""
+    sums = list(itertools.accumulate(weights))
+    return next(token for token, reached in enumerate(sums) if reached > uniform * sums[-1])
+
+
+def plain_settle(
+    target: Sequence[Sequence[float]],
+    tokens: Sequence[int],
+    drafted: Sequence[Sequence[float]] | None,
+    accept: Sequence[float],
+    draws: Sequence[float],
+) -> list[int]:
+    """One row's new tokens: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1. `tokens`: those that count."""
+    said: list[int] = []
+    for k, token in enumerate(tokens):
+        certain = [float(other == token) for other in range(len(target[k]))]
+        q = certain if drafted is None else drafted[k]
+        if accept[k] * q[token] < target[k][token]:
+            said.append(token)
+            continue
+        residual = [max(0.0, p - chance) for p, chance in zip(target[k], q, strict=True)]
+        return [*said, plain_draw(residual if sum(residual) > 0 else target[k], draws[k])]
+    return [*said, plain_draw(target[len(tokens)], draws[len(tokens)])]
+
+
+# --- whole responses -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def last_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """The next token's logits [V], in float64."""
+    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1].double()
+
+
+def amplified_response(
+    after: PreTrainedModel,
+    before: PreTrainedModel,
+    request: Request,
+    alpha: float,
+    sample: Sample = GREEDY,
+    plausibility: float = 0.0,
+) -> tuple[int, ...]:
+    """Two models by hand, one prompt, every token from the whole text again; to its budget."""
+    said: list[int] = []
+    for uniform in uniforms(request.draws or request.id, request.seed, request.max_new_tokens):
+        rows = [last_logits(model, [*request.token_ids, *said]).tolist() for model in (after, before)]
+        scores_V = torch.tensor(plain_amplified(*rows, alpha, plausibility), dtype=torch.float64)
+        said.append(plain_draw(warped(scores_V, sample).softmax(-1).tolist(), float(uniform)))
+    return tuple(said)
+
+
+def fed_at_random(
+    batch: RunningBatch, waiting: list[Request], rng: random.Random
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """What was answered, told twice alike, and what was dropped before it ended."""
+    done: dict[str, tuple[int, ...]] = {}
+    fresh: dict[str, tuple[int, ...]] = {}
+    dropped: set[str] = set()
+    with batch.watching():
+        while waiting or batch.has_work:
+            n_new = rng.randint(0 if batch.has_work else 1, 3)
+            arriving, waiting = waiting[:n_new], waiting[n_new:]
+            batch.add(arriving)
+            running = [key for key in fresh if key not in done and key not in dropped]
+            gone = rng.sample([r.id for r in arriving] + running, 1) if running and rng.random() < 0.1 else []
+            for key in gone:
+                batch.drop(key)
+                dropped.add(key)
+            news = batch.advance()
+            fresh |= {key: fresh.get(key, ()) + tuple(tokens) for key, tokens in news.fresh.items()}
+            done |= {c.id: c.token_ids for c in news.done}
+    assert {key: tokens for key, tokens in fresh.items() if key in done} == done
+    return done, dropped
+
+
+Outcome = tuple[tuple[int, ...], str]
+
+
+def outcome_chances(lm: LanguageModel, prompt: tuple[int, ...], n: int, sample: Sample) -> dict[Outcome, float]:
+    """The probability of every response of up to `n` tokens, and how it ends, from the target alone."""
+    found: dict[Outcome, float] = {}
+    open_rows: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(n):
+        longer: dict[tuple[int, ...], float] = {}
+        for said, chance in open_rows.items():
+            for token, p in enumerate(warped(last_logits(lm.model, prompt + said), sample).softmax(-1).tolist()):
+                if token in lm.stop_ids:
+                    found[said, "stop"] = found.get((said, "stop"), 0.0) + chance * p
+                elif p > 0:
+                    longer[*said, token] = chance * p
+        open_rows = longer
+    return found | {(said, "length"): chance for said, chance in open_rows.items()}
+
+
+def chi_square_p(counts: Mapping[Outcome, int], chances: Mapping[Outcome, float]) -> float:
+    """The chi-square test's p over all outcomes, rare ones merged; 0 where the impossible happened."""
+    from scipy.stats import chisquare
+
+    if any(chances.get(outcome, 0.0) <= 0 for outcome in counts):
+        return 0.0
+    total = sum(counts.values())
+    common = [outcome for outcome, chance in chances.items() if chance * total >= 5]
+    observed = [counts.get(outcome, 0) for outcome in common]
+    wanted = [chances[outcome] * total for outcome in common]
+    if total - sum(wanted) >= 5:
+        observed, wanted = [*observed, total - sum(observed)], [*wanted, total - sum(wanted)]
+    scale = sum(observed) / sum(wanted)
+    return float(chisquare(observed, [each * scale for each in wanted]).pvalue)
+
+
+# --- drafts ----------------------------------------------------------------------------------------------------------
+
+
+def noisy_model(name: str, strength: float = 0.1, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The tiny model of that name with noise on its weights: often of the same mind, not always."""
+    model = tiny_model(name, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+        parameter.data.add_(strength * parameter.data.float().std(correction=0).to(parameter.dtype) * noise)
+    return model
+
+
+@contextmanager
+def contradicting(model: PreTrainedModel, where: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Turn the model's logits round at the positions that `where` picks: its favourite there is its last choice."""
+
+    def turn(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(kwargs["input_ids"].shape[1]).unsqueeze(0)
+        wrong_BT1 = where(positions[:, -output.logits.shape[1] :]).unsqueeze(-1)
+        output.logits = torch.where(wrong_BT1, -output.logits, output.logits)
+
+    handle = model.register_forward_hook(turn, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
