@@ -31,16 +31,22 @@ Strategy = Sample | Amplify | Speculate
 
 
 class Lane:
-    """A model and its cache of slots; several lanes read the same tokens in one window."""
+    """A model and its cache of slots; several lanes read the same tokens in one window.
 
-    def __init__(self, lm: LanguageModel, window: Window) -> None:
+    A second model may have fewer rows of padding in its embeddings than the first has in its head: `clamps` then.
+    """
+
+    def __init__(self, lm: LanguageModel, window: Window, *, clamps: bool = False) -> None:
         self.lm, self.cache = lm, SlotCache(lm.n_layers, window)
+        embeddings: Any = lm.model.get_input_embeddings()
+        self.last_id = int(embeddings.weight.shape[0]) - 1 if clamps else None
 
     def read(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, n_last: int = 1) -> Tensor:
         """One pass; the logits of the last `n_last` columns: [B, n_last, V]."""
         device = self.lm.device
+        known_BT = ids_BT if self.last_id is None else ids_BT.clamp(max=self.last_id)
         logits_BTV = self.lm.logits(
-            ids_BT.to(device),
+            known_BT.to(device),
             n_last,
             attention_mask=mask_BS.to(device),
             position_ids=position_BT.to(device),
@@ -108,7 +114,7 @@ class Amplifier(Alone):
 
     def __init__(self, strategy: Amplify, window: Window, lm: LanguageModel) -> None:
         super().__init__(strategy, window, lm)
-        self.lane = Lane(strategy.before, window)
+        self.lane = Lane(strategy.before, window, clamps=True)
         self.alpha_B = torch.full((window.slots,), strategy.alpha, device=lm.device)
         self.entering_R = self.alpha_B
 
@@ -154,7 +160,7 @@ class Drafter(Alone):
     def __init__(self, strategy: Speculate, window: Window, lm: LanguageModel) -> None:
         super().__init__(strategy, window, lm)
         self.depth = strategy.depth
-        self.lane = None if strategy.draft is None else Lane(strategy.draft, window)
+        self.lane = None if strategy.draft is None else Lane(strategy.draft, window, clamps=True)
         self.cost = COLUMN_COST + (0.0 if strategy.draft is None else relative_size(strategy.draft, lm))
         self.rows: list[_Guess] = [self._new() for _ in range(window.slots)]
 

@@ -238,6 +238,11 @@ class RunningBatch:
         pending_B1 = self.rows.token_B1
         ids_BT = pending_B1 if proposal is None else torch.cat([pending_B1, proposal.token_BK], dim=1)
         logits_BTV = self._read(ids_BT)
+        broken = [] if proposal is None else self._broken(logits_BTV)
+        if proposal is not None and broken:
+            proposal = proposal.without(broken, pending_B1)
+            ids_BT = torch.cat([pending_B1, proposal.token_BK], dim=1)
+            logits_BTV = self._read(ids_BT)
         chosen = self._one_more(logits_BTV) if proposal is None else self._settle(logits_BTV, proposal, ids_BT)
         read = self._extend_all({row: chosen[row] for row, slot in enumerate(self.slots) if slot is not None}, news)
         if self.observer is not None:
@@ -245,6 +250,11 @@ class RunningBatch:
         if proposal is not None:
             self._learn(proposal, chosen)
         self._let_go(news)
+
+    def _broken(self, logits_BTV: Tensor) -> list[int]:
+        """Live rows that what was proposed may have broken: a NaN reaches the columns before it too, masked or not."""
+        bad = (~logits_BTV.amax(-1).isfinite()).any(1).nonzero()[:, 0].tolist()
+        return [row for row in bad if (slot := self.slots[row]) is not None and slot.fault is None]
 
     def _read(self, ids_BT: Tensor) -> Tensor:
         """One pass of every model over a step's columns: the logits that tokens are chosen from, [B, T, V]."""

@@ -58,6 +58,12 @@ class Proposal:
     depth_B: Tensor
     chances_BKV: Tensor | None
 
+    def without(self, rows: Sequence[int], token_B1: Tensor) -> Proposal:
+        """Nothing proposed to these rows; `token_B1` stands in the place of what was."""
+        rows_R = torch.tensor(rows, device=self.token_BK.device)
+        token_BK = self.token_BK.index_copy(0, rows_R, token_B1[rows_R].expand(-1, self.token_BK.shape[1]))
+        return Proposal(token_BK, self.depth_B.index_fill(0, rows_R, 0), self.chances_BKV)
+
 
 @dataclass(frozen=True)
 class Verdict:
