@@ -21,7 +21,9 @@ extract: $(VENV)/.installed-report
 	  $(if $(N_EXAMPLES),--n-examples "$(N_EXAMPLES)") $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
 
 serve: $(VENV)/.installed-serve
-	@$(BIN)/traitline serve $(ARGS)
+	@exec $(BIN)/traitline serve $(if $(AFTER),--after "$(AFTER)") $(if $(BEFORE),--before "$(BEFORE)") \
+	  $(if $(MODEL),--model "$(MODEL)") $(if $(DRAFT),--draft "$(DRAFT)") $(if $(PORT),--port "$(PORT)") \
+	  $(if $(BATCH_SIZE),--batch-size "$(BATCH_SIZE)") $(ARGS)
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -n 2 $(ARGS)

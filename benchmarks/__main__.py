@@ -1,21 +1,105 @@
-"""`python -m benchmarks WHAT` (a name of WHATS, or all): measure, and write JSON, a page and pictures."""
+"""`python -m benchmarks WHAT` (a name of JOBS, or all): measure, and write JSON, a page and pictures."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-WHATS = ("peers", "capture", "amplification", "speculation", "memory", "validation")
 SHAPES = ("tiny", "pocket", "15m", "135m")
-UNDRAWN = ("validation",)  # its table says it all
+UNDRAWN = ("validation", "server")  # their tables say it all
 BUSY = 0.5  # cores that others use
 CARD_SHAPES = ("pocket", "2b")
 N_TRAITS = 11  # as many as are shipped
 MEMORY_COUNTS = (2_000, 20_000)
+Named = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # a measurement's name, and how it is made
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command's options."""
+
+    shapes: tuple[str, ...]
+    threads: int
+    repeats: int
+    examples: int
+    serial_examples: int
+    scouts: int
+
+
+def _peers(asked: Asked) -> Named:
+    from benchmarks.race import race
+
+    counts = {"n_examples": asked.examples, "n_serial": asked.serial_examples}
+    for shape in asked.shapes:
+        yield f"peers-{shape}", partial(race, shape, **counts, repeats=asked.repeats, scouts=asked.scouts, say=_say)
+
+
+def _capture(asked: Asked) -> Named:
+    from benchmarks.capture_cost import capture_cost
+
+    for shape in asked.shapes:
+        yield (
+            f"capture-{shape}",
+            partial(capture_cost, shape, n_examples=asked.examples, repeats=asked.repeats, say=_say),
+        )
+
+
+def _amplification(asked: Asked) -> Named:
+    from benchmarks.amplification import amplification
+
+    counts = {"n_examples": asked.examples, "n_serial": asked.serial_examples}
+    for shape in asked.shapes:
+        yield f"amplification-{shape}", partial(amplification, shape, **counts, repeats=asked.repeats, say=_say)
+
+
+def _speculation(asked: Asked) -> Named:
+    from benchmarks.speculation import speculation
+
+    for shape in asked.shapes:
+        yield (
+            f"speculation-{shape}",
+            partial(speculation, shape, n_examples=asked.serial_examples, repeats=asked.repeats, say=_say),
+        )
+
+
+def _memory(asked: Asked) -> Named:
+    from benchmarks.memory import memory_growth
+
+    yield "memory", partial(memory_growth, counts=MEMORY_COUNTS, threads=asked.threads, say=_say)
+
+
+def _validation(_: Asked) -> Named:
+    from benchmarks.validation import card_cost
+
+    yield "validation", partial(card_cost, CARD_SHAPES, n_traits=N_TRAITS, say=_say)
+
+
+def _server(asked: Asked) -> Named:
+    from benchmarks.server import server_load
+
+    yield (
+        "server",
+        partial(server_load, n_requests=asked.examples, repeats=asked.repeats, threads=asked.threads, say=_say),
+    )
+
+
+JOBS: dict[str, Callable[[Asked], Named]] = {
+    "peers": _peers,
+    "capture": _capture,
+    "amplification": _amplification,
+    "speculation": _speculation,
+    "memory": _memory,
+    "validation": _validation,
+    "server": _server,
+}
+WHATS = tuple(JOBS)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -44,50 +128,16 @@ def main(
     scouts: int,
     out: Path,
 ) -> None:
-    """Measure the engine beside its peers, what capture costs, two models at once, how memory grows, cards."""
+    """Measure the engine beside its peers, what capture costs, two models at once, memory, cards, the server."""
     _quiet(threads)
     load = busy_cores()
     if load > BUSY:
         _say(f"the machine is busy (load {load:.1f}): figures will be noise, above all with more than one thread")
-    if what in ("peers", "all"):
-        from benchmarks.race import race
-
-        for shape in shapes:
-            _say(f"peers, {shape}")
-            counts = {"n_examples": examples, "n_serial": serial_examples, "repeats": repeats, "scouts": scouts}
-            found = race(shape, **counts, say=_say)
-            _write("peers", f"peers-{shape}", found, load, threads, out)
-    if what in ("capture", "all"):
-        from benchmarks.capture_cost import capture_cost
-
-        for shape in shapes:
-            _say(f"capture, {shape}")
-            found = capture_cost(shape, n_examples=examples, repeats=repeats, say=_say)
-            _write("capture", f"capture-{shape}", found, load, threads, out)
-    if what in ("amplification", "all"):
-        from benchmarks.amplification import amplification
-
-        for shape in shapes:
-            _say(f"amplification, {shape}")
-            found = amplification(shape, n_examples=examples, n_serial=serial_examples, repeats=repeats, say=_say)
-            _write("amplification", f"amplification-{shape}", found, load, threads, out)
-    if what in ("speculation", "all"):
-        from benchmarks.speculation import speculation
-
-        for shape in shapes:
-            _say(f"speculation, {shape}")
-            found = speculation(shape, n_examples=serial_examples, repeats=repeats, say=_say)
-            _write("speculation", f"speculation-{shape}", found, load, threads, out)
-    if what in ("memory", "all"):
-        from benchmarks.memory import memory_growth
-
-        _say("memory")
-        _write("memory", "memory", memory_growth(counts=MEMORY_COUNTS, threads=threads, say=_say), load, threads, out)
-    if what in ("validation", "all"):
-        from benchmarks.validation import card_cost
-
-        _say("validation")
-        _write("validation", "validation", card_cost(CARD_SHAPES, n_traits=N_TRAITS, say=_say), load, threads, out)
+    asked = Asked(shapes, threads, repeats, examples, serial_examples, scouts)
+    for kind in WHATS if what == "all" else (what,):
+        for name, measured in JOBS[kind](asked):
+            _say(name)
+            _write(kind, name, measured(), load, threads, out)
 
 
 def busy_cores() -> float:

@@ -116,10 +116,11 @@ def _speculation(figure: Figure, result: dict[str, Any]) -> None:
         axes.set_xscale("log", base=2)
         sizes = [cell["batch_size"] for cell in cells]
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.set_ylim(bottom=0)
         axes.set_title(f"temperature {temperature:g}")
         axes.set_xlabel("batch size")
         axes.spines[["top", "right"]].set_visible(False)
+    most = max(cell["sides"][name]["ratio"]["median"] for cell in result["cells"] for name in ("draft", "lookup"))
+    figure.axes[0].set_ylim(0, 1.1 * max(most, 1.0))
     figure.axes[0].set_ylabel("tokens per second over plain")
     figure.axes[-1].legend(frameon=False)
 

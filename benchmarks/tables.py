@@ -190,6 +190,33 @@ def _speculation_row(cell: dict[str, Any], words: str, side: dict[str, Any]) -> 
     ]
 
 
+def server_table(result: dict[str, Any]) -> str:
+    """One client and many, by endpoint."""
+    head = ["", "clients", "requests/s", "tokens/s", "median wait, s", "95th percentile, s"]
+    rows = [
+        [
+            path,
+            str(clients),
+            f"{found[who]['requests_per_second']:.1f}",
+            f"{found[who]['tokens_per_second']:.0f}",
+            f"{found[who]['median_seconds']:.2f}",
+            f"{found[who]['p95_seconds']:.2f}",
+        ]
+        for path, found in result["endpoints"].items()
+        for who, clients in (("one", 1), ("many", result["clients"]))
+    ]
+    ratios = "\n".join(
+        f"- `{path}`: **{found['ratio']['median']:.2f}** times the tokens per second ({found['ratio']['min']:.2f} to "
+        f"{found['ratio']['max']:.2f}); {found['n_equal']} of {result['requests']} answers equal to those one at a time"
+        for path, found in result["endpoints"].items()
+    )
+    return (
+        f"## The server under load\n\n{result['requests']} requests of one client, then the same of "
+        f"{result['clients']} at once, {result['repeats']} rounds, server and clients on the same machine.\n\n"
+        f"{table(head, rows)}\n{ratios}\n"
+    )
+
+
 TABLES = {
     "peers": peers_table,
     "capture": capture_table,
@@ -197,6 +224,7 @@ TABLES = {
     "speculation": speculation_table,
     "memory": memory_table,
     "validation": validation_table,
+    "server": server_table,
 }
 TITLES = {
     "amplification": "Tokens per second of two models",
@@ -205,4 +233,5 @@ TITLES = {
     "capture": "Cost of capture",
     "memory": "Peak memory",
     "validation": "Cost of a card",
+    "server": "The server under load",
 }

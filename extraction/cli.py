@@ -17,6 +17,7 @@ from extraction.options import (
     GENERATION,
     INPUTS,
     JUDGE,
+    LOADING,
     LOOK,
     PAGE,
     RUN,
@@ -40,7 +41,8 @@ from extraction.options import (
     wanted_of,
 )
 from extraction.schema import one_line
-from extraction.terminal import Command, Study, Terminal, complain
+from extraction.server_options import MODELS, SERVER, server_of
+from extraction.terminal import Command, Serving, Study, Terminal, complain
 
 if TYPE_CHECKING:
     from extraction.jobs import Job
@@ -179,6 +181,21 @@ def report_command(opens: bool, **given: Any) -> None:
     show(summary.of_reports(pages, index))
     if opens:
         click.launch(str(pages[0] if len(pages) == 1 else index))
+
+
+@main.command("serve", cls=Serving, context_settings=SETTINGS)
+@options(MODELS, SERVER, LOADING, THREADS)
+def serve_command(**given: Any) -> None:
+    """Answer over HTTP: plain, amplified and speculated generation, in batches of whoever asks. See docs/server.md.
+
+    The bundled models are served where none is named. Without a token, only this machine is answered.
+    """
+    (threads,) = take(given, "threads")
+    settings, choice = server_of(given)
+    from extraction.serving.server import serve
+
+    prepare(threads)
+    serve(settings, choice, Terminal().note)
 
 
 @main.command("verify", cls=Command, context_settings=SETTINGS)

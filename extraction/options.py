@@ -75,11 +75,14 @@ GENERATION: tuple[Decorator, ...] = (
     ),
     click.option("--shard-size", metavar="N", help="Examples that are committed together."),
 )
-DEVICE: tuple[Decorator, ...] = (
+LOADING: tuple[Decorator, ...] = (
     click.option("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16."),
     click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps."),
-    click.option("--raw", is_flag=True, default=None, help="No chat template: for base models."),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the model."),
+)
+DEVICE: tuple[Decorator, ...] = (
+    *LOADING,
+    click.option("--raw", is_flag=True, default=None, help="No chat template: for base models."),
 )
 CAPTURE: tuple[Decorator, ...] = (
     click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0."),

@@ -65,6 +65,37 @@ def encode_example(
     return Prompt(example=example, text=text, token_ids=tuple(ids))
 
 
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, tuple[int, ...]]:
+    """The text and token ids of a conversation (roles and contents), up to where the next answer starts.
+
+    Where the chat template has no system role, a system message goes before the user's next one. Raises PromptError.
+    """
+    if any(role == "system" for role, _ in messages) and instruction_policy(tokenizer) != "system":
+        messages = _without_system(messages)
+    text, ids = _encode_messages(tokenizer, messages)
+    return text, tuple(ids)
+
+
+def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """The token ids of a text without a template, as a base model reads it."""
+    return tuple(_raw_ids(tokenizer, text))
+
+
+def _without_system(messages: Messages) -> Messages:
+    """System messages folded into the user's turns."""
+    folded: list[tuple[str, str]] = []
+    pending: list[str] = []
+    for role, content in messages:
+        if role == "system":
+            pending.append(content)
+        elif role == "user" and pending:
+            folded.append((role, "\n\n".join([*pending, content])))
+            pending = []
+        else:
+            folded.append((role, content))
+    return (*folded, *([("user", "\n\n".join(pending))] if pending else []))
+
+
 def instruction_policy(tokenizer: PreTrainedTokenizerBase) -> str:
     """`system` where the chat template shows a system message to the model, else `user`."""
     _template_of(tokenizer)
@@ -95,13 +126,17 @@ def _folded(example: Example) -> str:
 def _encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example, instruction_as: str) -> tuple[str, list[int]]:
     messages = _messages(tokenizer, example, instruction_as)
     try:
-        rendered = _render(tokenizer, messages)
-        ids = _ids(tokenizer, rendered)
-        skeleton = _Skeleton.of(tokenizer, messages, rendered)
-        if _controls_in(tokenizer, ids) != _controls_in(tokenizer, _ids(tokenizer, skeleton.text)):
-            ids = _literal_ids(tokenizer, skeleton.pieces(messages, rendered))
+        return _encode_messages(tokenizer, messages)
     except PromptError as failure:
         raise PromptError(f"example {example.id}: {failure}") from failure
+
+
+def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, list[int]]:
+    rendered = _render(tokenizer, messages)
+    ids = _ids(tokenizer, rendered)
+    skeleton = _Skeleton.of(tokenizer, messages, rendered)
+    if _controls_in(tokenizer, ids) != _controls_in(tokenizer, _ids(tokenizer, skeleton.text)):
+        ids = _literal_ids(tokenizer, skeleton.pieces(messages, rendered))
     return rendered, _one_bos(tokenizer, ids)
 
 
@@ -172,8 +207,11 @@ class _Skeleton:
     def pieces(self, messages: Messages, rendered: str) -> list[tuple[bool, str]]:
         """The rendered text cut up: (True, what the template wrote) or (False, a content)."""
         parts = re.split("(" + "|".join(map(re.escape, self.marks)) + ")", self.text)
-        for trimmed in itertools.product(*((content, content.strip()) for _, content in messages)):
-            filled = dict(zip(self.marks, trimmed, strict=True))
+        roles = sorted({role for role, _ in messages})  # a template strips all contents of a role, or none
+        for stripped in itertools.product((False, True), repeat=len(roles)):
+            strips = dict(zip(roles, stripped, strict=True))
+            contents = [content.strip() if strips[role] else content for role, content in messages]
+            filled = dict(zip(self.marks, contents, strict=True))
             pieces = [(part not in filled, filled.get(part, part)) for part in parts]
             if "".join(piece for _, piece in pieces) == rendered:
                 return pieces

@@ -379,7 +379,8 @@ class RunningBatch:
 
     def _ended_by(self, slot: _Slot) -> str | None:
         if slot.stop_strings and self.lm.tokenizer is not None:
-            text = self.lm.tokenizer.decode(slot.tokens, skip_special_tokens=True)
+            longest = max(map(len, slot.stop_strings))  # in characters, of up to four bytes, each perhaps a token
+            text = self.lm.tokenizer.decode(slot.tokens[-4 * longest - 8 :], skip_special_tokens=True)
             if any(stop in text for stop in slot.stop_strings):
                 return "stop_string"
         return "length" if len(slot.tokens) >= slot.request.max_new_tokens else None

@@ -85,6 +85,12 @@ class Command(click.Command):
                 ctx.exit(128 + stop.number)
 
 
+class Serving(Command):
+    """A command that serves; once it listens, signals are its own affair."""
+
+    stopped = "stopped before it listened"
+
+
 class Study(Command):
     """A command that writes its result at its end, and whose `--alpha` takes any number of numbers."""
 

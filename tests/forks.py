@@ -102,6 +102,7 @@ def _serve() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import extraction.serving.server
     import extraction.stages
     import extraction.summary
     import extraction.utils_batch

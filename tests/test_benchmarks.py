@@ -25,6 +25,7 @@ from benchmarks.jobs import PROMPT_TOKENS, RESPONSE_TOKENS, Answer, compare, mak
 from benchmarks.memory import memory_growth
 from benchmarks.peers import PEERS, Answers
 from benchmarks.race import race
+from benchmarks.server import server_load
 from benchmarks.shapes import random_model
 from benchmarks.speculation import speculation
 from benchmarks.tables import TABLES, save
@@ -226,6 +227,19 @@ def test_a_cards_cost_is_measured_and_tabled() -> None:
     found = card_cost(["tiny"], n_traits=1, say=say, placebos=1, bootstraps=20)
     assert found["shapes"]["tiny"]["seconds"] > 0
     assert "| tiny: 2 layers of 16, 200 rows | 1 |" in TABLES["validation"](found)
+
+
+def test_the_server_is_measured_and_tabled() -> None:
+    options = ("--model", "pocket", "--max-new-tokens", "60")
+    found = server_load(
+        n_requests=4, repeats=1, threads=1, say=say, clients=4, paths=("/generate", "/generate/batch"), options=options
+    )
+    for endpoint in found["endpoints"].values():
+        assert endpoint["one"]["tokens_per_second"] > 0
+        assert endpoint["n_equal"] == 4
+    said = TABLES["server"](found)
+    assert "| /generate | 4 |" in said
+    assert "4 of 4 answers equal" in said
 
 
 # --- test_batching.py -----------------------------------------------------------------------------------------------

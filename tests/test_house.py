@@ -17,7 +17,8 @@ from tests.runs import REPOSITORY, environment
 PACKAGE = REPOSITORY / "extraction"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "pocket" not in path.parts)
 DOORS = [path for path in SOURCES if path.name[0].isdigit()]
-ROOMS = [path for path in SOURCES if path not in DOORS and path.name != "__init__.py"]
+MAINS = [path for path in SOURCES if path.name == "__main__.py"]
+ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name != "__init__.py"]
 
 # A module imports from lower floors only; `decoding`, `vectors` and `report` are one room each.
 FLOORS = [
@@ -33,16 +34,17 @@ FLOORS = [
     ("running",),
     ("utils_batch", "likelihood", "exchange"),
     ("runners", "self_check", "steered", "local_judge", "openai_judge", "lda", "helix"),
-    ("judging", "sweep", "trials"),
+    ("judging", "sweep", "trials", "serving"),
     ("evidence", "preview", "fitting", "study"),
     ("validating", "reporting"),
     ("stages",),
     ("summary", "terminal"),
     ("options",),
+    ("server_options",),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SPEAKERS = {"terminal", "options", "cli"}
+SPEAKERS = {"terminal", "options", "server_options", "cli"}
 FILE_NAMES = re.compile(r"\.(jsonl|safetensors|lock|tmp)\b|\.receipt|card\.json|run\.json")
 OWNERS = {"store", "atomic", "shelf"}
 
@@ -152,6 +154,14 @@ def test_a_door_holds_nothing(path):
     first = tree.body[3]  # after the docstring and two imports of the standard library
     assert isinstance(first, ast.If)
     assert "sys.path[0] = str(Path(__file__).resolve().parent.parent)" in ast.unparse(first)
+
+
+@pytest.mark.parametrize("path", MAINS, ids=name_of)
+def test_what_runs_with_m_holds_nothing(path):
+    tree = tree_of(path)
+    assert {module for module, _ in imported(tree)} == {"extraction.cli"}
+    assert len(tree.body) == 3  # a docstring, an import, a call
+    assert called(tree) == {"serve_command"}
 
 
 def test_hooks_have_one_caller():

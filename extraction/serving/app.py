@@ -1,0 +1,111 @@
+"""The web application: routes, health, metrics, and what errors look like."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+
+from extraction import __version__
+from extraction.errors import TraitlineError
+from extraction.serving import native, openai_api
+from extraction.serving.desk import ClientGone, Desk
+from extraction.serving.guard import App, Guard, Message, Receive, Scope, Send
+from extraction.serving.metrics import CONTENT_TYPE, Meter
+from extraction.serving.refusals import Refused, of_validation, where
+from extraction.serving.streams import Reply
+
+Say = Callable[[str], None]
+
+STATUS = {404: "no such path; see docs/server.md", 405: "this path takes another method"}
+
+
+def make_app(desk: Desk, meter: Meter, say: Say) -> App:
+    """Guard, counters and routes as one ASGI application. Pages that load scripts (FastAPI's docs) are off."""
+    app = FastAPI(
+        title="Traitline", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    app.include_router(native.routes(desk))
+    app.include_router(openai_api.routes(desk))
+    _add_pages(app, desk, meter)
+    _add_errors(app, say)
+    return _Counting(Guard(app, desk.settings), meter, frozenset(app.openapi()["paths"]))
+
+
+def _add_pages(app: FastAPI, desk: Desk, meter: Meter) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        scheduler = desk.scheduler
+        state = {"status": scheduler.state, "version": __version__, "models": dict(desk.served.names)}
+        load = {
+            "rows": scheduler.n_rows,
+            "queue": desk.settings.queue,
+            "batch_size": desk.settings.batch_size,
+            "uptime_seconds": round(time.time() - meter.started, 3),
+        }
+        good = scheduler.state == "ready"
+        return Reply({**state, **load} if good else {**state, **load, **scheduler.refusal().body}, 200 if good else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        scheduler = desk.scheduler
+        gauges = {
+            "rows_now": ("Rows that wait or run.", scheduler.n_rows),
+            "queue_limit": ("Rows that may wait or run.", desk.settings.queue),
+            "ready": ("1 while requests are taken.", int(scheduler.state == "ready")),
+            "start_time_seconds": ("When the server started, in Unix time.", meter.started),
+        }
+        return PlainTextResponse(meter.exposition(gauges), media_type=CONTENT_TYPE)
+
+
+def _add_errors(app: FastAPI, say: Say) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_http: HttpRequest, failure: Refused) -> Response:
+        return Reply(failure.body, failure.status, headers=failure.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_http: HttpRequest, failure: RequestValidationError) -> Response:
+        told = of_validation(list(failure.errors()))
+        return Reply(told.body, told.status)
+
+    @app.exception_handler(HTTPException)
+    async def http(_http: HttpRequest, failure: HTTPException) -> Response:
+        said = STATUS.get(failure.status_code, "the body can't be read as JSON; send one JSON object")
+        told = Refused(failure.status_code, said, headers=dict(failure.headers or {}))
+        return Reply(told.body, told.status, headers=told.headers)
+
+    @app.exception_handler(TraitlineError)
+    async def wrong(_http: HttpRequest, failure: TraitlineError) -> Response:
+        return Reply(Refused(422, str(failure)).body, 422)
+
+    @app.exception_handler(ClientGone)
+    async def gone(_http: HttpRequest, _failure: ClientGone) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def broken(_http: HttpRequest, failure: Exception) -> Response:
+        say(f"internal error: {where(failure)}")
+        return Reply(
+            Refused(500, f"internal error ({type(failure).__name__}); the server's output says where").body, 500
+        )
+
+
+class _Counting:
+    """Counts requests by path and status; a path that does not exist is counted as `other`."""
+
+    def __init__(self, app: App, meter: Meter, paths: frozenset[str]) -> None:
+        self.app, self.meter, self.paths = app, meter, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self.paths else "other"
+                self.meter.count("requests", path=path, status=str(message["status"]))
+            await send(message)
+
+        await self.app(scope, receive, sending)
