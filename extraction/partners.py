@@ -186,7 +186,11 @@ class Drafter(Alone):
         return self._looked_up(front, depths) if self.lane is None else self._drafted(front, depths, self.lane)
 
     def _depth(self, guess: _Guess) -> int:
-        return guess.pace.best_depth if self.strategy.adaptive else int(self.strategy.depth)
+        """A look-up may rest, and tries again now and then; a draft model reads along anyway, so it may as well propose."""
+        if not self.strategy.adaptive:
+            return int(self.strategy.depth)
+        rests = guess.lookup is not None and guess.steps % TRY_AGAIN
+        return guess.pace.best_depth(least=0 if rests else 1)
 
     def _looked_up(self, front: Front, depths: list[int]) -> Proposal | None:
         found = [
@@ -249,7 +253,8 @@ class Drafter(Alone):
         self.rows = [self.rows[row] for row in rows]
 
 
-COLUMN_COST = 0.1  # of one column more, in passes of the target; measured on a CPU, 0.1 to 0.25 by batch size
+COLUMN_COST = 0.2  # of one column more, in passes of the target; measured on a CPU, 0.1 to 0.25 by batch size
+TRY_AGAIN = 8  # steps
 PARTNERS: dict[type, type[Alone]] = {Sample: Alone, Amplify: Amplifier, Speculate: Drafter}
 
 

@@ -126,11 +126,10 @@ class Pace:
         self.accepted = MEMORY * self.accepted + accepted
         self.tried = MEMORY * self.tried + min(accepted + 1, proposed)
 
-    @property
-    def best_depth(self) -> int:
-        """The depth that promises most tokens a unit of time."""
+    def best_depth(self, least: int = 1) -> int:
+        """The depth, from `least` on, that promises most tokens a unit of time."""
         rate = min(self.accepted / self.tried, 0.999)
-        return max(range(1, self.depth + 1), key=lambda depth: gain(rate, depth, self.cost))
+        return max(range(least, self.depth + 1), key=lambda depth: gain(rate, depth, self.cost))
 
 
 def gain(rate: float, depth: int, cost: float) -> float:
