@@ -167,7 +167,7 @@ class Drafter(Alone):
     def _new(self) -> _Guess:
         strategy: Speculate = self.strategy
         lookup = Lookup(strategy.ngram) if strategy.draft is None else None
-        return _Guess(Pace(strategy.depth, self.cost), lookup)
+        return _Guess(Pace(strategy.depth, self.cost, DRAFT_HOPE if lookup is None else LOOKUP_HOPE), lookup)
 
     def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
         for row, request in zip(rows, asked, strict=True):
@@ -182,20 +182,20 @@ class Drafter(Alone):
         return logits_RV
 
     def propose(self, front: Front) -> Proposal | None:
-        depths = [min(room, self._depth(guess)) for room, guess in zip(front.room, self.rows, strict=True)]
-        return self._looked_up(front, depths) if self.lane is None else self._drafted(front, depths, self.lane)
+        return self._looked_up(front) if self.lane is None else self._drafted(front, self.lane)
 
-    def _depth(self, guess: _Guess) -> int:
-        """A look-up may rest, and tries again now and then; a draft model reads along anyway, so it may as well propose."""
-        if not self.strategy.adaptive:
-            return int(self.strategy.depth)
-        rests = guess.lookup is not None and guess.steps % TRY_AGAIN
-        return guess.pace.best_depth(least=0 if rests else 1)
+    def _depths(self, front: Front, least: int) -> list[int]:
+        """How many each row may propose: what it has use for, and what its own past lets it hope for."""
+        hoped = [guess.pace.best_depth(least) if self.strategy.adaptive else self.depth for guess in self.rows]
+        return [min(pair) for pair in zip(front.room, hoped, strict=True)]
 
-    def _looked_up(self, front: Front, depths: list[int]) -> Proposal | None:
+    def _looked_up(self, front: Front) -> Proposal | None:
+        """A row without hope (depth 0) still tries one token where its end is the same as before to the full n-gram."""
         found = [
-            guess.lookup.propose(depth) if depth and guess.lookup is not None else []
-            for depth, guess in zip(depths, self.rows, strict=True)
+            guess.lookup.propose(max(1, depth), least=1 if depth else self.strategy.ngram)
+            if room and guess.lookup is not None
+            else []
+            for room, depth, guess in zip(front.room, self._depths(front, least=0), self.rows, strict=True)
         ]
         width = max(map(len, found))
         if not width:
@@ -205,8 +205,9 @@ class Drafter(Alone):
         device = front.mask_BS.device
         return Proposal(token_BK.to(device), depth_B.to(device), None)
 
-    def _drafted(self, front: Front, depths: list[int], lane: Lane) -> Proposal | None:
+    def _drafted(self, front: Front, lane: Lane) -> Proposal | None:
         """Column by column. The first pass reads the last column again: it may be one that the draft has not seen."""
+        depths = self._depths(front, least=1)
         width, cursor, start = max(depths), self.window.cursor, self.window.start
         if not width:
             return None
@@ -253,8 +254,8 @@ class Drafter(Alone):
         self.rows = [self.rows[row] for row in rows]
 
 
+DRAFT_HOPE, LOOKUP_HOPE = 0.7, 0.3  # acceptance to start with
 COLUMN_COST = 0.2  # of one column more, in passes of the target; measured on a CPU, 0.1 to 0.25 by batch size
-TRY_AGAIN = 8  # steps
 PARTNERS: dict[type, type[Alone]] = {Sample: Alone, Amplify: Amplifier, Speculate: Drafter}
 
 

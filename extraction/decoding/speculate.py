@@ -23,7 +23,7 @@ from extraction.errors import ConfigError
 if TYPE_CHECKING:
     from extraction.models import LanguageModel
 
-PRIOR_TRIALS, PRIOR_RATE, MEMORY = 4.0, 0.7, 0.9
+PRIOR_TRIALS, MEMORY = 4.0, 0.9
 
 
 @dataclass(frozen=True)
@@ -113,22 +113,30 @@ def _left(p_BV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Tensor:
 class Pace:
     """How far ahead one row speculates: by what it has seen accepted, older steps counting less.
 
-    `cost` is that of one proposal, in passes of the target.
+    `cost` is that of one proposal, in passes of the target; `hope` the acceptance to start with.
     """
 
     depth: int
     cost: float
-    accepted: float = PRIOR_TRIALS * PRIOR_RATE
-    tried: float = PRIOR_TRIALS
+    hope: float
+    accepted: float = 0.0
+    tried: float = 0.0
+    trust: float = PRIOR_TRIALS
 
     def learn(self, proposed: int, accepted: int) -> None:
         """Note a step: a rejection ends it, so what comes after was not tried."""
         self.accepted = MEMORY * self.accepted + accepted
         self.tried = MEMORY * self.tried + min(accepted + 1, proposed)
+        self.trust *= MEMORY
+
+    @property
+    def rate(self) -> float:
+        """The acceptance to expect: what was seen, and as much hope as is left."""
+        return (self.accepted + self.trust * self.hope) / (self.tried + self.trust)
 
     def best_depth(self, least: int = 1) -> int:
         """The depth, from `least` on, that promises most tokens a unit of time."""
-        rate = min(self.accepted / self.tried, 0.999)
+        rate = min(self.rate, 0.999)
         return max(range(least, self.depth + 1), key=lambda depth: gain(rate, depth, self.cost))
 
 
@@ -160,9 +168,9 @@ class Lookup:
                     self.before_last[key] = self.after[key]
                 self.after[key] = end
 
-    def propose(self, depth: int) -> list[int]:
-        """Up to `depth` tokens; none where the row's end is new."""
-        for n in range(min(self.ngram, len(self.tokens)), 0, -1):
+    def propose(self, depth: int, least: int = 1) -> list[int]:
+        """Up to `depth` tokens; none where the row's last `least` tokens are new together."""
+        for n in range(min(self.ngram, len(self.tokens)), least - 1, -1):
             start = self.before_last.get(tuple(self.tokens[-n:]))
             if start is not None:
                 return self.tokens[start : start + depth]
