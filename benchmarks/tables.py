@@ -162,11 +162,22 @@ def amplification_table(result: dict[str, Any]) -> str:
 def speculation_table(result: dict[str, Any]) -> str:
     """Ratios over plain decoding, by temperature and batch size."""
     rows = [
-        _speculation_row(cell, words, cell["sides"][name])
-        for cell in result["cells"]
+        [text, *_speculation_row(cell, words, cell["sides"][name])]
+        for text, cells in (("answers", result["cells"]), ("a phrase again and again", result["repeating"]))
+        for cell in cells
         for name, words in (("draft", "draft model"), ("lookup", "n-gram lookup"))
     ]
-    head = ["", "temperature", "batch", "over plain", "min to max", "accepted", "tokens a step", "equal to plain"]
+    head = [
+        "text",
+        "",
+        "temperature",
+        "batch",
+        "over plain",
+        "min to max",
+        "accepted",
+        "tokens a step",
+        "equal to plain",
+    ]
     sizes = result["parameters"]
     return (
         f"## Speculation, {result['shape']}: {sizes['target'] / 1e6:.1f}M parameters, a draft of "
