@@ -106,7 +106,7 @@ def _cell(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     say(f"  temperature {sample.temperature}, batch {batch_size}")
-    strategies = {
+    strategies: dict[str, Any] = {
         "plain": sample,
         "draft": Speculate(draft, sample, DEPTH),
         "lookup": Speculate(None, sample, DEPTH),
