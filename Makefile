@@ -15,7 +15,7 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 
 .PHONY: extract serve test check bench clean
 
-extract: $(VENV)/.installed-report
+extract: $(VENV)/.installed-report,lora
 	@$(BIN)/traitline extract --experiment "$(EXPERIMENT)" --traits "$(TRAIT)" \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH_SIZE),--batch-size "$(BATCH_SIZE)") \
 	  $(if $(N_EXAMPLES),--n-examples "$(N_EXAMPLES)") $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
