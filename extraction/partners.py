@@ -143,10 +143,11 @@ class Amplifier(Alone):
 
 @dataclass
 class _Guess:
-    """What one row's speculation has seen."""
+    """What one row's speculation has seen. `paces`: by the length of the n-gram looked up; of a draft model, by 0."""
 
-    pace: Pace
+    paces: dict[int, Pace]
     lookup: Lookup | None
+    known: int = 0
     steps: int = 0
     judged: list[tuple[int, int]] = field(default_factory=list)
 
@@ -166,8 +167,12 @@ class Drafter(Alone):
 
     def _new(self) -> _Guess:
         strategy: Speculate = self.strategy
-        lookup = Lookup(strategy.ngram) if strategy.draft is None else None
-        return _Guess(Pace(strategy.depth, self.cost, DRAFT_HOPE if lookup is None else LOOKUP_HOPE), lookup)
+        if strategy.draft is not None:
+            return _Guess({0: Pace(strategy.depth, self.cost, HOPE)}, None)
+        # the longer the n-gram, the likelier is it followed by the same again
+        hopes = {n: HOPE * (n / strategy.ngram) ** 2 for n in range(1, strategy.ngram + 1)}
+        paces = {n: Pace(strategy.depth, self.cost, hope) for n, hope in hopes.items()}
+        return _Guess(paces, Lookup(strategy.ngram))
 
     def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
         for row, request in zip(rows, asked, strict=True):
@@ -184,19 +189,12 @@ class Drafter(Alone):
     def propose(self, front: Front) -> Proposal | None:
         return self._looked_up(front) if self.lane is None else self._drafted(front, self.lane)
 
-    def _depths(self, front: Front, least: int) -> list[int]:
-        """How many each row may propose: what it has use for, and what its own past lets it hope for."""
-        hoped = [guess.pace.best_depth(least) if self.strategy.adaptive else self.depth for guess in self.rows]
-        return [min(pair) for pair in zip(front.room, hoped, strict=True)]
+    def _hoped(self, guess: _Guess, least: int) -> int:
+        """How many a row may propose, by its own past."""
+        return guess.paces[guess.known].best_depth(least) if self.strategy.adaptive else int(self.strategy.depth)
 
     def _looked_up(self, front: Front) -> Proposal | None:
-        """A row without hope (depth 0) still tries one token where its end is the same as before to the full n-gram."""
-        found = [
-            guess.lookup.propose(max(1, depth), least=1 if depth else self.strategy.ngram)
-            if room and guess.lookup is not None
-            else []
-            for room, depth, guess in zip(front.room, self._depths(front, least=0), self.rows, strict=True)
-        ]
+        found = [self._found(guess, room) for guess, room in zip(self.rows, front.room, strict=True)]
         width = max(map(len, found))
         if not width:
             return None
@@ -205,9 +203,18 @@ class Drafter(Alone):
         device = front.mask_BS.device
         return Proposal(token_BK.to(device), depth_B.to(device), None)
 
+    def _found(self, guess: _Guess, room: int) -> list[int]:
+        """Shorter n-grams rest where they have not helped; the longest is always worth a try."""
+        assert guess.lookup is not None
+        guess.known = guess.lookup.known
+        if not guess.known or not room:
+            return []
+        depth = self._hoped(guess, least=int(guess.known == self.strategy.ngram))
+        return guess.lookup.propose(guess.known, min(depth, room))
+
     def _drafted(self, front: Front, lane: Lane) -> Proposal | None:
         """Column by column. The first pass reads the last column again: it may be one that the draft has not seen."""
-        depths = self._depths(front, least=1)
+        depths = [min(room, self._hoped(guess, 1)) for room, guess in zip(front.room, self.rows, strict=True)]
         width, cursor, start = max(depths), self.window.cursor, self.window.start
         if not width:
             return None
@@ -243,7 +250,7 @@ class Drafter(Alone):
     def learn(self, row: int, proposed: int, accepted: int) -> None:
         if proposed:
             self.rows[row].judged.append((proposed, accepted))
-            self.rows[row].pace.learn(proposed, accepted)
+            self.rows[row].paces[self.rows[row].known].learn(proposed, accepted)
 
     def account(self, row: int) -> Speculation | None:
         guess = self.rows[row]
@@ -254,7 +261,7 @@ class Drafter(Alone):
         self.rows = [self.rows[row] for row in rows]
 
 
-DRAFT_HOPE, LOOKUP_HOPE = 0.7, 0.3  # acceptance to start with
+HOPE = 0.7  # acceptance to start with
 COLUMN_COST = 0.2  # of one column more, in passes of the target; measured on a CPU, 0.1 to 0.25 by batch size
 PARTNERS: dict[type, type[Alone]] = {Sample: Alone, Amplify: Amplifier, Speculate: Drafter}
 

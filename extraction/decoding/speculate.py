@@ -168,10 +168,13 @@ class Lookup:
                     self.before_last[key] = self.after[key]
                 self.after[key] = end
 
-    def propose(self, depth: int, least: int = 1) -> list[int]:
-        """Up to `depth` tokens; none where the row's last `least` tokens are new together."""
-        for n in range(min(self.ngram, len(self.tokens)), least - 1, -1):
-            start = self.before_last.get(tuple(self.tokens[-n:]))
-            if start is not None:
-                return self.tokens[start : start + depth]
-        return []
+    @property
+    def known(self) -> int:
+        """The length of the longest n-gram that the row ends in and has had before; 0 where its last token is new."""
+        longest = min(self.ngram, len(self.tokens))
+        return next((n for n in range(longest, 0, -1) if tuple(self.tokens[-n:]) in self.before_last), 0)
+
+    def propose(self, n: int, depth: int) -> list[int]:
+        """Up to `depth` tokens: those that followed the last n-gram, which is known."""
+        start = self.before_last[tuple(self.tokens[-n:])]
+        return self.tokens[start : start + depth]
