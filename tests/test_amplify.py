@@ -528,13 +528,13 @@ def forgetful(lm: LanguageModel, first: int) -> Iterator[list[int]]:
 @SOME
 def test_a_cache_of_before_that_is_not_refilled_is_noticed(name: str) -> None:
     """With as many slots as requests there is one prefill and nothing to notice; with fewer there is."""
-    after, before = pair(name)
+    (after, before), wanted = pair(name), by_hand(name, 9)
     strategy = Amplify(before, alpha=RUN_ALPHA)
     with forgetful(before, first=1) as widths:
-        assert tokens_of(run(after, asked(name, 9), 9, strategy=strategy)) == by_hand(name, 9)
+        assert tokens_of(run(after, asked(name, 9), 9, strategy=strategy)) == wanted
         assert len(widths) == 1
         widths.clear()
-        assert tokens_of(run(after, asked(name, 9), 3, strategy=strategy)) != by_hand(name, 9)
+        assert tokens_of(run(after, asked(name, 9), 3, strategy=strategy)) != wanted
         assert len(widths) > 1
 
 
