@@ -22,6 +22,7 @@ from extraction.decoding.speculate import Speculate
 from extraction.errors import ConfigError
 from extraction.models import LanguageModel, wrap
 from extraction.running import Limits, RunningBatch
+from extraction.utils_batch import encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,9 +81,10 @@ class HelixEngine:
 
         `prompts` are exact texts: apply a chat template before. Raises PromptError for one that the models can't hold.
         """
-        config = config or GenerationConfig()
+        config, tokenizer = config or GenerationConfig(), self.tokenizer
+        assert tokenizer is not None
         requests = [
-            Request(f"prompt {i}", tuple(self._ids(prompt)), config.max_tokens, config.seed)
+            Request(f"prompt {i}", tuple(encode_text(tokenizer, prompt)), config.max_tokens, config.seed)
             for i, prompt in enumerate(prompts)
         ]
         runs = _run(self._batch(requests, config), requests)
@@ -93,12 +95,6 @@ class HelixEngine:
         longest = max((len(r.token_ids) for r in requests), default=1) + config.max_tokens
         limits = Limits(slots=config.batch_size, longest=longest, budget=config.max_tokens)
         return RunningBatch(self.target, limits, strategy=strategy, stop_strings=config.stop)
-
-    def _ids(self, prompt: str) -> list[int]:
-        """Ids of a text, with exactly one BOS if the tokenizer has one of its own accord."""
-        assert self.tokenizer is not None
-        bos = self.tokenizer.bos_token
-        return list(self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"])
 
     def _text(self, token_ids: Sequence[int]) -> str:
         assert self.tokenizer is not None

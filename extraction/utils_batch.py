@@ -28,6 +28,7 @@ __all__ = [
     "Completion",
     "Progress",
     "Request",
+    "encode_text",
     "generate",
     "generate_batch_with_activations",
     "get_activations_from_texts",
@@ -113,7 +114,7 @@ def generate_batch_with_activations(  # noqa: PLR0913 (a script's one call)
     token_ids, finish_reason and activations (`site.pooling` -> [L, D], row i the i-th of `layers`, default all).
     """
     lm = wrap(model, tokenizer)
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_text(tokenizer, prompt) for prompt in prompts]
     requests = [Request(str(i), tuple(ids), max_new_tokens, seed) for i, ids in enumerate(encoded)]
     capture = Capture(tuple(range(lm.n_layers)) if layers is None else tuple(layers), tuple(sites), tuple(poolings))
     strategy = Sample(temperature, top_k, top_p)
@@ -146,14 +147,14 @@ def get_activations_from_texts(
     Returns, in their order, `site.pooling` -> [L, D].
     """
     lm = wrap(model, tokenizer)
-    pairs = [((), _encode(tokenizer, text)) if isinstance(text, str) else text for text in texts]
+    pairs = [((), encode_text(tokenizer, text)) if isinstance(text, str) else text for text in texts]
     forced = [(str(i), prompt, response) for i, (prompt, response) in enumerate(pairs)]
     capture = Capture(tuple(range(lm.n_layers)) if layers is None else tuple(layers), tuple(sites), tuple(poolings))
     done = {c.id: c.activations for c in teacher_force(lm, forced, capture=capture, batch_size=batch_size)}
     return [done[str(i)] for i in range(len(texts))]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text, with exactly one BOS if the tokenizer has one of its own accord."""
     bos = tokenizer.bos_token
     return list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
