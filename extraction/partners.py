@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from extraction.continuations import Speculation
-from extraction.decoding.amplify import Amplify, amplified, check_alpha
+from extraction.decoding.amplify import Amplify, amplified
 from extraction.decoding.sample import Sample, Sampler, draw_from
 from extraction.decoding.speculate import Lookup, Pace, Proposal, Speculate
 from extraction.rows import Rows
@@ -269,12 +269,6 @@ PARTNERS: dict[type, type[Alone]] = {Sample: Alone, Amplify: Amplifier, Speculat
 def partner_of(strategy: Strategy, window: Window, lm: LanguageModel) -> Alone:
     """What a strategy keeps beside a running batch of this model."""
     return PARTNERS[type(strategy)](strategy, window, lm)
-
-
-def check_partner(strategy: Strategy, alpha: float | None) -> None:
-    """Raise ConfigError for an alpha that does not fit the strategy."""
-    if alpha is not None:
-        check_alpha(alpha)
 
 
 def relative_size(draft: LanguageModel, target: LanguageModel) -> float:

@@ -22,12 +22,13 @@ from torch import Tensor
 from extraction.capture import Capture, Observer, first_overflow
 from extraction.continuations import Completion, Request
 from extraction.decoding import speculate
+from extraction.decoding.amplify import check_alpha
 from extraction.decoding.sample import Sample, Sampler, sampler_of
 from extraction.decoding.speculate import Proposal
 from extraction.errors import ActivationError, ConfigError, LogitsError, PromptError
 from extraction.models import LanguageModel
 from extraction.pairs import refuse_different
-from extraction.partners import Front, Lane, Strategy, check_partner, minds_holes, partner_of
+from extraction.partners import Front, Lane, Strategy, minds_holes, partner_of
 from extraction.rows import DRAW, Rows
 from extraction.slots import Move, Window
 from extraction.steering import NOTHING, Steerer, Steering, check_steering
@@ -151,7 +152,7 @@ class RunningBatch:
     def _check(self, request: Request) -> None:
         steering = request.steering or NOTHING
         check_steering(steering, self.lm)
-        check_partner(self.strategy, request.alpha)
+        check_alpha(request.alpha or 0.0)
         if self.steerer is None and steering.layers:
             raise ConfigError(f"{request.id}: this batch was made without steering; name the steerings when it is made")
         n_prompt = len(request.token_ids)
