@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from extraction.capture_store import prompt_id
-from extraction.errors import ActivationError, PromptError, TraitlineError
+from extraction.errors import TraitlineError
 from extraction.monitoring.labels import pieces_of, tokens_of
 from extraction.monitoring.plans import Plan, SetPlan
 from extraction.prompts import encode_example
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from extraction.utils_batch import Completion
 
 POINTS = ("residual_in", "after_attention", "residual_out")
-CONVENTIONS = {
+CONVENTIONS: dict[str, str] = {
     "rows": "row i is the state where token i is the input; the first n_prompt rows are the prompt's",
     "layers": "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer",
     "points": "residual_in is a block's input, after_attention the residual stream after the attention block was added "
     "(where attention and MLP run side by side: residual_in and what attention adds), residual_out its output",
     "projections": "the dot product with the vector over its norm, float32",
-    "attention": {
-        2: "weights averaged over heads, one row a response token, 0 to the right of the row's own token",
-        3: "weights of every head, 0 to the right of the row's own token",
-    },
+}
+ATTENTION = {
+    2: "weights averaged over heads, one row a response token, 0 to the right of the row's own token",
+    3: "weights of every head, 0 to the right of the row's own token",
 }
 
 
@@ -85,9 +85,16 @@ def take(plan: Plan, listener: Listener) -> Taking:
     """Read every prompt of every set that is not there yet. Raises TraitlineError, or with `keep_going` notes it."""
     taking = Taking(plan, failures=list(plan.failures))
     for each in plan.sets:
-        with going_on(taking, each.stem, listener), each.folder.lock():
-            _take_set(taking, each, listener)
+        with going_on(taking, each.stem, listener):
+            if pending_of(plan, each):
+                _take_set(taking, each, listener)
     return taking
+
+
+def pending_of(plan: Plan, each: SetPlan) -> list[range]:
+    """The shards of a set, by the numbers of their prompts, of which some file is missing."""
+    shards = shards_of(plan, each)
+    return [shard for shard in shards if not all(each.folder.prompt_done(prompt_id(i)) for i in shard)]
 
 
 @contextmanager
@@ -103,22 +110,19 @@ def going_on(taking: Taking, stem: str, listener: Listener) -> Iterator[None]:
 
 
 def _take_set(taking: Taking, each: SetPlan, listener: Listener) -> None:
-    shards = shards_of(taking.plan, each)
-    pending = [shard for shard in shards if not all(each.folder.prompt_done(prompt_id(i)) for i in shard)]
-    if not pending:
-        return
     if not taking.is_loaded:
         listener.note(f"loading {taking.plan.spec.name}")
     prompts = prompts_of(taking, each)  # every prompt is checked before the first is answered
-    _check_once(taking, [prompts[i] for i in pending[0]], listener)
-    each.folder.open(each.config)
-    n_done = len(prompts) - sum(map(len, pending))
-    listener.begin(f"{each.stem}: tier {taking.plan.tier}", len(prompts), n_done)
-    try:
-        for shard in pending:
-            _take_shard(taking, each, [prompts[i] for i in shard], listener)
-    finally:
-        listener.end()
+    _check_once(taking, prompts, listener)
+    with each.folder.lock():
+        each.folder.open(each.config)
+        pending = pending_of(taking.plan, each)
+        listener.begin(f"{each.stem}: tier {taking.plan.tier}", len(prompts), len(prompts) - sum(map(len, pending)))
+        try:
+            for shard in pending:
+                _take_shard(taking, each, [prompts[i] for i in shard], listener)
+        finally:
+            listener.end()
 
 
 def shards_of(plan: Plan, each: SetPlan) -> list[range]:
@@ -162,7 +166,7 @@ def _take_shard(taking: Taking, each: SetPlan, prompts: Sequence[Prompt], listen
 
     plan, lm = taking.plan, taking.lm
     settings = plan.settings.generation
-    by_id = {prompt.example.id: prompt for prompt in prompts}
+    by_id = {f"{each.stem}/{prompt.example.id}": prompt for prompt in prompts}  # sets draw other random numbers
     done: list[int] = []
 
     def run(batch_size: int) -> None:
@@ -254,7 +258,7 @@ def header_of(
         "points": list(POINTS),
         "traits": [vector.facts() for vector in plan.vectors],
         "tensors": {name: list(axes) for name, (_, axes) in tensors.items()},
-        "conventions": {**CONVENTIONS, "attention": CONVENTIONS["attention"][plan.tier]},
+        "conventions": {**CONVENTIONS, "attention": ATTENTION[plan.tier]},
         "versions": versions(),
     }
 
