@@ -24,18 +24,18 @@ ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name 
 FLOORS = [
     ("errors", "records", "proportions"),
     ("schema", "hooks", "atomic", "slots", "pooling", "rubrics", "phrases"),
-    ("payloads", "adapters", "detectors", "http_client"),
+    ("payloads", "pinned", "adapters", "detectors", "http_client"),
     ("configs", "store"),
-    ("models", "traits", "prompts", "judges", "shelf"),
-    ("sites", "decoding", "kept", "jobs", "steering", "report", "pairs", "prompt_sets"),
-    ("capture", "forecast", "continuations"),
-    ("teacher", "vectors", "rows"),
+    ("models", "traits", "prompts", "judges", "capture_store"),
+    ("sites", "attention", "decoding", "kept", "jobs", "steering", "report", "pairs", "prompt_sets", "shelf"),
+    ("capture", "internals", "forecast", "continuations"),
+    ("teacher", "vectors", "rows", "readings"),
     ("partners",),
     ("running",),
     ("utils_batch", "likelihood", "exchange"),
     ("runners", "self_check", "steered", "local_judge", "openai_judge", "lda", "helix"),
-    ("judging", "sweep", "trials", "serving", "monitoring"),
-    ("evidence", "preview", "fitting", "study"),
+    ("judging", "sweep", "trials", "serving"),
+    ("evidence", "preview", "fitting", "study", "monitoring"),
     ("validating", "reporting"),
     ("stages",),
     ("summary", "terminal"),
@@ -46,7 +46,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SPEAKERS = {"terminal", "options", "server_options", "cli"}
 FILE_NAMES = re.compile(r"\.(jsonl|safetensors|lock|tmp)\b|\.receipt|card\.json|run\.json")
-OWNERS = {"store", "atomic", "shelf"}
+OWNERS = {"store", "atomic", "shelf", "pinned", "capture_store"}
 
 
 def name_of(path: Path) -> str:
