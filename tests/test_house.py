@@ -27,7 +27,7 @@ FLOORS = [
     ("payloads", "adapters", "detectors", "http_client"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges", "shelf"),
-    ("sites", "attention", "decoding", "kept", "jobs", "steering", "report", "pairs", "prompt_sets"),
+    ("sites", "attention", "mixture", "decoding", "kept", "jobs", "steering", "report", "pairs", "prompt_sets"),
     ("capture", "internals", "forecast", "continuations"),
     ("teacher", "vectors", "rows"),
     ("partners",),
