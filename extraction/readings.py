@@ -234,7 +234,7 @@ class TokenObserver:
         self.given = []
 
     def emit(self, slot: int, n_tokens: int, example_id: str) -> Kept:
-        """All of a slot that has ended: prompt and first `n_tokens` of the response. ActivationError where not finite."""
+        """All of a slot that has ended, with the response's first `n_tokens`. ActivationError where not finite."""
         text, self.texts[slot] = self.texts[slot], _Text()
         kept: Kept = {}
         for stream, parts in zip(self.streams, text.parts, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from extraction.atomic import Finding, atomic_write, reporting
+from extraction.atomic import Finding, atomic_write, orphans, remove, reporting
 from extraction.capture_store import CaptureFolder, capture_folder
 from extraction.pinned import safe_name
 from extraction.store import CAPTURES, RunFolder, run_folder
@@ -32,14 +32,18 @@ def _begun(top: Path) -> list[str]:
 
 def write_index(root: str | Path, experiment: str, data: bytes) -> Path:
     """<experiment>/index.html, for people to look at."""
-    path = run_folder(root, experiment, INDEX).path
-    atomic_write(path, data)
-    return path
+    return _write_page(run_folder(root, experiment, INDEX).path, data)
 
 
 def write_sets_index(root: str | Path, experiment: str, data: bytes) -> Path:
     """<experiment>/captures/index.html, for people to look at."""
-    path = capture_folder(root, experiment, INDEX).path
+    return _write_page(capture_folder(root, experiment, INDEX).path, data)
+
+
+def _write_page(path: Path, data: bytes) -> Path:
+    """No lock keeps others out of here, but a process that was killed left its temporary file to whoever comes next."""
+    for orphan in orphans(path.parent):
+        remove(orphan)
     atomic_write(path, data)
     return path
 

@@ -76,21 +76,31 @@ class Points:
 def points_of(lm: LanguageModel, layers: tuple[int, ...]) -> Points:
     """The points of these layers. Raises ModelError where a block is not a residual one."""
     _check_layers(lm, layers)
-    found = {layer: _found_by_numbers(passes) for layer, passes in _probe(lm, layers).items()}
-    middles = {}
-    for layer, sites in found.items():
-        if "attention" not in sites:
-            raise ModelError(
-                f"layer {layer}: what attention adds to the residual stream can't be told from the rest of the block; "
-                "this architecture can't be read token by token"
-            )
-        middles[layer] = sites.get("residual_mid", sites["attention"])
+    middles = {layer: _middle(layer, passes) for layer, passes in _probe(lm, layers).items()}
     taps = (
         tap
         for layer in layers
-        for tap in (Tap(lm.layers[layer], reads_input=True), middles[layer], Tap(lm.layers[layer]))
+        for tap in (Tap(lm.layers[layer], reads_input=True), middles[layer][0], Tap(lm.layers[layer]))
     )
-    return Points(tuple(taps), tuple("residual_mid" not in found[layer] for layer in layers))
+    return Points(tuple(taps), tuple(middles[layer][1] for layer in layers))
+
+
+def _middle(layer: int, passes: list[_Pass]) -> tuple[Tap, bool]:
+    """The stream after attention; or, True, what attention adds to it where no module is given that stream."""
+    sites = _found_by_numbers(passes)
+    if "residual_mid" in sites:
+        return sites["residual_mid"], False
+    if "attention" in sites:
+        return sites["attention"], True
+    *inner, block = passes
+    assert block.given_TD is not None
+    for reader in inner:  # blocks that scale their sum (Gemma-4): only the first half of the arithmetic holds
+        if reader.given_TD is not None and _adder(inner, reader.given_TD - block.given_TD, reader.given_TD) is not None:
+            return Tap(reader.module, reads_input=True), False
+    raise ModelError(
+        f"layer {layer}: what attention adds to the residual stream can't be told from the rest of the block; "
+        "this architecture can't be read token by token"
+    )
 
 
 @contextmanager
