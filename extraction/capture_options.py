@@ -10,7 +10,7 @@ READ: tuple[Decorator, ...] = (
     click.option(
         "--experiment", required=True, metavar="NAME", help="Whose vectors; captures are kept in its folder, too."
     ),
-    click.option("--trait", "--traits", "traits", metavar="A,B", help="Traits that have vectors there; one pass for all."),
+    click.option("--trait", "--traits", "traits", metavar="A,B", help="Traits with vectors there; one pass for all."),
     click.option("--method", metavar="NAME", help="Which of their vectors; default: the one that the card chose."),
     click.option("--model", metavar="NAME", help="Default: the model that the vectors were made on."),
     click.option("--prompts", metavar="TEXT", multiple=True, help="A prompt; may be given again."),

@@ -119,11 +119,15 @@ class CaptureFolder(PinnedFolder):
 
     def write_json(self, id: str, value: Any) -> Path:
         """One prompt as plain JSON, for other programs: without a receipt, and not verified."""
-        path = self.path / "prompts" / f"{_checked(id)}.json"
+        path = self.json_path(id)
         with refusing_nan(path):
             data = f"{to_json(value)}\n".encode()
         atomic_write(path, data)
         return path
+
+    def json_path(self, id: str) -> Path:
+        """Where one prompt's plain JSON lies."""
+        return self.path / "prompts" / f"{_checked(id)}.json"
 
     # Results
 

@@ -10,13 +10,12 @@ from extraction.schema import one_line
 from extraction.summary import WIDTH, duration, item, peak_memory, ranges, shown, size
 
 if TYPE_CHECKING:
-    from extraction.monitoring.facts import Reading, SetFacts, TraitFacts
     from extraction.monitoring.finishing import Finished
     from extraction.monitoring.plans import Plan
     from extraction.monitoring.taking import Taking
 
 MOST_ROWS = 12  # of a table; the page has all
-TAIL = 34  # columns of figures
+ROOM = WIDTH - 42  # for a prompt, beside four figures
 
 
 def of_plan(plan: Plan) -> Iterator[str]:
@@ -38,41 +37,40 @@ def of_plan(plan: Plan) -> Iterator[str]:
 def of_sets(taking: Taking, finished: Sequence[Finished], seconds: float) -> Iterator[str]:
     """Where every set lies and how its traits move; what it took."""
     for each in finished:
+        folder = each.set.folder
         yield f"{each.set.stem} on {taking.plan.spec.name}, tier {taking.plan.tier}"
-        yield from item("captures", f"{shown(each.folder.path)} ({each.n_prompts} prompts)")
-        if each.folder.report_path().exists():
-            yield from item("page", shown(each.folder.report_path()))
+        yield from item("captures", f"{shown(folder.path)} ({len(each.set.found.prompts)} prompts)")
+        if folder.report_path().exists():
+            yield from item("page", shown(folder.report_path()))
         for note in each.notes:
             yield from item("note", one_line(note))
-        for trait in each.facts.traits if each.facts else ():
+        for trait in each.moved["traits"] if each.moved else ():
             yield ""
-            yield from _table(each.facts, trait)
+            yield from _table(each.moved or {}, trait)
         yield ""
     yield _took(taking, seconds)
 
 
-def _table(facts: SetFacts, trait: TraitFacts) -> Iterator[str]:
+def _table(moved: Mapping[str, Any], trait: Mapping[str, Any]) -> Iterator[str]:
     """A row a prompt, at the layer that is shown first."""
-    place = facts.layers.index(trait.layer)
-    sides = ""
-    if trait.levels_L2 is not None:
-        low, high = trait.levels_L2[place]
-        sides = f"; the run's sides: {low:.3g} and {high:.3g}"
-    yield from textwrap.wrap(f"{trait.name}, {trait.method} at layer {trait.layer}, residual out{sides}", WIDTH)
-    yield f"{'prompt':<{WIDTH - TAIL}}{'mean':>8}{'peak':>8}{'commits':>10}{'persists':>8}"
-    for reading in facts.readings[:MOST_ROWS]:
-        yield _row(reading, reading.dynamics[trait.name][place])
-    if len(facts.readings) > MOST_ROWS:
-        yield f"and {len(facts.readings) - MOST_ROWS} more, on the page"
+    place, prompts = moved["layers"].index(trait["layer"]), list(moved["prompts"].values())
+    sides = "; sides {:.3g} and {:.3g}".format(*trait["levels"][place]) if trait["levels"] else ""
+    words = f"{trait['trait']}, {trait['method']} at layer {trait['layer']}, residual out{sides}"
+    yield from textwrap.wrap(words, WIDTH)
+    yield f"  {'prompt':<{ROOM}}" + "".join(f"{head:>10}" for head in ("mean", "peak", "commits", "persists"))
+    for prompt in prompts[:MOST_ROWS]:
+        yield _row(prompt["prompt"], prompt["traits"][trait["trait"]][place])
+    if len(prompts) > MOST_ROWS:
+        yield f"  and {len(prompts) - MOST_ROWS} more, on the page"
 
 
-def _row(reading: Reading, moved: Mapping[str, Any]) -> str:
+def _row(prompt: str, figures: Mapping[str, Any]) -> str:
     """Figures of one response; the commitment is a token of it, and the side."""
-    words = textwrap.shorten(one_line(reading.prompt), WIDTH - TAIL - 2, placeholder="...")
-    side = {1: "+", -1: "-", None: ""}[moved["committed_to"]]
-    commitment = "never" if moved["commitment"] is None else f"{moved['commitment']} ({side})"
-    figures = (_short(moved[key]) for key in ("mean", "peak"))
-    return f"{words:<{WIDTH - TAIL}}{next(figures):>8}{next(figures):>8}{commitment:>10}{_short(moved['persistence']):>8}"
+    words = textwrap.shorten(one_line(prompt), ROOM - 1, placeholder="...")
+    side = {1: "+", -1: "-", None: ""}[figures["committed_to"]]
+    commitment = "never" if figures["commitment"] is None else f"{figures['commitment']} ({side})"
+    cells = (_short(figures["mean"]), _short(figures["peak"]), commitment, _short(figures["persistence"]))
+    return f"  {words:<{ROOM}}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def _short(value: float | None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from extraction.capture_store import CaptureFolder, prompt_id
 from extraction.errors import MissingPackage
-from extraction.monitoring.dynamics import Summary, dynamics
+from extraction.monitoring.dynamics import dynamics
 from extraction.monitoring.facts import Reading, SetFacts, TraitFacts
 from extraction.monitoring.levels import levels_of
 from extraction.monitoring.plans import Plan, SetPlan, shown_layer
@@ -29,42 +29,41 @@ LARGEST_JSON = 5_000_000  # numbers of one prompt: about 100 MB as text
 
 @dataclass(frozen=True)
 class Finished:
-    """One set, whole. `facts` is None where no trait was read; `n_json` counts the JSON files that were written."""
+    """One set, whole. `moved` is its dynamics.json; None where no trait was read."""
 
     set: SetPlan
-    folder: CaptureFolder
-    facts: SetFacts | None
-    n_prompts: int
+    moved: Mapping[str, Any] | None
     notes: tuple[str, ...] = ()
 
 
 def finish(taking: Taking, listener: Listener) -> list[Finished]:
-    """Finish every set that is whole. What is there already, and made of the same, is left as it is."""
+    """Finish every set that is whole. What is there already, of the same files, is left as it is."""
     finished: list[Finished] = []
     for each in taking.plan.sets:
         with going_on(taking, each.stem, listener):
             ids = [prompt_id(i) for i in range(len(each.found.prompts))]
             if all(each.folder.prompt_done(id) for id in ids):
                 with each.folder.lock():
-                    finished.append(_finish_set(taking.plan, each, ids, listener))
-    if finished:
+                    finished.append(_finish_set(taking, each, ids, listener))
+    if taking.fresh:
         _index(taking.plan)
     return finished
 
 
-def _finish_set(plan: Plan, each: SetPlan, ids: Sequence[str], listener: Listener) -> Finished:
-    folder, notes = each.folder, []
-    if plan.extras.json:
-        notes += _write_json(folder, ids)
+def _finish_set(taking: Taking, each: SetPlan, ids: Sequence[str], listener: Listener) -> Finished:
+    plan, folder = taking.plan, each.folder
+    is_fresh = each.stem in taking.fresh
+    notes = _write_json(folder, ids, again=is_fresh) if plan.extras.json else []
     if not plan.vectors:
-        return Finished(each, folder, None, len(ids), tuple(notes))
-    facts = facts_of(plan, each, ids)
-    if not folder.has_dynamics():
+        return Finished(each, None, tuple(notes))
+    lacks_pictures = plan.extras.png and not folder.report_path(_overview(plan.vectors[-1].trait)).exists()
+    if is_fresh or lacks_pictures or not (folder.has_dynamics() and folder.report_path().exists()):
+        facts = facts_of(plan, each, ids)
         folder.write_dynamics(_document(facts))
-    _write_page(folder, facts)
-    if plan.extras.png:
-        _draw(folder, facts, listener)
-    return Finished(each, folder, facts, len(ids), tuple(notes))
+        folder.write_report(folder.report_path().name, _page(facts))
+        if plan.extras.png:
+            _draw(folder, facts, listener)
+    return Finished(each, folder.read_dynamics(), tuple(notes))
 
 
 # --- what was read --------------------------------------------------------------------------------------------------
@@ -147,17 +146,21 @@ def _document(facts: SetFacts) -> dict[str, Any]:
             }
             for trait in facts.traits
         ],
-        "prompts": {reading.id: reading.dynamics for reading in facts.readings},
+        "prompts": {reading.id: {"prompt": reading.prompt, "traits": reading.dynamics} for reading in facts.readings},
     }
 
 
 # --- for people -----------------------------------------------------------------------------------------------------
 
 
-def _write_page(folder: CaptureFolder, facts: SetFacts) -> None:
+def _page(facts: SetFacts) -> bytes:
     from extraction.monitoring.page import set_page
 
-    folder.write_report(folder.report_path().name, set_page(facts))
+    return set_page(facts)
+
+
+def _overview(trait: str) -> str:
+    return f"overview-{trait}.png"
 
 
 def _draw(folder: CaptureFolder, facts: SetFacts, listener: Listener) -> None:
@@ -171,9 +174,10 @@ def _draw(folder: CaptureFolder, facts: SetFacts, listener: Listener) -> None:
         listener.note(f"no pictures: {failure}")
         return
     for k, trait in enumerate(facts.traits):
-        folder.write_report(f"overview-{trait.name}.png", overview_picture(facts, k, trait.layer))
         for reading in facts.readings:
             folder.write_report(f"{reading.id}-{trait.name}.png", reading_picture(facts, reading, k, trait.layer))
+    for k, trait in enumerate(facts.traits):
+        folder.write_report(_overview(trait.name), overview_picture(facts, k, trait.layer))
 
 
 def _index(plan: Plan) -> None:
@@ -194,10 +198,10 @@ def _index(plan: Plan) -> None:
     write_sets_index(root, experiment, sets_index(experiment, entries))
 
 
-def _write_json(folder: CaptureFolder, ids: Sequence[str]) -> list[str]:
+def _write_json(folder: CaptureFolder, ids: Sequence[str], *, again: bool) -> list[str]:
     """The same as plain JSON, a file a prompt; a note where that would be too large to be of use."""
     skipped = 0
-    for id in ids:
+    for id in ids if again else [id for id in ids if not folder.json_path(id).exists()]:
         tensors, header = folder.read_prompt(id)
         if sum(tensor.numel() for tensor in tensors.values()) > LARGEST_JSON:
             skipped += 1

@@ -25,7 +25,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> l
 
     backend: Any = getattr(tokenizer, "_tokenizer", None)
     if backend is None:  # a tokenizer in Python: no stream, so each token stands for itself
-        return [tokenizer.decode([number], skip_special_tokens=False) for number in token_ids]
+        return [str(tokenizer.decode([number], skip_special_tokens=False)) for number in token_ids]
     stream = DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(backend, number) or "" for number in token_ids]
     whole, shown = backend.decode(list(token_ids), skip_special_tokens=False), "".join(pieces)

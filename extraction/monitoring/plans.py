@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +162,7 @@ def _vectors(
     root: Path, given: Mapping[str, Any], options: Mapping[str, Any], attempt: _Attempts
 ) -> tuple[Vector, ...]:
     names = parse_trait_list(given["traits"]) if given["traits"] is not None else ()
-    tried = [attempt(lambda name=name: _vector(root, given, options, name)) for name in names]
+    tried = [attempt(partial(_vector, root, given, options, name)) for name in names]
     return tuple(vector for vector in tried if vector is not None)
 
 
@@ -278,7 +278,7 @@ def _prompts(given: Mapping[str, Any], attempt: _Attempts) -> dict[str, PromptSe
     if given["prompts"]:
         found[INLINE] = PromptSet("--prompts", tuple(Asked(_words(words)) for words in given["prompts"]))
     for path in given["prompts_file"]:
-        read = attempt(lambda path=path: read_prompt_set(path))
+        read = attempt(partial(read_prompt_set, path))
         if read is None:
             continue
         stem = Path(path).stem

@@ -54,6 +54,7 @@ class Taking:
     fits: int | None = None
     batch_sizes: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    fresh: set[str] = field(default_factory=set)  # stems of sets that have new files
 
     @property
     def is_loaded(self) -> bool:
@@ -74,9 +75,11 @@ class Taking:
     @cached_property
     def recording(self) -> Recording:
         """What is kept of every token."""
-        from extraction.readings import Internals, Projecting
+        from extraction.readings import Projecting
 
         if self.plan.tier == 3:
+            from extraction.readings import Internals
+
             return Internals(self.plan.layers[0], attention=self.plan.attention)
         return Projecting(self.plan.layers, self.plan.unit_LDK, self.plan.attention)
 
@@ -116,6 +119,7 @@ def _take_set(taking: Taking, each: SetPlan, listener: Listener) -> None:
     _check_once(taking, prompts, listener)
     with each.folder.lock():
         each.folder.open(each.config)
+        taking.fresh.add(each.stem)
         pending = pending_of(taking.plan, each)
         listener.begin(f"{each.stem}: tier {taking.plan.tier}", len(prompts), len(prompts) - sum(map(len, pending)))
         try:
