@@ -34,7 +34,7 @@ FLOORS = [
     ("running",),
     ("utils_batch", "likelihood", "exchange"),
     ("runners", "self_check", "steered", "local_judge", "openai_judge", "lda", "helix"),
-    ("judging", "sweep", "trials", "serving"),
+    ("judging", "sweep", "trials", "serving", "monitoring"),
     ("evidence", "preview", "fitting", "study"),
     ("validating", "reporting"),
     ("stages",),
