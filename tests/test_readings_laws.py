@@ -21,7 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from extraction.decoding.amplify import Amplify
 from extraction.decoding.sample import Sample
+from extraction.decoding.speculate import Speculate
 from extraction.errors import ActivationError, ModelError, TraitlineError
 from extraction.models import LanguageModel, wrap
 from extraction.readings import Projecting
@@ -71,6 +73,7 @@ ASKED = (
     *("olmo2", "cohere", "phi", "granite", "opt_post_norm"),
 )
 MANY = pytest.mark.parametrize("name", ASKED)
+SOME = pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"])
 REST = [name for name in ARCHITECTURES if name not in ASKED]
 
 
@@ -189,10 +192,38 @@ def test_projections_equal_transformers_in_any_batch_and_order(name: str, order:
 
 @pytest.mark.parametrize("name", REST)
 def test_projections_equal_transformers_in_every_other_architecture(name: str) -> None:
-    batch_size, lm, requests = orders(name)[1]
-    done = run(lm, requests[::2], batch_size, Projecting(ALL_LAYERS, units_LDK(), attention=False))
-    assert tokens_of(done) == case_of(name).said(done, lm)
-    assert worst(name, done, units_LDK()) < TOLERANCE
+    """Four prompts in two slots; whether the tokens are right is the engine's laws' business."""
+    model = shared_model(name)
+    requests = [Request(f"e{i}", row, n) for i, (row, n) in enumerate(zip(prompts(4), (6, 9, 2, 4), strict=True))]
+    done = run(wrap(model, stop_ids=()), requests, 2, Projecting(ALL_LAYERS, units_LDK(), attention=False))
+    for r in requests:
+        wanted = projected(points_TL3D(model, name, r.token_ids + done[r.id].token_ids), units_LDK())
+        assert deviation(done[r.id].activations["projections"], wanted) < TOLERANCE
+        assert deviation(done[r.id].activations["projections"], wanted.roll(1, 2)) > 1e-2
+
+
+@SOME
+def test_amplified_it_is_the_after_model_that_is_read(name: str) -> None:
+    """Two models decode at once; the rows are those of the first, at the tokens that both agreed on."""
+    case = case_of(name)
+    before = wrap(tiny_model(name, seed=1), stop_ids=())
+    strategy = Amplify(before, alpha=0.7)
+    plain = run(case.endless, case.requests[:4], 2, strategy=strategy)
+    done = run(
+        case.endless, case.requests[:4], 2, Projecting(ALL_LAYERS, units_LDK(), attention=False), strategy=strategy
+    )
+    assert tokens_of(done) == tokens_of(plain)
+    assert tokens_of(done) != {key: case.responses[key] for key in done}
+    for r in case.requests[:4]:
+        wanted = projected(points_TL3D(case.lm.model, name, r.token_ids + done[r.id].token_ids), units_LDK())
+        assert deviation(done[r.id].activations["projections"], wanted) < TOLERANCE
+
+
+def test_speculation_is_refused_in_one_line() -> None:
+    case = case_of("llama")
+    with pytest.raises(TraitlineError, match="speculation") as caught:
+        run(case.lm, case.requests, 3, Projecting(ALL_LAYERS, units_LDK()), strategy=Speculate())
+    assert one_line(caught.value)
 
 
 def test_the_cases_are_hard_enough() -> None:
@@ -218,7 +249,7 @@ def roll(dim: int) -> Callable[[Tensor], Tensor]:
     return lambda kept: kept.roll(1, dim)
 
 
-@MANY
+@SOME
 def test_off_by_a_token_a_layer_a_point_or_a_trait_the_law_fails(name: str) -> None:
     case = case_of(name)
     done = run(case.endless, case.requests, 3, Projecting(ALL_LAYERS, units_LDK(), attention=False))
@@ -227,7 +258,7 @@ def test_off_by_a_token_a_layer_a_point_or_a_trait_the_law_fails(name: str) -> N
         assert worst(name, done, units_LDK(), roll(dim)) > 1e-2, f"dimension {dim}"
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"])
+@SOME
 def test_what_the_mlp_reads_is_not_the_stream(name: str) -> None:
     """The MLP's normalised input, which scripts take for `after_attention`, is far from it."""
     case, unit_LDK = case_of(name), units_LDK()
@@ -244,7 +275,7 @@ def test_what_the_mlp_reads_is_not_the_stream(name: str) -> None:
         assert deviation(kept, projected(points_TL3D(case.lm.model, name, ids), unit_LDK)) < TOLERANCE
 
 
-@MANY
+@SOME
 def test_what_comes_out_of_a_layer_goes_into_the_next(name: str) -> None:
     case = case_of(name)
     same_LDK = units_LDK(n_layers=1).expand(LAYERS, -1, -1)
@@ -255,7 +286,7 @@ def test_what_comes_out_of_a_layer_goes_into_the_next(name: str) -> None:
         assert deviation(kept[:, :, 1], kept[:, :, 0]) > 1e-3
 
 
-@MANY
+@SOME
 def test_several_traits_in_one_pass_equal_each_alone_and_some_layers_equal_all(name: str) -> None:
     case, unit_LDK = case_of(name), units_LDK(8)
     together = run(case.lm, case.requests, 4, Projecting(ALL_LAYERS, unit_LDK, attention=False))
@@ -369,18 +400,17 @@ def test_attention_of_its_own_is_refused_with_the_remedy_that_works(name: str) -
 
 
 @MANY
-@pytest.mark.parametrize("attention", [False, True], ids=["projections", "attention"])
-def test_reading_changes_no_token(name: str, attention: bool) -> None:
+def test_reading_changes_no_token(name: str) -> None:
     case = case_of(name)
     requests = [replace(r, seed=4) for r in case.requests]
     for strategy in (None, Sample(0.8, top_p=0.95)):
         plain = run(case.lm, requests, 3, strategy=strategy)
-        read = run(case.lm, requests, 3, Projecting(ALL_LAYERS, units_LDK(), attention), strategy=strategy)
+        read = run(case.lm, requests, 3, Projecting(ALL_LAYERS, units_LDK()), strategy=strategy)
         assert tokens_of(read) == tokens_of(plain)
         assert {k: c.finish_reason for k, c in read.items()} == {k: c.finish_reason for k, c in plain.items()}
 
 
-@MANY
+@SOME
 def test_poisoned_padding_is_not_read(name: str) -> None:
     """1e6 in every block's output wherever the mask has no token."""
     case = case_of(name)
@@ -434,7 +464,7 @@ def stopping_at_once(name: str) -> tuple[LanguageModel, list[Request], str]:
     return wrap(case.lm.model, stop_ids=(first,)), list(case.requests), "e0"
 
 
-@MANY
+@SOME
 def test_an_empty_response_still_has_its_prompts_rows(name: str) -> None:
     lm, requests, empty = stopping_at_once(name)
     for batch_size in (1, 4):
