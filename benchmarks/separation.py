@@ -21,9 +21,9 @@ from extraction.decoding.sample import Sample
 from extraction.fitting import Vectors, plan_vectors
 from extraction.jobs import MODES, plan
 from extraction.judges import lexical_score
+from extraction.models import LanguageModel
 from extraction.monitoring.dynamics import smoothed
 from extraction.monitoring.labels import pieces_of
-from extraction.models import LanguageModel
 from extraction.prompt_sets import read_prompt_set
 from extraction.prompts import encode_conversation
 from extraction.readings import Projecting
