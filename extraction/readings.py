@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,7 +21,8 @@ from torch.nn.functional import pad
 from extraction.attention import Attended, watching_attention
 from extraction.capture import shaped
 from extraction.errors import ActivationError, ConfigError
-from extraction.sites import POINTS, points_of, watch_taps
+from extraction.internals import parts_of
+from extraction.sites import POINTS, Tap, points_of, watch_taps
 
 if TYPE_CHECKING:
     from extraction.models import LanguageModel
@@ -46,6 +47,25 @@ class Projecting:
         streams: list[Stream] = [Projections(lm, self.layers, self.unit_LDK)]
         if self.attention:
             streams.append(HeadMean(lm, self.layers))
+        return TokenObserver(lm, streams, slots, width)
+
+
+@dataclass(frozen=True)
+class Internals:
+    """The parts of one layer, of every token: see `extraction.internals` for what they are.
+
+    A completion has each part by its name, [T, ...] in float32; with `attention` also `attention` [T, H, T], zeros to
+    the right of a row's own token, and `rot_q` and `rot_k` as attention compares them, after rotary embedding.
+    """
+
+    layer: int
+    attention: bool = True
+
+    def observer(self, lm: LanguageModel, slots: int, width: int) -> TokenObserver:
+        """What keeps it for a running batch. Raises ModelError or ConfigError where the model can't be read so."""
+        streams: list[Stream] = [Parts(lm, self.layer, attention=self.attention)]
+        if self.attention:
+            streams.append(AllHeads(lm, (self.layer,)))
         return TokenObserver(lm, streams, slots, width)
 
 
@@ -126,14 +146,14 @@ class Projections:
         return {"projections": found_TLPK}
 
 
-class HeadMean:
-    """Attention weights of the response's rows, averaged over heads, [B, T, L, S]; on the host, since they are many."""
+class Weights:
+    """Attention of some layers, on the host, since it grows with the square of a text."""
 
     reads_prompts = False
 
     def __init__(self, lm: LanguageModel, layers: tuple[int, ...]) -> None:
         self.lm, self.layers = lm, layers
-        self.noted: dict[int, Tensor] | None = None
+        self.noted: dict[int, Attended] | None = None
 
     def watching(self) -> AbstractContextManager[None]:
         """Every layer's attention."""
@@ -141,27 +161,114 @@ class HeadMean:
 
     def _note(self, layer: int, attended: Attended) -> None:
         if self.noted is not None:
-            self.noted[layer] = attended.weights_BHTS.mean(1, dtype=torch.float32)
+            self.noted[layer] = attended
 
     def open(self, n_rows: int, width: int) -> None:
         """Nothing noted yet."""
         self.noted = {}
 
-    def close(self) -> Kept:
-        """What was noted, layer by layer."""
+    def _noted(self) -> list[Attended]:
         noted, self.noted = self.noted, None
         assert noted is not None
-        rows = [noted[layer].to(self.lm.device) for layer in self.layers]
+        return [noted[layer] for layer in self.layers]
+
+
+class HeadMean(Weights):
+    """Weights of the response's rows, averaged over heads: [B, T, L, S] of a pass."""
+
+    def _note(self, layer: int, attended: Attended) -> None:
+        mean_BTS = attended.weights_BHTS.mean(1, dtype=torch.float32)
+        super()._note(layer, replace(attended, weights_BHTS=mean_BTS))
+
+    def close(self) -> Kept:
+        """What was noted, layer by layer."""
+        rows = [attended.weights_BHTS.to(self.lm.device) for attended in self._noted()]
         return {"attention": torch.stack(rows, dim=2).cpu()}
 
     def of_row(self, given: Kept, row: int, n_new: int, n_before: int) -> Kept:
         """The columns of its text, which end at the right edge."""
-        return {name: weights_BTLS[row, :, :, -n_before - n_new :] for name, weights_BTLS in given.items()}
+        return {"attention": given["attention"][row, :, :, -n_before - n_new :]}
 
     def finish(self, parts: Sequence[Kept], n_tokens: int) -> Kept:
         """Rows as wide as the text, with zeros to the right."""
         none = torch.zeros(0, len(self.layers), n_tokens)
         return {"attention": stacked([none, *(part["attention"] for part in parts)], n_tokens)}
+
+
+class AllHeads(Weights):
+    """Every head's weights of one layer, [B, T, H, S] of a pass, and the queries and keys that they come from."""
+
+    reads_prompts = True
+
+    def close(self) -> Kept:
+        """What was noted."""
+        (attended,) = self._noted()
+        return {
+            "attention": _on_host(attended.weights_BHTS.transpose(1, 2)),
+            "rot_q": _on_host(attended.q_BTHC),
+            "rot_k": _on_host(attended.k_BTGC),
+        }
+
+    def of_row(self, given: Kept, row: int, n_new: int, n_before: int) -> Kept:
+        """Its tokens, and the columns of its text, end at the right edge."""
+        kept = {name: tensor[row, tensor.shape[1] - n_new :] for name, tensor in given.items()}
+        return kept | {"attention": kept["attention"][..., -n_before - n_new :]}
+
+    def finish(self, parts: Sequence[Kept], n_tokens: int) -> Kept:
+        """Rows as wide as the text, with zeros to the right."""
+        joined = {name: torch.cat([part[name] for part in parts]) for name in ("rot_q", "rot_k")}
+        return {"attention": stacked([part["attention"] for part in parts], n_tokens), **joined}
+
+
+class Parts:
+    """The parts of one layer, on the host."""
+
+    reads_prompts = True
+
+    def __init__(self, lm: LanguageModel, layer: int, *, attention: bool) -> None:
+        self.layer, self.parts = layer, parts_of(lm, layer, attention=attention)
+        taps = [tap for part in self.parts for tap in (part.tap, part.added) if tap is not None]
+        self.taps = tuple(dict.fromkeys(taps))
+        self.shape: tuple[int, int] = (0, 0)
+        self.noted: dict[Tap, Tensor] | None = None
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Hooks at every part."""
+        return watch_taps(self.taps, self._note)
+
+    def _note(self, tap: int, hidden: Tensor) -> None:
+        if self.noted is not None:  # a copy: models may change it in place later
+            self.noted[self.taps[tap]] = hidden.clone()
+
+    def open(self, n_rows: int, width: int) -> None:
+        """Nothing noted yet."""
+        self.shape, self.noted = (n_rows, width), {}
+
+    def close(self) -> Kept:
+        """What was noted, part by part."""
+        noted, self.noted = self.noted, None
+        assert noted is not None
+        as_tokens = {tap: hidden.reshape(*self.shape, hidden.shape[-1]) for tap, hidden in noted.items()}
+        given = {part.name: as_tokens[part.tap] for part in self.parts}
+        sums = {part.name: given[part.name] + as_tokens[part.added] for part in self.parts if part.added is not None}
+        return {part.name: _on_host(part.read((given | sums)[part.name])) for part in self.parts}
+
+    def of_row(self, given: Kept, row: int, n_new: int, n_before: int) -> Kept:
+        """Its tokens end at the right edge."""
+        return {name: tensor[row, tensor.shape[1] - n_new :] for name, tensor in given.items()}
+
+    def finish(self, parts: Sequence[Kept], n_tokens: int) -> Kept:
+        """All tokens of a text."""
+        joined = {part.name: torch.cat([kept[part.name] for kept in parts]) for part in self.parts}
+        for name, tensor in joined.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ActivationError(f"the {name} at layer {self.layer} is NaN or infinite")
+        return joined
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy there: numbers in float32 (whole ones as they are)."""
+    return tensor.to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def stacked(rows: Sequence[Tensor], width: int) -> Tensor:

@@ -27,7 +27,7 @@ FLOORS = [
     ("payloads", "pinned", "adapters", "detectors", "http_client"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges", "capture_store"),
-    ("sites", "attention", "decoding", "kept", "jobs", "steering", "report", "pairs", "prompt_sets", "shelf"),
+    ("sites", "attention", "mixture", "decoding", "kept", "jobs", "steering", "report", "pairs", "prompt_sets", "shelf"),
     ("capture", "internals", "forecast", "continuations"),
     ("teacher", "vectors", "rows", "readings"),
     ("partners",),

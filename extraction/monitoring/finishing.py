@@ -24,6 +24,8 @@ from extraction.shelf import capture_sets, write_sets_index
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from extraction.monitoring.index import SetRow
+
 LARGEST_JSON = 5_000_000  # numbers of one prompt: about 100 MB as text
 
 
@@ -182,20 +184,27 @@ def _draw(folder: CaptureFolder, facts: SetFacts, listener: Listener) -> None:
 
 def _index(plan: Plan) -> None:
     """captures/index.html: every set of the experiment."""
-    from extraction.monitoring.index import Entry, sets_index
+    from extraction.monitoring.index import sets_index
 
     root, experiment = plan.root / "experiments", plan.settings.name
-    entries = [
-        Entry(
-            name=folder.path.name,
-            config=folder.read_config(),
-            n_done=len(folder.prompt_ids()),
-            link=f"{folder.path.name}/reports/{folder.report_path().name}" if folder.report_path().exists() else None,
-        )
-        for folder in capture_sets(root, experiment)
-        if folder.stored_config() is not None
-    ]
-    write_sets_index(root, experiment, sets_index(experiment, entries))
+    write_sets_index(root, experiment, sets_index([_row(experiment, each) for each in capture_sets(root, experiment)]))
+
+
+def _row(experiment: str, folder: CaptureFolder) -> SetRow:
+    from extraction.monitoring.index import SetRow
+
+    config, page = folder.read_config(), folder.report_path()
+    return SetRow(
+        experiment=experiment,
+        name=folder.path.name,
+        tier=config["tier"],
+        model=config["model"]["name"],
+        traits=[vector["trait"] for vector in config["vectors"]],
+        layers=config["layers"],
+        done=len(folder.prompt_ids()),
+        asked=config["prompts"]["count"],
+        link=f"{folder.path.name}/reports/{page.name}" if page.exists() else None,
+    )
 
 
 def _write_json(folder: CaptureFolder, ids: Sequence[str], *, again: bool) -> list[str]:

@@ -36,6 +36,13 @@ CONVENTIONS: dict[str, str] = {
     "(where attention and MLP run side by side: residual_in and what attention adds), residual_out its output",
     "projections": "the dot product with the vector over its norm, float32",
 }
+INTERNALS = {
+    "q, k, v": "what the projections give, by head, before any normalisation and rotary embedding",
+    "rot_q, rot_k": "queries and keys as attention compares them, after both",
+    "mlp": "mlp_up and mlp_gate are what these projections give, mlp_activation is what goes into the down projection, "
+    "mlp_down what comes out of it",
+    "residual_mid": "the same as after_attention",
+}
 ATTENTION = {
     2: "weights averaged over heads, one row a response token, 0 to the right of the row's own token",
     3: "weights of every head, 0 to the right of the row's own token",
@@ -75,11 +82,9 @@ class Taking:
     @cached_property
     def recording(self) -> Recording:
         """What is kept of every token."""
-        from extraction.readings import Projecting
+        from extraction.readings import Internals, Projecting
 
         if self.plan.tier == 3:
-            from extraction.readings import Internals
-
             return Internals(self.plan.layers[0], attention=self.plan.attention)
         return Projecting(self.plan.layers, self.plan.unit_LDK, self.plan.attention)
 
@@ -222,19 +227,35 @@ def _write(taking: Taking, each: SetPlan, prompt: Prompt, completion: Completion
 
 def tensors_of(plan: Plan, found: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
     """What goes into a prompt's file: tensors by name, each with what its axes are."""
-    tensors: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
-    for name, tensor in found.items():
-        if name == "projections":
-            for i, vector in enumerate(plan.vectors):
-                tensors[f"projections.{vector.trait}"] = (tensor[..., i], ("token", "layer", "point"))
-        elif name == "attention" and plan.tier == 2:
-            tensors[name] = (tensor, ("token", "layer", "column"))
-        else:
-            tensors[name] = (tensor, ("token", *AXES.get(name, ("value",) * (tensor.ndim - 1))))
+    tensors = {name: (tensor, axes_of(plan.tier, name, tensor.ndim)) for name, tensor in found.items()}
+    if plan.vectors:
+        projections_TLPK = tensors.pop("projections")[0] if plan.tier == 2 else _projected(plan, found)
+        for k, vector in enumerate(plan.vectors):
+            tensors[f"projections.{vector.trait}"] = (projections_TLPK[..., k], ("token", "layer", "point"))
     return tensors
 
 
-AXES = {"attention": ("head", "column")}
+def _projected(plan: Plan, found: Mapping[str, Tensor]) -> Tensor:
+    """Tier 3 keeps the stream itself: projections [T, 1, 3, K] of it."""
+    import torch
+
+    stream_T1PD = torch.stack([found[name] for name in STREAM], dim=1).unsqueeze(1)
+    return stream_T1PD @ plan.unit_LDK[0]
+
+
+def axes_of(tier: int, name: str, n_axes: int) -> tuple[str, ...]:
+    """What a tensor's axes are; a mixture's neurons are those of the experts that were chosen."""
+    if name == "attention":
+        return ("token", "layer" if tier == 2 else "head", "column")
+    if name in HEADS:
+        return ("token", HEADS[name], "channel")
+    if name in STREAM or name == "mlp_down":
+        return ("token", "hidden")
+    return ("token", *(("expert", "neuron") if n_axes == 3 else ("expert" if name.startswith("expert") else "neuron",)))
+
+
+STREAM = ("residual_in", "residual_mid", "residual_out")
+HEADS = {"q": "head", "rot_q": "head", **dict.fromkeys(("k", "v", "rot_k"), "key_head")}
 
 
 def header_of(
@@ -262,7 +283,7 @@ def header_of(
         "points": list(POINTS),
         "traits": [vector.facts() for vector in plan.vectors],
         "tensors": {name: list(axes) for name, (_, axes) in tensors.items()},
-        "conventions": {**CONVENTIONS, "attention": ATTENTION[plan.tier]},
+        "conventions": {**CONVENTIONS, "attention": ATTENTION[plan.tier], **(INTERNALS if plan.tier == 3 else {})},
         "versions": versions(),
     }
 
