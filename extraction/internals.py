@@ -196,12 +196,12 @@ HEADS = ("q", "k", "v")
 def _stacked(sections: tuple[int, ...], at: int, n_heads: int, x_X: Tensor) -> Tensor:
     """One section of a projection that holds several, one after the other: [.., X] -> [.., N, C]."""
     section_X: Tensor = x_X.split(sections, dim=-1)[at]
-    return section_X.unflatten(-1, (n_heads, -1))
+    return section_X.reshape(*section_X.shape[:-1], n_heads, -1)
 
 
 def _by_group(n_groups: int, n_queries: int, at: int, x_X: Tensor) -> Tensor:
     """A projection that holds each key head with its queries before and its value after: [.., X] -> [.., N, C]."""
-    groups: Tensor = x_X.unflatten(-1, (n_groups, n_queries + 2, -1))
+    groups = x_X.reshape(*x_X.shape[:-1], n_groups, n_queries + 2, -1)
     parts: tuple[Tensor, ...] = (groups[..., :-2, :].flatten(-3, -2), groups[..., -2, :], groups[..., -1, :])
     return parts[at]
 
