@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations, product
@@ -82,13 +82,24 @@ def stream_of(lm: LanguageModel, layers: tuple[int, ...]) -> tuple[tuple[Part, P
     `residual_mid` is the stream after attention was added; where attention and MLP run side by side, that sum itself.
     Raises ModelError where a block adds neither to a stream.
     """
-    try:
-        mids = [Part("residual_mid", tap) for tap in taps_of(lm, ("residual_mid",), layers)]
-    except ModelError:
-        adds = zip(layers, taps_of(lm, ("attention",), layers), strict=True)
-        mids = [Part("residual_mid", Tap(lm.layers[layer], reads_input=True), added=tap) for layer, tap in adds]
+    taps_of(lm, ("residual",), layers)  # refuses a layer that there is not
     ends = ((Tap(lm.layers[layer], reads_input=True), Tap(lm.layers[layer])) for layer in layers)
+    mids = _between(lm, layers)
     return tuple((Part(STREAM[0], a), mid, Part(STREAM[2], b)) for (a, b), mid in zip(ends, mids, strict=True))
+
+
+def _between(lm: LanguageModel, layers: tuple[int, ...]) -> list[Part]:
+    """The stream after attention: where a module is given it, else the sum of what came in and what attention adds."""
+    with suppress(ModelError):
+        return [Part(STREAM[1], tap) for tap in taps_of(lm, ("residual_mid",), layers)]
+    try:
+        adds = zip(layers, taps_of(lm, ("attention",), layers), strict=True)
+    except ModelError as failure:
+        raise ModelError(
+            f"layer {layers[0]} of {type(lm.model).__name__}: residual_mid can't be found: its blocks don't add "
+            "attention and MLP to one stream; capture their outputs alone (site 'residual')"
+        ) from failure
+    return [Part(STREAM[1], Tap(lm.layers[layer], reads_input=True), added=tap) for layer, tap in adds]
 
 
 # --- the short pass ---------------------------------------------------------------------------------------------------
