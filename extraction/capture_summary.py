@@ -27,9 +27,8 @@ def of_plan(plan: Plan) -> Iterator[str]:
     yield from item("layers", ranges(plan.layers))
     yield from item("responses", f"at most {settings.max_new_tokens} tokens, temperature {settings.temperature:g}")
     for each in plan.sets:
-        n_prompts = len(each.found.prompts)
-        n_done = len(each.folder.prompt_ids())
-        yield from item("set", f"{each.stem}: {_counted(n_prompts)}, {n_done} of them done, in {shown(each.folder.path)}")
+        count, n_done = _counted(len(each.found.prompts)), len(each.folder.prompt_ids())
+        yield from item("set", f"{each.stem}: {count}, {n_done} of them done, in {shown(each.folder.path)}")
     for failure in plan.failures:
         yield from item("failed", one_line(failure))
 
