@@ -43,9 +43,9 @@ def of_sets(taking: Taking, finished: Sequence[Finished], seconds: float) -> Ite
             yield from item("page", shown(folder.report_path()))
         for note in each.notes:
             yield from item("note", one_line(note))
-        for trait in each.moved["traits"] if each.moved else ():
+        for trait in each.moved["traits"]:
             yield ""
-            yield from _table(each.moved or {}, trait)
+            yield from _table(each.moved, trait)
         yield ""
     yield _took(taking, seconds)
 
