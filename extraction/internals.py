@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations, product
@@ -27,7 +27,7 @@ from extraction.attention import REMEDY, Attended, watching_attention
 from extraction.errors import ModelError
 from extraction.hooks import watch, watch_inputs
 from extraction.mixture import HALVES, Halves, find_mixture, stacked_experts
-from extraction.sites import Tap, taps_of
+from extraction.sites import Tap, points_of, taps_of
 
 if TYPE_CHECKING:
     from extraction.models import LanguageModel
@@ -69,37 +69,23 @@ def parts_of(lm: LanguageModel, layer: int, *, attention: bool = True) -> tuple[
 
     Raises ModelError naming the layer and the part where one can't be found.
     """
-    (stream,) = stream_of(lm, (layer,))
+    stream = stream_of(lm, layer)
     probe = _probe(lm, layer, attention=attention)
     heads = _projections(probe) if attention else ()
-    mlp, experts = _mlp(probe, taps_of(lm, ("mlp",), (layer,))[0].module)
+    mlp, experts = _mlp(probe, _adder(lm, layer))
     return (*heads, *mlp, *stream, *experts)
 
 
-def stream_of(lm: LanguageModel, layers: tuple[int, ...]) -> tuple[tuple[Part, Part, Part], ...]:
-    """residual_in, residual_mid and residual_out of every layer: the stream before, in between and after.
+def stream_of(lm: LanguageModel, layer: int) -> tuple[Part, Part, Part]:
+    """residual_in, residual_mid and residual_out: the stream before, in between and after.
 
     `residual_mid` is the stream after attention was added; where attention and MLP run side by side, that sum itself.
     Raises ModelError where a block adds neither to a stream.
     """
-    taps_of(lm, ("residual",), layers)  # refuses a layer that there is not
-    ends = ((Tap(lm.layers[layer], reads_input=True), Tap(lm.layers[layer])) for layer in layers)
-    mids = _between(lm, layers)
-    return tuple((Part(STREAM[0], a), mid, Part(STREAM[2], b)) for (a, b), mid in zip(ends, mids, strict=True))
-
-
-def _between(lm: LanguageModel, layers: tuple[int, ...]) -> list[Part]:
-    """The stream after attention: where a module is given it, else the sum of what came in and what attention adds."""
-    with suppress(ModelError):
-        return [Part(STREAM[1], tap) for tap in taps_of(lm, ("residual_mid",), layers)]
-    try:
-        adds = zip(layers, taps_of(lm, ("attention",), layers), strict=True)
-    except ModelError as failure:
-        raise ModelError(
-            f"layer {layers[0]} of {type(lm.model).__name__}: residual_mid can't be found: its blocks don't add "
-            "attention and MLP to one stream; capture their outputs alone (site 'residual')"
-        ) from failure
-    return [Part(STREAM[1], Tap(lm.layers[layer], reads_input=True), added=tap) for layer, tap in adds]
+    points = points_of(lm, (layer,))
+    before, middle, after = points.taps
+    mid = Part(STREAM[1], before, added=middle) if points.side_by_side[0] else Part(STREAM[1], middle)
+    return Part(STREAM[0], before), mid, Part(STREAM[2], after)
 
 
 # --- the short pass ---------------------------------------------------------------------------------------------------
@@ -282,14 +268,28 @@ def _turned(probe: _Probe, made_TNC: Tensor, given_TNC: Tensor) -> bool:
 # --- the MLP ----------------------------------------------------------------------------------------------------------
 
 
-def _mlp(probe: _Probe, adder: nn.Module) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+def _adder(lm: LanguageModel, layer: int) -> nn.Module | None:
+    """The module that gives what the MLP adds; None where blocks normalise or scale the whole sum."""
+    try:
+        return taps_of(lm, ("mlp",), (layer,))[0].module
+    except ModelError:
+        return None
+
+
+def _mlp(probe: _Probe, adder: nn.Module | None) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """The parts of the MLP whose last module is `adder`, and those that only a mixture has."""
     added = (call.gave_TX for call in reversed(probe.calls) if call.module is adder)
-    down = _down(probe, next(added, None))
+    down = _fed(probe) if adder is None else _down(probe, next(added, None))
     if down is None:
         raise probe.missing("mlp_down", f"its MLP works in a way of its own; {NO_MLP}")
     experts = stacked_experts(down.module)
     return _dense(probe, down) if experts is None else _mixture(probe, down.module, experts)
+
+
+def _fed(probe: _Probe) -> _Call | None:
+    """The first call with weights into which an activation goes that other projections of the block make."""
+    with torch.inference_mode():
+        return next((call for call in probe.calls if call.has_matrix and _up_and_gate(probe, call) is not None), None)
 
 
 def _down(probe: _Probe, added_TD: Tensor | None) -> _Call | None:
@@ -319,7 +319,8 @@ def _half(halves: Halves, at: int, x_X: Tensor) -> Tensor:
 def _up_and_gate(probe: _Probe, down: _Call) -> tuple[Part, ...] | None:
     """The projections whose activation, or activation of one times the other, goes into the down projection."""
     into_TF = down.given_TX
-    assert into_TF is not None
+    if into_TF is None:
+        return None
     width = into_TF.shape[-1]
     norms = [call.given_TX for call in probe.calls if not call.has_matrix and probe.same(call.gave_TX, into_TF)]
     goals = [into_TF, *(goal for goal in norms if goal is not None)]  # a norm may stand before the down projection
@@ -353,7 +354,7 @@ def _activations(probe: _Probe, width: int) -> list[nn.Module]:
     found = [
         call.module
         for call in probe.calls
-        if not call.has_matrix and call.given_TX is not None and call.given_TX.shape[-1] == width
+        if not call.has_matrix and call.given is not None and call.given.shape[-1] == width
         if not probe.same(call.given_TX, call.gave_TX) and _is_repeatable(probe, call)
     ]
     return list(dict.fromkeys(found))

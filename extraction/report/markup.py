@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -114,9 +114,11 @@ def data_block(name: str, value: Any) -> Html:
     return Html(f'<script type="application/json" id="{text(name)}">{body}</script>')
 
 
-def document(title: str, body: Html) -> bytes:
-    """A whole page: one file, no request."""
-    style, script = (path.read_text(encoding="utf-8") for path in (STYLE, SCRIPT))
+def document(
+    title: str, body: Html, *, styles: Sequence[Path] = (STYLE,), scripts: Sequence[Path] = (SCRIPT,)
+) -> bytes:
+    """A whole page: one file, no request. Its style is one block, of all `styles`, and so is its script."""
+    style, script = ("".join(path.read_text(encoding="utf-8") for path in paths) for paths in (styles, scripts))
     policy = POLICY.format(style=digest_of(style), script=digest_of(script))
     page = PAGE.substitute(policy=policy, title=text(title), style=style, script=script, body=body)
     return page.encode("utf-8")

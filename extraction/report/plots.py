@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from extraction.errors import MissingPackage
@@ -98,18 +99,18 @@ def check_matplotlib() -> None:
 
 def picture(draw: Callable[[Mapping[str, Any], Page], Figure], source: Mapping[str, Any]) -> Picture:
     """One plot in both renderings."""
-    (wide, wide_size), (narrow, narrow_size) = (_rendered(draw, source, Page(is_narrow)) for is_narrow in (False, True))
+    pages = (Page(is_narrow) for is_narrow in (False, True))
+    (wide, wide_size), (narrow, narrow_size) = (rendered(partial(draw, source, page), page.text) for page in pages)
     return Picture(wide, narrow, wide_size, narrow_size)
 
 
-def _rendered(
-    draw: Callable[[Mapping[str, Any], Page], Figure], source: Mapping[str, Any], page: Page
-) -> tuple[bytes, tuple[int, int]]:
+def rendered(draw: Callable[[], Figure], text: float) -> tuple[bytes, tuple[int, int]]:
+    """A figure as PNG, and its size in CSS pixels; drawn in the project's style, with so many points of text."""
     from matplotlib import style
 
     buffer = io.BytesIO()
-    with style.context(["default", {**STYLE, "font.size": page.text}]):
-        figure = draw(source, page)
+    with style.context(["default", {**STYLE, "font.size": text}]):
+        figure = draw()
         figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
         width, height = (round(inches * PIXELS_PER_INCH) for inches in figure.get_size_inches())
     return buffer.getvalue(), (width, height)
