@@ -72,7 +72,7 @@ def parts_of(lm: LanguageModel, layer: int, *, attention: bool = True) -> tuple[
     stream = stream_of(lm, layer)
     probe = _probe(lm, layer, attention=attention)
     heads = _projections(probe) if attention else ()
-    mlp, experts = _mlp(probe, taps_of(lm, ("mlp",), (layer,))[0].module)
+    mlp, experts = _mlp(probe, _adder(lm, layer))
     return (*heads, *mlp, *stream, *experts)
 
 
@@ -268,14 +268,28 @@ def _turned(probe: _Probe, made_TNC: Tensor, given_TNC: Tensor) -> bool:
 # --- the MLP ----------------------------------------------------------------------------------------------------------
 
 
-def _mlp(probe: _Probe, adder: nn.Module) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+def _adder(lm: LanguageModel, layer: int) -> nn.Module | None:
+    """The module that gives what the MLP adds; None where blocks normalise or scale the whole sum."""
+    try:
+        return taps_of(lm, ("mlp",), (layer,))[0].module
+    except ModelError:
+        return None
+
+
+def _mlp(probe: _Probe, adder: nn.Module | None) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """The parts of the MLP whose last module is `adder`, and those that only a mixture has."""
     added = (call.gave_TX for call in reversed(probe.calls) if call.module is adder)
-    down = _down(probe, next(added, None))
+    down = _fed(probe) if adder is None else _down(probe, next(added, None))
     if down is None:
         raise probe.missing("mlp_down", f"its MLP works in a way of its own; {NO_MLP}")
     experts = stacked_experts(down.module)
     return _dense(probe, down) if experts is None else _mixture(probe, down.module, experts)
+
+
+def _fed(probe: _Probe) -> _Call | None:
+    """The first call with weights into which an activation goes that other projections of the block make."""
+    with torch.inference_mode():
+        return next((call for call in probe.calls if call.has_matrix and _up_and_gate(probe, call) is not None), None)
 
 
 def _down(probe: _Probe, added_TD: Tensor | None) -> _Call | None:
@@ -305,7 +319,8 @@ def _half(halves: Halves, at: int, x_X: Tensor) -> Tensor:
 def _up_and_gate(probe: _Probe, down: _Call) -> tuple[Part, ...] | None:
     """The projections whose activation, or activation of one times the other, goes into the down projection."""
     into_TF = down.given_TX
-    assert into_TF is not None
+    if into_TF is None:
+        return None
     width = into_TF.shape[-1]
     norms = [call.given_TX for call in probe.calls if not call.has_matrix and probe.same(call.gave_TX, into_TF)]
     goals = [into_TF, *(goal for goal in norms if goal is not None)]  # a norm may stand before the down projection
@@ -339,7 +354,7 @@ def _activations(probe: _Probe, width: int) -> list[nn.Module]:
     found = [
         call.module
         for call in probe.calls
-        if not call.has_matrix and call.given_TX is not None and call.given_TX.shape[-1] == width
+        if not call.has_matrix and call.given is not None and call.given.shape[-1] == width
         if not probe.same(call.given_TX, call.gave_TX) and _is_repeatable(probe, call)
     ]
     return list(dict.fromkeys(found))
