@@ -50,7 +50,7 @@ def number(value: float) -> str:
     if value and not 1e-4 <= abs(value) < 1e6:
         shown = f"{value:.3e}"
     else:
-        shown = np.format_float_positional(value, precision=4, fractional=False, trim="-")
+        shown = f"{value:#.4g}".rstrip(".") if 0 < abs(value) < 1e4 else f"{float(f'{value:.4g}'):.0f}"
     return shown.replace("-", MINUS)
 
 
