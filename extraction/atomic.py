@@ -305,24 +305,20 @@ def _check_size(path: Path, size: int, receipt: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def hold_lock(path: Path, *, shared: bool = False) -> Iterator[None]:
+def hold_lock(path: Path, *, shared: bool = False, remedy: str = "wait for it to end") -> Iterator[None]:
     """Hold the lock file at `path`, alone or with other sharers; it is free as soon as this process ends, however."""
     with reporting(path, "lock"):
         handle = os.open(path, os.O_RDWR | _NEW_FILE, 0o666)
     try:
         with reporting(path, "lock"):
             if not _try_lock(handle, path, shared):
-                raise _busy(path.parent, os.read(handle, 20).decode("ascii", "replace") or "unknown")
+                holder = os.read(handle, 20).decode("ascii", "replace") or "unknown"
+                raise complaint(path.parent, f"another process (pid {holder}) is working on this run", remedy)
             os.ftruncate(handle, 0)
             os.write(handle, str(os.getpid()).encode())
         yield
     finally:
         os.close(handle)
-
-
-def _busy(folder: Path, holder: str) -> StoreError:
-    remedy = "wait for it to end, or give this run another --experiment name"
-    return complaint(folder, f"another process (pid {holder}) is working on this run", remedy)
 
 
 def _try_lock(handle: int, path: Path, shared: bool) -> bool:

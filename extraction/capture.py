@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,35 @@ if TYPE_CHECKING:
     from extraction.models import LanguageModel
 
 
+class Recorder(Protocol):
+    """What follows the slots of a running batch and keeps something of what their model computes."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Hooks, for a whole run."""
+
+    def entering(self, rows_R: Tensor, mask_RP: Tensor) -> AbstractContextManager[None]:
+        """Around the prefill of the rows that enter."""
+
+    def stepping(self, width: int) -> AbstractContextManager[None]:
+        """Around one decode step, `width` tokens of every slot."""
+
+    def credit(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Count the first `counts[slot]` tokens of the step (None: the only one), the first of them aged `age_B`."""
+
+    def emit(self, slot: int, n_tokens: int, example_id: str) -> dict[str, Tensor]:
+        """What is kept of a slot that has ended, by name. ActivationError on NaN or Inf."""
+
+    def repack(self, rows_B: Tensor) -> None:
+        """Keep only these slots; one that is named again is an empty one."""
+
+
+class Recording(Protocol):
+    """What to keep of every request."""
+
+    def observer(self, lm: LanguageModel, slots: int, width: int) -> Recorder:
+        """What keeps it. Raises ModelError where the model has no such thing."""
+
+
 @dataclass(frozen=True)
 class Capture:
     """What to keep of every example: layers (from 0), sites and poolings."""
@@ -34,6 +63,10 @@ class Capture:
     layers: tuple[int, ...]
     sites: tuple[str, ...] = ("residual",)
     poolings: tuple[str, ...] = ("response_mean",)
+
+    def observer(self, lm: LanguageModel, slots: int, width: int) -> Observer:
+        """What keeps it for a running batch."""
+        return Observer(lm, self, slots, width)
 
     def by_site(self, pooled: dict[str, Tensor], example_id: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Split {pooling: [.., K, D]} into {`site.pooling`: [.., L, D]}. Raises ActivationError on NaN or Inf."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from extraction.capture_options import TIER_2, TIER_3
 from extraction.options import (
     BATCH,
     CAPTURE,
@@ -35,6 +36,7 @@ from extraction.options import (
     main,
     options,
     prepare,
+    settings_of,
     show,
     stored_jobs,
     take,
@@ -170,6 +172,26 @@ def amplify_command(threads: int | None, **given: Any) -> None:
         sys.exit(1)
 
 
+@command("read", *TIER_2)
+def read_command(**given: Any) -> None:
+    """Tier 2: where in a text does a trait show? Projections of every token of new prompts and their answers.
+
+    At every layer and three points of it, for all traits in one pass; with attention, head means. Each prompt file is
+    a set of its own below experiments/NAME/captures, with a page to look at. The same command again goes on.
+    """
+    _read_tokens(2, given)
+
+
+@command("internals", *TIER_3)
+def internals_command(**given: Any) -> None:
+    """Tier 3: one layer from within, of every token of new prompts and their answers.
+
+    Queries, keys, values and attention of every head; the MLP's parts; the residual stream at three points. Each prompt
+    file is a set of its own below experiments/NAME/captures. The same command again goes on.
+    """
+    _read_tokens(3, given)
+
+
 @command("report", INPUTS, JUDGE, PAGE)
 def report_command(opens: bool, **given: Any) -> None:
     """A page for each trait: what its vector is worth, what steering does, every response; and an index of them."""
@@ -298,6 +320,31 @@ def _make_responses(mode: str, given: dict[str, Any]) -> None:
     prepare(how.threads)
     engine = stages.generate(job, MODES[mode], Terminal())
     show(summary.of_generation([job], engine, how.seconds, how.gpu_price))
+
+
+def _read_tokens(tier: int, given: dict[str, Any]) -> None:
+    """The body of tiers 2 and 3. With --keep-going, exit code 1 where something failed."""
+    import time
+
+    from extraction import capture_summary
+    from extraction.monitoring.finishing import finish
+    from extraction.monitoring.plans import plan_of
+    from extraction.monitoring.taking import take as take_sets
+
+    started = time.perf_counter()
+    threads, dry_run = take(given, "threads", "dry_run")
+    prepare(threads)
+    plan = plan_of(tier, settings_of(given))
+    for note in plan.notes:
+        click.echo(one_line(note), err=True)
+    if dry_run:
+        return show(capture_summary.of_plan(plan))
+    terminal = Terminal()
+    taking = take_sets(plan, terminal)
+    show(capture_summary.of_sets(taking, finish(taking, terminal), time.perf_counter() - started))
+    if taking.failures:
+        complain(f"{len(taking.failures)} failed; the first: {taking.failures[0]}")
+        sys.exit(1)
 
 
 def _print_plans(jobs: Iterable[Job], work: str, how: How, *, steered: int | None = None) -> None:

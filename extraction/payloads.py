@@ -63,6 +63,12 @@ def metadata_of(data: bytes) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in _split_header(data)[0]["__metadata__"].items()}
 
 
+def shapes_in(data: bytes) -> dict[str, list[int]]:
+    """The shape of every tensor in a safetensors file. Needs no torch."""
+    header = _split_header(data)[0]
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
 def tensors_of(data: bytes) -> dict[str, Tensor]:
     """The tensors by name."""
     from safetensors.torch import load

@@ -12,11 +12,12 @@ from extraction.errors import StoreError
 from extraction.fitting import sources_of
 from extraction.jobs import Job
 from extraction.judging import kept_of
+from extraction.pinned import EXECUTION_FIELDS, fingerprint
 from extraction.records import POLARITIES, Trait
 from extraction.report.facts import Facts
 from extraction.schema import show_path
 from extraction.shelf import runs_of, write_index
-from extraction.store import EXECUTION_FIELDS, RunFolder, fingerprint
+from extraction.store import RunFolder
 
 
 def report(job: Job, trait: Trait) -> Path:

@@ -174,8 +174,14 @@ def make_shard(
         _write_activations(engine, folder, index, kept, {**meta, "captured": "while generating"})
 
 
+class Shrinking(Protocol):
+    """What remembers the batch size that was found after memory had run out."""
+
+    fits: int | None
+
+
 def halving(
-    run: Callable[[int], None], batch_size: int, engine: Engine, listener: Listener, undo: Callable[[], None]
+    run: Callable[[int], None], batch_size: int, engine: Shrinking, listener: Listener, undo: Callable[[], None]
 ) -> int:
     """Run at a batch size; when memory runs out, again at half of it. Returns the size that worked."""
     from extraction.forecast import is_out_of_memory

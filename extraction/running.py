@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.capture import Capture, Observer, first_overflow
+from extraction.capture import Recording, first_overflow
 from extraction.continuations import Completion, Request
 from extraction.decoding import speculate
 from extraction.decoding.amplify import check_alpha
@@ -81,7 +81,7 @@ class RunningBatch:
         limits: Limits,
         *,
         strategy: Strategy | None = None,
-        capture: Capture | None = None,
+        capture: Recording | None = None,
         stop_strings: tuple[str, ...] = (),
         steerings: Sequence[Steering] = (),
     ) -> None:
@@ -101,7 +101,7 @@ class RunningBatch:
         self.holes_matter = self.width > 1 and any(minds_holes(lane.lm) for lane in self.lanes)
         self.max_positions = min((lane.lm.max_positions for lane in self.lanes if lane.lm.max_positions), default=None)
         self.last_position = min(limits.longest, self.max_positions or limits.longest) - 1
-        self.observer = Observer(lm, capture, 1, self.width) if capture is not None else None
+        self.observer = capture.observer(lm, 1, self.width) if capture is not None else None
         for steering in steerings:
             check_steering(steering, lm)
         self.steerer = Steerer(lm, steerings, 1) if steerings else None

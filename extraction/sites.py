@@ -8,7 +8,7 @@ and the arithmetic of the residual stream tells them apart:
 `attention` and `mlp` are what the blocks ADD to the stream (Gemma-2 normalises and Granite scales before adding: both
 are minded); `residual_mid` is the stream in between. Blocks that run both side by side have no `residual_mid`.
 
-Shapes: T tokens, D hidden.
+Shapes: T tokens, D hidden, L layers, P points, K anything that is linear in the stream.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from extraction.errors import ModelError
+from extraction.errors import ActivationError, ModelError
 from extraction.hooks import watch, watch_inputs
 
 if TYPE_CHECKING:
     from extraction.models import LanguageModel
 
 SITES = ("residual", "attention", "mlp", "residual_mid")
+POINTS = ("residual_in", "after_attention", "residual_out")  # of the residual stream, in a block
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,62 @@ def taps_of(lm: LanguageModel, sites: tuple[str, ...], layers: tuple[int, ...]) 
     unknown = [site for site in sites if site not in SITES]
     if unknown:
         raise ModelError(f"site {unknown[0]!r} is unknown: use one of {', '.join(SITES)}")
-    beyond = [layer for layer in layers if not 0 <= layer < lm.n_layers]
-    if beyond:
-        raise ModelError(f"layer {beyond[0]} is out of range: the model has layers 0 to {lm.n_layers - 1}")
+    _check_layers(lm, layers)
     found = {layer: {"residual": Tap(lm.layers[layer])} for layer in layers}
     if set(sites) != {"residual"}:
         for layer, passes in _probe(lm, layers).items():
             found[layer].update(_found_by_numbers(passes))
     return tuple(_pick(found, site, layer) for site in sites for layer in layers)
+
+
+@dataclass(frozen=True)
+class Points:
+    """The three POINTS of each layer, as `taps`, layer by layer.
+
+    Where attention and MLP run side by side no module sees the stream in between: there the middle tap is what
+    attention adds.
+    """
+
+    taps: tuple[Tap, ...]
+    side_by_side: tuple[bool, ...]
+
+    def summed(self, found_TLPK: Tensor) -> Tensor:
+        """Whatever is linear in the taps, as it is at the points."""
+        found_TLPK = found_TLPK.clone()
+        for i, parallel in enumerate(self.side_by_side):
+            if parallel:
+                found_TLPK[:, i, 1] += found_TLPK[:, i, 0]
+        return found_TLPK
+
+
+def points_of(lm: LanguageModel, layers: tuple[int, ...]) -> Points:
+    """The points of these layers. Raises ModelError where a block is not a residual one."""
+    _check_layers(lm, layers)
+    middles = {layer: _middle(layer, passes) for layer, passes in _probe(lm, layers).items()}
+    taps = (
+        tap
+        for layer in layers
+        for tap in (Tap(lm.layers[layer], reads_input=True), middles[layer][0], Tap(lm.layers[layer]))
+    )
+    return Points(tuple(taps), tuple(middles[layer][1] for layer in layers))
+
+
+def _middle(layer: int, passes: list[_Pass]) -> tuple[Tap, bool]:
+    """The stream after attention; or, True, what attention adds to it where no module is given that stream."""
+    sites = _found_by_numbers(passes)
+    if "residual_mid" in sites:
+        return sites["residual_mid"], False
+    if "attention" in sites:
+        return sites["attention"], True
+    *inner, block = passes
+    assert block.given_TD is not None
+    for reader in inner:  # blocks that scale their sum (Gemma-4): only the first half of the arithmetic holds
+        if reader.given_TD is not None and _adder(inner, reader.given_TD - block.given_TD, reader.given_TD) is not None:
+            return Tap(reader.module, reads_input=True), False
+    raise ModelError(
+        f"layer {layer}: what attention adds to the residual stream can't be told from the rest of the block; "
+        "this architecture can't be read token by token"
+    )
 
 
 @contextmanager
@@ -65,6 +114,12 @@ def watch_taps(taps: tuple[Tap, ...], observe: Callable[[int, Tensor], None]) ->
     inputs = {i: tap.module for i, tap in enumerate(taps) if tap.reads_input}
     with watch(outputs, scaled), watch_inputs(inputs, scaled):
         yield
+
+
+def _check_layers(lm: LanguageModel, layers: tuple[int, ...]) -> None:
+    beyond = [layer for layer in layers if not 0 <= layer < lm.n_layers]
+    if beyond:
+        raise ModelError(f"layer {beyond[0]} is out of range: the model has layers 0 to {lm.n_layers - 1}")
 
 
 def _pick(found: dict[int, dict[str, Tap]], site: str, layer: int) -> Tap:
@@ -108,7 +163,19 @@ def _probe(lm: LanguageModel, layers: tuple[int, ...]) -> dict[int, list[_Pass]]
     for (layer, name), output in gave.items():
         tensors = (_as_TD(given[layer, name], shape), _as_TD(output, shape))
         passes[layer].append(_Pass(name, names[layer, name], *tensors))
+    for layer in layers:
+        _refuse_non_finite(lm, layer, passes[layer][-1])
     return passes
+
+
+def _refuse_non_finite(lm: LanguageModel, layer: int, block: _Pass) -> None:
+    """Where numbers are not numbers, they say nothing of a block's structure."""
+    for value_TD, words in ((block.given_TD, "what goes into"), (block.gave_TD, "what comes out of")):
+        if value_TD is not None and not value_TD.isfinite().all():
+            raise ActivationError(
+                f"{words} layer {layer} is NaN or infinite in {str(lm.dtype).removeprefix('torch.')}, whatever the "
+                "text: load the model with --dtype bfloat16 or float32"
+            )
 
 
 def _as_TD(value: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

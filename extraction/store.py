@@ -6,40 +6,28 @@ Shapes: n examples, T tokens, L layers, D hidden.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from extraction.atomic import (
     DELETE,
-    RECEIPT,
     REMAKE,
     RERUN,
     Finding,
     append_lines,
-    atomic_write,
     check_payload,
-    check_writable,
     commit,
     complaint,
-    digest,
-    hold_lock,
-    orphans,
-    plain,
     read_document,
     read_lines,
     read_payload,
     read_receipt,
     receipt_path,
-    remove,
-    reporting,
-    to_json,
     write_document,
 )
-from extraction.errors import ConfigError, RunMismatch, StoreError
+from extraction.errors import ConfigError, StoreError
 from extraction.payloads import (
     Row,
     check_labels,
@@ -50,6 +38,7 @@ from extraction.payloads import (
     shapes_of,
     tensors_of,
 )
+from extraction.pinned import PinnedFolder, check_inside, noting, safe_name
 from extraction.records import POLARITIES
 
 if TYPE_CHECKING:
@@ -58,97 +47,34 @@ if TYPE_CHECKING:
 Labels = Mapping[str, bool]  # an example's id, and whether it must have an activation
 
 LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer"
-# what may differ between two starts: it changes no response and no activation
-EXECUTION_FIELDS = (
-    *("batch_size", "device", "workers", "self_check", "gpu_price", "threshold", "coherence_threshold"),
-    *("judge", "judge_model", "judge_url", "judge_concurrency", "judge_price"),
-)
 STAGES = {"responses": "responses/shards", "activations": "activations", "stripped": "stripped"}
-PAYLOADS = {  # folder: suffix
-    "responses/shards": ".jsonl",
-    "responses": ".jsonl",
-    "activations": ".safetensors",
-    "stripped": ".safetensors",
-    "vectors": ".safetensors",
-}
-FOLDERS = (*PAYLOADS, "judgements", "reports")
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(\..*)?", re.IGNORECASE)
-
-
-def safe_name(name: str, what: str) -> str:
-    """Return `name` if it can name a file on every system; ConfigError if not."""
-    if _NAME.fullmatch(name) and not _DEVICES.fullmatch(name) and not name.endswith("."):
-        return name
-    shown = repr(name if len(name) <= 80 else name[:77] + "...")
-    rule = "use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first, no '.' last, no device name like CON"
-    raise ConfigError(f"{what} {shown} can't be the name of a file: {rule}")
+CAPTURES = "captures"  # the folder of an experiment where its capture sets lie; so no trait is called that
 
 
 def run_folder(root: str | Path, experiment: str, trait: str) -> RunFolder:
     """The folder of one trait of one experiment. StoreError when a symbolic link leads it out of `root`."""
+    if trait.casefold() == CAPTURES:
+        raise ConfigError(f"trait {trait!r} can't be the name of a run: captures lie there; give it another name")
     path = Path(root) / safe_name(experiment, "experiment") / safe_name(trait, "trait")
-    _check_inside(path, Path(root))
+    check_inside(path, Path(root))
     return RunFolder(path)
 
 
-def fingerprint(config: Mapping[str, Any]) -> str:
-    """sha256 of the fields that decide what a run computes: all but EXECUTION_FIELDS, at any depth."""
-    return digest(dict(_identity(config)))
-
-
 @dataclass(frozen=True)
-class RunFolder:
+class RunFolder(PinnedFolder):
     """One run's folder. Work in it under `lock()`, after `open(config)`."""
 
-    path: Path
-
-    # Start
-
-    @contextmanager
-    def lock(self, *, shared: bool = False) -> Iterator[None]:
-        """Keep other processes out, or, shared, only those that want it alone; StoreError if one is in."""
-        with reporting(self.path, "create"):
-            self.path.mkdir(parents=True, exist_ok=True)
-        with hold_lock(self.path / ".lock", shared=shared):
-            if not shared:
-                self.clean_orphans()
-            yield
-
-    def open(self, config: Mapping[str, Any]) -> bool:
-        """Make the folders, check that they are writable, pin `config`. True when this run was begun before.
-
-        RunMismatch when the folder holds another run. `run.json` keeps the EXECUTION_FIELDS of the first start.
-        """
-        for name in FOLDERS:
-            _make_folder(self.path / name, self.path)
-        wanted = plain(self.config_path, config)
-        if self.config_path.exists():
-            _check_same(self.path, self.read_config(), wanted)
-            return True
-        if any(self._payload_paths(name) for name in PAYLOADS):
-            raise complaint(
-                self.config_path, "is missing, and there is no telling what made the rest", _restart(self.path)
-            )
-        write_document(self.config_path, {"config": wanted, "fingerprint": fingerprint(wanted)})
-        return False
-
-    def read_config(self) -> dict[str, Any]:
-        """The config that this folder was opened with."""
-        if not self.config_path.exists():
-            raise complaint(self.config_path, "is missing", RERUN)
-        config: dict[str, Any] = read_document(self.config_path, _restart(self.path))["config"]
-        return config
-
-    def stored_config(self) -> dict[str, Any] | None:
-        """The config that this folder was opened with; None where no run has begun."""
-        return self.read_config() if self.config_path.exists() else None
-
-    def clean_orphans(self) -> None:
-        """Delete the temporary files of dead processes. Those of another machine look dead: hold the lock alone."""
-        for path in self._orphans():
-            remove(path)
+    PAYLOADS: ClassVar[Mapping[str, str]] = {
+        "responses/shards": ".jsonl",
+        "responses": ".jsonl",
+        "activations": ".safetensors",
+        "stripped": ".safetensors",
+        "vectors": ".safetensors",
+    }
+    OTHERS = ("judgements", "reports")
+    REPORT = "report.html"
+    APART = "choose another --experiment name, or "
+    WAIT = "wait for it to end, or give this run another --experiment name"
 
     # Shards
 
@@ -300,24 +226,17 @@ class RunFolder:
         """The steering sweep, without its seal."""
         return read_document(self.steering_path)
 
-    def write_report(self, name: str, data: bytes) -> Path:
-        """reports/<name>, for people to look at: without a receipt, and not verified."""
-        path = self.report_path(name)
-        _make_folder(path.parent, self.path)
-        atomic_write(path, data)
-        return path
-
     # Check
 
     def verify(self) -> list[Finding]:
         """Read the whole folder and return all that is wrong with it; empty when it is sound. Needs no torch."""
-        findings = [Finding(path, "was left by a process that was killed", RERUN) for path in self._orphans()]
-        with _noting(findings):
+        findings = self._orphan_findings()
+        with noting(findings):
             self.read_config()
-        with _noting(findings):
+        with noting(findings):
             if self.has_card():
                 self.read_card()
-        with _noting(findings):
+        with noting(findings):
             if self.has_steering():
                 self.read_steering()
         for path in sorted((self.path / "judgements").glob("*.jsonl")):
@@ -325,15 +244,15 @@ class RunFolder:
                 findings.append(
                     Finding(path, "has lines that were changed or damaged", f"{RERUN}: they are judged again")
                 )
-        labels = {name: self._verify_payloads(name, findings) for name in PAYLOADS}
+        labels = {name: self._verify_payloads(name, findings) for name in self.PAYLOADS}
         return [*findings, *self._strangers(labels)]
 
     def _verify_payloads(self, name: str, findings: list[Finding]) -> dict[Path, Labels]:
         """The examples of every sound payload of a folder; the others go to `findings`."""
         labels: dict[Path, Labels] = {}
-        with _noting(findings):
+        with noting(findings):
             for path in self._payload_paths(name):
-                with _noting(findings):
+                with noting(findings):
                     labels[path] = _read_labels(path)
         return labels
 
@@ -354,11 +273,6 @@ class RunFolder:
     # Names
 
     @property
-    def config_path(self) -> Path:
-        """run.json: what the run is pinned to."""
-        return self.path / "run.json"
-
-    @property
     def card_path(self) -> Path:
         """vectors/card.json."""
         return self.path / "vectors" / "card.json"
@@ -368,12 +282,8 @@ class RunFolder:
         """vectors/steering.json."""
         return self.path / "vectors" / "steering.json"
 
-    def report_path(self, name: str = "report.html") -> Path:
-        """reports/<name>."""
-        return self.path / "reports" / safe_name(name, "report")
-
     def _shard_path(self, stage: str, index: int) -> Path:
-        return self.path / STAGES[stage] / f"{index:04d}{PAYLOADS[STAGES[stage]]}"
+        return self.path / STAGES[stage] / f"{index:04d}{self.PAYLOADS[STAGES[stage]]}"
 
     def responses_path(self, polarity: str) -> Path:
         """Where one side's responses lie."""
@@ -384,22 +294,6 @@ class RunFolder:
 
     def _vectors_path(self, method: str) -> Path:
         return self.path / "vectors" / f"{safe_name(method, 'method')}.safetensors"
-
-    def _payload_paths(self, name: str) -> list[Path]:
-        """The payloads in a folder, in shard order; with those of which only the receipt is there."""
-        folder, suffix = self.path / name, PAYLOADS[name]
-        with reporting(folder, "read"):
-            names = [path.name for path in folder.iterdir()] if folder.exists() else []
-        stems = {
-            file.removesuffix(end)
-            for end in (suffix, RECEIPT)
-            for file in names
-            if file.endswith(end) and file[0] != "."
-        }
-        return [folder / (stem + suffix) for stem in sorted(stems, key=lambda stem: (len(stem), stem))]
-
-    def _orphans(self) -> list[Path]:
-        return [path for name in (".", *FOLDERS) for path in orphans(self.path / name)]
 
 
 def vectors_bytes(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
@@ -421,55 +315,6 @@ def _read_labels(path: Path) -> Labels:
 # Checks
 
 
-def _make_folder(folder: Path, root: Path) -> None:
-    with reporting(folder, "create"):
-        folder.mkdir(parents=True, exist_ok=True)
-    _check_inside(folder, root)
-    check_writable(folder)
-
-
-def _check_inside(path: Path, root: Path) -> None:
-    try:
-        inside = path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # a loop of links
-        inside = False
-    if not inside:
-        raise complaint(path, f"leads out of {root} through a symbolic link", "put a folder in the link's place")
-
-
-def _check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    theirs, ours = dict(_identity(stored)), dict(_identity(wanted))
-    for name in sorted(theirs | ours):
-        was, now = (_short(fields[name]) if name in fields else "absent" for fields in (theirs, ours))
-        if (name in theirs) != (name in ours) or theirs[name] != ours[name]:
-            problem = f"holds a run with another config: {name} was {was} and is now {now}"
-            raise RunMismatch(Finding(folder, problem, _restart(folder)))
-
-
-def _identity(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a config by dotted name, without the EXECUTION_FIELDS."""
-    if isinstance(value, Mapping):
-        items = {key: item for key, item in value.items() if key not in EXECUTION_FIELDS}
-    elif isinstance(value, (list, tuple)):
-        items = dict(enumerate(value))
-    else:
-        yield name, value
-        return
-    if not items:
-        yield name, items if isinstance(value, Mapping) else []
-    for key, item in items.items():
-        yield from _identity(item, f"{name}.{key}" if name else str(key))
-
-
-def _restart(folder: Path) -> str:
-    return f"choose another --experiment name, or delete {folder} to start again"
-
-
-def _short(value: Any) -> str:
-    text = to_json(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _check_alike(folder: Path, name: str, parts: Sequence[Mapping[str, Any]]) -> None:
     if not parts:
         raise complaint(folder, "holds no activations", "extract them first")
@@ -484,11 +329,3 @@ def _pick(path: Path, tensors: Mapping[str, Any], name: str) -> Any:
     if name not in tensors:
         raise complaint(path, f"has no {name!r}, but {', '.join(list(tensors)[:6])}", "capture it, or ask for another")
     return tensors[name]
-
-
-@contextmanager
-def _noting(findings: list[Finding]) -> Iterator[None]:
-    try:
-        yield
-    except StoreError as error:
-        findings.append(error.args[0])

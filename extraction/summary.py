@@ -30,25 +30,25 @@ def of_plan(job: Job, forecast: Forecast, *, steered: int | None = None) -> Iter
     """What a job would do and take; `steered`: how many answers to a coefficient stage 4 is asked for."""
     settings = job.experiment
     size_of_model = f"{forecast.n_parameters / 1e6:,.1f}M parameters"
-    capture = f"{_ranges(job.layers)}; {', '.join(settings.capture.sites)}; {', '.join(settings.capture.poolings)}"
+    capture = f"{ranges(job.layers)}; {', '.join(settings.capture.sites)}; {', '.join(settings.capture.poolings)}"
     yield f"Plan for {settings.name}"
-    yield from _item("model", f"{job.spec.name} ({size_of_model}) on {forecast.device}")
-    yield from _item("traits", f"{len(job.traits)}: {', '.join(trait.name for trait in job.traits)}")
-    yield from _item(
+    yield from item("model", f"{job.spec.name} ({size_of_model}) on {forecast.device}")
+    yield from item("traits", f"{len(job.traits)}: {', '.join(trait.name for trait in job.traits)}")
+    yield from item(
         "examples", f"{forecast.n_examples:,} in shards of {settings.shard_size}, batch size {forecast.batch_size}"
     )
-    yield from _item("layers", capture)
+    yield from item("layers", capture)
     yield "Forecast, with every response at its full length"
     new = f", {forecast.new_tokens:,} new" if forecast.new_tokens else ""
-    yield from _item("tokens", f"{forecast.prompt_tokens:,} of prompts{new}")
-    yield from _item("time", f"about {duration(forecast.seconds)}")
-    yield from _item("disk", size(forecast.disk))
+    yield from item("tokens", f"{forecast.prompt_tokens:,} of prompts{new}")
+    yield from item("time", f"about {duration(forecast.seconds)}")
+    yield from item("disk", size(forecast.disk))
     parts = ", ".join(f"{part} {size(n_bytes)}" for part, n_bytes in forecast.memory.items() if n_bytes)
-    yield from _item("memory", f"{size(forecast.peak)}: {parts}")
+    yield from item("memory", f"{size(forecast.peak)}: {parts}")
     if steered is not None:
-        yield from _item("and stage 4", _steered(job, forecast, steered))
+        yield from item("and stage 4", _steered(job, forecast, steered))
     if forecast.cost is not None:
-        yield from _item("cost", f"{forecast.cost:.2f} at the given price per hour")
+        yield from item("cost", f"{forecast.cost:.2f} at the given price per hour")
 
 
 def _steered(job: Job, forecast: Forecast, answers: int) -> str:
@@ -84,7 +84,7 @@ def of_cards(jobs: Iterable[Job], n_written: int) -> Iterator[str]:
     for job, trait in _each(jobs):
         folder = job.folder(trait)
         yield from _heading(job, trait)
-        yield from _item("card", _shown(folder.card_path))
+        yield from item("card", shown(folder.card_path))
         yield from _worth(job, trait)
         yield ""
     yield f"{n_written} new." if n_written else "Nothing left to do."
@@ -100,7 +100,7 @@ def of_job(job: Job, engine: Engine, n_new: int, seconds: float, gpu_price: floa
         yield from _counts(job, trait)
         yield from _worth(job, trait)
         if folder.report_path().exists():
-            yield from _item("report", _shown(folder.report_path()))
+            yield from item("report", shown(folder.report_path()))
         yield ""
     if engine.n_made or not n_new:
         yield _took(engine, seconds, gpu_price)
@@ -110,7 +110,7 @@ def of_job(job: Job, engine: Engine, n_new: int, seconds: float, gpu_price: floa
 
 def of_look(job: Job, place: Place, seen: Sequence[Seen]) -> Iterator[str]:
     """Steered answers under each other, by prompt."""
-    layers = f"layer{'s' * (len(place.layers) > 1)} {_ranges(place.layers)}"
+    layers = f"layer{'s' * (len(place.layers) > 1)} {ranges(place.layers)}"
     yield f"{job.traits[0].name} on {job.spec.name}: {place.method} at {layers}"
     unit = "A coefficient of 1 adds a vector as long as the layer's typical activation."
     low, high = place.coherent or (0.0, 0.0)
@@ -132,8 +132,8 @@ def of_look(job: Job, place: Place, seen: Sequence[Seen]) -> Iterator[str]:
 def of_reports(pages: Iterable[Path], index: Path) -> Iterator[str]:
     """Where the reports lie."""
     for page in pages:
-        yield from _item("report", _shown(page))
-    yield from _item("index", _shown(index))
+        yield from item("report", shown(page))
+    yield from item("index", shown(index))
 
 
 def _each(jobs: Iterable[Job]) -> Iterator[tuple[Job, Trait]]:
@@ -144,7 +144,7 @@ def _heading(job: Job, trait: Trait) -> Iterator[str]:
     yield f"{trait.name} on {job.spec.name}"
 
 
-def _item(label: str, text: str) -> Iterator[str]:
+def item(label: str, text: str) -> Iterator[str]:
     """A label and what it is; long text goes on, indented, at a space."""
     yield from _wrapped(text, f"  {label}".ljust(INDENT), " " * INDENT)
 
@@ -158,7 +158,7 @@ def _wrapped(text: str, first: str, later: str) -> list[str]:
 def _places(folder: RunFolder, stages: Iterable[str]) -> Iterator[str]:
     for stage in stages:
         if folder.shard_done(stage, 0):
-            yield from _item(stage, _shown(folder.path / stage))
+            yield from item(stage, shown(folder.path / stage))
 
 
 def _vectors(job: Job, trait: Trait) -> Iterator[str]:
@@ -167,8 +167,8 @@ def _vectors(job: Job, trait: Trait) -> Iterator[str]:
     headers = {method: folder.vectors_header(method) for method in sorted(folder.methods())}
     current = [method for method, header in headers.items() if header and header["sources"] == sources]
     if current:
-        yield from _item("vectors", _shown(folder.path / "vectors"))
-        yield from _item("", ", ".join(current))
+        yield from item("vectors", shown(folder.path / "vectors"))
+        yield from item("", ", ".join(current))
 
 
 def _sources(job: Job, trait: Trait) -> str | None:
@@ -186,11 +186,11 @@ def _counts(job: Job, trait: Trait) -> Iterator[str]:
     by = "no judge" if kept.judge == "none" else f"{kept.name}, threshold {kept.threshold:g}"
     by += "" if kept.coherence_threshold is None else f", coherence {kept.coherence_threshold:g}"
     sides = " and ".join(f"{len(kept.ids[side])} {word}" for side, word in SIDES.items())
-    yield from _item("kept", f"{kept.n_kept} of {kept.total} responses ({by}): {sides}")
+    yield from item("kept", f"{kept.n_kept} of {kept.total} responses ({by}): {sides}")
     if reasons := kept.reasons():
-        yield from _item("dropped", reasons)
+        yield from item("dropped", reasons)
     if kept.problem:
-        yield from _item("not usable", kept.problem)
+        yield from item("not usable", kept.problem)
 
 
 def _worth(job: Job, trait: Trait) -> Iterator[str]:
@@ -201,21 +201,21 @@ def _worth(job: Job, trait: Trait) -> Iterator[str]:
         return
     chosen, held_out, verdict = card["chosen"], card["split"]["test"], card["verdict"]
     grave = [] if verdict["word"] == "usable" else verdict["reasons"][:1]
-    yield from _item("verdict", ": ".join([verdict["word"], *grave]))
-    yield from _item("best", f"layer {chosen['layer']} of {_ranges(card['layers'])}, {chosen['method']}")
+    yield from item("verdict", ": ".join([verdict["word"], *grave]))
+    yield from item("best", f"layer {chosen['layer']} of {ranges(card['layers'])}, {chosen['method']}")
     rows = held_out["positive"] + held_out["negative"]
-    yield from _item("held out", f"{_figures(chosen['test'])} ({rows} responses to {held_out['questions']} questions)")
-    yield from _item("controls", _controls(card["controls"]))
+    yield from item("held out", f"{_figures(chosen['test'])} ({rows} responses to {held_out['questions']} questions)")
+    yield from item("controls", _controls(card["controls"]))
     if chosen["stripped"] is not None:
-        yield from _item("stripped", f"AUROC {_bounded(chosen['stripped']['auroc'])} without the instruction")
+        yield from item("stripped", f"AUROC {_bounded(chosen['stripped']['auroc'])} without the instruction")
     steering = folder.read_steering() if folder.has_steering() else None
     if steering is not None and steering["made_of"]["sources"] == card["made_of"]["sources"]:
-        yield from _item("steering", _steering(steering))
+        yield from item("steering", _steering(steering))
 
 
 def _steering(steering: Mapping[str, Any]) -> str:
     """How often the trait shows at the largest coherent coefficient each way, and with random directions there."""
-    layers = f"{steering['method']} at layer{'s' * (len(steering['layers']) > 1)} {_ranges(steering['layers'])}"
+    layers = f"{steering['method']} at layer{'s' * (len(steering['layers']) > 1)} {ranges(steering['layers'])}"
     plain = next(each["rate"]["value"] for each in steering["conditions"] if each["kind"] == "none")
     parts = [f"{_percent(plain)} of answers show the trait unsteered"]
     for side in ("negative", "positive"):
@@ -295,12 +295,13 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.1f} TB"
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """A path as short as it can be typed from here."""
     relative = os.path.relpath(path)
     return relative if not relative.startswith("..") else str(path)
 
 
-def _ranges(layers: Sequence[int]) -> str:
+def ranges(layers: Sequence[int]) -> str:
+    """`0-5`, or each of them where some are left out."""
     whole = list(layers) == list(range(layers[0], layers[-1] + 1))
     return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))

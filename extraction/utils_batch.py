@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from extraction.capture import Capture
+from extraction.capture import Capture, Recording
 from extraction.continuations import Completion, Request
 from extraction.decoding.sample import Sample
 from extraction.models import LanguageModel, wrap
@@ -43,7 +43,7 @@ def generate(
     *,
     batch_size: int,
     strategy: Strategy | None = None,
-    capture: Capture | None = None,
+    capture: Recording | None = None,
     stop_strings: Sequence[str] = (),
     on_progress: Progress | None = None,
 ) -> Iterator[Completion]:

@@ -16,7 +16,7 @@ from tests.runs import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "extraction"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "pocket" not in path.parts)
-DOORS = [path for path in SOURCES if path.name[0].isdigit()]
+DOORS = [path for path in SOURCES if path.name[0].isdigit() or path.name.startswith("capture_tier")]
 MAINS = [path for path in SOURCES if path.name == "__main__.py"]
 ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name != "__init__.py"]
 
@@ -24,29 +24,41 @@ ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name 
 FLOORS = [
     ("errors", "records", "proportions"),
     ("schema", "hooks", "atomic", "slots", "pooling", "rubrics", "phrases"),
-    ("payloads", "adapters", "detectors", "http_client"),
+    ("payloads", "pinned", "adapters", "detectors", "http_client"),
     ("configs", "store"),
-    ("models", "traits", "prompts", "judges", "shelf"),
-    ("sites", "decoding", "kept", "jobs", "steering", "report", "pairs", "prompt_sets"),
-    ("capture", "forecast", "continuations"),
-    ("teacher", "vectors", "rows"),
+    ("models", "traits", "prompts", "judges", "capture_store"),
+    (
+        "sites",
+        "attention",
+        "mixture",
+        "decoding",
+        "kept",
+        "jobs",
+        "steering",
+        "report",
+        "pairs",
+        "prompt_sets",
+        "shelf",
+    ),
+    ("capture", "internals", "forecast", "continuations"),
+    ("teacher", "vectors", "rows", "readings"),
     ("partners",),
     ("running",),
     ("utils_batch", "likelihood", "exchange"),
     ("runners", "self_check", "steered", "local_judge", "openai_judge", "lda", "helix"),
-    ("judging", "sweep", "trials", "serving", "monitoring"),
+    ("judging", "sweep", "trials", "serving"),
     ("evidence", "preview", "fitting", "study"),
-    ("validating", "reporting"),
+    ("validating", "reporting", "monitoring"),
     ("stages",),
     ("summary", "terminal"),
-    ("options",),
-    ("server_options",),
+    ("options", "capture_summary"),
+    ("server_options", "capture_options"),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SPEAKERS = {"terminal", "options", "server_options", "cli"}
+SPEAKERS = {"terminal", "options", "server_options", "capture_options", "cli"}
 FILE_NAMES = re.compile(r"\.(jsonl|safetensors|lock|tmp)\b|\.receipt|card\.json|run\.json")
-OWNERS = {"store", "atomic", "shelf"}
+OWNERS = {"store", "atomic", "shelf", "pinned", "capture_store"}
 
 
 def name_of(path: Path) -> str:

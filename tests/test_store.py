@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from extraction.atomic import atomic_write, hold_lock
 from extraction.errors import ConfigError, RunMismatch, StoreError
+from extraction.pinned import fingerprint, safe_name
 from extraction.shelf import verify_tree
-from extraction.store import LAYER_CONVENTION, RunFolder, fingerprint, run_folder, safe_name
+from extraction.store import LAYER_CONVENTION, RunFolder, run_folder
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {

@@ -23,7 +23,7 @@ from extraction.exchange.torch_files import (
     write_steering_vectors,
 )
 from extraction.schema import open_input, show_path, suggest
-from extraction.store import PAYLOADS
+from extraction.store import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ OUTPUTS = {  # what a file is called where no name is given
     "assistant_axis": "{trait}_{method}_axis.pt",
     "steering_vectors": "{trait}_{method}_steering.pt",
     "numpy": "{trait}_{method}.npz",
-    "traitline": "{trait}_{method}" + PAYLOADS["vectors"],
+    "traitline": "{trait}_{method}" + RunFolder.PAYLOADS["vectors"],
 }
 # what a writer asks about the model, which takes reading its config
 ASKS_MODEL = {"repeng", "persona_vectors", "assistant_axis"}

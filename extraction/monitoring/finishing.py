@@ -1,0 +1,223 @@
+"""What is made of a set's files when they are all there: dynamics, the page, pictures, plain JSON, the index.
+
+Shapes: T tokens (P prompt tokens, then R response tokens), L layers, K traits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from extraction.capture_store import CaptureFolder, prompt_id
+from extraction.errors import MissingPackage
+from extraction.monitoring.dynamics import dynamics
+from extraction.monitoring.facts import Reading, SetFacts, TraitFacts
+from extraction.monitoring.levels import levels_of
+from extraction.monitoring.plans import Plan, SetPlan, shown_layer
+from extraction.monitoring.taking import POINTS, Taking, going_on
+from extraction.runners import Listener
+from extraction.shelf import capture_sets, write_sets_index
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from extraction.monitoring.index import SetRow
+
+LARGEST_JSON = 5_000_000  # numbers of one prompt: about 100 MB as text
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One set, whole. `moved` is its dynamics.json; None where no trait was read."""
+
+    set: SetPlan
+    moved: Mapping[str, Any] | None
+    notes: tuple[str, ...] = ()
+
+
+def finish(taking: Taking, listener: Listener) -> list[Finished]:
+    """Finish every set that is whole. What is there already, of the same files, is left as it is."""
+    finished: list[Finished] = []
+    for each in taking.plan.sets:
+        with going_on(taking, each.stem, listener):
+            ids = [prompt_id(i) for i in range(len(each.found.prompts))]
+            if all(each.folder.prompt_done(id) for id in ids):
+                with each.folder.lock():
+                    finished.append(_finish_set(taking, each, ids, listener))
+    if taking.fresh:
+        _index(taking.plan)
+    return finished
+
+
+def _finish_set(taking: Taking, each: SetPlan, ids: Sequence[str], listener: Listener) -> Finished:
+    plan, folder = taking.plan, each.folder
+    is_fresh = each.stem in taking.fresh
+    notes = _write_json(folder, ids, again=is_fresh) if plan.extras.json else []
+    if not plan.vectors:
+        return Finished(each, None, tuple(notes))
+    lacks_pictures = plan.extras.png and not folder.report_path(_overview(plan.vectors[-1].trait)).exists()
+    if is_fresh or lacks_pictures or not (folder.has_dynamics() and folder.report_path().exists()):
+        facts = facts_of(plan, each, ids)
+        folder.write_dynamics(_document(facts))
+        folder.write_report(folder.report_path().name, _page(facts))
+        if plan.extras.png:
+            _draw(folder, facts, listener)
+    return Finished(each, folder.read_dynamics(), tuple(notes))
+
+
+# --- what was read --------------------------------------------------------------------------------------------------
+
+
+def facts_of(plan: Plan, each: SetPlan, ids: Sequence[str]) -> SetFacts:
+    """Everything that is shown of a set."""
+    traits = tuple(_trait_facts(plan, k) for k in range(len(plan.vectors)))
+    found = [_reading(each.folder, id, traits) for id in ids]
+    thresholds_LK = np.stack([_threshold(trait, k, found) for k, trait in enumerate(traits)], axis=1)
+    return SetFacts(
+        title=each.stem,
+        experiment=plan.settings.name,
+        name=each.folder.path.name,
+        model=plan.spec.name,
+        traits=traits,
+        layers=plan.layers,
+        points=POINTS,
+        readings=[_with_dynamics(reading, traits, thresholds_LK) for reading in found],
+        settings={key: value for key, value in each.config.items() if key not in ("model", "layers")},
+    )
+
+
+def _trait_facts(plan: Plan, k: int) -> TraitFacts:
+    vector = plan.vectors[k]
+    return TraitFacts(
+        name=vector.trait,
+        description=vector.description,
+        method=vector.method,
+        layer=shown_layer(vector, plan.layers),
+        levels_L2=levels_of(vector, plan.layers, plan.unit_LDK[..., k]),
+    )
+
+
+def _reading(folder: CaptureFolder, id: str, traits: Sequence[TraitFacts]) -> Reading:
+    tensors, header = folder.read_prompt(id)
+    return Reading(
+        id=id,
+        prompt=header["prompt"],
+        response=header["response"],
+        pieces=header["pieces"],
+        tokens=header["tokens"],
+        token_ids=header["token_ids"],
+        n_prompt=header["n_prompt"],
+        finish_reason=header["finish_reason"],
+        projections_TLPK=np.stack([tensors[f"projections.{trait.name}"].numpy() for trait in traits], axis=-1),
+        dynamics={},
+    )
+
+
+def _threshold(trait: TraitFacts, k: int, readings: Sequence[Reading]) -> np.ndarray:
+    """[L]: the middle of the two sides where they are known, else the mean of all response tokens of the set."""
+    if trait.levels_L2 is not None:
+        return np.asarray(trait.levels_L2.mean(axis=1))
+    rows_TL = np.concatenate([_response(reading, k) for reading in readings])
+    return rows_TL.mean(axis=0) if len(rows_TL) else np.zeros(rows_TL.shape[1])
+
+
+def _response(reading: Reading, k: int) -> np.ndarray:
+    """[R, L]: the response's tokens at residual_out."""
+    return reading.projections_TLPK[reading.n_prompt :, :, -1, k].astype(np.float64)
+
+
+def _with_dynamics(reading: Reading, traits: Sequence[TraitFacts], thresholds_LK: np.ndarray) -> Reading:
+    moved = {trait.name: dynamics(_response(reading, k), thresholds_LK[:, k]) for k, trait in enumerate(traits)}
+    return replace(reading, dynamics=moved)
+
+
+def _document(facts: SetFacts) -> dict[str, Any]:
+    """dynamics.json."""
+    return {
+        "layers": list(facts.layers),
+        "point": POINTS[-1],
+        "traits": [
+            {
+                "trait": trait.name,
+                "method": trait.method,
+                "layer": trait.layer,
+                "levels": None if trait.levels_L2 is None else trait.levels_L2.tolist(),
+            }
+            for trait in facts.traits
+        ],
+        "prompts": {reading.id: {"prompt": reading.prompt, "traits": reading.dynamics} for reading in facts.readings},
+    }
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+
+def _page(facts: SetFacts) -> bytes:
+    from extraction.monitoring.page import set_page
+
+    return set_page(facts)
+
+
+def _overview(trait: str) -> str:
+    return f"overview-{trait}.png"
+
+
+def _draw(folder: CaptureFolder, facts: SetFacts, listener: Listener) -> None:
+    """An overview a trait, and a picture a prompt and trait; a note where matplotlib is absent."""
+    try:
+        from extraction.monitoring.pictures import overview_picture, reading_picture
+        from extraction.report.plots import check_matplotlib
+
+        check_matplotlib()
+    except MissingPackage as failure:
+        listener.note(f"no pictures: {failure}")
+        return
+    for k, trait in enumerate(facts.traits):
+        for reading in facts.readings:
+            folder.write_report(f"{reading.id}-{trait.name}.png", reading_picture(facts, reading, k, trait.layer))
+    for k, trait in enumerate(facts.traits):
+        folder.write_report(_overview(trait.name), overview_picture(facts, k, trait.layer))
+
+
+def _index(plan: Plan) -> None:
+    """captures/index.html: every set of the experiment."""
+    from extraction.monitoring.index import sets_index
+
+    root, experiment = plan.root / "experiments", plan.settings.name
+    write_sets_index(root, experiment, sets_index([_row(experiment, each) for each in capture_sets(root, experiment)]))
+
+
+def _row(experiment: str, folder: CaptureFolder) -> SetRow:
+    from extraction.monitoring.index import SetRow
+
+    config, page = folder.read_config(), folder.report_path()
+    return SetRow(
+        experiment=experiment,
+        name=folder.path.name,
+        tier=config["tier"],
+        model=config["model"]["name"],
+        traits=[vector["trait"] for vector in config["vectors"]],
+        layers=config["layers"],
+        done=len(folder.prompt_ids()),
+        asked=config["prompts"]["count"],
+        link=f"{folder.path.name}/reports/{page.name}" if page.exists() else None,
+    )
+
+
+def _write_json(folder: CaptureFolder, ids: Sequence[str], *, again: bool) -> list[str]:
+    """The same as plain JSON, a file a prompt; a note where that would be too large to be of use."""
+    skipped = 0
+    for id in ids if again else [id for id in ids if not folder.json_path(id).exists()]:
+        tensors, header = folder.read_prompt(id)
+        if sum(tensor.numel() for tensor in tensors.values()) > LARGEST_JSON:
+            skipped += 1
+        else:
+            folder.write_json(id, {**header, "values": _listed(tensors)})
+    return [f"{skipped} prompts are too large for JSON; their safetensors hold all"] if skipped else []
+
+
+def _listed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
