@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from extraction.monitoring import packing
+from extraction.monitoring.dynamics import SUMMARY
 from extraction.monitoring.facts import POINTS
-from extraction.monitoring.figures import BINS, bars, binned, number, said
+from extraction.monitoring.figures import BINS, FIGURES, bars, binned, number, said
 from extraction.monitoring.index import SetRow, sets_index
 from extraction.monitoring.packing import pack, plan_of, spread
 from extraction.monitoring.page import set_page
@@ -165,6 +166,10 @@ def test_bars_are_means_of_equal_parts():
     assert drawn.shape == (4, 2, BINS)
     assert (drawn[3] == 255).all()
     assert drawn[:3].max() <= 254
+
+
+def test_the_figures_are_of_the_summaries():
+    assert set(FIGURES) <= set(SUMMARY)
 
 
 def test_numbers_have_four_digits():
