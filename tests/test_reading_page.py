@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from extraction.monitoring import packing
+from extraction.monitoring.dynamics import SUMMARY
 from extraction.monitoring.facts import POINTS
-from extraction.monitoring.figures import BINS, bars, binned, number, said
+from extraction.monitoring.figures import BINS, FIGURES, bars, binned, number, said
 from extraction.monitoring.index import SetRow, sets_index
 from extraction.monitoring.packing import pack, plan_of, spread
 from extraction.monitoring.page import set_page
@@ -167,6 +168,10 @@ def test_bars_are_means_of_equal_parts():
     assert drawn[:3].max() <= 254
 
 
+def test_the_figures_are_of_the_summaries():
+    assert set(FIGURES) <= set(SUMMARY)
+
+
 def test_numbers_have_four_digits():
     assert [number(value) for value in (1.23456, -0.0123456, 0.0, 123456.0, 1e-9, -2.5e8, 3.0)] == [
         "1.235",
@@ -175,7 +180,7 @@ def test_numbers_have_four_digits():
         "123500",
         "1.000e\u221209",
         "\u22122.500e+08",
-        "3",
+        "3.000",
     ]
     assert said("commitment", None) == said("mean", float("nan")) == "\u2013"
     assert (said("committed_to", 1), said("committed_to", -1.0), said("peak_token", 4.0)) == (
@@ -219,7 +224,7 @@ def test_without_a_script_there_is_the_table_of_the_first_trait_and_layer(facts,
         assert said(figure, summary[figure]) in text
     assert "uncertainty_calibration at layer 3, residual out" in text
     assert "generation.temperature" in text
-    assert "\u22121.5 and 2.8" in text
+    assert "\u22121.500 and 2.800" in text
     assert "not known" in text
     assert "nan" not in text.lower().split()
 
@@ -605,6 +610,25 @@ def test_any_reading_makes_a_page(browser, tmp_path, name):
     browser.run("document.getElementById('text').focus()")
     browser.press("ArrowRight", "ArrowUp", "n", "t", "a", "End")
     assert browser.complaints == []
+
+
+@needs_browser
+def test_a_set_without_traits_shows_its_texts(browser, tmp_path):
+    readings = [replace(r, projections_TLPK=r.projections_TLPK[..., :0], dynamics={}) for r in make_set(2).readings]
+    (tmp_path / "plain.html").write_bytes(set_page(make_set(2, traits=(), readings=readings)))
+    browser.open(tmp_path / "plain.html")
+    assert "No trait was read" in browser.run("document.body.innerText")
+    assert readings[1].response.split()[0] in browser.run("document.querySelector('#all table').innerText")
+    assert browser.complaints == []
+
+
+@needs_browser
+def test_the_token_where_it_commits_has_a_bar(shown, path, facts):
+    for p, reading in enumerate(facts.readings[:6]):
+        shown.open(path, f"#p={reading.id}&t=0&l=3")
+        token = reading.dynamics["uncertainty_calibration"][3]["commitment"]
+        expected = [] if token is None else [f"token-{reading.n_prompt + token}"]
+        assert shown.run("[...document.querySelectorAll('.token.commits')].map((t) => t.id)") == expected, p
 
 
 @needs_browser
