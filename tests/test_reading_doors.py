@@ -19,7 +19,7 @@ from tests.runs import REPOSITORY, contents, environment, invoke, make_root, pay
 from tests.tiny import reference_hidden
 
 QUICK = ("--experiment", "demo", "--traits", "calm,warm", "--quick", "--self-check", "0")
-PROGRESS = ("loading", "self-check", "one: tier", "two: tier", "prompts: tier", "calm", "warm", "missing")
+PROGRESS = ("loading", "self-check", "one, tier", "two, tier", "prompts, tier", "calm", "warm", "missing")
 SHORT = ("--max-new-tokens", "6", "--self-check", "0")
 
 
