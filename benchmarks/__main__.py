@@ -17,6 +17,7 @@ UNDRAWN = ("validation", "server")  # their tables say it all
 BUSY = 0.5  # cores that others use
 CARD_SHAPES = ("pocket", "2b")
 N_TRAITS = 11  # as many as are shipped
+N_PLACEBOS = 200
 MEMORY_COUNTS = (2_000, 20_000)
 Named = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # a measurement's name, and how it is made
 
@@ -90,6 +91,12 @@ def _server(asked: Asked) -> Named:
     )
 
 
+def _separation(asked: Asked) -> Named:
+    from benchmarks.separation import separation
+
+    yield "separation", partial(separation, N_PLACEBOS, asked.examples // 2, say=_say)
+
+
 JOBS: dict[str, Callable[[Asked], Named]] = {
     "peers": _peers,
     "capture": _capture,
@@ -98,6 +105,7 @@ JOBS: dict[str, Callable[[Asked], Named]] = {
     "memory": _memory,
     "validation": _validation,
     "server": _server,
+    "separation": _separation,
 }
 WHATS = tuple(JOBS)
 

@@ -125,10 +125,44 @@ def _speculation(figure: Figure, result: dict[str, Any]) -> None:
     figure.axes[-1].legend(frameon=False)
 
 
+def _separation(figure: Figure, result: dict[str, Any]) -> None:
+    trait, placebo, layers = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
+    placebo.sharey(trait)
+    colours = {"hedging": OURS, "certain": COLOURS["batched"]}
+    for axes, key, title in ((trait, "trait", "the trait's vector"), (placebo, "placebo", "a placebo vector")):
+        for course in result["courses"]:
+            axes.plot(course[key], color=colours[course["side"]], linewidth=1.4, alpha=0.85)
+        axes.set_title(f"{title}, layer {result['layer']}")
+        axes.set_xlabel("response token (mean of the last 5)")
+        axes.spines[["top", "right"]].set_visible(False)
+    trait.set_ylabel("projection")
+    for side, colour in colours.items():
+        trait.plot([], [], color=colour, label=f"{side} answers")
+    trait.margins(y=0.3)
+    trait.legend(frameon=False, loc="upper right")
+    _separation_by_layer(layers, [found["of_tokens"] for found in result["layers"]])
+
+
+def _separation_by_layer(axes: Axes, found: list[dict[str, float]]) -> None:
+    places = range(len(found))
+    low, high = ([each[end] for each in found] for end in ("low", "high"))
+    axes.fill_between(places, low, high, color=THEIRS, alpha=0.6, label="placebos, 95%", linewidth=0)
+    axes.plot(places, [each["median"] for each in found], color="#6b7178", linewidth=1)
+    axes.plot(places, [each["trait"] for each in found], "o-", color=OURS, label="the trait")
+    axes.set_title("tokens told apart")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("AUROC")
+    axes.set_ylim(0.2, 1.0)
+    axes.legend(frameon=False, loc="upper left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 DRAWINGS = {
     "peers": _peers,
     "capture": _capture,
     "amplification": _amplification,
     "speculation": _speculation,
     "memory": _memory,
+    "separation": _separation,
 }

@@ -228,6 +228,29 @@ def server_table(result: dict[str, Any]) -> str:
     )
 
 
+def separation_table(result: dict[str, Any]) -> str:
+    """A trait's vector and placebos, by layer."""
+    head = ["layer", "tokens: trait", "placebos", "beaten", "answers: trait", "placebos", "beaten"]
+    rows = [
+        [str(layer), *(cell for key in ("of_tokens", "of_answers") for cell in _beside(found[key]))]
+        for layer, found in enumerate(result["layers"])
+    ]
+    counts = ", ".join(
+        f"{result['answers'][side]} {side} answers of {result['tokens'][side]} tokens" for side in result["answers"]
+    )
+    return (
+        f"## Hedging tokens and certain ones, {result['trait']} on pocket\n\n"
+        f"AUROC of hedging against certain, {result['method']}, residual out: {counts}, to prompts that the vector has "
+        f"not seen. Placebos: {result['placebos']} vectors of the same method and responses, each side dealt out at "
+        f"random into two halves; median, and the middle 95%.\n\n{table(head, rows)}"
+    )
+
+
+def _beside(found: dict[str, float]) -> list[str]:
+    placebos = f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+    return [f"{found['trait']:.2f}", placebos, f"{found['beaten']:.0%}"]
+
+
 TABLES = {
     "peers": peers_table,
     "capture": capture_table,
@@ -236,6 +259,7 @@ TABLES = {
     "memory": memory_table,
     "validation": validation_table,
     "server": server_table,
+    "separation": separation_table,
 }
 TITLES = {
     "amplification": "Tokens per second of two models",
@@ -245,4 +269,5 @@ TITLES = {
     "memory": "Peak memory",
     "validation": "Cost of a card",
     "server": "The server under load",
+    "separation": "Hedging tokens and certain ones",
 }

@@ -86,10 +86,23 @@ def _eager(lm: LanguageModel) -> Iterator[None]:
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, eager_mask)
     try:
-        decoder.set_attn_implementation(UNCAPPED.get(before[""], NAME))
+        with _refusing(kind):
+            decoder.set_attn_implementation(UNCAPPED.get(before[""], NAME))
         yield
     finally:
         decoder.set_attn_implementation(before)
+
+
+@contextmanager
+def _refusing(kind: str) -> Iterator[None]:
+    """Say in one line what an architecture objects to, in whatever way it does."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as failure:
+        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:120]}"
+        raise ModelError(f"the attention of {kind} can't be watched ({reason}): {REMEDY}") from failure
 
 
 def _implementations(config: Any) -> dict[str, Any]:
@@ -147,7 +160,7 @@ def _prove(lm: LanguageModel, layers: Sequence[int]) -> None:
             raise ModelError(f"layer {layer} of {type(lm.model).__name__} shows no attention weights: {REMEDY}")
 
     ids_BT = torch.arange(1, 4, device=lm.device).remainder(lm.vocab_size).unsqueeze(0)
-    with torch.inference_mode(), _telling(lm, layers, note):
+    with _refusing(type(lm.model).__name__), torch.inference_mode(), _telling(lm, layers, note):
         lm.hidden_states(ids_BT)
     for layer in layers:
         if seen[layer] != 1:

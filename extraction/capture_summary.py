@@ -27,9 +27,8 @@ def of_plan(plan: Plan) -> Iterator[str]:
     yield from item("layers", ranges(plan.layers))
     yield from item("responses", f"at most {settings.max_new_tokens} tokens, temperature {settings.temperature:g}")
     for each in plan.sets:
-        n_prompts = len(each.found.prompts)
-        n_done = len(each.folder.prompt_ids())
-        yield from item("set", f"{each.stem}: {n_prompts} prompts, {n_done} of them done, in {shown(each.folder.path)}")
+        count, n_done = _counted(len(each.found.prompts)), len(each.folder.prompt_ids())
+        yield from item("set", f"{each.stem}: {count}, {n_done} of them done, in {shown(each.folder.path)}")
     for failure in plan.failures:
         yield from item("failed", one_line(failure))
 
@@ -39,7 +38,7 @@ def of_sets(taking: Taking, finished: Sequence[Finished], seconds: float) -> Ite
     for each in finished:
         folder = each.set.folder
         yield f"{each.set.stem} on {taking.plan.spec.name}, tier {taking.plan.tier}"
-        yield from item("captures", f"{shown(folder.path)} ({len(each.set.found.prompts)} prompts)")
+        yield from item("captures", f"{shown(folder.path)} ({_counted(len(each.set.found.prompts))})")
         if folder.report_path().exists():
             yield from item("page", shown(folder.report_path()))
         for note in each.notes:
@@ -73,6 +72,10 @@ def _row(prompt: str, figures: Mapping[str, Any]) -> str:
     return f"  {words:<{ROOM}}" + "".join(f"{cell:>10}" for cell in cells)
 
 
+def _counted(n_prompts: int) -> str:
+    return f"{n_prompts} prompt{'s' * (n_prompts != 1)}"
+
+
 def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
@@ -83,6 +86,6 @@ def _took(taking: Taking, seconds: float) -> str:
     rate = taking.n_tokens / taking.seconds if taking.seconds else 0.0
     sizes = "/".join(str(n) for n in sorted(set(taking.batch_sizes)))
     return (
-        f"Took {duration(seconds)}: {taking.n_made} prompts, {taking.n_tokens:,} tokens at {rate:,.0f}/s, batch size "
+        f"Took {duration(seconds)}: {_counted(taking.n_made)}, {taking.n_tokens:,} tokens at {rate:,.0f}/s, batch size "
         f"{sizes}, peak memory {size(peak_memory())}."
     )

@@ -193,12 +193,12 @@ HEADS = ("q", "k", "v")
 def _stacked(sections: tuple[int, ...], at: int, n_heads: int, x_X: Tensor) -> Tensor:
     """One section of a projection that holds several, one after the other: [.., X] -> [.., N, C]."""
     section_X: Tensor = x_X.split(sections, dim=-1)[at]
-    return section_X.unflatten(-1, (n_heads, -1))
+    return section_X.reshape(*section_X.shape[:-1], n_heads, -1)
 
 
 def _by_group(n_groups: int, n_queries: int, at: int, x_X: Tensor) -> Tensor:
     """A projection that holds each key head with its queries before and its value after: [.., X] -> [.., N, C]."""
-    groups: Tensor = x_X.unflatten(-1, (n_groups, n_queries + 2, -1))
+    groups = x_X.reshape(*x_X.shape[:-1], n_groups, n_queries + 2, -1)
     parts: tuple[Tensor, ...] = (groups[..., :-2, :].flatten(-3, -2), groups[..., -2, :], groups[..., -1, :])
     return parts[at]
 
@@ -270,8 +270,8 @@ def _turned(probe: _Probe, made_TNC: Tensor, given_TNC: Tensor) -> bool:
 
 def _mlp(probe: _Probe, adder: nn.Module) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """The parts of the MLP whose last module is `adder`, and those that only a mixture has."""
-    added_TD = next(call.gave_TX for call in reversed(probe.calls) if call.module is adder)
-    down = _down(probe, added_TD)
+    added = (call.gave_TX for call in reversed(probe.calls) if call.module is adder)
+    down = _down(probe, next(added, None))
     if down is None:
         raise probe.missing("mlp_down", f"its MLP works in a way of its own; {NO_MLP}")
     experts = stacked_experts(down.module)
@@ -289,7 +289,7 @@ def _down(probe: _Probe, added_TD: Tensor | None) -> _Call | None:
 def _dense(probe: _Probe, down: _Call) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     remedy = f"its MLP works in a way of its own; {NO_MLP}"
     with torch.inference_mode():
-        if down.given is None or not probe.same(down.module(down.given), down.gave):
+        if not _is_repeatable(probe, down):
             raise probe.missing("mlp_activation", remedy)
         found = _up_and_gate(probe, down)
     if found is None:
@@ -312,7 +312,7 @@ def _up_and_gate(probe: _Probe, down: _Call) -> tuple[Part, ...] | None:
     made = list(_made(probe, down, width))
     acts: list[Callable[[Tensor], Tensor]] = [*_activations(probe, width), *FUNCTIONS]
     for goal, act in product(goals, acts):
-        acted = [(part, x_TF, act(x_TF)) for part, x_TF in made]
+        acted = [(part, x_TF, act(x_TF.clone())) for part, x_TF in made]  # a clone: some work in place
         for part, _, acted_TF in acted:
             if probe.same(acted_TF, goal):
                 return (replace(part, name="mlp_up"),)
@@ -335,20 +335,31 @@ def _made(probe: _Probe, down: _Call, width: int) -> Iterator[tuple[Part, Tensor
 
 
 def _activations(probe: _Probe, width: int) -> list[nn.Module]:
-    """Modules without weights that were given something F wide."""
-    found = [call.module for call in probe.calls if not call.has_matrix and _width(call) == width]
+    """Modules without weights that turn something F wide into something else."""
+    found = [
+        call.module
+        for call in probe.calls
+        if not call.has_matrix and call.given_TX is not None and call.given_TX.shape[-1] == width
+        if not probe.same(call.given_TX, call.gave_TX) and _is_repeatable(probe, call)
+    ]
     return list(dict.fromkeys(found))
 
 
-def _width(call: _Call) -> int:
-    return 0 if call.given_TX is None else call.given_TX.shape[-1]
+def _is_repeatable(probe: _Probe, call: _Call) -> bool:
+    """Whether a module gives the same again for its first argument alone."""
+    try:
+        again = call.module(None if call.given is None else call.given.clone())
+    except Exception:  # one that needs more than that may object in any way
+        return False
+    return isinstance(again, Tensor) and probe.same(again, call.gave)
 
 
 def _mixture(probe: _Probe, mlp: nn.Module, experts: nn.Module) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """A mixture's parts are recomputed from what its experts are given, all but what it gives in the end."""
     n_experts = max(parameter.shape[0] for parameter in experts.parameters(recurse=False))
     routers = [call.module for call in probe.calls if call.gave_TX is not None and call.gave_TX.shape[-1] == n_experts]
-    given_TD, gave_TD = next((call.given_TX, call.gave_TX) for call in probe.calls if call.module is experts)
+    ends = ((call.given_TX, call.gave_TX) for call in probe.calls if call.module is experts)
+    given_TD, gave_TD = next(ends, (None, None))
     mixture = None
     if given_TD is not None and gave_TD is not None:
         with torch.inference_mode():

@@ -279,6 +279,11 @@ def stacked(rows: Sequence[Tensor], width: int) -> Tensor:
 # --- the observer ---------------------------------------------------------------------------------------------------
 
 
+def _owned(kept: Kept) -> Kept:
+    """Copies: a view of one row would keep its neighbours' share of the pass alive, however soon those have ended."""
+    return {name: part.clone() for name, part in kept.items()}
+
+
 @dataclass
 class _Text:
     """What is kept of the request in one slot: the tokens read so far, and what every stream gave, pass by pass."""
@@ -321,7 +326,7 @@ class TokenObserver:
                 given = stream.close()
                 for place, row in enumerate(rows_R.tolist()):
                     text = self.texts[row]
-                    text.parts[i].append(stream.of_row(given, place, text.n_prompt, 0))
+                    text.parts[i].append(_owned(stream.of_row(given, place, text.n_prompt, 0)))
 
     @contextmanager
     def stepping(self, width: int) -> Iterator[None]:
@@ -336,7 +341,7 @@ class TokenObserver:
         for row, text in enumerate(self.texts):
             if text.live:
                 for stream, given, parts in zip(self.streams, self.given, text.parts, strict=True):
-                    parts.append(stream.of_row(given, row, 1, text.n_read))
+                    parts.append(_owned(stream.of_row(given, row, 1, text.n_read)))
                 text.n_read += 1
         self.given = []
 

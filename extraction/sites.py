@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from extraction.errors import ModelError
+from extraction.errors import ActivationError, ModelError
 from extraction.hooks import watch, watch_inputs
 
 if TYPE_CHECKING:
@@ -163,7 +163,19 @@ def _probe(lm: LanguageModel, layers: tuple[int, ...]) -> dict[int, list[_Pass]]
     for (layer, name), output in gave.items():
         tensors = (_as_TD(given[layer, name], shape), _as_TD(output, shape))
         passes[layer].append(_Pass(name, names[layer, name], *tensors))
+    for layer in layers:
+        _refuse_non_finite(lm, layer, passes[layer][-1])
     return passes
+
+
+def _refuse_non_finite(lm: LanguageModel, layer: int, block: _Pass) -> None:
+    """Where numbers are not numbers, they say nothing of a block's structure."""
+    for value_TD, words in ((block.given_TD, "what goes into"), (block.gave_TD, "what comes out of")):
+        if value_TD is not None and not value_TD.isfinite().all():
+            raise ActivationError(
+                f"{words} layer {layer} is NaN or infinite in {str(lm.dtype).removeprefix('torch.')}, whatever the "
+                "text: load the model with --dtype bfloat16 or float32"
+            )
 
 
 def _as_TD(value: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

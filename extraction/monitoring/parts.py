@@ -13,7 +13,7 @@ from extraction.monitoring.scales import QUANTILE
 from extraction.report.markup import Html, join, table, tag
 from extraction.report.provenance import flat
 from extraction.report.sections import section
-from extraction.report.words import counted, layer_words, listed
+from extraction.report.words import MINUS, counted, layer_words, listed
 
 SEARCHED_ABOVE = 20  # prompts: from here on the list has a search box
 POINT_NAMES = {  # of a layer, as the page says them
@@ -236,7 +236,7 @@ def colours_said() -> str:
 
 def precision(facts: SetFacts, plan: Plan, error: float) -> str:
     """How near the page's values are to those of the files, and what it does not hold."""
-    near = f"The values on this page are those of the capture files to within {number(float(f'{error:.2g}'))}"
+    near = f"The values on this page are those of the capture files to within {f'{error:.2g}'.replace('-', MINUS)}"
     left = []
     if len(plan.points) < len(facts.points):
         left.append(f"of the points of a layer it holds {listed([facts.points[p] for p in plan.points])} alone")

@@ -126,7 +126,7 @@ def _take_set(taking: Taking, each: SetPlan, listener: Listener) -> None:
         each.folder.open(each.config)
         taking.fresh.add(each.stem)
         pending = pending_of(taking.plan, each)
-        listener.begin(f"{each.stem}: tier {taking.plan.tier}", len(prompts), len(prompts) - sum(map(len, pending)))
+        listener.begin(f"{each.stem}, tier {taking.plan.tier}", len(prompts), len(prompts) - sum(map(len, pending)))
         try:
             for shard in pending:
                 _take_shard(taking, each, [prompts[i] for i in shard], listener)

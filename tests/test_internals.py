@@ -1,0 +1,433 @@
+"""The internals of a layer against projections picked by hand, family by family, alone and in the engine's batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from extraction.attention import watching_attention
+from extraction.errors import ModelError
+from extraction.internals import Part, parts_of, stream_of
+from extraction.mixture import find_mixture
+from extraction.models import LanguageModel, wrap
+from extraction.sites import watch_taps
+from extraction.utils_batch import Request, generate
+from tests.tiny import ARCHITECTURES, HIDDEN, LAYERS, blocks, deviation, prompts, shared_model, taps, tiny_model
+
+LONG = prompts(1)[0]
+HEADS, GROUPS, WIDE, C = 4, 2, 32, 8
+Seen = dict[str, Tensor]
+Pick = tuple[str, bool, Callable[[Tensor], Tensor]]  # a submodule, whether its input, and what is read of it
+
+
+# --- reading the parts ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(parts: Sequence[Part], rows: int) -> Iterator[dict[str, list[Tensor]]]:
+    """What every part reads in every pass: [B, T, ...]."""
+    seen: dict[str, list[Tensor]] = {part.name: [] for part in parts}
+    passed: list[dict[str, Tensor]] = [{}, {}]
+
+    def note(which: int, at: int, value: Tensor) -> None:
+        passed[which][parts[at].name] = value.clone().reshape(rows, -1, value.shape[-1])
+
+    def read(_at: int, _value: Tensor) -> None:
+        for part in parts:
+            tapped_BTX = passed[0][part.name]
+            seen[part.name].append(part.read(tapped_BTX + passed[1][part.name] if part.added else tapped_BTX))
+
+    sums = [(at, part) for at, part in enumerate(parts) if part.added is not None]
+    out = next(part for part in parts if part.name == "residual_out")
+    with ExitStack() as stack:
+        stack.enter_context(watch_taps(tuple(part.tap for part in parts), lambda at, value: note(0, at, value)))
+        added = tuple(part.added for _, part in sums if part.added is not None)
+        stack.enter_context(watch_taps(added, lambda i, value: note(1, sums[i][0], value)))
+        stack.enter_context(watch_taps((out.tap,), read))  # the block ends last
+        yield seen
+
+
+@torch.no_grad()
+def read_alone(lm: LanguageModel, parts: Sequence[Part], ids: Sequence[int]) -> Seen:
+    """Every part over one text: [T, ...]."""
+    with reading(parts, 1) as seen:
+        lm.last_logits(torch.tensor([list(ids)]), use_cache=False)
+    return {name: value[0] for name, (value,) in seen.items()}
+
+
+@cache
+def found(name: str, layer: int, dtype: torch.dtype = torch.float32, *, attention: bool = True) -> tuple[Part, ...]:
+    return parts_of(wrap(shared_model(name, dtype)), layer, attention=attention)
+
+
+# --- picked by hand ---------------------------------------------------------------------------------------------------
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+def heads(n: int, start: int = 0) -> Callable[[Tensor], Tensor]:
+    """`n` heads of a projection, from a channel on."""
+    return lambda x: x[..., start : start + n * C].reshape(len(x), n, C)
+
+
+def of_each_head(at: int) -> Callable[[Tensor], Tensor]:
+    """GPT-NeoX and Persimmon: each head holds its q, k and v."""
+    return lambda x: x.reshape(len(x), HEADS, 3, C)[:, :, at]
+
+
+def half(at: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.reshape(len(x), 2, -1)[:, at]
+
+
+def separate(attention: str, groups: int, names: str = "q_proj k_proj v_proj") -> dict[str, Pick]:
+    """Three projections."""
+    counts = (HEADS, groups, groups)
+    named = zip("qkv", names.split(), counts, strict=True)
+    return {part: (f"{attention}.{name}", False, heads(n)) for part, name, n in named}
+
+
+def fused(path: str, *reads: Callable[[Tensor], Tensor]) -> dict[str, Pick]:
+    """One projection."""
+    return {part: (path, False, read) for part, read in zip("qkv", reads, strict=True)}
+
+
+def plain_mlp(up: str, down: str) -> dict[str, Pick]:
+    return {
+        "mlp_up": (up, False, same),
+        "mlp_activation": (down, True, same),
+        "mlp_down": (down, False, same),
+    }
+
+
+GATED: dict[str, Pick] = plain_mlp("mlp.up_proj", "mlp.down_proj") | {"mlp_gate": ("mlp.gate_proj", False, same)}
+HALVED: dict[str, Pick] = plain_mlp("mlp.gate_up_proj", "mlp.down_proj") | {
+    "mlp_gate": ("mlp.gate_up_proj", False, half(0)),
+    "mlp_up": ("mlp.gate_up_proj", False, half(1)),
+}
+LLAMA = separate("self_attn", GROUPS) | GATED | {"residual_mid": ("post_attention_layernorm", True, same)}
+GEMMA2 = LLAMA | {"residual_mid": ("pre_feedforward_layernorm", True, same)}
+STACKED = fused("attn.c_attn", heads(HEADS), heads(HEADS, WIDE), heads(HEADS, 2 * WIDE))
+SHARED = fused("attn.c_attn", heads(HEADS), heads(1, WIDE), heads(1, WIDE + C))
+GPT2 = plain_mlp("mlp.c_fc", "mlp.c_proj") | {"residual_mid": ("ln_2", True, same)}
+PHI3 = fused("self_attn.qkv_proj", heads(HEADS), heads(GROUPS, WIDE), heads(GROUPS, WIDE + GROUPS * C))
+NEOX = fused("attention.query_key_value", *map(of_each_head, range(3)))
+NEOX |= plain_mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+PERSIMMON = fused("self_attn.query_key_value", *map(of_each_head, range(3)))
+OPT = separate("self_attn", HEADS) | plain_mlp("fc1", "fc2") | {"residual_mid": ("final_layer_norm", True, same)}
+MID = {"residual_mid": ("post_attention_layernorm", True, same)}
+PLAIN = separate("self_attn", GROUPS) | plain_mlp("mlp.up_proj", "mlp.down_proj") | MID
+OLMO2 = LLAMA | {"residual_mid": ("mlp", True, same)}
+BY_HAND: dict[str, dict[str, Pick]] = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "granite", "smollm3", "hunyuan", "bitnet"), LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3", "vaultgemma"), GEMMA2),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), OLMO2),
+    **dict.fromkeys(("nemotron", "arcee"), PLAIN),
+    **dict.fromkeys(("opt", "biogpt"), OPT),
+    "gpt2": STACKED | GPT2,
+    "gpt_bigcode": SHARED | GPT2,
+    "phi3": PHI3 | HALVED | MID,
+    "glm4": separate("self_attn", GROUPS) | HALVED | MID,
+    "gpt_neox": NEOX,
+    "gpt_neox_sequential": NEOX | MID,
+    "persimmon": PERSIMMON | plain_mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h") | MID,
+    "nanochat": separate("self_attn", GROUPS) | plain_mlp("mlp.fc1", "mlp.fc2") | MID,
+    "phi": separate("self_attn", HEADS) | plain_mlp("mlp.fc1", "mlp.fc2"),
+    "cohere": separate("self_attn", GROUPS) | GATED,
+    "ctrl": separate("multi_head_attention", HEADS, "Wq Wk Wv")
+    | plain_mlp("ffn.0", "ffn.2")
+    | {"residual_mid": ("layernorm2", True, same)},
+    "mixtral": separate("self_attn", GROUPS) | MID,
+    "gpt_oss": separate("self_attn", GROUPS) | MID,
+    "qwen2_moe": separate("self_attn", GROUPS) | MID,
+}
+SIDE_BY_SIDE = {"gpt_neox": "attention", "phi": "self_attn", "cohere": "self_attn"}
+MIXTURES = ("mixtral", "gpt_oss", "qwen2_moe")
+ASKED = ["llama", "gemma2", "gemma3", "qwen3", "mistral", "gpt2", "gpt_neox", "gpt_neox_sequential", "mixtral"]
+
+
+@torch.no_grad()
+def picked(name: str, layer: int, ids: Sequence[int], dtype: torch.dtype = torch.float32) -> Seen:
+    """The same by hand: transformers alone, hooks of this file's own."""
+    model = shared_model(name, dtype)
+    block = blocks(model)[layer]
+    text = torch.tensor([list(ids)])
+    seen: Seen = {}
+    side = SIDE_BY_SIDE.get(name)
+    for part, (path, inputs, read) in BY_HAND[name].items():
+        with taps([block.get_submodule(path)], inputs=inputs) as got:
+            model(input_ids=text, use_cache=False)
+        seen[part] = read(got[0].reshape(len(ids), -1))
+    with taps([block], inputs=True) as given, taps([block]) as gave, taps([block.get_submodule(side or "")]) as added:
+        model(input_ids=text, use_cache=False)
+    seen |= {"residual_in": given[0][0], "residual_out": gave[0][0]}
+    return seen | ({"residual_mid": given[0][0] + added[0][0]} if side else {})
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("name", BY_HAND)
+def test_parts_are_those_picked_by_hand(name: str, layer: int) -> None:
+    read, wanted = (
+        read_alone(wrap(shared_model(name, torch.float32)), found(name, layer), LONG),
+        picked(name, layer, LONG),
+    )
+    of_a_mixture = {"mlp_up", "mlp_gate", "mlp_activation", "mlp_down", "experts", "expert_weights"}
+    assert set(read) - (of_a_mixture if name in MIXTURES else set()) == set(wanted)
+    for part, value in wanted.items():
+        assert deviation(read[part], value) < 1e-6, part
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_parts_are_found_in_float64_too(name: str) -> None:
+    if name == "mixtral":
+        pytest.skip("torch multiplies grouped matrices in float32 at most")
+    read = read_alone(wrap(shared_model(name, torch.float64)), found(name, 1, torch.float64), LONG)
+    wanted = picked(name, 1, LONG, torch.float64)
+    assert set(read) == set(wanted)
+    for part, value in wanted.items():
+        assert read[part].dtype == torch.float64
+        assert deviation(read[part], value) < 1e-14, part
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "gpt2", "gpt_neox", "phi3", "mixtral"])
+def test_parts_are_found_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    exact = {part.name: part for part in found(name, 1)}
+    names = dict(blocks(shared_model(name, torch.float32))[1].named_modules())
+    halves = dict(blocks(shared_model(name, dtype))[1].named_modules())
+    for part in found(name, 1, dtype):
+        (path,) = (path for path, module in names.items() if module is exact[part.name].tap.module)
+        assert part.tap.module is halves[path]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_order_of_parts_is_the_same_everywhere(name: str) -> None:
+    order = ["q", "k", "v", "mlp_up", "mlp_gate", "mlp_activation", "mlp_down"]
+    order += ["residual_in", "residual_mid", "residual_out", "experts", "expert_weights"]
+    names = [part.name for part in found(name, 1)]
+    assert names == [part for part in order if part in names]
+
+
+# --- laws that hold whatever the family -------------------------------------------------------------------------------
+
+REFUSED = ("opt_post_norm", "gemma4", "jetmoe", "llama4", "llama4_chunked", "minimax_m2")
+OWN = ("gptj", "codegen", "falcon", "falcon_new", "falcon_alibi", "xglm", "bloom", "mpt", "gpt_neo", "diffllama")
+LATENT = ("deepseek_v2", "deepseek_v3")
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in REFUSED])
+def test_the_stream_adds_up_and_widths_agree(name: str) -> None:
+    lm = wrap(shared_model(name, torch.float32))
+    attention = name not in (*OWN, *LATENT)
+    read = read_alone(lm, found(name, 1, attention=attention), LONG)
+    n = len(LONG)
+    assert all(read[part].shape == (n, HIDDEN) for part in ("residual_in", "residual_mid", "residual_out", "mlp_down"))
+    assert read["mlp_up"].shape == read["mlp_activation"].shape == read.get("mlp_gate", read["mlp_up"]).shape
+    before = read_alone(lm, found(name, 0, attention=attention), LONG)
+    assert torch.equal(before["residual_out"], read["residual_in"])
+    assert deviation(read["residual_mid"], read["residual_in"]) > 1e-3
+    assert deviation(read["residual_mid"], read["residual_out"]) > 1e-3
+    for part, value in read_alone(lm, stream_of(lm, 1), LONG).items():
+        assert torch.equal(value, read[part])
+
+
+@pytest.mark.parametrize("name", [name for name in ASKED if name != "gpt_neox"])
+def test_what_the_mlp_adds_is_the_down_projection_or_its_norm(name: str) -> None:
+    lm = wrap(shared_model(name, torch.float32))
+    read = read_alone(lm, found(name, 2), LONG)
+    norm = getattr(blocks(shared_model(name, torch.float32))[2], "post_feedforward_layernorm", None)
+    added_TD = read["mlp_down"] if norm is None else norm(read["mlp_down"])
+    assert deviation(read["residual_mid"] + added_TD, read["residual_out"]) < 1e-5
+    assert deviation(read["residual_mid"] - added_TD, read["residual_out"]) > 1e-2
+
+
+def test_the_mlp_of_llama_is_what_its_parts_say() -> None:
+    read = read_alone(wrap(shared_model("llama", torch.float32)), found("llama", 1), LONG)
+    activation_TF = functional.silu(read["mlp_gate"]) * read["mlp_up"]
+    assert deviation(activation_TF, read["mlp_activation"]) < 1e-6
+    assert deviation(functional.silu(read["mlp_up"]) * read["mlp_gate"], read["mlp_activation"]) > 1e-2
+    down: Any = blocks(shared_model("llama", torch.float32))[1].mlp.down_proj  # type: ignore[union-attr]
+    assert deviation(down(activation_TF), read["mlp_down"]) < 1e-6
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def mixtral_by_hand(mlp: Any, x_D: Tensor) -> tuple[Tensor, list[tuple[float, Tensor, Tensor, Tensor, Tensor]]]:
+    """One token: its experts, and (weight, up, gate, activation, what comes out) of each."""
+    chance_E = (mlp.gate.weight @ x_D).softmax(-1)
+    chosen = chance_E.argsort(descending=True)[:2]
+    rows = []
+    for expert in chosen.tolist():
+        gate_F, up_F = (mlp.experts.gate_up_proj[expert] @ x_D).split(48)
+        activation_F = functional.silu(gate_F) * up_F
+        weight = float(chance_E[expert] / chance_E[chosen].sum())
+        rows.append((weight, up_F, gate_F, activation_F, mlp.experts.down_proj[expert] @ activation_F))
+    return chosen, rows
+
+
+def gpt_oss_by_hand(mlp: Any, x_D: Tensor) -> tuple[Tensor, list[tuple[float, Tensor, Tensor, Tensor, Tensor]]]:
+    """The same with biases, gate and up interleaved, and an activation of its own."""
+    score_E = mlp.router.weight @ x_D + mlp.router.bias
+    chosen = score_E.argsort(descending=True)[:2]
+    rows = []
+    for weight, expert in zip(score_E[chosen].softmax(-1).tolist(), chosen.tolist(), strict=True):
+        both_X = x_D @ mlp.experts.gate_up_proj[expert] + mlp.experts.gate_up_proj_bias[expert]
+        gate_F, up_F = both_X[::2], both_X[1::2]
+        cut_F = gate_F.clamp(max=7.0)
+        activation_F = (up_F.clamp(-7.0, 7.0) + 1) * cut_F * torch.sigmoid(1.702 * cut_F)
+        out_D = activation_F @ mlp.experts.down_proj[expert] + mlp.experts.down_proj_bias[expert]
+        rows.append((weight, up_F, gate_F, activation_F, out_D))
+    return chosen, rows
+
+
+@pytest.mark.parametrize(("name", "by_hand"), [("mixtral", mixtral_by_hand), ("gpt_oss", gpt_oss_by_hand)])
+def test_a_mixtures_parts_are_those_of_the_experts_that_each_token_goes_to(name: str, by_hand: Any) -> None:
+    model = shared_model(name, torch.float32)
+    read = read_alone(wrap(model), found(name, 1), LONG)
+    mlp: Any = blocks(model)[1].mlp
+    with taps([mlp], inputs=True) as given, torch.no_grad():
+        model(input_ids=torch.tensor([list(LONG)]), use_cache=False)
+    assert read["experts"].dtype == torch.int64
+    for t, x_D in enumerate(given[0][0]):
+        chosen, rows = by_hand(mlp, x_D)
+        weights, ups, gates, activations, outs = zip(*rows, strict=True)
+        assert read["experts"][t].tolist() == chosen.tolist()
+        assert deviation(read["expert_weights"][t], torch.tensor(weights)) < 1e-5
+        for part, wanted in {"mlp_up": ups, "mlp_gate": gates, "mlp_activation": activations}.items():
+            assert deviation(read[part][t], torch.stack(wanted)) < 1e-5, part
+        out_D = sum(weight * out_D for weight, out_D in zip(weights, outs, strict=True))
+        assert deviation(read["mlp_down"][t], torch.as_tensor(out_D)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "hunyuan_moe", "ernie4_5_moe", "deepseek_v2"])
+def test_a_shared_expert_counts_in_what_the_mixture_gives(name: str) -> None:
+    model = shared_model(name, torch.float32)
+    read = read_alone(wrap(model), found(name, 1, attention=name != "deepseek_v2"), LONG)
+    mlp: Any = blocks(model)[1].mlp
+    with taps([mlp]) as gave, taps([mlp.experts]) as routed, torch.no_grad():
+        model(input_ids=torch.tensor([list(LONG)]), use_cache=False)
+    assert deviation(read["mlp_down"], gave[0][0]) < 1e-6
+    assert deviation(read["mlp_down"], routed[0]) > 1e-2
+    weights: Tensor = mlp.experts.down_proj
+    out_TkD = torch.einsum("tkf,tkdf->tkd", read["mlp_activation"], weights[read["experts"]])
+    assert deviation((out_TkD * read["expert_weights"].unsqueeze(-1)).sum(1), routed[0]) < 1e-5
+
+
+def test_a_mixture_is_known_by_what_it_gives() -> None:
+    """The negative control: weights that did not make this output are not taken for those that did."""
+    block: Any = blocks(shared_model("mixtral", torch.float32))[1]
+    hidden_ND = torch.randn(11, HIDDEN, generator=torch.Generator().manual_seed(0))
+    _, weights_Nk, experts_Nk = block.mlp.gate(hidden_ND)
+    output_ND = block.mlp.experts(hidden_ND, experts_Nk, weights_Nk)
+    routers: list[nn.Module] = [block.mlp.gate]
+    assert find_mixture(routers, block.mlp.experts, hidden_ND, output_ND, 1e-4) is not None
+    swapped_ND = block.mlp.experts(hidden_ND, experts_Nk, weights_Nk.flip(-1))
+    for wrong_ND in (swapped_ND, 1.01 * output_ND, -output_ND):
+        assert find_mixture(routers, block.mlp.experts, hidden_ND, wrong_ND, 1e-4) is None
+    assert find_mixture([block.self_attn.q_proj], block.mlp.experts, hidden_ND, output_ND, 1e-4) is None
+
+
+# --- in the engine ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_in_the_engine_every_token_reads_as_in_one_pass(name: str) -> None:
+    """All requests enter at once, longest first, and none ends before the others: row i is request i."""
+    lm, n_new = wrap(shared_model(name, torch.float32), stop_ids=()), 5
+    requests = [Request(f"r{i}", text, n_new) for i, text in enumerate(sorted(prompts(4), key=len, reverse=True))]
+    plain = {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)}
+    with watching_attention(lm, [1], lambda _layer, _attended: None), reading(found(name, 1), 4) as seen:
+        done = {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)}
+    assert done == plain
+    for row, request in enumerate(requests):
+        text = request.token_ids + done[request.id][:-1]
+        for part, wanted in read_alone(lm, found(name, 1), text).items():
+            prefill, *steps = (value[row] for value in seen[part])
+            read = torch.cat([prefill[-len(request.token_ids) :], *steps])
+            assert deviation(read, wanted) < 1e-5, part
+
+
+# --- layouts, and what can't be found ---------------------------------------------------------------------------------
+
+
+class Shuffled(nn.Module):
+    """A projection that makes its channels in another order than the model reads them."""
+
+    def __init__(self, inner: nn.Module, order: Tensor) -> None:
+        super().__init__()
+        self.inner, self.order = inner, order
+        self.inner.weight.data = self.inner.weight.data[:, order]  # type: ignore[operator,union-attr]
+        self.inner.bias.data = self.inner.bias.data[order]  # type: ignore[operator,union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[..., self.order.argsort()]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_projection_is_known_by_its_numbers_not_by_its_width_or_name(seed: int) -> None:
+    """The inner one is as wide and runs first, but its q, k and v stand in another order: the outer one is found."""
+    model = tiny_model("gpt2")
+    block: Any = blocks(model)[1]
+    order = torch.randperm(3 * WIDE, generator=torch.Generator().manual_seed(seed))
+    if seed == 2:  # k, q, v: each whole, but swapped
+        order = torch.arange(3 * WIDE).reshape(3, WIDE)[[1, 0, 2]].flatten()
+    block.attn.c_attn = Shuffled(block.attn.c_attn, order)
+    lm = wrap(model)
+    parts = parts_of(lm, 1)
+    assert all(part.tap.module is block.attn.c_attn for part in parts[:2])
+    for part, wanted in picked("gpt2", 1, LONG).items():
+        assert deviation(read_alone(lm, parts, LONG)[part], wanted) < 1e-5, part
+
+
+def test_heads_in_another_order_are_noticed() -> None:
+    """GPT-NeoX holds q, k and v by head; read one after the other they would be three of the wrong."""
+    read = read_alone(wrap(shared_model("gpt_neox", torch.float32)), found("gpt_neox", 1), LONG)
+    with taps([blocks(shared_model("gpt_neox", torch.float32))[1].get_submodule("attention.query_key_value")]) as got:
+        shared_model("gpt_neox", torch.float32)(input_ids=torch.tensor([list(LONG)]), use_cache=False)
+    for part, start in {"q": 0, "k": WIDE, "v": 2 * WIDE}.items():
+        assert deviation(heads(HEADS, start)(got[0][0]), read[part]) > 1e-2
+
+
+def test_queries_that_are_changed_on_their_way_are_refused() -> None:
+    """OLMo may clip its projections: then what they give is not what attention gets."""
+    model = tiny_model("olmo", clip_qkv=0.05)
+    with pytest.raises(ModelError, match=r"layer 1 of OlmoForCausalLM: q can't be found.*--no-attention"):
+        parts_of(wrap(model), 1)
+    assert parts_of(wrap(model), 1, attention=False)[0].name == "mlp_up"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gptj", "an attention of its own, whose weights can't be read: .*--no-attention"),
+        ("deepseek_v3", r"layer 1 of DeepseekV3ForCausalLM: q can't be found.*--no-attention"),
+        ("llama4", r"layer 1 of Llama4ForCausalLM: mlp_up can't be found.*its residual stream alone"),
+        ("jetmoe", r"layer 1 of JetMoeForCausalLM: \w+ can't be found"),
+        ("opt_post_norm", "layer 1 has no site 'mlp'"),
+    ],
+)
+def test_what_cant_be_found_is_named_with_what_can_be_done(name: str, words: str) -> None:
+    with pytest.raises(ModelError, match=words) as refusal:
+        parts_of(wrap(shared_model(name, torch.float32)), 1)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["gptj", "bloom", "falcon", "diffllama", "deepseek_v3"])
+def test_without_attention_the_rest_is_read(name: str) -> None:
+    names = [part.name for part in found(name, 0, attention=False)]
+    assert not {"q", "k", "v"} & set(names)
+    assert {"mlp_up", "mlp_activation", "mlp_down", "residual_in", "residual_mid", "residual_out"} <= set(names)
+
+
+def test_a_layer_out_of_range_is_refused() -> None:
+    with pytest.raises(ModelError, match="layer 3 is out of range: the model has layers 0 to 2"):
+        parts_of(wrap(shared_model("llama", torch.float32)), 3)
