@@ -29,7 +29,9 @@ def of_plan(plan: Plan) -> Iterator[str]:
     for each in plan.sets:
         n_prompts = len(each.found.prompts)
         n_done = len(each.folder.prompt_ids())
-        yield from item("set", f"{each.stem}: {_counted(n_prompts)}, {n_done} of them done, in {shown(each.folder.path)}")
+        yield from item(
+            "set", f"{each.stem}: {_counted(n_prompts)}, {n_done} of them done, in {shown(each.folder.path)}"
+        )
     for failure in plan.failures:
         yield from item("failed", one_line(failure))
 

@@ -420,6 +420,34 @@ def test_a_projection_is_known_by_its_numbers_not_by_its_width_or_name(seed: int
         assert deviation(read_alone(lm, parts, LONG)[part], wanted) < 1e-5, part
 
 
+class Nudged(nn.Module):
+    """A projection and something small beside it, as an adapter is: the inner one runs first, and gives nearly that."""
+
+    def __init__(self, inner: nn.Module, by: float) -> None:
+        super().__init__()
+        self.inner, self.by = inner, by
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.inner(x)
+        return made + self.by * made.roll(1, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_projection_with_a_slight_adapter_is_read_with_it(name: str, dtype: torch.dtype) -> None:
+    """The difference is within what rounding may do in this type, and still counts."""
+    model = tiny_model(name, dtype=dtype)
+    block: Any = blocks(model)[1]
+    by = 1e-2 if dtype == torch.bfloat16 else 5e-5
+    for path in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"):
+        holder, _, leaf = path.partition(".")
+        setattr(getattr(block, holder), leaf, Nudged(block.get_submodule(path), by))
+    found_in = {part.name: part.tap.module for part in parts_of(wrap(model), 1)}
+    for part in ("q", "v", "mlp_up", "mlp_gate", "mlp_down"):
+        assert isinstance(found_in[part], Nudged), part
+    assert found_in["k"] is block.self_attn.k_proj
+
+
 def test_heads_in_another_order_are_noticed() -> None:
     """GPT-NeoX holds q, k and v by head; read one after the other they would be three of the wrong."""
     read = read_alone(wrap(shared_model("gpt_neox", torch.float32)), found("gpt_neox", 1), LONG)
