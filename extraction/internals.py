@@ -12,12 +12,13 @@ dimension, F MLP width, k experts a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import permutations, product
-from typing import TYPE_CHECKING, Any
+from itertools import permutations
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def stream_of(lm: LanguageModel, layer: int) -> tuple[Part, Part, Part]:
 # --- the short pass ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
     """One call of a module inside the block: what it was given and gave, as they were (None: no tensor)."""
 
@@ -124,16 +125,25 @@ class _Probe:
     attended: Attended | None
     tolerance: float
 
+    def error(self, left: Tensor | None, right: Tensor | None) -> float:
+        """How far the left is from the right, relative; infinite where that is beyond rounding."""
+        if left is None or right is None or left.shape != right.shape:
+            return math.inf
+        left, right = left.cpu().double(), right.cpu().double()
+        error = float((left - right).norm() / right.norm())
+        return error if error <= self.tolerance else math.inf
+
     def same(self, left: Tensor | None, right: Tensor | None) -> bool:
         """Equal up to rounding."""
-        if left is None or right is None or left.shape != right.shape:
-            return False
-        left, right = left.cpu().double(), right.cpu().double()
-        return bool((left - right).norm() <= self.tolerance * right.norm())
+        return self.error(left, right) < math.inf
 
     def missing(self, part: str, remedy: str) -> ModelError:
         """What to say where a part can't be found."""
         return ModelError(f"{self.where}: {part} can't be found: {remedy}")
+
+
+Error = Callable[[_Probe, Tensor, Tensor], float]
+Found = TypeVar("Found")
 
 
 def _probe(lm: LanguageModel, layer: int, *, attention: bool) -> _Probe:
@@ -224,45 +234,51 @@ def _projections(probe: _Probe) -> tuple[Part, ...]:
 
 
 def _projection(probe: _Probe, shapes: Mapping[str, torch.Size], name: str, given_TNC: Tensor) -> Part:
-    """The first projection of the block from which attention's q, k or v can come."""
-    matches = _equal if name == "v" else _turned
-    for call in probe.calls:
-        for width, read in _layouts(shapes, name):
-            if call.has_matrix and call.gave_TX is not None and call.gave_TX.shape[-1] == width:
-                made_TNC = read(call.gave_TX)
-                if matches(probe, made_TNC, given_TNC) or _through_norm(probe, matches, made_TNC, given_TNC):
-                    return Part(name, Tap(call.module), read)
-    raise probe.missing(name, f"its attention makes it in a way of its own; {REMEDY}")
+    """The projection of the block from which attention's q, k or v comes."""
+    error = _Probe.error if name == "v" else _turned
+    found = [
+        (min(error(probe, made_TNC, given_TNC), _through_norm(probe, error, made_TNC, given_TNC)), call, read)
+        for call in probe.calls
+        for width, read in _layouts(shapes, name)
+        if call.has_matrix and call.gave_TX is not None and call.gave_TX.shape[-1] == width
+        for made_TNC in (read(call.gave_TX),)
+    ]
+    part = _nearest((far, Part(name, Tap(call.module), read)) for far, call, read in found)
+    if part is None:
+        raise probe.missing(name, f"its attention makes it in a way of its own; {REMEDY}")
+    return part
 
 
-def _through_norm(
-    probe: _Probe, matches: Callable[[_Probe, Tensor, Tensor], bool], made_TNC: Tensor, given_TNC: Tensor
-) -> bool:
-    """Whether a normalisation stands between a projection and attention, before a rotary embedding or after it."""
-    norms = [call for call in probe.calls if not call.has_matrix]
-    pairs = ((n.given_TX, n.gave_TX) for n in norms)
-    return any(
-        matches(probe, made_TNC, before.view_as(made_TNC)) and matches(probe, after.view_as(made_TNC), given_TNC)
-        for before, after in pairs
+def _nearest(found: Iterable[tuple[float, Found]]) -> Found | None:
+    """What has the least error, the first of equals: an adapter may change a projection by as little as rounding."""
+    far, nearest = min(found, key=itemgetter(0), default=(math.inf, None))
+    return nearest if far < math.inf else None
+
+
+def _through_norm(probe: _Probe, error: Error, made_TNC: Tensor, given_TNC: Tensor) -> float:
+    """The error where a normalisation stands in between, before a rotary embedding or after it."""
+    norms = [(call.given_TX, call.gave_TX) for call in probe.calls if not call.has_matrix]
+    errors = (
+        max(error(probe, made_TNC, before.view_as(made_TNC)), error(probe, after.view_as(made_TNC), given_TNC))
+        for before, after in norms
         if before is not None and after is not None and before.numel() == after.numel() == made_TNC.numel()
     )
+    return min(errors, default=math.inf)
 
 
-def _equal(probe: _Probe, made_TNC: Tensor, given_TNC: Tensor) -> bool:
-    return probe.same(made_TNC, given_TNC)
-
-
-def _turned(probe: _Probe, made_TNC: Tensor, given_TNC: Tensor) -> bool:
-    """The same at position 0, where nothing is turned, up to a scale; and heads of the same lengths at all others.
+def _turned(probe: _Probe, made_TNC: Tensor, given_TNC: Tensor) -> float:
+    """The error at position 0, where nothing is turned, up to a scale; and of the heads' lengths at all others.
 
     Where only some channels are turned and those are scaled, position 0 alone decides, by channel.
     """
     first_NC, goal_NC = made_TNC[0].cpu().double(), given_TNC[0].cpu().double()
     scale = (first_NC * goal_NC).sum() / first_NC.square().sum()
-    if probe.same(first_NC * scale, goal_NC):
-        return probe.same(made_TNC.cpu().double().norm(dim=-1) * scale.abs(), given_TNC.norm(dim=-1))
+    error = probe.error(first_NC * scale, goal_NC)
+    if error < math.inf:
+        lengths_TN, goal_TN = made_TNC.cpu().double().norm(dim=-1), given_TNC.cpu().double().norm(dim=-1)
+        return max(error, probe.error(lengths_TN * scale.abs(), goal_TN))
     scale_C = (first_NC * goal_NC).sum(0) / first_NC.square().sum(0)
-    return len(first_NC) > 1 and probe.same(first_NC * scale_C, goal_NC)
+    return probe.error(first_NC * scale_C, goal_NC) if len(first_NC) > 1 else math.inf
 
 
 # --- the MLP ----------------------------------------------------------------------------------------------------------
@@ -293,11 +309,12 @@ def _fed(probe: _Probe) -> _Call | None:
 
 
 def _down(probe: _Probe, added_TD: Tensor | None) -> _Call | None:
-    """The first call with weights that gives what is added, or what a norm turns into it."""
-    givers = [call for call in probe.calls if probe.same(call.gave_TX, added_TD)]
-    norms = [call for call in givers if not call.has_matrix and not probe.same(call.given_TX, added_TD)]
-    found = next((call for call in givers if call.has_matrix and call.given_TX is not None), None)
-    return _down(probe, norms[0].given_TX) if found is None and norms else found
+    """The call with weights that gives what is added, or what a norm turns into it."""
+    givers = [(probe.error(call.gave_TX, added_TD), call) for call in probe.calls]
+    found = _nearest((far, call) for far, call in givers if call.has_matrix and call.given_TX is not None)
+    norms = ((far, call) for far, call in givers if not call.has_matrix and not probe.same(call.given_TX, added_TD))
+    norm = _nearest(norms) if found is None else None
+    return found if norm is None else _down(probe, norm.given_TX)
 
 
 def _dense(probe: _Probe, down: _Call) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
@@ -326,15 +343,20 @@ def _up_and_gate(probe: _Probe, down: _Call) -> tuple[Part, ...] | None:
     goals = [into_TF, *(goal for goal in norms if goal is not None)]  # a norm may stand before the down projection
     made = list(_made(probe, down, width))
     acts: list[Callable[[Tensor], Tensor]] = [*_activations(probe, width), *FUNCTIONS]
-    for goal, act in product(goals, acts):
+    return next((found for goal in goals if (found := _nearest(_pairs(probe, made, acts, goal))) is not None), None)
+
+
+def _pairs(
+    probe: _Probe, made: Sequence[tuple[Part, Tensor]], acts: Sequence[Callable[[Tensor], Tensor]], goal_TF: Tensor
+) -> Iterator[tuple[float, tuple[Part, ...]]]:
+    """How far every activation of a projection, alone or times another, is from what goes in."""
+    for act in acts:
         acted = [(part, x_TF, act(x_TF.clone())) for part, x_TF in made]  # a clone: some work in place
         for part, _, acted_TF in acted:
-            if probe.same(acted_TF, goal):
-                return (replace(part, name="mlp_up"),)
+            yield probe.error(acted_TF, goal_TF), (replace(part, name="mlp_up"),)
         for (gate, _, acted_TF), (up, up_TF, _) in permutations(acted, 2):
-            if probe.same(acted_TF * up_TF, goal):
-                return replace(up, name="mlp_up"), replace(gate, name="mlp_gate")
-    return None
+            error = probe.error(acted_TF * up_TF, goal_TF)
+            yield error, (replace(up, name="mlp_up"), replace(gate, name="mlp_gate"))
 
 
 def _made(probe: _Probe, down: _Call, width: int) -> Iterator[tuple[Part, Tensor]]:

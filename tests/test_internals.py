@@ -253,6 +253,33 @@ def test_what_the_mlp_adds_is_the_down_projection_or_its_norm(name: str) -> None
     assert deviation(read["residual_mid"] - added_TD, read["residual_out"]) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("name", "attention", "out"),
+    [
+        *(
+            (name, "self_attn", "o_proj")
+            for name in ("llama", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "gpt_oss")
+        ),
+        ("gpt2", "attn", "c_proj"),
+        ("gpt_neox", "attention", "dense"),
+        ("phi3", "self_attn", "o_proj"),
+    ],
+)
+def test_values_weighed_by_attention_are_what_attention_adds(name: str, attention: str, out: str) -> None:
+    """The two are read in different ways, and have to agree: weights . v through the output projection."""
+    model = shared_model(name, torch.float32)
+    lm, parts, seen = wrap(model), found(name, 1), dict[str, Tensor]()
+    with watching_attention(lm, [1], lambda _, a: seen.update(weights=a.weights_BHTS[0].clone())):
+        v_TGC = read_alone(lm, parts, LONG)["v"]
+    module: Any = blocks(model)[1].get_submodule(attention)
+    with taps([module]) as gave, torch.no_grad():
+        model(input_ids=torch.tensor([list(LONG)]), use_cache=False)
+        v_THC = v_TGC.repeat_interleave(HEADS // v_TGC.shape[1], dim=1)
+        mixed_THC = torch.einsum("hts,shc->thc", seen["weights"], v_THC)
+        assert deviation(getattr(module, out)(mixed_THC.flatten(1)), gave[0][0]) < 1e-5
+        assert deviation(getattr(module, out)(mixed_THC.flip(1).flatten(1)), gave[0][0]) > 1e-2
+
+
 def test_the_mlp_of_llama_is_what_its_parts_say() -> None:
     read = read_alone(wrap(shared_model("llama", torch.float32)), found("llama", 1), LONG)
     activation_TF = functional.silu(read["mlp_gate"]) * read["mlp_up"]
@@ -349,12 +376,13 @@ def test_in_the_engine_every_token_reads_as_in_one_pass(name: str) -> None:
     lm, n_new = wrap(shared_model(name, torch.float32), stop_ids=()), 5
     requests = [Request(f"r{i}", text, n_new) for i, text in enumerate(sorted(prompts(4), key=len, reverse=True))]
     plain = {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)}
-    with watching_attention(lm, [1], lambda _layer, _attended: None), reading(found(name, 1), 4) as seen:
+    parts = found(name, 1)
+    with watching_attention(lm, [1], lambda _layer, _attended: None), reading(parts, 4) as seen:
         done = {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)}
     assert done == plain
     for row, request in enumerate(requests):
         text = request.token_ids + done[request.id][:-1]
-        for part, wanted in read_alone(lm, found(name, 1), text).items():
+        for part, wanted in read_alone(lm, parts, text).items():
             prefill, *steps = (value[row] for value in seen[part])
             read = torch.cat([prefill[-len(request.token_ids) :], *steps])
             assert deviation(read, wanted) < 1e-5, part
@@ -390,6 +418,34 @@ def test_a_projection_is_known_by_its_numbers_not_by_its_width_or_name(seed: int
     assert all(part.tap.module is block.attn.c_attn for part in parts[:2])
     for part, wanted in picked("gpt2", 1, LONG).items():
         assert deviation(read_alone(lm, parts, LONG)[part], wanted) < 1e-5, part
+
+
+class Nudged(nn.Module):
+    """A projection and something small beside it, as an adapter is: the inner one runs first, and gives nearly that."""
+
+    def __init__(self, inner: nn.Module, by: float) -> None:
+        super().__init__()
+        self.inner, self.by = inner, by
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.inner(x)
+        return made + self.by * made.roll(1, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_projection_with_a_slight_adapter_is_read_with_it(name: str, dtype: torch.dtype) -> None:
+    """The difference is within what rounding may do in this type, and still counts."""
+    model = tiny_model(name, dtype=dtype)
+    block: Any = blocks(model)[1]
+    by = 1e-2 if dtype == torch.bfloat16 else 5e-5
+    for path in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"):
+        holder, _, leaf = path.partition(".")
+        setattr(getattr(block, holder), leaf, Nudged(block.get_submodule(path), by))
+    found_in = {part.name: part.tap.module for part in parts_of(wrap(model), 1)}
+    for part in ("q", "v", "mlp_up", "mlp_gate", "mlp_down"):
+        assert isinstance(found_in[part], Nudged), part
+    assert found_in["k"] is block.self_attn.k_proj
 
 
 def test_heads_in_another_order_are_noticed() -> None:
