@@ -21,6 +21,8 @@ DOORS = {
     "3_extract_vectors": "vectors",
     "4_evaluate_vectors": "validate",
     "run_experiment": "amplify",
+    "capture_tier2": "read",
+    "capture_tier3": "internals",
 }
 RUN = {"traits", "verify"}
 
