@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 SHAPES = ("tiny", "pocket", "15m", "135m")
-UNDRAWN = ("validation", "server")  # their tables say it all
+UNDRAWN = ("validation", "server", "monitoring")  # their tables say it all
 BUSY = 0.5  # cores that others use
 CARD_SHAPES = ("pocket", "2b")
 N_TRAITS = 11  # as many as are shipped
@@ -32,6 +32,7 @@ class Asked:
     examples: int
     serial_examples: int
     scouts: int
+    device: str = "cpu"
 
 
 def _peers(asked: Asked) -> Named:
@@ -97,6 +98,24 @@ def _separation(asked: Asked) -> Named:
     yield "separation", partial(separation, N_PLACEBOS, asked.examples // 2, say=_say)
 
 
+def _reading(asked: Asked) -> Named:
+    from benchmarks.reading_cost import reading_cost
+
+    counts = {"n_examples": asked.examples, "n_serial": asked.serial_examples}
+    place = "" if asked.device == "cpu" else f"-{asked.device}"
+    for shape in asked.shapes:
+        yield (
+            f"reading-{shape}{place}",
+            partial(reading_cost, shape, **counts, repeats=asked.repeats, say=_say, device=asked.device),
+        )
+
+
+def _monitoring(asked: Asked) -> Named:
+    from benchmarks.captures import captures
+
+    yield "monitoring", partial(captures, repeats=asked.repeats, threads=asked.threads, say=_say)
+
+
 JOBS: dict[str, Callable[[Asked], Named]] = {
     "peers": _peers,
     "capture": _capture,
@@ -106,6 +125,8 @@ JOBS: dict[str, Callable[[Asked], Named]] = {
     "validation": _validation,
     "server": _server,
     "separation": _separation,
+    "reading": _reading,
+    "monitoring": _monitoring,
 }
 WHATS = tuple(JOBS)
 
@@ -126,22 +147,14 @@ WHATS = tuple(JOBS)
     "--out", default=Path("docs/benchmarks"), type=click.Path(path_type=Path), show_default=True, help="Folder."
 )
 @click.option("--scouts", default=2, type=click.IntRange(1), show_default=True, help="Tries of each batch size.")
-def main(
-    what: str,
-    shapes: tuple[str, ...],
-    threads: int,
-    repeats: int,
-    examples: int,
-    serial_examples: int,
-    scouts: int,
-    out: Path,
-) -> None:
-    """Measure the engine beside its peers, what capture costs, two models at once, memory, cards, the server."""
+@click.option("--device", default="cpu", type=click.Choice(("cpu", "cuda")), show_default=True, help="Of `reading`.")
+def main(what: str, threads: int, out: Path, **counts: Any) -> None:
+    """Measure the engine beside its peers, what capture and reading cost, two models, memory, cards, the server."""
     _quiet(threads)
     load = busy_cores()
     if load > BUSY:
         _say(f"the machine is busy (load {load:.1f}): figures will be noise, above all with more than one thread")
-    asked = Asked(shapes, threads, repeats, examples, serial_examples, scouts)
+    asked = Asked(threads=threads, **counts)
     for kind in WHATS if what == "all" else (what,):
         for name, measured in JOBS[kind](asked):
             _say(name)

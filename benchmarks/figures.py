@@ -158,6 +158,21 @@ def _separation_by_layer(axes: Axes, found: list[dict[str, float]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _reading(figure: Figure, result: dict[str, Any]) -> None:
+    axes = figure.subplots()
+    sides = list(result["sides"].items())[::-1]
+    medians = [side["median"] for _, side in sides]
+    around = [[side["median"] - side["min"] for _, side in sides], [side["max"] - side["median"] for _, side in sides]]
+    labels = [side["title"].replace(", ", ",\n", 1) for _, side in sides]
+    colours = [OURS if name in ("projections", "attention") else THEIRS for name, _ in sides]
+    bars = axes.barh(labels, medians, xerr=around, color=colours, ecolor="#444444", capsize=3)
+    axes.bar_label(bars, [f"{median:.0f}" for median in medians], padding=8)
+    axes.margins(x=0.15)
+    axes.set_title(f"{result['shape']}, {result['device']}: reading every token")
+    axes.set_xlabel("response tokens per second")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 DRAWINGS = {
     "peers": _peers,
     "capture": _capture,
@@ -165,4 +180,5 @@ DRAWINGS = {
     "speculation": _speculation,
     "memory": _memory,
     "separation": _separation,
+    "reading": _reading,
 }

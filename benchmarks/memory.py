@@ -31,7 +31,9 @@ def memory_growth(*, counts: Sequence[int], threads: int, say: Callable[[str], N
         with tempfile.TemporaryDirectory() as folder:
             model = _save_model(Path(folder) / "model")
             for name, command in STEPS.items():
-                peaks[name][str(count)] = _peak([*command, *_options(folder, model, count, threads)], folder)
+                peaks[name][str(count)] = run_measured(
+                    [*command, *_options(folder, model, count, threads)], Path(folder)
+                )
                 say(f"  {count} examples, {name}: {peaks[name][str(count)]:.0f} MiB")
     growth = {name: by_count[str(counts[-1])] / by_count[str(counts[0])] for name, by_count in peaks.items()}
     return {"trait": TRAIT, "counts": list(counts), "peak_mib": peaks, "growth": growth}
@@ -53,10 +55,10 @@ def _options(folder: str, model: Path, count: int, threads: int) -> list[str]:
     return [word for pair in options.items() for word in pair] + ["--raw"]
 
 
-def _peak(arguments: Sequence[str], folder: str) -> float:
+def run_measured(arguments: Sequence[str], folder: Path) -> float:
     """Run a command of traitline; its peak resident memory in MiB. Raises RuntimeError when it fails."""
     program = "from extraction.cli import main; main()"
-    log = Path(folder) / "log.txt"
+    log = folder / "log.txt"
     with log.open("wb") as output:
         child = subprocess.Popen(
             [sys.executable, "-c", program, *arguments], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT

@@ -22,6 +22,12 @@ a decode step's matrices alone.
 **Amplification.** Every side decodes the same prompts to the same number of tokens with two models; "by hand" is a loop
 over transformers' own forward with a cache for each model. **Speculation.** Plain decoding, a draft model and n-gram
 lookup take turns on the same prompts; sampled answers differ in their words, hence rates of tokens.
+
+**Reading.** Random weights, greedy answers of forced lengths (as the peers have them), every token of prompt and
+answer. "By hand" is what scripts do: an answer, a second pass over prompt and answer with all hidden states and
+attention weights, and projections of those on the host. "Equal" counts the answers with the same tokens; the deviation
+is the largest difference of any projection (of what goes into a layer) or attention weight, relative to the largest
+value of that answer. **Captures.** The commands themselves, in fresh processes, on the bundled model.
 """
 
 
@@ -251,6 +257,75 @@ def _beside(found: dict[str, float]) -> list[str]:
     return [f"{found['trait']:.2f}", placebos, f"{found['beaten']:.0%}"]
 
 
+WORDS = {
+    "plain": "generation alone",
+    "projections": "with projections",
+    "attention": "with projections and attention",
+    "alone": "the same, one prompt at a time",
+    "by_hand": "by hand",
+}
+
+
+def reading_table(result: dict[str, Any]) -> str:
+    """What is read in the pass, and what by hand."""
+    rows = [
+        [side["title"], f"{side['median']:.0f}", f"{side['min']:.0f} to {side['max']:.0f}", *_agreed(result, name)]
+        for name, side in result["sides"].items()
+    ]
+    ratios = "\n".join(
+        f"- {WORDS[each['of']]}, over {WORDS[each['over']]}: **{each['median']:.2f}** "
+        f"({each['min']:.2f} to {each['max']:.2f})"
+        for each in result["ratios"]
+    )
+    return (
+        f"## What reading costs, {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, {result['device']}, "
+        f"{result['dtype']}\n\n{result['examples']} examples, {result['tokens']} response tokens, {result['traits']} "
+        f"traits at {result['layers']} layers and three points, {result['repeats']} rounds. One at a time runs on "
+        f"{result['serial_examples']} examples.\n\n"
+        f"{table(['', 'tokens/s', 'min to max', 'equal to those by hand', 'deviation'], rows)}\n"
+        f"Tokens per second, side by side in the same round:\n\n{ratios}\n"
+    )
+
+
+def _agreed(result: dict[str, Any], name: str) -> list[str]:
+    found = result["agreement"].get(name)
+    if found is None:
+        return ["", ""]
+    deviation = "" if found["deviation"] is None else f"{found['deviation']:.0e}"
+    return [f"{found['n_equal']} of {found['n_compared']}", deviation]
+
+
+def monitoring_table(result: dict[str, Any]) -> str:
+    """The studies' captures by number of loads; memory by number of traits."""
+    rows = [
+        [
+            side["title"],
+            str(side["processes"]),
+            f"{side['median']:.1f}",
+            f"{side['min']:.1f} to {side['max']:.1f}",
+            "{} of {}".format(*result["equal"][name]),
+        ]
+        for name, side in result["sides"].items()
+    ]
+    ratios = "\n".join(
+        f"- {result['sides'][name]['title']}: **{ratio['median']:.2f}** times as long as in batches "
+        f"({ratio['min']:.2f} to {ratio['max']:.2f})"
+        for name, ratio in result["ratios"].items()
+    )
+    cells = [
+        [name, f"{cell['peak_mib']:.0f} MiB", f"{cell['projections_mib']:.1f} MiB", f"{cell['attention_mib']:.1f} MiB"]
+        for name, cell in result["memory"]["cells"].items()
+    ]
+    return (
+        f"## {result['captures']} captures, model {result['model']}\n\nGreedy answers of up to "
+        f"{result['max_new_tokens']} tokens ({result['tokens']} in all), {result['repeats']} rounds; start, load and "
+        "pages are in the time.\n\n"
+        f"{table(['', 'processes', 'seconds', 'min to max', 'answers equal to a load a prompt'], rows)}\n{ratios}\n\n"
+        f"{result['memory']['prompts']} prompts in one command, all layers:\n\n"
+        f"{table(['', 'peak resident memory', 'projections written', 'attention written'], cells)}"
+    )
+
+
 TABLES = {
     "peers": peers_table,
     "capture": capture_table,
@@ -260,6 +335,8 @@ TABLES = {
     "validation": validation_table,
     "server": server_table,
     "separation": separation_table,
+    "reading": reading_table,
+    "monitoring": monitoring_table,
 }
 TITLES = {
     "amplification": "Tokens per second of two models",
@@ -270,4 +347,6 @@ TITLES = {
     "validation": "Cost of a card",
     "server": "The server under load",
     "separation": "Hedging tokens and certain ones",
+    "reading": "What reading costs",
+    "monitoring": "Captures by number of loads",
 }

@@ -130,6 +130,7 @@ step() {
         N_FAILED=$((N_FAILED + 1))
         say "$name: FAILED with exit code $status after $seconds s. $last"
     fi
+    return "$status"
 }
 
 # put_down NAME STATUS SECONDS: a line of the table.
@@ -148,19 +149,21 @@ missing() {
     say "$1: FAILED. $2"
 }
 
-# Vectors of every trait that has none; and their card, where a night was stopped between the two.
+# Vectors of every trait that has none; and what else goes with them, where an earlier night was stopped meanwhile.
 make_vectors() {
-    local names name vectors
+    local names name vectors begun
     IFS=, read -r -a names <<<"$TRAITS"
     for name in "${names[@]}"; do
         name=${name// /}
         [ -n "$name" ] || continue
         vectors=$RUNS/$name/vectors
-        if [ ! -f "$vectors/$METHOD.safetensors" ] || [ ! -f "$vectors/$METHOD.receipt.json" ]; then
-            step "vectors of $name" "$PYTHON" -c "$TRAITLINE" extract "${OWN_MODEL[@]}" --trait "$name" --quick
-        elif [ ! -f "$vectors/card.json" ] && [ -f "$RUNS/$name/responses/pos.jsonl" ]; then
-            step "card of $name" "$PYTHON" -c "$TRAITLINE" validate "${OWN_MODEL[@]}" --trait "$name" --quick
+        begun=$RUNS/captures/.extracting-${name//\//_}
+        if [ -f "$vectors/$METHOD.safetensors" ] && [ -f "$vectors/$METHOD.receipt.json" ] && [ ! -f "$begun" ]; then
+            continue
         fi
+        mkdir -p -- "$RUNS/captures" && : >"$begun"
+        step "vectors of $name" "$PYTHON" -c "$TRAITLINE" extract "${OWN_MODEL[@]}" --trait "$name" --quick &&
+            rm -f -- "$begun"
     done
 }
 

@@ -118,10 +118,10 @@ class CaptureFolder(PinnedFolder):
         return self.path / "prompts" / f"{_checked(id)}.safetensors"
 
     def write_json(self, id: str, value: Any) -> Path:
-        """One prompt as plain JSON, for other programs: without a receipt, and not verified."""
+        """One prompt as plain JSON, keys sorted, for other programs: without a receipt, and not verified."""
         path = self.json_path(id)
         with refusing_nan(path):
-            data = f"{to_json(value)}\n".encode()
+            data = f"{to_json(value, sort_keys=True)}\n".encode()
         atomic_write(path, data)
         return path
 

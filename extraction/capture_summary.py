@@ -27,11 +27,8 @@ def of_plan(plan: Plan) -> Iterator[str]:
     yield from item("layers", ranges(plan.layers))
     yield from item("responses", f"at most {settings.max_new_tokens} tokens, temperature {settings.temperature:g}")
     for each in plan.sets:
-        n_prompts = len(each.found.prompts)
-        n_done = len(each.folder.prompt_ids())
-        yield from item(
-            "set", f"{each.stem}: {_counted(n_prompts)}, {n_done} of them done, in {shown(each.folder.path)}"
-        )
+        count, n_done = _counted(len(each.found.prompts)), len(each.folder.prompt_ids())
+        yield from item("set", f"{each.stem}: {count}, {n_done} of them done, in {shown(each.folder.path)}")
     for failure in plan.failures:
         yield from item("failed", one_line(failure))
 
@@ -46,9 +43,9 @@ def of_sets(taking: Taking, finished: Sequence[Finished], seconds: float) -> Ite
             yield from item("page", shown(folder.report_path()))
         for note in each.notes:
             yield from item("note", one_line(note))
-        for trait in each.moved["traits"] if each.moved else ():
+        for trait in each.moved["traits"]:
             yield ""
-            yield from _table(each.moved or {}, trait)
+            yield from _table(each.moved, trait)
         yield ""
     yield _took(taking, seconds)
 

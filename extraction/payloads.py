@@ -70,10 +70,10 @@ def shapes_in(data: bytes) -> dict[str, list[int]]:
 
 
 def tensors_of(data: bytes) -> dict[str, Tensor]:
-    """The tensors by name."""
+    """The tensors, in the order of their names: safetensors has them in another each time."""
     from safetensors.torch import load
 
-    return load(data)
+    return dict(sorted(load(data).items()))
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

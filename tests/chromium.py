@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,7 @@ class Browser:
     def _next(self) -> dict[str, Any]:
         parts = [self._rest]
         while b"\0" not in parts[-1]:
+            assert select.select([self._from], [], [], PATIENCE)[0], "the browser says nothing"
             found = os.read(self._from, 1 << 20)
             assert found, "the browser has gone"
             parts.append(found)

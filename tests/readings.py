@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from extraction.monitoring.dynamics import dynamics
 from extraction.monitoring.facts import POINTS, Reading, SetFacts, TraitFacts
 
 TEMPLATE = ("<bos>", "<start_of_turn>", "user", "\n")
@@ -44,8 +45,7 @@ def make_reading(
         finish_reason="stop" if index % 3 else "length",
         projections_TLPK=x_TLPK,
         dynamics={
-            name: [_summary(x_TLPK[len(prompt) :, layer, 2, k]) for layer in range(n_layers)]
-            for k, name in enumerate(names)
+            name: dynamics(x_TLPK[len(prompt) :, :, 2, k], np.full(n_layers, 0.4)) for k, name in enumerate(names)
         },
     )
 
@@ -64,24 +64,6 @@ def _trajectories(generator: Any, n_tokens: int, n_layers: int, n_traits: int, n
     x = middle * (turn * rise + wave + walk) + np.array([-0.2, 0.0, 0.15])[None, None, :, None] + 0.4
     x[:1] += 90.0
     return x.astype(np.float32)
-
-
-def _summary(x_R: np.ndarray) -> dict[str, float | int | None]:
-    if len(x_R) < 3:
-        return {"mean": None, "peak": None, "peak_token": None, "commitment": None, "committed_to": None}
-    above = x_R > 0.4
-    flips = np.flatnonzero(above != above[-1])
-    first = int(flips[-1]) + 1 if len(flips) else 0
-    d_R = x_R - x_R.mean()
-    return {
-        "mean": float(x_R.mean()),
-        "peak": float(x_R.max()),
-        "peak_token": int(x_R.argmax()),
-        "commitment": first if len(x_R) - first >= 5 else None,
-        "committed_to": (1 if above[-1] else -1) if len(x_R) - first >= 5 else None,
-        "persistence": float(d_R[1:] @ d_R[:-1] / (d_R @ d_R)),
-        "mean_speed": float(np.abs(np.diff(x_R)).mean()),
-    }
 
 
 def name_of(k: int) -> str:

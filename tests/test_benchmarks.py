@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from benchmarks.__main__ import main
 from benchmarks.amplification import amplification
 from benchmarks.capture_cost import ratios
+from benchmarks.captures import captures
 from benchmarks.duos import ask, bundled, in_turn
 from benchmarks.floor import linear_rate
 from benchmarks.hardware import describe
@@ -25,12 +27,14 @@ from benchmarks.jobs import PROMPT_TOKENS, RESPONSE_TOKENS, Answer, compare, mak
 from benchmarks.memory import memory_growth
 from benchmarks.peers import PEERS, Answers
 from benchmarks.race import race
+from benchmarks.reading_cost import agreement, reading_cost
 from benchmarks.server import server_load
 from benchmarks.shapes import random_model
 from benchmarks.speculation import speculation
 from benchmarks.tables import TABLES, save
 from benchmarks.validation import card_cost
 from extraction.utils_batch import generate
+from tests.runs import succeed
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,6 +244,46 @@ def test_the_server_is_measured_and_tabled() -> None:
     said = TABLES["server"](found)
     assert "| /generate | 4 |" in said
     assert "4 of 4 answers equal" in said
+
+
+def test_reading_is_measured_and_equals_what_is_read_by_hand(tmp_path: Path) -> None:
+    found = reading_cost("tiny", n_examples=6, n_serial=2, repeats=1, say=say, batch_size=3)
+    for name, each in found["agreement"].items():
+        assert (each["n_equal"], each["n_compared"]) == (2, 2)
+        assert name == "plain" or each["deviation"] < TOLERANCE
+    assert [(each["of"], each["over"]) for each in found["ratios"]][-1] == ("attention", "by_hand")
+    _written("reading", found, tmp_path)
+    assert "2 of 2" in TABLES["reading"](found)
+
+
+def test_a_reading_of_another_layer_is_noticed() -> None:
+    projections = torch.randn(5, 3, 3, 2)
+    theirs = {"a": ((1, 2), {"projections": projections[:, :, 0]})}
+    assert agreement({"a": ((1, 2), {"projections": projections})}, theirs)["deviation"] == 0
+    assert agreement({"a": ((1, 2), {"projections": projections.roll(1, 1)})}, theirs)["deviation"] > 0.1
+    assert agreement({"a": ((1, 3), {"projections": projections})}, theirs)["n_equal"] == 0
+
+
+def test_captures_are_the_same_however_often_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here all commands run in this process; `memory`, above, shows that they run in one of their own, too."""
+
+    def run_here(words: Sequence[str], _folder: Path) -> float:
+        succeed(*words)
+        return 1.0
+
+    monkeypatch.setattr("benchmarks.captures.run_measured", run_here)
+    found = captures(repeats=1, threads=1, say=say, n_prompts=2, most=1, max_new_tokens=4)
+    assert found["captures"] == 6
+    assert found["equal"] == {side: [6, 6] for side in ("batched", "serial", "reloading")}
+    processes = {side: each["processes"] for side, each in found["sides"].items()}
+    assert processes == {"batched": 2, "serial": 2, "reloading": 6}
+    cells = found["memory"]["cells"]
+    assert cells["8 traits"]["projections_mib"] == pytest.approx(8 * cells["1 trait"]["projections_mib"])
+    assert cells["1 trait, no attention"]["attention_mib"] == 0 < cells["1 trait"]["attention_mib"]
+    save("monitoring", {"kind": "monitoring", "machine": describe(1), **found}, tmp_path)
+    assert "6 of 6" in (tmp_path / "README.md").read_text()
 
 
 # --- test_batching.py -----------------------------------------------------------------------------------------------

@@ -144,6 +144,18 @@ def test_prompts_read_back(folder, words, prompt, tier, index, dtype, data) -> N
     assert folder.verify() == []
 
 
+def test_tensors_and_json_have_one_order(folder: CaptureFolder) -> None:
+    names = [f"projections.{letter}" for letter in "hgfedcba"]
+    axes = {name: ["token", "layer", "point"] for name in names}
+    rows = tensors()["projections.calm"]
+    folder.write_prompt("p0000", dict.fromkeys(names, rows), header() | {"tensors": axes}, META)
+    for _ in range(5):
+        read, said = folder.read_prompt("p0000")
+        assert list(read) == sorted(names)
+    first = folder.write_json("p0000", {**said, "values": {}}).read_bytes()
+    assert folder.write_json("p0000", {"values": {}, **dict(reversed(said.items()))}).read_bytes() == first
+
+
 def test_prompts_past_9999_stay_in_order(folder: CaptureFolder) -> None:
     for index in (10_000, 9_999, 2):
         folder.write_prompt(prompt_id(index), tensors(), header(prompt_id(index)), META)

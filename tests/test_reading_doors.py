@@ -109,6 +109,7 @@ def test_tier_3_needs_no_trait_and_finds_the_middle_layer(root):
     told = header(sets(root)[0] / "prompts/p0000.safetensors")
     assert told["layers"] == [1]
     assert told["traits"] == []
+    assert (sets(root)[0] / "reports/page.html").is_file()
 
 
 def test_json_holds_the_same_numbers(root):

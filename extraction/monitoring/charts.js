@@ -5,7 +5,7 @@ const Charts = (() => {
   const RIGHT = 10;
   const TOP = 20;
   const STEPS = 255;
-  const LEAST_CELL = 3; // CSS pixels of a token; below that the plots scroll
+  const LEAST_CELL = 2; // CSS pixels of a token; below that the plots scroll
   const MOST_PIXELS = 16000; // of a canvas, in device pixels
 
   const parsed = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -73,11 +73,12 @@ const Charts = (() => {
     return canvas;
   };
 
+  // around a cell, so that it is still seen
   const framed = (context, look, x, y, width, height) => {
-    for (const [colour, line] of [[look.page, 4], [look.text, 2]]) {
+    for (const [colour, line, out] of [[look.page, 1, 2.5], [look.text, 2, 1]]) {
       context.strokeStyle = colour;
       context.lineWidth = line;
-      context.strokeRect(x, y, width, height);
+      context.strokeRect(x - out, y - out, width + 2 * out, height + 2 * out);
     }
   };
 

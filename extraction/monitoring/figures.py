@@ -26,7 +26,11 @@ FIGURES = {  # of a summary: its head in the table, what it is
         "the first response token from which on the smoothed projection stays on the side of the threshold where it "
         "ends; none where that is not clear of the noise",
     ),
-    "committed_to": ("Commits to", "the side: positive is above the threshold, negative below"),
+    "committed_to": (
+        "Commits to",
+        "the side of the threshold: positive is above it, negative below. The threshold is half way between the "
+        "trait's levels where they are known, else the mean over the set's response tokens",
+    ),
     "persistence": (
         "Persistence",
         "autocorrelation of neighbouring tokens: near 1 it drifts slowly, 0 is noise, below 0 it swings to and fro",
@@ -50,7 +54,7 @@ def number(value: float) -> str:
     if value and not 1e-4 <= abs(value) < 1e6:
         shown = f"{value:.3e}"
     else:
-        shown = np.format_float_positional(value, precision=4, fractional=False, trim="-")
+        shown = f"{value:#.4g}".rstrip(".") if 0 < abs(value) < 1e4 else f"{float(f'{value:.4g}'):.0f}"
     return shown.replace("-", MINUS)
 
 

@@ -17,7 +17,7 @@ from extraction.monitoring.dynamics import dynamics
 from extraction.monitoring.facts import Reading, SetFacts, TraitFacts
 from extraction.monitoring.levels import levels_of
 from extraction.monitoring.plans import Plan, SetPlan, shown_layer
-from extraction.monitoring.taking import POINTS, Taking, going_on
+from extraction.monitoring.taking import POINTS, STREAM, Taking, going_on
 from extraction.runners import Listener
 from extraction.shelf import capture_sets, write_sets_index
 
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
     from extraction.monitoring.index import SetRow
 
+NORM = TraitFacts("norm", "no trait was read: the length of the residual stream", "length", 0, None)
 LARGEST_JSON = 5_000_000  # numbers of one prompt: about 100 MB as text
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One set, whole. `moved` is its dynamics.json; None where no trait was read."""
+    """One set, whole. `moved` is its dynamics.json."""
 
     set: SetPlan
-    moved: Mapping[str, Any] | None
+    moved: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
 
@@ -56,9 +57,8 @@ def _finish_set(taking: Taking, each: SetPlan, ids: Sequence[str], listener: Lis
     plan, folder = taking.plan, each.folder
     is_fresh = each.stem in taking.fresh
     notes = _write_json(folder, ids, again=is_fresh) if plan.extras.json else []
-    if not plan.vectors:
-        return Finished(each, None, tuple(notes))
-    lacks_pictures = plan.extras.png and not folder.report_path(_overview(plan.vectors[-1].trait)).exists()
+    last = plan.vectors[-1].trait if plan.vectors else NORM.name
+    lacks_pictures = plan.extras.png and not folder.report_path(_overview(last)).exists()
     if is_fresh or lacks_pictures or not (folder.has_dynamics() and folder.report_path().exists()):
         facts = facts_of(plan, each, ids)
         folder.write_dynamics(_document(facts))
@@ -73,7 +73,8 @@ def _finish_set(taking: Taking, each: SetPlan, ids: Sequence[str], listener: Lis
 
 def facts_of(plan: Plan, each: SetPlan, ids: Sequence[str]) -> SetFacts:
     """Everything that is shown of a set."""
-    traits = tuple(_trait_facts(plan, k) for k in range(len(plan.vectors)))
+    norm = replace(NORM, layer=plan.layers[0])
+    traits = tuple(_trait_facts(plan, k) for k in range(len(plan.vectors))) or (norm,)
     found = [_reading(each.folder, id, traits) for id in ids]
     thresholds_LK = np.stack([_threshold(trait, k, found) for k, trait in enumerate(traits)], axis=1)
     return SetFacts(
@@ -111,9 +112,16 @@ def _reading(folder: CaptureFolder, id: str, traits: Sequence[TraitFacts]) -> Re
         token_ids=header["token_ids"],
         n_prompt=header["n_prompt"],
         finish_reason=header["finish_reason"],
-        projections_TLPK=np.stack([tensors[f"projections.{trait.name}"].numpy() for trait in traits], axis=-1),
+        projections_TLPK=np.stack([_along(tensors, trait) for trait in traits], axis=-1),
         dynamics={},
     )
+
+
+def _along(tensors: Mapping[str, Tensor], trait: TraitFacts) -> np.ndarray:
+    """[T, L, 3]: projections; without a trait, the stream's length in tier 3's one layer."""
+    if trait.method != NORM.method:
+        return np.asarray(tensors[f"projections.{trait.name}"])
+    return np.stack([tensors[name].norm(dim=-1).numpy() for name in STREAM], axis=1)[:, None]
 
 
 def _threshold(trait: TraitFacts, k: int, readings: Sequence[Reading]) -> np.ndarray:

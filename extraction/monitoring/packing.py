@@ -76,7 +76,8 @@ def pack(values_TLP: np.ndarray, bits: int) -> Packed:
     A value is low + code x step; the highest code says that the value stands in `far`, as [place, value], with null
     for what is not a number.
     """
-    values_JT = np.moveaxis(values_TLP, 0, -1).swapaxes(0, 1).reshape(-1, len(values_TLP)).astype(np.float64)
+    n_tokens, n_layers, n_points = values_TLP.shape
+    values_JT = values_TLP.transpose(2, 1, 0).reshape(n_points * n_layers, n_tokens).astype(np.float64)
     is_far_JT = far_from_the_others(values_JT)
     near_JT = np.where(is_far_JT, np.nan, values_JT)
     low_J, step_J = (_as_written(values_J) for values_J in _grid(near_JT, 2**bits - 2))
@@ -96,15 +97,15 @@ def pack(values_TLP: np.ndarray, bits: int) -> Packed:
 
 def far_from_the_others(values_JT: np.ndarray) -> np.ndarray:
     """Which values are no numbers, or so far from the trajectory's median that they would stretch its scale."""
-    is_far_JT = ~np.isfinite(values_JT)
+    is_far_JT: np.ndarray = ~np.isfinite(values_JT)
     if not values_JT.shape[1]:
         return is_far_JT
     finite_JT = np.where(is_far_JT, 0.0, values_JT)
     distance_JT = np.abs(finite_JT - np.median(finite_JT, axis=1, keepdims=True))
     is_out_JT = distance_JT > FAR * np.median(distance_JT, axis=1, keepdims=True)
     rank_JT = np.argsort(np.argsort(-distance_JT, axis=1, kind="stable"), axis=1, kind="stable")
-    result: np.ndarray = is_far_JT | (is_out_JT & (rank_JT < FEW))
-    return result
+    found_JT: np.ndarray = is_far_JT | (is_out_JT & (rank_JT < FEW))
+    return found_JT
 
 
 def _grid(near_JT: np.ndarray, n_steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from extraction.monitoring.scales import QUANTILE
 from extraction.report.markup import Html, join, table, tag
 from extraction.report.provenance import flat
 from extraction.report.sections import section
-from extraction.report.words import counted, layer_words, listed
+from extraction.report.words import MINUS, counted, layer_words, listed
 
 SEARCHED_ABOVE = 20  # prompts: from here on the list has a search box
 POINT_NAMES = {  # of a layer, as the page says them
@@ -44,8 +44,9 @@ CONVENTIONS = (
 
 def frame(facts: SetFacts, plan: Plan, error: float, blocks: Sequence[Html]) -> Html:
     """The body of the page, in the order in which it is read, and its data."""
-    parts = (heading(facts), reader(facts, plan), every_prompt(facts), made(facts, plan, error))
-    skip = tag("a", "Skip to the text", href="#text", class_="skip")
+    shown = (reader(facts, plan), every_prompt(facts)) if facts.traits else (every_text(facts),)
+    parts = (heading(facts), *shown, made(facts, plan, error))
+    skip = tag("a", "Skip to the text", href="#text" if facts.traits else "#all", class_="skip")
     status = tag("p", id="status", role="status", aria_live="polite", aria_atomic="true", hidden=True)
     return join([skip, tag("main", parts, class_="wide"), status, keys(), blocks])
 
@@ -53,14 +54,18 @@ def frame(facts: SetFacts, plan: Plan, error: float, blocks: Sequence[Html]) -> 
 def heading(facts: SetFacts) -> Html:
     """What set this is, and how to read it in two sentences."""
     traits = listed([trait.name for trait in facts.traits])
+    read = (
+        f"read token by token along {traits}. Blue tokens lie towards the trait's positive side, orange ones towards "
+        "its negative side."
+    )
     return tag(
         "header",
         tag("p", f"Traitline captures: experiment {facts.experiment}, set {facts.name}", class_="kicker"),
         tag("h1", facts.title),
         tag(
             "p",
-            f"{counted(len(facts.readings), 'prompt')} answered by {facts.model}, read token by token along "
-            f"{traits}. Blue tokens lie towards the trait's positive side, orange ones towards its negative side.",
+            f"{counted(len(facts.readings), 'prompt')} answered by {facts.model}"
+            f"{', ' + read if facts.traits else '. No trait was read.'}",
             class_="lead",
         ),
         tag(
@@ -135,7 +140,9 @@ def chosen() -> Html:
         "article",
         tag("h2", id="chosen-title"),
         tag("p", id="chosen-facts", class_="hint"),
+        tag("p", id="trait-said", class_="hint"),
         tag("div", id="text", tabindex=0, role="listbox", aria_label="Tokens", aria_describedby="text-keys"),
+        tag("p", "A bar before a token: from here on the response is committed.", id="commits-said", class_="hint"),
         tag("p", "Arrow keys: left and right by token, up and down by layer.", id="text-keys", class_="hint"),
         tag("h3", "Layers by tokens"),
         tag("p", id="map-said", class_="hint"),
@@ -179,6 +186,12 @@ def every_prompt(facts: SetFacts) -> Html:
             aria_label="All prompts"),
         tag("details", tag("summary", "What the columns mean"), tag("dl", _meanings(), class_="controls")),
     )  # fmt: skip
+
+
+def every_text(facts: SetFacts) -> Html:
+    """Prompts and responses, where no trait was read."""
+    rows = [[_prompt(reading), said("tokens", n_response(reading)), reading.response] for reading in facts.readings]
+    return section("all", "All prompts", table(("Prompt", "Tokens", "Response"), rows, caption="All prompts"))
 
 
 def _prompt(reading: Reading) -> Html:
@@ -236,7 +249,7 @@ def colours_said() -> str:
 
 def precision(facts: SetFacts, plan: Plan, error: float) -> str:
     """How near the page's values are to those of the files, and what it does not hold."""
-    near = f"The values on this page are those of the capture files to within {number(float(f'{error:.2g}'))}"
+    near = f"The values on this page are those of the capture files to within {f'{error:.2g}'.replace('-', MINUS)}"
     left = []
     if len(plan.points) < len(facts.points):
         left.append(f"of the points of a layer it holds {listed([facts.points[p] for p in plan.points])} alone")

@@ -84,8 +84,8 @@
   const number = (value) => {
     if (value === null || !Number.isFinite(value)) return NONE;
     const size = Math.abs(value);
-    const plain = size === 0 || (size >= 1e-4 && size < 1e6);
-    return (plain ? String(Number(value.toPrecision(4))) : value.toExponential(3)).replace("-", "\u2212");
+    const plain = size === 0 ? "0" : size >= 1e4 ? String(Number(value.toPrecision(4))) : value.toPrecision(4);
+    return (size && (size < 1e-4 || size >= 1e6) ? value.toExponential(3) : plain).replace("-", "\u2212");
   };
   const WHOLE = new Set(["peak_token", "commitment"]);
   const said = (name, value) => {
@@ -173,6 +173,7 @@
       part.setAttribute("aria-label", name);
       const words = element("p", "said");
       words.dir = "auto";
+      words.setAttribute("role", "presentation");
       words.append(...tokens);
       const head = element("span", "part-name", name);
       head.setAttribute("aria-hidden", "true");
@@ -184,9 +185,10 @@
     byId("chosen-facts").textContent = `${prompt.prompted} prompt tokens, ${prompt.answered} response tokens; ended by: ${prompt.finish}`;
   };
   const paintText = () => {
-    const [row, span] = [rowOf(state.p, state.t, state.at, state.l), scale()];
+    const [row, span, commits] = [rowOf(state.p, state.t, state.at, state.l), scale(), commitment()];
     spans.forEach((token, i) => {
       const colour = colourOf(row[i], span);
+      token.classList.toggle("commits", commits !== null && commits.token === i);
       token.style.backgroundColor = colour ? colour.css : "";
       token.style.color = colour ? colour.ink : "";
     });
@@ -253,8 +255,10 @@
   };
   const plotsSaid = () => {
     const trait = data.traits[state.t];
+    byId("trait-said").textContent = `${trait.name} (${trait.method}): ${trait.description}`;
+    byId("commits-said").hidden = commitment() === null;
     byId("map-said").textContent = `${trait.name}, ${pointName()}; each layer on its own scale. Click a cell to choose its layer and token.`;
-    byId("map").setAttribute("aria-label", `Heat map of ${trait.name}, layers by tokens. Arrow keys move; the line below the page tells the value.`);
+    byId("map").setAttribute("aria-label", `Heat map of ${trait.name}, layers by tokens. Arrow keys move; the line at the foot of the page tells the value.`);
     const from = `The projection at layer ${data.layers[state.l]} over the tokens`;
     const known = levels() ? "; dashed, the mean of the run's negative and positive responses" : "";
     byId("line-said").textContent = `${from}${known}. Triangles: values off the scale.`;
@@ -342,7 +346,7 @@
   });
   const showTable = () => {
     const trait = data.traits[state.t];
-    table.caption.textContent = `${trait.name} at layer ${data.layers[state.l]}, residual out; of the response`;
+    table.caption.textContent = `${trait.name} at layer ${data.layers[state.l]}, residual out; of the response. Click a head to sort.`;
     rows.forEach((row, p) => {
       data.figures.forEach((name, f) => {
         row.cells[f + 2].textContent = said(name, figure(name, p));
@@ -502,6 +506,7 @@
 
   byId("prompts").append(...items.map((item) => item.made));
   byId("app").hidden = false;
+  byId("layer").disabled = nLayers < 2;
   byId("status").hidden = false;
   const again = () => {
     takeLook();

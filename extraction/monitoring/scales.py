@@ -38,7 +38,8 @@ def scales_of(facts: SetFacts) -> Scales:
     """
     sample_NLPK = response_sample(facts.readings, (len(facts.layers), len(facts.points), len(facts.traits)))
     centre_LPK = _median(sample_NLPK)
-    levels_KL2 = np.stack([levels_of(trait, len(facts.layers)) for trait in facts.traits])
+    levels = [levels_of(trait, len(facts.layers)) for trait in facts.traits]
+    levels_KL2 = np.array(levels).reshape(-1, len(facts.layers), 2)
     point = facts.points.index(LEVELS_AT) if LEVELS_AT in facts.points else None
     known_LK = np.isfinite(levels_KL2).all(-1).T
     if point is not None:
