@@ -40,7 +40,9 @@ LAYER: tuple[Decorator, ...] = (
     ),
 )
 WRITE: tuple[Decorator, ...] = (
-    click.option("--no-attention", is_flag=True, help="Leave attention weights out: smaller files, faster."),
+    click.option(
+        "--no-attention", is_flag=True, help="Leave attention out (in tier 3 with q, k and v): smaller files, faster."
+    ),
     click.option("--save-json", is_flag=True, help="Each prompt as plain JSON, too."),
     click.option("--png", is_flag=True, help="Pictures, too: an overview, and one of each prompt."),
     click.option("--keep-going", is_flag=True, help="Do what can be done, tell the rest at the end; exit code 1."),

@@ -54,8 +54,9 @@ class Projecting:
 class Internals:
     """The parts of one layer, of every token: see `extraction.internals` for what they are.
 
-    A completion has each part by its name, [T, ...] in float32; with `attention` also `attention` [T, H, T], zeros to
-    the right of a row's own token, and `rot_q` and `rot_k` as attention compares them, after rotary embedding.
+    A completion has each part by its name, [T, ...] in float32; with `attention` (without it, no `q`, `k`, `v` either)
+    also `attention` [T, H, T], zeros to the right of a row's own token, and `rot_q` and `rot_k` as attention compares
+    them, after rotary embedding.
     """
 
     layer: int

@@ -17,6 +17,7 @@ from extraction.monitoring.dynamics import dynamics
 from extraction.monitoring.facts import Reading, SetFacts, TraitFacts
 from extraction.monitoring.levels import levels_of
 from extraction.monitoring.plans import Plan, SetPlan, shown_layer
+from extraction.monitoring.scales import scales_of
 from extraction.monitoring.taking import POINTS, STREAM, Taking, going_on
 from extraction.runners import Listener
 from extraction.shelf import capture_sets, write_sets_index
@@ -61,7 +62,7 @@ def _finish_set(taking: Taking, each: SetPlan, ids: Sequence[str], listener: Lis
     lacks_pictures = plan.extras.png and not folder.report_path(_overview(last)).exists()
     if is_fresh or lacks_pictures or not (folder.has_dynamics() and folder.report_path().exists()):
         facts = facts_of(plan, each, ids)
-        folder.write_dynamics(_document(facts))
+        folder.write_dynamics(document_of(facts))
         folder.write_report(folder.report_path().name, _page(facts))
         if plan.extras.png:
             _draw(folder, facts, listener)
@@ -76,7 +77,7 @@ def facts_of(plan: Plan, each: SetPlan, ids: Sequence[str]) -> SetFacts:
     norm = replace(NORM, layer=plan.layers[0])
     traits = tuple(_trait_facts(plan, k) for k in range(len(plan.vectors))) or (norm,)
     found = [_reading(each.folder, id, traits) for id in ids]
-    thresholds_LK = np.stack([_threshold(trait, k, found) for k, trait in enumerate(traits)], axis=1)
+    thresholds_LK = thresholds_of(traits, found)
     return SetFacts(
         title=each.stem,
         experiment=plan.settings.name,
@@ -124,8 +125,12 @@ def _along(tensors: Mapping[str, Tensor], trait: TraitFacts) -> np.ndarray:
     return np.stack([tensors[name].norm(dim=-1).numpy() for name in STREAM], axis=1)[:, None]
 
 
+def thresholds_of(traits: Sequence[TraitFacts], readings: Sequence[Reading]) -> np.ndarray:
+    """[L, K]: the middle of the two sides where they are known, else the mean of all response tokens of the set."""
+    return np.stack([_threshold(trait, k, readings) for k, trait in enumerate(traits)], axis=1)
+
+
 def _threshold(trait: TraitFacts, k: int, readings: Sequence[Reading]) -> np.ndarray:
-    """[L]: the middle of the two sides where they are known, else the mean of all response tokens of the set."""
     if trait.levels_L2 is not None:
         return np.asarray(trait.levels_L2.mean(axis=1))
     rows_TL = np.concatenate([_response(reading, k) for reading in readings])
@@ -142,8 +147,9 @@ def _with_dynamics(reading: Reading, traits: Sequence[TraitFacts], thresholds_LK
     return replace(reading, dynamics=moved)
 
 
-def _document(facts: SetFacts) -> dict[str, Any]:
-    """dynamics.json."""
+def document_of(facts: SetFacts) -> dict[str, Any]:
+    """dynamics.json: every trait's levels and threshold by layer, and every prompt's summaries by trait and layer."""
+    thresholds_LK = thresholds_of(facts.traits, facts.readings)
     return {
         "layers": list(facts.layers),
         "point": POINTS[-1],
@@ -153,8 +159,9 @@ def _document(facts: SetFacts) -> dict[str, Any]:
                 "method": trait.method,
                 "layer": trait.layer,
                 "levels": None if trait.levels_L2 is None else trait.levels_L2.tolist(),
+                "threshold": thresholds_LK[:, k].tolist(),
             }
-            for trait in facts.traits
+            for k, trait in enumerate(facts.traits)
         ],
         "prompts": {reading.id: {"prompt": reading.prompt, "traits": reading.dynamics} for reading in facts.readings},
     }
@@ -183,11 +190,13 @@ def _draw(folder: CaptureFolder, facts: SetFacts, listener: Listener) -> None:
     except MissingPackage as failure:
         listener.note(f"no pictures: {failure}")
         return
+    scales = scales_of(facts)
     for k, trait in enumerate(facts.traits):
         for reading in facts.readings:
-            folder.write_report(f"{reading.id}-{trait.name}.png", reading_picture(facts, reading, k, trait.layer))
-    for k, trait in enumerate(facts.traits):
-        folder.write_report(_overview(trait.name), overview_picture(facts, k, trait.layer))
+            picture = reading_picture(facts, reading, k, trait.layer, scales=scales)
+            folder.write_report(f"{reading.id}-{trait.name}.png", picture)
+        overview = overview_picture(facts, k, trait.layer, scales=scales)
+        folder.write_report(_overview(trait.name), overview)
 
 
 def _index(plan: Plan) -> None:
