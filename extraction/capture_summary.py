@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from extraction.schema import one_line
-from extraction.summary import WIDTH, duration, item, peak_memory, ranges, shown, size
+from extraction.summary import WIDTH, duration, item, ranges, shown, size
 
 if TYPE_CHECKING:
     from extraction.monitoring.finishing import Finished
@@ -81,6 +81,8 @@ def _short(value: float | None) -> str:
 
 
 def _took(taking: Taking, seconds: float) -> str:
+    from extraction.devices import peak_memory
+
     if not taking.n_made:
         return f"Nothing left to do ({seconds:.1f} s)."
     rate = taking.n_tokens / taking.seconds if taking.seconds else 0.0

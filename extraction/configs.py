@@ -31,12 +31,14 @@ from extraction.schema import (
 
 PACKAGE = Path(__file__).resolve().parent
 SITES = ("residual", "attention", "mlp", "residual_mid")
+SPREADS = ("balanced", "balanced_low_0", "sequential")
+QUANTIZED = ("8bit", "4bit")
 JUDGE_NAMES = ("auto", "lexical", "none", "local", "openai")
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_last", "all")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
-_DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?")
+_DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?|balanced(_low_0)?|sequential")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _POOLING = re.compile(r"response_first:[1-9][0-9]{0,5}")
 _LAYER_RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?")
@@ -127,6 +129,7 @@ class ModelSpec:
     revision: str | None = None
     raw: bool = False
     trust_remote_code: bool = False
+    quantize: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -142,13 +145,14 @@ def _only_on_the_command_line(value: Any, place: Place) -> bool:
 
 def _device(value: Any, place: Place) -> str:
     if not isinstance(value, str) or not _DEVICE.fullmatch(value):
-        raise place.fail(f"{show(value)} is not a device; give auto, cpu, cuda, cuda:1 or mps")
+        raise place.fail(f"{show(value)} is not a device; give auto, cpu, cuda, cuda:1, mps or balanced")
     return value
 
 
 _MODEL: dict[str, Rule] = {
     "dtype": choice("auto", "float32", "bfloat16", "float16"),
     "device": _device,
+    "quantize": choice(*QUANTIZED),
     "revision": text,
     "raw": flag,
     "trust_remote_code": _only_on_the_command_line,

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from extraction.devices import all_of, free_memory, is_cuda, wait_for
+from extraction.models import MAIN_MEMORY
 
 if TYPE_CHECKING:
     from extraction.configs import GenerationSpec
@@ -30,6 +32,7 @@ OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_ALLOC_FA
 # measured: the Python of a decoder block; what torch and transformers take by themselves; copies that live at once
 EAGER_LAYER_SECONDS = {"cpu": 3.5e-4, "cuda": 9e-4, "mps": 1.2e-3}
 LIBRARY_BYTES = {"cpu": 420_000_000}
+QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # of one weight; 4 bits have a scale for every 64
 SCORE_COPIES = {"cpu": 7}  # elsewhere attention keeps no scores
 HIDDEN_COPIES, INNER_COPIES, LOGIT_COPIES = 4, 3, 6
 
@@ -67,15 +70,17 @@ class Shape:
     kv_width: int  # keys and values of one token in one layer
     n_parameters: int
     n_multiplied: int  # parameters that every token is multiplied by: all but the embeddings, unless they are the head
-    n_bytes: int  # of one weight
+    n_bytes: int  # of one number of the hidden states, and of one weight that is not quantised
+    weights: int  # bytes of all
 
 
-def shape_of(config: Any, dtype: torch.dtype) -> Shape:
+def shape_of(config: Any, dtype: torch.dtype, quantize: str | None = None) -> Shape:
     """Read a model's sizes off its text config; parameters are counted on a model without storage."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    n_parameters = _count_parameters(config)
+    n_parameters, n_rounded = _count_parameters(config)
+    rounded = QUANTIZED_BYTES.get(quantize or "", dtype.itemsize)
     return Shape(
         n_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -86,15 +91,19 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
         n_parameters=n_parameters,
         n_multiplied=n_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size),
         n_bytes=dtype.itemsize,
+        weights=round((n_parameters - n_rounded) * dtype.itemsize + n_rounded * rounded),
     )
 
 
-def _count_parameters(config: Any) -> int:
+def _count_parameters(config: Any) -> tuple[int, int]:
+    """All, and those among them that quantisation rounds: the linear layers' but the head's."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    return sum(p.numel() for p in model.parameters()), sum(module.weight.numel() for module in linear)
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def memory_by_part(shape: Shape, work: Work, batch_size: int, device: str) -> di
     token = HIDDEN_COPIES * shape.hidden + INNER_COPIES * shape.inner + scores
     logits = 4 * LOGIT_COPIES * batch_size * shape.vocabulary
     return {
-        "weights": shape.n_parameters * shape.n_bytes,
+        "weights": shape.weights,
         "cache": batch_size * work.columns * shape.n_layers * shape.kv_width * shape.n_bytes,
         "running sums": work.n_points * batch_size * shape.hidden * (4 + shape.n_bytes),
         "workspace": batch_size * width * token * shape.n_bytes + logits,
@@ -132,13 +141,12 @@ def memory_by_part(shape: Shape, work: Work, batch_size: int, device: str) -> di
 def forecast(job: Job, work_name: str = "batched", *, gpu_price: float | None = None) -> Forecast:
     """Forecast what is to be done for every trait of a job: `work_name` is a mode of stage 1, or `capture`."""
     from extraction.jobs import MODES
-    from extraction.models import pick_device
 
-    settings, dtype, device = job.experiment, _dtype_of(job), pick_device(job.spec)
-    shape, work = shape_of(job.model_config, dtype), _work(job)
+    settings, dtype, devices = job.experiment, _dtype_of(job), all_of(job.spec.device)
+    shape, work, device = shape_of(job.model_config, dtype, job.spec.quantize), _work(job), devices[0]
     serial = work_name in MODES and MODES[work_name].serial
     asked = settings.batch_size
-    fits = fitting(shape, work, device, free_memory(device)) if asked == "auto" else int(asked)
+    fits = fitting(shape, work, device, free_memory(devices)) if asked == "auto" else int(asked)
     batch_size = 1 if serial else fits
     batch_size = min(batch_size, work.n_examples, settings.shard_size)
     captures = work_name == "capture" or MODES[work_name].captures
@@ -147,7 +155,7 @@ def forecast(job: Job, work_name: str = "batched", *, gpu_price: float | None = 
     seconds = _seconds(shape, settings.generation, n_read, n_new, batch_size, Place(device, dtype))
     activation = work.n_points * shape.hidden * getattr(torch, settings.capture.dtype).itemsize if captures else 0
     return Forecast(
-        device=device,
+        device=" and ".join(devices),
         batch_size=batch_size,
         n_parameters=shape.n_parameters,
         n_examples=work.n_examples,
@@ -234,18 +242,26 @@ def _best_seconds(work: Callable[[], object], device: str, seconds: float) -> fl
     while best == float("inf") or time.perf_counter() < end:
         started = time.perf_counter()
         work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
     return best
 
 
 def auto_batch_size(lm: LanguageModel, prompt_lengths: Sequence[int], max_new_tokens: int) -> int:
-    """A batch size for a loaded model: the largest power of two that fits the free memory, up to what pays."""
+    """A batch size for a loaded model: the largest power of two that fits the free memory, up to what pays.
+
+    Of several devices, the one with the least room decides; layers in main memory have their cache on the first.
+    """
     shape = shape_of(lm.model.config.get_text_config(), lm.dtype)
     work = Work(len(prompt_lengths), 0.0, max(prompt_lengths, default=1), max_new_tokens, shape.n_layers)
-    device = str(lm.device)
-    return fitting(shape, work, device, free_memory(device), loaded=True)
+    places = lm.spread or {str(lm.device): lm.n_layers}
+    fetched = places.pop(MAIN_MEMORY, 0)
+    places = {str(lm.device): 0, **places}
+    places[str(lm.device)] += fetched
+    return min(
+        fitting(replace(shape, n_layers=n_layers), work, place, free_memory((place,)), loaded=True)
+        for place, n_layers in places.items()
+    )
 
 
 def fitting(shape: Shape, work: Work, device: str, free: int | None, *, loaded: bool = False) -> int:
@@ -253,7 +269,7 @@ def fitting(shape: Shape, work: Work, device: str, free: int | None, *, loaded: 
 
     With `loaded`, weights and libraries are there already.
     """
-    batch_size = MAX_AUTO_BATCH if device.startswith("cuda") else CPU_AUTO_BATCH
+    batch_size = MAX_AUTO_BATCH if is_cuda(device) else CPU_AUTO_BATCH
     while free is not None and batch_size > 1:
         parts = memory_by_part(shape, work, batch_size, device)
         there = parts["weights"] + parts["libraries"] if loaded else 0
@@ -261,15 +277,6 @@ def fitting(shape: Shape, work: Work, device: str, free: int | None, *, loaded: 
             break
         batch_size //= 2
     return batch_size
-
-
-def free_memory(device: str) -> int | None:
-    """Bytes that are free on a device; None where nobody says."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-    return None
 
 
 def is_out_of_memory(failure: BaseException) -> bool:

@@ -79,6 +79,8 @@ class Job:
             "raw": self.spec.raw,
             "device": self.spec.device,
         }
+        if self.spec.quantize is not None:  # left out otherwise: runs that were made before go on
+            model["quantize"] = self.spec.quantize
         return {**fields, "model": model, "trait": {"name": trait.name, "sha256": trait_fingerprint(trait)}}
 
     def shards(self, trait: Trait) -> list[tuple[Example, ...]]:
@@ -128,8 +130,8 @@ class Job:
         return parse_layers(self.experiment.capture.layers, int(self.model_config.num_hidden_layers))
 
 
-MODEL_OPTIONS = ("dtype", "device", "revision", "raw", "trust_remote_code")
-PINNED_MODEL_OPTIONS = ("dtype", "revision", "raw")
+MODEL_OPTIONS = ("dtype", "device", "revision", "raw", "trust_remote_code", "quantize")
+PINNED_MODEL_OPTIONS = ("dtype", "revision", "raw", "quantize")
 
 
 def plan(
@@ -220,9 +222,9 @@ def _stored_job(
     fields = {key: value for key, value in stored.items() if key != "trait"} | {"model": model["name"]}
     settings = experiment_from_dict(fields, show_path(folder.config_path), given)
     check_judge(settings, trait, root)
-    model_options = {key: model[key] for key in PINNED_MODEL_OPTIONS} | model_options
+    model_options = {key: model.get(key) for key in PINNED_MODEL_OPTIONS} | model_options
     if not loads_model and "model" not in given:
-        spec = ModelSpec(model["name"], model["source"], **{key: model[key] for key in PINNED_MODEL_OPTIONS})
+        spec = ModelSpec(model["name"], model["source"], **{key: model.get(key) for key in PINNED_MODEL_OPTIONS})
     else:
         spec = resolve_model(_model_again(settings.model, root, given), root, model_options)
     return Job(root=root, experiment=settings, spec=spec, traits=(trait,))

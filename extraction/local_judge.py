@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from extraction.configs import ModelSpec
+from extraction.devices import give_back
 from extraction.errors import ModelError
 from extraction.forecast import is_out_of_memory
 from extraction.judges import Keep, Rating
@@ -219,8 +220,7 @@ def _half(batch_size: int, failure: Exception, name: str) -> int:
             f"--judge-model {name}: out of memory with one answer at a time; take a smaller model; what it has judged "
             "is kept"
         ) from failure
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back()
     return batch_size // 2
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from extraction.adapters import Adapter, find_adapter, merge_into, put_on, twin
+from extraction.devices import placing, runs_on
 from extraction.errors import ModelError
 from extraction.slots import SlotCache, Window
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from extraction.configs import ModelSpec
 
+MAIN_MEMORY = "main memory"
 ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"}
 
 
@@ -49,12 +53,17 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where token ids go in."""
         embeddings: Any = self.model.get_input_embeddings()
-        device: torch.device = embeddings.weight.device
-        return device
+        return runs_on(embeddings, embeddings.weight)
+
+    @property
+    def spread(self) -> dict[str, int]:
+        """Decoder blocks by device, in order, of a model that is spread over several; empty for one that is not."""
+        placed = {str(place) for place in getattr(self.model, "hf_device_map", {}).values()}
+        return dict(Counter(map(_place_of, self.layers))) if len(placed) > 1 else {}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights, hence of the hidden states."""
+        """The type of the hidden states, and of the weights that are not quantised."""
         return self.model.dtype
 
     def last_logits(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
@@ -83,14 +92,19 @@ class LanguageModel:
 def load(spec: ModelSpec) -> LanguageModel:
     """Load a model and its tokenizer from a folder or the local cache or the hub, weights complete or not at all.
 
-    An adapter is merged into the model that its config names: as fast as a whole model. Raises ModelError, in one line
-    that never shows a token, where anything is missing, gated, truncated or foreign.
+    An adapter is merged into the model that its config names, as fast as a whole model; it stays beside quantised
+    weights. Raises ModelError, in one line that never shows a token, where anything is missing, gated, truncated or
+    foreign.
     """
     adapter = adapter_of(spec)
     model = _read_weights(spec if adapter is None else base_of(spec, adapter))
     tokenizer = read_tokenizer(spec)
     with _explaining(spec):
-        return wrap(model if adapter is None else merge_into(model, adapter), tokenizer)
+        if adapter is None:
+            return wrap(model, tokenizer)
+        if spec.quantize is not None:  # rounded weights plus an adapter would be rounded again
+            return wrap(put_on(model, adapter), tokenizer)
+        return wrap(merge_into(model, adapter), tokenizer)
 
 
 def load_over(base: LanguageModel, spec: ModelSpec) -> LanguageModel:
@@ -114,7 +128,8 @@ def _read_weights(spec: ModelSpec) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.source,
             dtype=_dtype(spec),
-            device_map=pick_device(spec),
+            **placing(spec.device),
+            quantization_config=_quantization(spec),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             use_safetensors=True,
@@ -173,25 +188,31 @@ def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def pick_device(spec: ModelSpec) -> str:
-    """The device asked for, or the best there is: CUDA (and ROCm), Apple's, else the processor."""
-    if spec.device != "auto":
-        _refuse_absent(spec.device)
-        return spec.device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _refuse_absent(device: str) -> None:
-    kind, _, index = device.partition(":")
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if int(index or 0) >= count.get(kind, 1):
-        raise ModelError(f"--device {device!r}: this machine has no such device; give auto or cpu")
-
-
 def _dtype(spec: ModelSpec) -> Any:
     return "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+
+
+def _quantization(spec: ModelSpec) -> Any:
+    """What transformers is to quantise by, for bitsandbytes; products are worked out in the model's dtype."""
+    if spec.quantize is None:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"--quantize {spec.quantize} needs bitsandbytes, which is not installed; run: pip install "
+            "'traitline[quantized]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if spec.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = _dtype(spec) if spec.dtype != "auto" else getattr(read_config(spec), "dtype", None)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _place_of(block: nn.Module) -> str:
+    """Where a decoder block's weights are: on a device, or, to be fetched for every pass, in main memory."""
+    weights = list(block.parameters())
+    return MAIN_MEMORY if any(weight.is_meta for weight in weights) else str(weights[0].device)
 
 
 @contextmanager
@@ -218,6 +239,9 @@ _REMEDIES = {
     "offline mode": "it is not in the local cache and offline mode is on; download it first, or give a folder",
     "not the path to a directory": "no such model on the hub, nor in the local cache; check the name",
     "is not a local folder": "no such model on the hub, nor in the local cache; check the name",
+    "offload_folder": "it fits on no device; use --dtype bfloat16, --quantize 4bit or a smaller model",
+    "dispatched on the CPU": "it does not fit on the GPUs, where quantised weights must be; use a smaller model",
+    "None of the available devices": "bitsandbytes can't work on this machine's devices; leave --quantize out",
     "out of memory": "the device has too little memory; use a smaller model, --dtype bfloat16 or --device cpu",
     "no file named": "it has no weights in safetensors; fetch them, or convert the pickled ones",
     "deserializing header": "its weights are truncated or damaged; fetch them again",

@@ -128,7 +128,19 @@ def load_once(engine: Engine, listener: Listener) -> None:
     """Load the model, saying so, unless it is loaded."""
     if not engine.is_loaded:
         listener.note(f"loading {engine.job.spec.name}")
-        _ = engine.lm
+        for note in notes_of_places(engine.lm.spread):
+            listener.note(note)
+
+
+def notes_of_places(spread: Mapping[str, int]) -> Iterator[str]:
+    """Where the layers of a model are that is spread over several devices."""
+    if spread:
+        yield "layers: " + ", ".join(f"{count} on {place}" for place, count in spread.items())
+    if any(not place.startswith("cuda") for place in spread):
+        yield (
+            "layers in main memory are fetched for every pass, which is slow: use --quantize 4bit, --dtype bfloat16, "
+            "more GPUs or a smaller model"
+        )
 
 
 def is_done(folder: RunFolder, index: int, mode: Mode) -> bool:
@@ -184,6 +196,7 @@ def halving(
     run: Callable[[int], None], batch_size: int, engine: Shrinking, listener: Listener, undo: Callable[[], None]
 ) -> int:
     """Run at a batch size; when memory runs out, again at half of it. Returns the size that worked."""
+    from extraction.devices import give_back
     from extraction.forecast import is_out_of_memory
 
     while True:
@@ -203,17 +216,7 @@ def halving(
         batch_size //= 2
         engine.fits = batch_size
         listener.note(f"out of memory: again with batch size {batch_size}")
-        _free_memory()
-
-
-def _free_memory() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        give_back()
 
 
 def _request_id(prompt: Prompt) -> str:

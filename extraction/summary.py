@@ -256,6 +256,8 @@ def _two(value: float | None) -> str:
 
 
 def _took(engine: Engine, seconds: float, gpu_price: float | None) -> str:
+    from extraction.devices import peak_memory
+
     if not engine.n_made:
         return f"Nothing left to do ({seconds:.1f} s)."
     rate = engine.n_tokens / engine.seconds if engine.seconds and engine.n_tokens else 0.0
@@ -263,19 +265,6 @@ def _took(engine: Engine, seconds: float, gpu_price: float | None) -> str:
     cost = "" if gpu_price is None else f", cost {gpu_price * seconds / 3600:.2f}"
     speed = f"{engine.n_tokens:,} tokens at {rate:,.0f}/s, " if rate else ""
     return f"Took {duration(seconds)}: {speed}batch size {sizes}, peak memory {size(peak_memory())}{cost}."
-
-
-def peak_memory() -> int:
-    """The most this process has held: on the GPU where one is used, else in main memory, in bytes."""
-    import resource
-    import sys
-
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def duration(seconds: float) -> str:

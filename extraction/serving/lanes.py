@@ -6,7 +6,6 @@ memory alone fails alone, and the others get all the slots again. A batch that s
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -130,9 +129,7 @@ class Batch:
         return ends
 
     def _resize(self, slots: int) -> None:
-        import torch
+        from extraction.devices import give_back
 
         self.slots, self.running, self.well = slots, None, 0
-        if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
+        give_back()
