@@ -31,9 +31,9 @@ N_SAMPLED = 64  # prompts of each trait that are encoded to know their lengths
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_ALLOC_FAILED", "can't allocate memory")
 # measured: the Python of a decoder block; what torch and transformers take by themselves; copies that live at once
 EAGER_LAYER_SECONDS = {"cpu": 3.5e-4, "cuda": 9e-4, "mps": 1.2e-3}
-LIBRARY_BYTES = {"cpu": 420_000_000}
+LIBRARY_BYTES = {"cpu": 440_000_000}
 QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}  # of one weight; 4 bits have a scale for every 64
-SCORE_COPIES = {"cpu": 7}  # elsewhere attention keeps no scores
+SCORE_COPIES, MASK_COPIES = 5, 2  # of a row's columns, where attention is eager; where it is fused, the mask
 HIDDEN_COPIES, INNER_COPIES, LOGIT_COPIES = 4, 3, 6
 
 
@@ -72,6 +72,7 @@ class Shape:
     n_multiplied: int  # parameters that every token is multiplied by: all but the embeddings, unless they are the head
     n_bytes: int  # of one number of the hidden states, and of one weight that is not quantised
     weights: int  # bytes of all
+    keeps_scores: bool  # whether attention is eager
 
 
 def shape_of(config: Any, dtype: torch.dtype, quantize: str | None = None) -> Shape:
@@ -79,7 +80,7 @@ def shape_of(config: Any, dtype: torch.dtype, quantize: str | None = None) -> Sh
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    n_parameters, n_rounded = _count_parameters(config)
+    n_parameters, n_rounded, eager = _looked_over(config)
     rounded = QUANTIZED_BYTES.get(quantize or "", dtype.itemsize)
     return Shape(
         n_layers=config.num_hidden_layers,
@@ -92,18 +93,21 @@ def shape_of(config: Any, dtype: torch.dtype, quantize: str | None = None) -> Sh
         n_multiplied=n_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size),
         n_bytes=dtype.itemsize,
         weights=round((n_parameters - n_rounded) * dtype.itemsize + n_rounded * rounded),
+        keeps_scores=eager,
     )
 
 
-def _count_parameters(config: Any) -> tuple[int, int]:
-    """All, and those among them that quantisation rounds: the linear layers' but the head's."""
+def _looked_over(config: Any) -> tuple[int, int, bool]:
+    """Parameters; those among them that quantisation rounds, the linear layers' but the head's; is attention eager."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    return sum(p.numel() for p in model.parameters()), sum(module.weight.numel() for module in linear)
+    n_rounded = sum(module.weight.numel() for module in linear)
+    eager = model.config.get_text_config()._attn_implementation == "eager"
+    return sum(p.numel() for p in model.parameters()), n_rounded, eager
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class Work:
 def memory_by_part(shape: Shape, work: Work, batch_size: int, device: str) -> dict[str, int]:
     """Bytes of weights, cache, running sums, workspace (the first prefill, logits in float32) and the libraries."""
     kind, width = device.partition(":")[0], work.prompt_longest
-    scores = SCORE_COPIES.get(kind, 0) * shape.heads * width
+    scores = SCORE_COPIES * shape.heads * width if shape.keeps_scores else MASK_COPIES * width
     token = HIDDEN_COPIES * shape.hidden + INNER_COPIES * shape.inner + scores
     logits = 4 * LOGIT_COPIES * batch_size * shape.vocabulary
     return {

@@ -212,7 +212,8 @@ def _quantization(spec: ModelSpec) -> Any:
 def _place_of(block: nn.Module) -> str:
     """Where a decoder block's weights are: on a device, or, to be fetched for every pass, in main memory."""
     weights = list(block.parameters())
-    return MAIN_MEMORY if any(weight.is_meta for weight in weights) else str(weights[0].device)
+    fetched = any(weight.device == torch.device("meta") for weight in weights)
+    return MAIN_MEMORY if fetched else str(weights[0].device)
 
 
 @contextmanager

@@ -77,7 +77,12 @@ GENERATION: tuple[Decorator, ...] = (
 )
 LOADING: tuple[Decorator, ...] = (
     click.option("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16."),
-    click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps."),
+    click.option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:1 or mps; balanced or sequential: all GPUs, and main memory where they are short.",
+    ),
+    click.option("--quantize", metavar="BITS", help="8bit or 4bit: smaller weights, by bitsandbytes."),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the model."),
 )
 DEVICE: tuple[Decorator, ...] = (
@@ -229,7 +234,8 @@ STUDY: tuple[Decorator, ...] = (
     click.option("--plot", metavar="FILE", help="Also a picture of the shares, as PNG."),
     click.option("--force", is_flag=True, help="Replace other files."),
     click.option("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16."),
-    click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps."),
+    click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, balanced or sequential."),
+    click.option("--quantize", metavar="BITS", help="8bit or 4bit: smaller weights, by bitsandbytes."),
     click.option("--root", metavar="DIR", help="Where configs/ is; default: here, or the checkout."),
 )
 STORED: tuple[Decorator, ...] = (

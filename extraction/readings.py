@@ -107,7 +107,10 @@ class Projections:
             )
         self.device, self.layers = lm.device, layers
         self.wide = torch.float64 if lm.dtype == torch.float64 else torch.float32
-        self.units_DK = [unit_DK.to(lm.device, self.wide) for unit_DK in unit_LDK]
+        self.n_units = unit_LDK.shape[2]
+        self.units_DK: dict[tuple[int, torch.device], Tensor] = {
+            (i, lm.device): unit_DK.to(lm.device, self.wide) for i, unit_DK in enumerate(unit_LDK)
+        }
         self.points = points_of(lm, layers)
         self.pass_BTMK: Tensor | None = None
 
@@ -117,13 +120,19 @@ class Projections:
 
     def _note(self, tap: int, hidden: Tensor) -> None:
         if self.pass_BTMK is not None:
-            unit_DK = self.units_DK[tap // len(POINTS)].to(hidden.device)
+            unit_DK = self._unit(tap // len(POINTS), hidden.device)
             hidden_BTD = shaped(hidden, (*self.pass_BTMK.shape[:2], len(unit_DK)))
             self.pass_BTMK[:, :, tap] = hidden_BTD.to(unit_DK.dtype) @ unit_DK
 
+    def _unit(self, i: int, device: torch.device) -> Tensor:
+        """A layer's directions on the device where that layer is, once copied."""
+        if (i, device) not in self.units_DK:
+            self.units_DK[i, device] = self.units_DK[i, self.device].to(device)
+        return self.units_DK[i, device]
+
     def open(self, n_rows: int, width: int) -> None:
         """Room for the pass."""
-        shape = (n_rows, width, len(self.points.taps), self.units_DK[0].shape[1])
+        shape = (n_rows, width, len(self.points.taps), self.n_units)
         self.pass_BTMK = torch.zeros(shape, dtype=self.wide, device=self.device)
 
     def close(self) -> Kept:
@@ -227,7 +236,7 @@ class Parts:
     reads_prompts = True
 
     def __init__(self, lm: LanguageModel, layer: int, *, attention: bool) -> None:
-        self.layer, self.parts = layer, parts_of(lm, layer, attention=attention)
+        self.layer, self.device, self.parts = layer, lm.device, parts_of(lm, layer, attention=attention)
         taps = [tap for part in self.parts for tap in (part.tap, part.added) if tap is not None]
         self.taps = tuple(dict.fromkeys(taps))
         self.shape: tuple[int, int] = (0, 0)
@@ -239,7 +248,7 @@ class Parts:
 
     def _note(self, tap: int, hidden: Tensor) -> None:
         if self.noted is not None:  # a copy: models may change it in place later
-            self.noted[self.taps[tap]] = hidden.clone()
+            self.noted[self.taps[tap]] = hidden.to(self.device, copy=True)
 
     def open(self, n_rows: int, width: int) -> None:
         """Nothing noted yet."""

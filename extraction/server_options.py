@@ -62,7 +62,7 @@ def server_of(given: dict[str, Any]) -> tuple[Settings, Choice]:
     check_installed()
     root, token_file = take(given, "root", "token_file")
     roles = dict(zip(BUNDLED, take(given, *BUNDLED), strict=True))
-    options = {key: given.pop(key) for key in ("dtype", "device", "trust_remote_code")}
+    options = {key: given.pop(key) for key in ("dtype", "device", "trust_remote_code", "quantize")}
     settings = Settings(token=read_token(token_file), **given)
     if (roles["after"] is None) != (roles["before"] is None):
         raise click.UsageError("--after and --before are a pair; give both, or neither")

@@ -161,7 +161,7 @@ def _probe(lm: LanguageModel, layers: tuple[int, ...]) -> dict[int, list[_Pass]]
     shape = (ids_BT.shape[1], lm.hidden_size)
     passes: dict[int, list[_Pass]] = {layer: [] for layer in layers}
     for (layer, name), output in gave.items():
-        tensors = (_as_TD(given[layer, name], shape), _as_TD(output, shape))
+        tensors = (_as_TD(given[layer, name], shape, lm.device), _as_TD(output, shape, lm.device))
         passes[layer].append(_Pass(name, names[layer, name], *tensors))
     for layer in layers:
         _refuse_non_finite(lm, layer, passes[layer][-1])
@@ -178,11 +178,14 @@ def _refuse_non_finite(lm: LanguageModel, layer: int, block: _Pass) -> None:
             )
 
 
-def _as_TD(value: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """[T, D] of a batch of one, also where a module works on flattened tokens."""
+def _as_TD(value: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """[T, D] of a batch of one, also where a module works on flattened tokens.
+
+    On one device: what is given to the first block of the next device still is on the one before.
+    """
     if value is None or value.shape[-1] != shape[1] or value.numel() != shape[0] * shape[1]:
         return None
-    return value.reshape(shape).float()
+    return value.reshape(shape).to(device, torch.float32)
 
 
 def _found_by_numbers(passes: list[_Pass]) -> dict[str, Tap]:

@@ -106,7 +106,7 @@ def _check(settings: Settings) -> None:
 
 
 def _in_process(given: Mapping[str, Any]) -> Callable[[], Answering]:
-    options = {key: given[key] for key in ("dtype", "device")}
+    options = {key: given[key] for key in ("dtype", "device", "quantize")}
     names = (given["after"] or AFTER, given["before"] or BEFORE)
     specs = [resolve_model(name, find_root(given["root"]), options) for name in names]
 
@@ -121,7 +121,7 @@ def _in_process(given: Mapping[str, Any]) -> Callable[[], Answering]:
 
 
 def _over_http(given: Mapping[str, Any], settings: Settings) -> Callable[[], Answering]:
-    for name in ("in_process", "after", "before", "dtype", "device"):
+    for name in ("in_process", "after", "before", "dtype", "device", "quantize"):
         if given[name]:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option}: the server has its models; leave it out, or leave --server-url out")

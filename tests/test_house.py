@@ -186,6 +186,26 @@ def test_hooks_have_one_caller():
     assert callers == {"hooks"}
 
 
+def cuda_named(tree: ast.AST) -> list[str]:
+    """Every use of torch.cuda and torch.mps, however it is imported."""
+    named = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return [*(text for text in named if text in KINDS), *(name for name in modules(tree) if name.startswith(KINDS))]
+
+
+KINDS = ("torch.cuda", "torch.mps")
+NAME_CUDA = {"devices"}  # what runs on CUDA alone; elsewhere, Apple's devices and ROCm would go wrong unseen
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if name_of(path) not in NAME_CUDA], ids=name_of)
+def test_cuda_is_named_in_few_places(path):
+    assert cuda_named(tree_of(path)) == []
+
+
+def test_cuda_elsewhere_is_found():
+    assert cuda_named(ast.parse("import torch\nx = torch.cuda.is_available()")) == ["torch.cuda"]
+    assert cuda_named(ast.parse("from torch.cuda import synchronize")) == ["torch.cuda"]
+
+
 def loads_of(tree: ast.AST) -> list[str]:
     """Every call of torch.load or numpy.load."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
@@ -266,9 +286,10 @@ def test_everything_public_says_what_it_is(path):
 
 
 def test_words_that_two_rooms_know_agree():
-    from extraction import capture, configs, pooling, sites
+    from extraction import capture, configs, devices, pooling, sites
 
     assert configs.SITES == sites.SITES
+    assert configs.SPREADS == devices.SPREADS
     assert {*configs.POOLINGS, "response_first"} == set(pooling.POOLINGS) == set(capture.ACCUMULATORS)
 
 

@@ -135,7 +135,7 @@ def plan_of(tier: int, given: Mapping[str, Any]) -> Plan:
 
 OPTIONS = (
     *("model", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "shard_size"),
-    *("dtype", "device", "trust_remote_code", "raw"),
+    *("dtype", "device", "trust_remote_code", "raw", "quantize"),
 )
 
 
@@ -316,6 +316,8 @@ def _config(plan: Plan, stem: str, found: PromptSet) -> dict[str, Any]:
         "source": Path(spec.source).name if spec.is_local else spec.source,
         **{key: getattr(spec, key) for key in ("revision", "dtype", "raw", "device")},
     }
+    if spec.quantize is not None:
+        model["quantize"] = spec.quantize
     prompts = [[asked.prompt, asked.system] for asked in found.prompts]
     return {
         "tier": plan.tier,

@@ -15,6 +15,7 @@ from extraction.report.sections import section
 OPTIONS = {
     "--model": "model.source",
     "--dtype": "model.dtype",
+    "--quantize": "model.quantize",
     "--n-examples": "n_examples",
     "--seed": "seed",
     "--max-new-tokens": "generation.max_new_tokens",

@@ -1,0 +1,221 @@
+"""A model over several devices: what it gives is what it gives on one, whatever is read of it.
+
+Devices are labels here (`tests/labelled.py`): an operation on tensors of two of them fails as it would on two GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import attach_align_device_hook_on_blocks
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from extraction.adapters import twin
+from extraction.configs import ModelSpec
+from extraction.decoding.amplify import Amplify
+from extraction.decoding.speculate import Speculate
+from extraction.devices import all_of, pick_device, placing
+from extraction.errors import ModelError
+from extraction.forecast import CPU_AUTO_BATCH, auto_batch_size
+from extraction.likelihood import divergences
+from extraction.models import LanguageModel, load, wrap
+from extraction.readings import Internals, Projecting
+from extraction.records import Example, Prompt
+from extraction.runners import notes_of_places
+from extraction.self_check import self_check
+from extraction.steering import Steering
+from extraction.utils_batch import Capture, Request, generate, teacher_force
+from tests.labelled import Labelled, TwoDevices, labelled_devices, place
+from tests.runs import saved_model
+from tests.tiny import HIDDEN, LAYERS, blocks, prompts, shared_model, tiny_model
+
+FIRST, SECOND = "meta:0", "meta:1"
+ALL = tuple(range(LAYERS))
+POOLINGS = ("response_mean", "response_first:2", "response_last", "prompt_mean", "prompt_last", "all")
+TEXTS = [(str(i), row, tuple(range(3, 8 + i))) for i, row in enumerate(prompts(3))]
+
+
+def split(model: PreTrainedModel, *, hooks: bool = True) -> PreTrainedModel:
+    """The last block and an untied head on the second device, with accelerate's hooks, as transformers does it."""
+    model.config.pad_token_id = None  # transformers' warning indexes with a list, which no label survives
+    late, head = blocks(model)[-1], model.get_output_embeddings()
+    moved = {late} if head.weight is model.get_input_embeddings().weight else {late, head}
+    places = {
+        name: SECOND if module in moved else FIRST
+        for name, module in model.named_modules()
+        if module in blocks(model) or not any(True for _ in module.children())
+        if not any(module in block.modules() and module is not block for block in blocks(model))
+    }
+    place(model, FIRST)
+    for module in moved:
+        place(module, SECOND)
+    if hooks:
+        attach_align_device_hook_on_blocks(
+            model,
+            {name: torch.device(device) for name, device in (places | {"": FIRST}).items()},
+            dict.fromkeys(places, False),
+            skip_keys=model._skip_keys_device_placement,
+        )
+    model.hf_device_map = places  # type: ignore[assignment]
+    return model
+
+
+@pytest.fixture
+def labels() -> Iterator[None]:
+    with torch.inference_mode(), labelled_devices():
+        yield
+
+
+def units() -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(3, HIDDEN, 2, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+STEERING = Steering(add={0: torch.ones(HIDDEN), 2: -torch.ones(HIDDEN)}, ablate={2: units()[2, :, 0]})
+
+
+def completions(lm: LanguageModel, *, steering: Steering | None = None, **settings: Any) -> dict[str, Any]:
+    requests = [Request(str(i), row, 4, steering=steering) for i, row in enumerate(prompts(3))]
+    done = generate(lm, requests, batch_size=2, **settings)
+    return {c.id: {"tokens": torch.tensor(c.token_ids), **c.activations} for c in done}
+
+
+def forced(lm: LanguageModel, capture: Capture) -> dict[str, Any]:
+    return {c.id: c.activations for c in teacher_force(lm, TEXTS, capture=capture, batch_size=3)}
+
+
+ADDERS = ("residual", "attention", "mlp")  # blocks that run side by side have these
+WAYS: dict[str, Callable[[LanguageModel, LanguageModel], Any]] = {
+    "poolings": lambda lm, _: completions(lm, capture=Capture(ALL, poolings=POOLINGS)),
+    "sites": lambda lm, _: completions(lm, capture=Capture(ALL, ADDERS)),
+    "projections": lambda lm, _: completions(lm, capture=Projecting(ALL, units())),
+    "internals": lambda lm, _: completions(lm, capture=Internals(2)),
+    "steering": lambda lm, _: completions(lm, steering=STEERING, capture=Capture(ALL)),
+    "amplification": lambda lm, other: completions(lm, strategy=Amplify(other, alpha=1.5), capture=Capture(ALL)),
+    "speculation": lambda lm, other: completions(lm, strategy=Speculate(other, depth=3), capture=Capture(ALL)),
+    "teacher": lambda lm, _: forced(lm, Capture(ALL, ADDERS, ("response_mean", "prompt_last", "all"))),
+    "likelihood": lambda lm, _: {"kl": torch.tensor(divergences(lm, TEXTS[0], [STEERING], batch_size=2))},
+}
+
+
+def assert_same(split_up: Any, whole: Any) -> None:
+    assert split_up.keys() == whole.keys()
+    for name, value in whole.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(split_up[name].cpu(), value, atol=1e-6, rtol=1e-5)
+        else:
+            assert_same(split_up[name], value)
+
+
+SOME = ("poolings", "sites", "projections", "internals")
+
+
+@pytest.mark.parametrize(("name", "ways"), [("llama", tuple(WAYS)), ("gpt2", SOME[:2]), ("gpt_neox", SOME)])
+def test_a_model_over_two_devices_gives_what_it_gives_on_one(name: str, ways: tuple[str, ...], labels: None) -> None:
+    whole, other = wrap(shared_model(name)), wrap(tiny_model(name, seed=1))
+    lm, second = wrap(split(tiny_model(name))), wrap(split(tiny_model(name, seed=1)))
+    assert lm.device == torch.device(FIRST)
+    assert lm.spread == {FIRST: 2, SECOND: 1}
+    for way in ways:
+        assert_same(WAYS[way](lm, second), WAYS[way](whole, other))
+
+
+def test_without_the_hooks_of_accelerate_two_devices_are_one_too_many(labels: None) -> None:
+    with pytest.raises(ModelError, match="TwoDevices"):
+        wrap(split(tiny_model("llama"), hooks=False))
+
+
+def test_labels_are_told_apart(labels: None) -> None:
+    left, right = torch.ones(2, 3, device=FIRST), torch.ones(2, 3).to(SECOND)
+    assert isinstance(left, Labelled)
+    assert (left + 1).device == torch.device(FIRST)
+    for mix in (lambda: left + right, lambda: torch.cat([left, right]), lambda: left @ torch.ones(3, 2)):
+        with pytest.raises(TwoDevices):
+            mix()
+    assert torch.equal((left + right.to(FIRST)).cpu(), 2 * torch.ones(2, 3))
+
+
+def test_a_twin_of_a_model_over_two_devices_is_one_too(labels: None) -> None:
+    model = split(tiny_model("llama"))
+    second = twin(model)
+    pairs = zip(second.parameters(), model.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+    assert_same(completions(wrap(second)), completions(wrap(model)))
+    example = Prompt(Example("a", "calm", "pos", 0, 0, 0, "Why?"), "Why?", prompts(1)[0])
+    assert self_check(wrap(second), [example], ALL) < 1e-5
+
+
+def test_layers_that_are_fetched_for_every_pass_give_the_same(tmp_path: Path) -> None:
+    whole, model = wrap(tiny_model("llama")), tiny_model("llama")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= dict.fromkeys(("model.layers.0", "model.layers.2"), "disk")
+    dispatch_model(model, places, offload_dir=tmp_path, force_hooks=True)
+    lm = wrap(model)
+    assert lm.spread == {"main memory": 2, "cpu": 1}
+    assert auto_batch_size(lm, [10], 20) == CPU_AUTO_BATCH
+    for way in ("poolings", "sites", "projections", "teacher"):
+        assert_same(WAYS[way](lm, lm), WAYS[way](whole, whole))
+
+
+def test_where_the_embeddings_are_fetched_the_device_is_where_they_compute(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    dispatch_model(model, {"model.embed_tokens": "disk", "model": "cpu", "lm_head": "cpu"}, offload_dir=tmp_path)
+    assert model.get_input_embeddings().weight.is_meta
+    assert wrap(model).device == torch.device("cpu")
+
+
+# --- what may be asked for --------------------------------------------------------------------------------------------
+
+
+def test_words_for_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        assert placing("balanced") == {"device_map": "cpu"}  # there is nothing to spread over
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    assert (pick_device("auto"), pick_device("cuda:1"), pick_device("balanced")) == ("cuda", "cuda:1", "cuda:0")
+    assert (all_of("auto"), all_of("sequential")) == (("cuda",), ("cuda:0", "cuda:1"))
+    assert placing("auto") == {"device_map": "cuda"}
+    spread = placing("balanced")
+    assert spread["device_map"] == "balanced"
+    assert {spread["max_memory"][i] for i in (0, 1)} == {800}
+    with pytest.raises(ModelError, match="cuda:2"):
+        pick_device("cuda:2")
+
+
+def test_a_model_loads_by_those_words_where_there_is_one_device() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("for a machine without a GPU")
+    lm = load(ModelSpec("tiny", str(saved_model()), device="balanced"))
+    assert (lm.device, lm.spread) == (torch.device("cpu"), {})
+
+
+def test_what_is_said_of_the_places() -> None:
+    assert list(notes_of_places({})) == []
+    assert list(notes_of_places({"cuda:0": 20, "cuda:1": 12})) == ["layers: 20 on cuda:0, 12 on cuda:1"]
+    said = list(notes_of_places({"cuda:0": 20, "main memory": 12}))
+    assert len(said) == 2
+    assert "slow" in said[1]
+
+
+# --- with GPUs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("way", WAYS)
+def test_two_gpus_give_what_one_gives(way: str) -> None:
+    whole = load(ModelSpec("tiny", str(saved_model()), device="cuda:0"))
+    lm = wrap(dispatch_model(tiny_model("llama", max_position_embeddings=512), places_of_gpus()))
+    assert lm.spread == {"cuda:0": 2, "cuda:1": 1}
+    assert_same(WAYS[way](lm, lm), WAYS[way](whole, whole))
+
+
+def places_of_gpus() -> dict[str, int]:
+    first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1")
+    return dict.fromkeys(first, 0) | dict.fromkeys(("model.layers.2", "model.norm", "lm_head"), 1)

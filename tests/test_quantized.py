@@ -1,0 +1,97 @@
+"""Weights of 8 and 4 bits: what runs on them, what is said without bitsandbytes, and that old runs keep their name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from extraction import models
+from extraction.configs import ModelSpec, resolve_model
+from extraction.errors import ConfigError, ModelError
+from extraction.forecast import shape_of
+from extraction.jobs import plan, stored_plans
+from extraction.models import LanguageModel, load
+from extraction.pinned import fingerprint
+from extraction.records import Example, Prompt
+from extraction.self_check import self_check
+from extraction.utils_batch import Capture, Completion, Request, generate
+from tests.runs import make_root, refused, saved_model
+from tests.tiny import HIDDEN, LAYERS, prompts
+
+BITS = ("8bit", "4bit")
+SPEC = ModelSpec("tiny", str(saved_model()), device="cpu")
+
+
+def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'traitline\[quantized\]'"):
+        load(replace(SPEC, quantize="4bit"))
+    root = make_root(tmp_path)
+    assert "bitsandbytes" in refused(
+        "generate", "--experiment", "demo", "--root", root, "--quantize", "8bit", "--device", "cpu"
+    )
+
+
+def test_other_bits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3bit"):
+        resolve_model("tiny", make_root(tmp_path), {"quantize": "3bit"})
+
+
+def test_it_is_part_of_a_runs_identity_only_where_it_is_given(tmp_path: Path) -> None:
+    root = str(make_root(tmp_path))
+    plain, rounded = plan("demo", root=root), plan("demo", root=root, options={"quantize": "4bit"})
+    trait = plain.traits[0]
+    assert "quantize" not in plain.config(trait)["model"]
+    assert rounded.config(trait)["model"]["quantize"] == "4bit"
+    assert fingerprint(plain.config(trait)) != fingerprint(rounded.config(trait))
+    for job, bits in ((plain, None), (rounded, "4bit")):
+        folder = tmp_path / str(bits)
+        folder.mkdir()
+        other = make_root(folder)
+        replace(job, root=other).folder(trait).open(job.config(trait))
+        assert [stored.spec.quantize for stored in stored_plans("demo", root=str(other))] == [bits]
+
+
+@pytest.mark.parametrize(("bits", "n_bytes"), [(None, 4), ("8bit", 1), ("4bit", 0.5625)])
+def test_the_forecast_counts_the_weights_that_are_rounded(bits: str | None, n_bytes: float) -> None:
+    shape = shape_of(AutoConfig.from_pretrained(SPEC.source), torch.float32, bits)
+    linear = LAYERS * (2 * HIDDEN * HIDDEN + 2 * 2 * 8 * HIDDEN + 3 * 48 * HIDDEN)  # q, o; k, v; the MLP
+    assert shape.weights == round((shape.n_parameters - linear) * 4 + linear * n_bytes)
+
+
+# --- with bitsandbytes ------------------------------------------------------------------------------------------------
+
+needs_it = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+def answered(lm: LanguageModel, batch_size: int) -> dict[str, Completion]:
+    requests = [Request(str(i), row, 6) for i, row in enumerate(prompts(4))]
+    return {c.id: c for c in generate(lm, requests, batch_size=batch_size, capture=Capture(tuple(range(LAYERS))))}
+
+
+@needs_it
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_rounded_model_runs_in_its_dtype(bits: str, dtype: str) -> None:
+    lm, whole = load(replace(SPEC, quantize=bits, dtype=dtype)), load(replace(SPEC, dtype=dtype))
+    seen: list[torch.dtype] = []
+    for block in lm.layers:
+        block.register_forward_hook(lambda _m, _i, out: seen.append((out[0] if isinstance(out, tuple) else out).dtype))
+    alone, together = answered(lm, 1), answered(lm, 3)
+    assert {lm.dtype, *seen} == {getattr(torch, dtype)}
+    assert any(p.dtype in (torch.int8, torch.uint8) for p in lm.model.parameters())
+    for example_id, completion in alone.items():
+        hidden = completion.activations["residual.response_mean"]
+        assert hidden.dtype == torch.float32
+        if dtype == "float32":
+            assert completion.token_ids == together[example_id].token_ids
+    prompt = Prompt(Example("a", "calm", "pos", 0, 0, 0, "Why?"), "Why?", prompts(1)[0])
+    assert self_check(lm, [prompt], (0, 1, 2)) < 0.1
+    exact = answered(whole, 1)["0"].activations["residual.response_mean"]
+    assert not torch.equal(exact, alone["0"].activations["residual.response_mean"])
