@@ -164,9 +164,8 @@ def _probe(lm: LanguageModel, layer: int, *, attention: bool) -> _Probe:
     attending = _attention(lm, layer, note_attention, wanted=attention)
     with torch.inference_mode(), attending, inputs, watch(modules, note_output):
         lm.hidden_states(ids_BT)
-    wide = lm.dtype in (torch.float32, torch.float64)
     where = f"layer {layer} of {type(lm.model).__name__}"
-    return _Probe(where, tuple(calls), seen[0] if seen else None, 1e-4 if wide else 2e-2)
+    return _Probe(where, tuple(calls), seen[0] if seen else None, 1e-4 if lm.is_exact else 2e-2)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -373,6 +374,7 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
 def prepare(threads: int | None) -> None:
     """Keep the libraries below quiet; set the processor threads."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, of every product
     if threads is not None:
         import torch
 

@@ -302,5 +302,5 @@ def minds_holes(lm: LanguageModel) -> bool:
         )[0].double()
         for keep in (slice(None), mask_BT[0])
     )
-    tolerance = 1e-4 if lm.dtype in (torch.float32, torch.float64) else 3e-2
+    tolerance = 1e-4 if lm.is_exact else 3e-2
     return not bool(((holed_V - whole_V).abs() <= tolerance * whole_V.abs().max()).all())

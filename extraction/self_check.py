@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from extraction.records import Prompt
 
 N_TOKENS = 8
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest logit or activation; half precision rounds
-HALF_TOLERANCE = 0.1
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest logit or activation; others round
+ROUNDED_TOLERANCE = 0.1
 
 
 def self_check(lm: LanguageModel, prompts: Sequence[Prompt], layers: tuple[int, ...]) -> float:
@@ -38,7 +38,7 @@ def self_check(lm: LanguageModel, prompts: Sequence[Prompt], layers: tuple[int, 
         for deviation in _alone(lm, request, c, layers)
     ]
     worst = max(deviations, default=0.0)
-    if worst > TOLERANCE.get(lm.dtype, HALF_TOLERANCE):
+    if worst > (TOLERANCE[lm.dtype] if lm.is_exact else ROUNDED_TOLERANCE):
         raise ModelError(
             f"self-check: in a batch the model deviates by {worst:.1e} from itself alone, so its activations can't be "
             "trusted; try --dtype float32, or --self-check 0 to go on all the same"

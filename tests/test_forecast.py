@@ -80,6 +80,13 @@ def test_the_batch_fits_and_twice_as_much_would_not(free, prompt, new, device):
     assert size == most or takes[2 * size] > 0.8 * free
 
 
+def test_scores_count_where_attention_is_eager():
+    eager, fused = (shape_of(shared_model(name).config, torch.float32) for name in ("gemma2", "llama"))
+    assert (eager.keeps_scores, fused.keeps_scores) == (True, False)
+    takes = [memory_by_part(shape, work_of(400), 4, "cpu")["workspace"] for shape in (eager, fused)]
+    assert takes[0] > 4 * takes[1]
+
+
 def test_a_batch_for_a_loaded_model():
     lm = wrap(shared_model("llama"), tiny_tokenizer())
     assert auto_batch_size(lm, [10, 20], 30) == CPU_AUTO_BATCH

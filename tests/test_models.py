@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from extraction.configs import ModelSpec
 from extraction.errors import ModelError
 from extraction.models import LanguageModel, find_layers, load, wrap
 from extraction.utils_batch import Capture, Request, generate
+from tests.runs import environment, saved_model
 from tests.tiny import (
     ARCHITECTURES,
     HIDDEN,
@@ -295,3 +298,41 @@ def test_an_absent_model_is_refused_offline_without_showing_a_token(
 def test_a_device_that_is_not_there_is_refused(saved: Path, device: str) -> None:
     with pytest.raises(ModelError, match=device):
         load(ModelSpec(name="tiny", source=str(saved), device=device))
+
+
+LOADING = """
+import sys, threading
+from extraction.configs import ModelSpec
+from extraction.models import load
+
+def held():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch(seen, ended):
+    while not ended.wait(0.002):
+        seen.append(held())
+
+load(ModelSpec("tiny", sys.argv[1]))  # the libraries come first
+for dtype in ("auto", "float32"):
+    before, seen, ended = held(), [0], threading.Event()
+    watcher = threading.Thread(target=watch, args=(seen, ended))
+    watcher.start()
+    lm = load(ModelSpec("large", sys.argv[2], dtype=dtype))
+    ended.set()
+    watcher.join()
+    print(max(seen) - before, sum(p.numel() * p.element_size() for p in lm.model.parameters()) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_weights_are_in_memory_once(tmp_path: Path) -> None:
+    """In the checkpoint's dtype they stay in the file's pages; in another, each is converted once."""
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "head_dim": 128}
+    tiny_model("llama", dtype=torch.bfloat16, **sizes).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", LOADING, str(saved_model()), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    (mapped, weights), (converted, wide) = (map(int, line.split()) for line in result.stdout.splitlines())
+    assert wide == 2 * weights
+    assert mapped < 0.5 * weights
+    assert converted < 1.25 * wide

@@ -16,12 +16,14 @@ from extraction.errors import ConfigError, ModelError
 from extraction.forecast import shape_of
 from extraction.jobs import plan, stored_plans
 from extraction.models import LanguageModel, load
+from extraction.pairs import load_pair
 from extraction.pinned import fingerprint
 from extraction.records import Example, Prompt
 from extraction.self_check import self_check
 from extraction.utils_batch import Capture, Completion, Request, generate
+from tests.lora import saved_adapter
 from tests.runs import make_root, refused, saved_model
-from tests.tiny import HIDDEN, LAYERS, prompts
+from tests.tiny import HIDDEN, LAYERS, prompts, tiny_model, tiny_tokenizer
 
 BITS = ("8bit", "4bit")
 SPEC = ModelSpec("tiny", str(saved_model()), device="cpu")
@@ -69,6 +71,16 @@ def test_the_forecast_counts_the_weights_that_are_rounded(bits: str | None, n_by
 needs_it = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """Rows of 64 numbers at least: what has one scale."""
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
+    tiny_model("llama", **sizes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return ModelSpec("wide", str(folder), device="cpu")
+
+
 def answered(lm: LanguageModel, batch_size: int) -> dict[str, Completion]:
     requests = [Request(str(i), row, 6) for i, row in enumerate(prompts(4))]
     return {c.id: c for c in generate(lm, requests, batch_size=batch_size, capture=Capture(tuple(range(LAYERS))))}
@@ -78,20 +90,37 @@ def answered(lm: LanguageModel, batch_size: int) -> dict[str, Completion]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bits", BITS)
-def test_a_rounded_model_runs_in_its_dtype(bits: str, dtype: str) -> None:
-    lm, whole = load(replace(SPEC, quantize=bits, dtype=dtype)), load(replace(SPEC, dtype=dtype))
+def test_a_rounded_model_runs_in_its_dtype(bits: str, dtype: str, spec: ModelSpec) -> None:
+    lm, whole = load(replace(spec, quantize=bits, dtype=dtype)), load(replace(spec, dtype=dtype))
     seen: list[torch.dtype] = []
     for block in lm.layers:
         block.register_forward_hook(lambda _m, _i, out: seen.append((out[0] if isinstance(out, tuple) else out).dtype))
     alone, together = answered(lm, 1), answered(lm, 3)
     assert {lm.dtype, *seen} == {getattr(torch, dtype)}
     assert any(p.dtype in (torch.int8, torch.uint8) for p in lm.model.parameters())
-    for example_id, completion in alone.items():
-        hidden = completion.activations["residual.response_mean"]
-        assert hidden.dtype == torch.float32
-        if dtype == "float32":
-            assert completion.token_ids == together[example_id].token_ids
+    assert alone.keys() == together.keys()
+    for completion in (*alone.values(), *together.values()):
+        assert completion.activations["residual.response_mean"].dtype == torch.float32
+    assert (lm.is_exact, whole.is_exact) == (False, dtype == "float32")
     prompt = Prompt(Example("a", "calm", "pos", 0, 0, 0, "Why?"), "Why?", prompts(1)[0])
     assert self_check(lm, [prompt], (0, 1, 2)) < 0.1
     exact = answered(whole, 1)["0"].activations["residual.response_mean"]
     assert not torch.equal(exact, alone["0"].activations["residual.response_mean"])
+
+
+@needs_it
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", BITS)
+def test_an_adapter_stays_beside_rounded_weights(bits: str, spec: ModelSpec, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.symlink_to(spec.source)
+    adapter = saved_adapter(tmp_path / "adapter", base)
+    lm = load(ModelSpec("adapter", str(adapter), device="cpu", dtype="float32", quantize=bits))
+    assert any("lora_A" in name for name, _ in lm.model.named_parameters())
+    plain = load(replace(spec, dtype="float32", quantize=bits))
+    ids_BT = torch.tensor([prompts(1)[0]])
+    with torch.inference_mode():
+        assert not torch.allclose(lm.last_logits(ids_BT), plain.last_logits(ids_BT), atol=1e-2)
+    pair = load_pair(ModelSpec("adapter", str(adapter), device="cpu", quantize=bits), replace(spec, quantize=bits))
+    assert pair.shares_weights
+    assert answered(pair.after, 2).keys() == answered(pair.before, 2).keys()
