@@ -40,7 +40,7 @@ FLOORS = [
         "prompt_sets",
         "shelf",
     ),
-    ("capture", "internals", "forecast", "continuations"),
+    ("capture", "internals", "grouped", "forecast", "continuations"),
     ("teacher", "vectors", "rows", "readings"),
     ("partners",),
     ("running",),
