@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from extraction import __version__
+from extraction.cores import usable_cores
 from extraction.schema import one_line
 from extraction.terminal import Command, Group
 
@@ -365,8 +367,10 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(threads: int | None) -> None:
-    """Keep the libraries below quiet; set the processor threads."""
+    """Keep the libraries below quiet; set the processor threads, by default the cores that this process is given."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "torch" not in sys.modules:  # it reads this when it is loaded
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads or usable_cores()))
     if threads is not None:
         import torch
 

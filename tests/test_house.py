@@ -22,7 +22,7 @@ ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name 
 
 # A module imports from lower floors only; `decoding`, `vectors` and `report` are one room each.
 FLOORS = [
-    ("errors", "records", "proportions"),
+    ("errors", "records", "proportions", "cores"),
     ("schema", "hooks", "atomic", "slots", "pooling", "rubrics", "phrases"),
     ("payloads", "pinned", "adapters", "detectors", "http_client"),
     ("configs", "store"),
