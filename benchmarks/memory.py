@@ -6,7 +6,6 @@ D hidden.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,29 @@ from extraction.traits import load_trait
 
 TRAIT = "retrieval_construction"
 EXPERIMENT = "memory"
+# The command tells its own peak. What the system tells the parent (wait4, and ru_maxrss on Linux) counts the parent,
+# too: a child begins as its copy, and one that has torch loaded is larger than many a command gets.
+PEAK = """
+def peak():
+    import resource, sys
+    if sys.platform == "linux":
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) / 2**10 for line in status if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+"""
+PROGRAM = (
+    PEAK
+    + """
+import sys
+path = sys.argv.pop(1)
+from extraction.cli import main
+try:
+    main()
+finally:
+    with open(path, "w") as file:
+        file.write(str(peak()))
+"""
+)
 STEPS = {  # the second finds the first one's work done, and goes on from there
     "responses and activations": ("batched",),
     "vectors and validation": ("extract", "--quick", "--methods", "mean_diff"),
@@ -117,17 +139,13 @@ def _write_shard(job: Job, index: int, shard: Sequence[Example], rows_nLD: torch
 
 def run_measured(arguments: Sequence[str], folder: Path) -> float:
     """Run a command of traitline; its peak resident memory in MiB. Raises RuntimeError when it fails."""
-    program = "from extraction.cli import main; main()"
-    log = folder / "log.txt"
+    log, peak = folder / "log.txt", folder / "peak.txt"
     with log.open("wb") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-c", program, *arguments], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        command = [sys.executable, "-c", PROGRAM, str(peak), *arguments]
+        child = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
     if child.returncode:
         raise RuntimeError(f"traitline {arguments[0]} ended with {child.returncode}: {log.read_text()[-500:]}")
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return float(peak.read_text())
 
 
 def _save_model(folder: Path) -> Path:

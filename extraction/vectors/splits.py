@@ -54,10 +54,6 @@ class Rows:
         questions, instructions = (tuple(ids[i] for i in places) for ids in (self.question_ids, self.instruction_ids))
         return Rows(self.activations_nLD[keep_n], self.positive_n[keep_n], questions, instructions)
 
-    def bare(self) -> Rows:
-        """The same rows without their activations: what splitting needs, at no cost."""
-        return self.at(self.activations_nLD[:, :0])
-
     def at(self, activations_nkD: Tensor) -> Rows:
         """The same rows with other activations: of some layers, say."""
         return Rows(activations_nkD, self.positive_n, self.question_ids, self.instruction_ids)
