@@ -119,7 +119,8 @@ def memory_table(result: dict[str, Any]) -> str:
     head = ["peak resident memory", *[f"{int(count):,} examples" for count in counts], "growth"]
     return (
         "## How memory grows\n\nThe commands themselves, each in a fresh process, on a tiny model and with responses "
-        f"of 4 tokens.\n\n{table(head, rows)}"
+        "of 4 tokens; where layers are named, on random activations of that shape, written through the store. The "
+        f"vectors are mean differences.\n\n{table(head, rows)}"
     )
 
 

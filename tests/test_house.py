@@ -24,7 +24,7 @@ ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name 
 FLOORS = [
     ("errors", "records", "proportions", "cores"),
     ("schema", "hooks", "atomic", "slots", "pooling", "rubrics", "phrases"),
-    ("payloads", "pinned", "adapters", "detectors", "http_client"),
+    ("payloads", "pinned", "slices", "adapters", "detectors", "http_client"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges", "capture_store"),
     (
