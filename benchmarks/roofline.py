@@ -59,19 +59,23 @@ class Sizes:
     query_width: int
 
     @staticmethod
-    def of(lm: LanguageModel) -> Sizes:
-        """Of a loaded model."""
-        config: Any = lm.model.config.get_text_config()
-        shape = shape_of(config, lm.dtype)
-        head = lm.vocab_size * lm.hidden_size
-        head_dim = getattr(config, "head_dim", None) or lm.hidden_size // shape.heads
+    def of(config: Any, dtype: torch.dtype) -> Sizes:
+        """Of a model's text config; weights are not needed."""
+        shape = shape_of(config, dtype)
+        head = config.vocab_size * config.hidden_size
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // shape.heads
         return Sizes(
             body=shape.n_multiplied - head,
             head=head,
-            itemsize=lm.dtype.itemsize,
-            cache_bytes=shape.kv_width * lm.n_layers * lm.dtype.itemsize,
-            query_width=shape.heads * head_dim * lm.n_layers,
+            itemsize=dtype.itemsize,
+            cache_bytes=shape.kv_width * shape.n_layers * dtype.itemsize,
+            query_width=shape.heads * head_dim * shape.n_layers,
         )
+
+    @staticmethod
+    def of_model(lm: LanguageModel) -> Sizes:
+        """Of a loaded model."""
+        return Sizes.of(lm.model.config.get_text_config(), lm.dtype)
 
     def decode_step(self, rows: int, columns: float) -> Work:
         """One token for every row, each of which has `columns` tokens behind it."""
@@ -100,7 +104,7 @@ def roofline(
     before = probe(device, dtype)
     say(f"  {before.bytes_per_second / 1e9:.1f} GB/s, {before.flops_per_second / 1e9:.0f} GFLOP/s")
     lm = random_model(shape, dtype=dtype, device=device)
-    sizes, n_parameters = Sizes.of(lm), sum(weights.numel() for weights in lm.model.parameters())
+    sizes, n_parameters = Sizes.of_model(lm), sum(weights.numel() for weights in lm.model.parameters())
     kind = torch.device(device).type
     asked = batch_sizes or (BATCH_SIZES[kind] if n_parameters < LARGE or kind == "cuda" else BATCH_SIZES[kind][:3])
     cells = []
@@ -167,7 +171,7 @@ def decode_seconds(lm: LanguageModel, rows: int, new_tokens: int = NEW_TOKENS, *
     requests = make_even_requests(rows, lm.vocab_size, PROMPT_TOKENS, new_tokens)
     capture = Capture(tuple(range(lm.n_layers))) if captures else None
     ends: list[float] = []
-    with _collected():
+    with _undisturbed():
         for _ in generate(
             lm, requests, batch_size=rows, capture=capture, on_progress=lambda _: ends.append(time.perf_counter())
         ):
@@ -181,7 +185,7 @@ def forced_seconds(lm: LanguageModel, rows: int, tokens: int = FORCED_TOKENS) ->
     requests = make_even_requests(rows, lm.vocab_size, tokens, 1)
     half = tokens // 2
     texts = [(request.id, request.token_ids[:half], request.token_ids[half:]) for request in requests]
-    with _collected():
+    with _undisturbed():
         started = time.perf_counter()
         for _ in teacher_force(lm, texts, capture=Capture(tuple(range(lm.n_layers))), batch_size=rows):
             pass
@@ -190,9 +194,8 @@ def forced_seconds(lm: LanguageModel, rows: int, tokens: int = FORCED_TOKENS) ->
 
 
 @contextmanager
-def _collected() -> Iterator[None]:
-    """Rubbish is taken out before, not meanwhile."""
-    gc.collect()
+def _undisturbed() -> Iterator[None]:
+    """Without the collection of rubbish in between."""
     gc.disable()
     try:
         yield

@@ -6,7 +6,6 @@ straight the growth is. All points of an axis take turns.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -139,7 +138,6 @@ def seconds(lm: LanguageModel, job: Job) -> float:
     requests = make_even_requests(job.n_examples, lm.vocab_size, job.prompt_tokens, job.new_tokens)
     n_layers = lm.n_layers if job.n_layers is None else job.n_layers
     capture = Capture(tuple(range(n_layers))) if n_layers else None
-    gc.collect()
     started = time.perf_counter()
     for _ in generate(lm, requests, batch_size=job.batch_size, capture=capture):
         pass
