@@ -279,7 +279,8 @@ def test_an_outsider_races_and_is_given_the_second_pass(tmp_path: Path, monkeypa
     requests = [replace(request, max_new_tokens=4 + i) for i, request in enumerate(make_requests(N, lm.vocab_size))]
     with outside.outsiders(["nnsight"], lm, requests, say) as found:
         peer, installed = found["nnsight"]
-        raced = run_all(Track(PEERS | {"nnsight": peer}, lm, requests, 2), repeats=2, scouts=1, say=say)
+        field = {name: replace(PEERS[name], batch_sizes=(4,)) for name in ("traitline", "serial", "batched")}
+        raced = run_all(Track(field | {"nnsight": peer}, lm, requests, 2), repeats=1, scouts=1, say=say)
     assert installed["torch"] == torch.__version__
     figures = raced["peers"]["nnsight"]
     assert figures["agreement"]["batched"]["n_equal"] == N
@@ -314,6 +315,16 @@ def test_an_outsider_that_does_not_start_is_left_out_with_a_line(
     with outside.outsiders(["nnsight"], lm, make_requests(2, lm.vocab_size), said.append) as found:
         assert found == {}
     assert said == ["  nnsight is left out: nnsight ended: ImportError: no such library"]
+
+
+def test_an_outsider_that_refuses_the_model_is_left_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_peer(tmp_path, monkeypatch, means=False)
+    said: list[str] = []
+    lm = random_model("tiny")
+    requests = [replace(request, max_new_tokens=150) for request in make_requests(2, lm.vocab_size)]
+    with outside.outsiders(["nnsight"], lm, requests, said.append) as found:
+        assert found == {}
+    assert said == ["  nnsight is left out: nnsight ended: too long for me"]
 
 
 def test_environments_are_kept_in_the_platforms_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
