@@ -218,7 +218,7 @@ def _scaling(figure: Figure, result: dict[str, Any]) -> None:
         axes.set_title(f"within {axis['largest_deviation']:.0%} of a line")
         axes.set_xlabel(axis["title"])
         axes.set_ylabel("seconds" if axis["of"] == "job" else "seconds a step")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(axis["seconds"]))
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
 

@@ -97,7 +97,7 @@ def _warm(lm: LanguageModel, requests: Sequence[Request], plan: Plan) -> None:
 
 def _step(lm: LanguageModel, limit: Limits, plan: Plan, repeats: int) -> dict[str, Any]:
     rows = plan.step_batch
-    tries = [decode_seconds(lm, rows, plan.step_tokens) for _ in range(repeats)]
+    tries = [decode_seconds(lm, rows, plan.step_tokens) for _ in range(repeats + 1)][1:]  # the first warms
     work = Sizes.of_model(lm).decode_step(rows, PROMPT_TOKENS + plan.step_tokens / 2)
     floor = limit.floor(work.n_bytes, work.flops)
     return {

@@ -87,7 +87,7 @@ def random_model(
     shape: str, seed: int = 0, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> LanguageModel:
     """A seeded random model that never stops of its own accord."""
-    devices = [torch.device(device)] if device.startswith("cuda") else []
+    devices = [torch.device(device).index or 0] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
         model: Any = _poured(shape, dtype) if shape in HALF else _drawn(shape, dtype)

@@ -18,7 +18,8 @@ lengths are forced (gamma distributed, 2 to 150 tokens), and the mean of every l
 batch size is tried first, to find a peer's best; the best ones then run in turn, and the table holds medians.
 One at a time is measured on the first examples only. "Equal" counts the answers with the same tokens, in every run; the
 deviation is the largest difference of any mean, relative to the largest value of that answer. The floor is the time of
-a decode step's matrices alone.
+a decode step's matrices alone. vLLM, nnsight and TransformerLens run in processes and environments of their own, from
+the same saved weights; loading and compiling come before the clock starts.
 
 **Amplification.** Every side decodes the same prompts to the same number of tokens with two models; "by hand" is a loop
 over transformers' own forward with a cache for each model. **Speculation.** Plain decoding, a draft model and n-gram
