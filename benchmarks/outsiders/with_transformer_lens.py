@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 def load(setup: dict[str, Any]) -> Run:
     """A plain transformers model inside the bridge; what generates is the model with the bridge's parts."""
     model = AutoModelForCausalLM.from_pretrained(setup["folder"], dtype=torch.float32).eval()
-    bridge = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=model.config)
+    bridge = build_bridge_from_module(model, model.config.architectures[0], hf_config=model.config)
     names = [f"blocks.{layer}.hook_out" for layer in range(model.config.num_hidden_layers)]
 
     @torch.inference_mode()
