@@ -46,7 +46,7 @@ HALF = {"2b": torch.bfloat16, "8b": torch.bfloat16}  # the others are measured i
 POSITIONS = 1024
 BLOCK = 4_194_301  # random numbers
 SPARE = 1.3  # times the weights: room for caches and buffers
-HALF_ON_CPU = 3.0  # 2b in bfloat16 came to 2.9 times its weights: the matrix library keeps its own arrangement of them
+HALF_ON_CPU = 3.0  # the roofline of 2b in bfloat16 came to 2.9 times its weights
 
 
 def sizes_of(shape: str) -> dict[str, int]:
