@@ -12,7 +12,11 @@ from typing import Any
 
 import click
 
-SHAPES = ("tiny", "pocket", "15m", "135m")
+SHAPES = ("tiny", "tiny-gemma", "pocket", "15m", "135m", "2b", "8b")
+GUESTS = ("vllm", "nnsight", "transformer_lens")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+USUAL_SHAPES = {"gpu": ("2b",), "roofline": ("pocket", "135m")}  # where none is asked for; else pocket
+ALONE = {"gpu"}  # not among `all`
 UNDRAWN = ("validation", "server", "monitoring")  # their tables say it all
 BUSY = 0.5  # cores that others use
 CARD_SHAPES = ("pocket", "2b")
@@ -33,6 +37,14 @@ class Asked:
     serial_examples: int
     scouts: int
     device: str = "cpu"
+    dtype: str = "auto"
+    guests: tuple[str, ...] = ()
+    static: bool = False
+
+    @property
+    def place(self) -> str:
+        """What a result's name says of the device."""
+        return "" if self.device == "cpu" else f"-{self.device}"
 
 
 def _peers(asked: Asked) -> Named:
@@ -40,7 +52,8 @@ def _peers(asked: Asked) -> Named:
 
     counts = {"n_examples": asked.examples, "n_serial": asked.serial_examples}
     for shape in asked.shapes:
-        yield f"peers-{shape}", partial(race, shape, **counts, repeats=asked.repeats, scouts=asked.scouts, say=_say)
+        rounds = {"repeats": asked.repeats, "scouts": asked.scouts}
+        yield f"peers-{shape}", partial(race, shape, **counts, **rounds, guests=asked.guests, say=_say)
 
 
 def _capture(asked: Asked) -> Named:
@@ -102,10 +115,9 @@ def _reading(asked: Asked) -> Named:
     from benchmarks.reading_cost import reading_cost
 
     counts = {"n_examples": asked.examples, "n_serial": asked.serial_examples}
-    place = "" if asked.device == "cpu" else f"-{asked.device}"
     for shape in asked.shapes:
         yield (
-            f"reading-{shape}{place}",
+            f"reading-{shape}{asked.place}",
             partial(reading_cost, shape, **counts, repeats=asked.repeats, say=_say, device=asked.device),
         )
 
@@ -114,6 +126,47 @@ def _monitoring(asked: Asked) -> Named:
     from benchmarks.captures import captures
 
     yield "monitoring", partial(captures, repeats=asked.repeats, threads=asked.threads, say=_say)
+
+
+def _roofline(asked: Asked) -> Named:
+    from benchmarks.roofline import roofline
+
+    for shape, options in _fitting(asked):
+        yield (
+            f"roofline-{shape}{asked.place}",
+            partial(roofline, shape, **options, repeats=asked.repeats, most_threads=asked.threads, say=_say),
+        )
+
+
+def _scaling(asked: Asked) -> Named:
+    from benchmarks.scaling import scaling
+
+    for shape, options in _fitting(asked):
+        yield f"scaling-{shape}{asked.place}", partial(scaling, shape, **options, repeats=asked.repeats, say=_say)
+
+
+def _gpu(asked: Asked) -> Named:
+    from benchmarks.gpu import Plan, gpu_job
+
+    plan = Plan(n_examples=asked.examples, n_serial=min(asked.serial_examples, 8), static=asked.static)
+    for shape, options in _fitting(asked):
+        yield (
+            f"gpu-{shape}{asked.place}",
+            partial(gpu_job, shape, **options, repeats=asked.repeats, plan=plan, say=_say),
+        )
+
+
+def _fitting(asked: Asked) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The shapes that memory has room for, with their device and type; of the others a line says so."""
+    from benchmarks.shapes import dtype_of, lacking
+
+    for shape in asked.shapes:
+        dtype = dtype_of(shape, asked.dtype)
+        reason = lacking(shape, dtype, asked.device)
+        if reason is None:
+            yield shape, {"device": asked.device, "dtype": dtype}
+        else:
+            _say(reason)
 
 
 JOBS: dict[str, Callable[[Asked], Named]] = {
@@ -127,14 +180,26 @@ JOBS: dict[str, Callable[[Asked], Named]] = {
     "separation": _separation,
     "reading": _reading,
     "monitoring": _monitoring,
+    "roofline": _roofline,
+    "scaling": _scaling,
+    "gpu": _gpu,
 }
 WHATS = tuple(JOBS)
 
 
+def _guests(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+    """A list of outsiders."""
+    names = tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in GUESTS:
+            raise click.BadParameter(f"no such peer: {name!r}; there are {', '.join(GUESTS)}")
+    return names
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("what", type=click.Choice([*WHATS, "all"]), default="all")
-@click.option("--shape", "shapes", multiple=True, default=("pocket",), type=click.Choice(SHAPES), show_default=True,
-              help="Model; may be given several times.")  # fmt: skip
+@click.option("--shape", "shapes", multiple=True, type=click.Choice(SHAPES),
+              help="Model; may be given several times. Without it pocket, or what a job is meant for.")  # fmt: skip
 @click.option("--threads", default=2, type=click.IntRange(1), show_default=True, help="Processor threads.")
 @click.option(
     "--repeats", default=3, type=click.IntRange(1), show_default=True, help="Rounds; capture has 5 pairs each."
@@ -147,15 +212,24 @@ WHATS = tuple(JOBS)
     "--out", default=Path("docs/benchmarks"), type=click.Path(path_type=Path), show_default=True, help="Folder."
 )
 @click.option("--scouts", default=2, type=click.IntRange(1), show_default=True, help="Tries of each batch size.")
-@click.option("--device", default="cpu", type=click.Choice(("cpu", "cuda")), show_default=True, help="Of `reading`.")
-def main(what: str, threads: int, out: Path, **counts: Any) -> None:
-    """Measure the engine beside its peers, what capture and reading cost, two models, memory, cards, the server."""
+@click.option("--device", default="cpu", type=click.Choice(("cpu", "cuda")), show_default=True,
+              help="Of `reading`, `roofline`, `scaling` and `gpu`.")  # fmt: skip
+@click.option("--dtype", default="auto", type=click.Choice(DTYPES), show_default=True,
+              help="Of `roofline`, `scaling` and `gpu`: auto is bfloat16 for 2b and 8b, else float32.")  # fmt: skip
+@click.option("--with", "guests", default="", callback=_guests, metavar="NAME,...",
+              help=f"Of `peers`: who runs in an environment of its own, made once: {', '.join(GUESTS)}.")  # fmt: skip
+@click.option("--static", is_flag=True, help="Of `gpu`: transformers' compiled step, too; compiling takes minutes.")
+def main(what: str, threads: int, out: Path, shapes: tuple[str, ...], **counts: Any) -> None:
+    """Measure the engine beside its peers and its floor, how time grows, what capture and reading cost, and the rest.
+
+    `all` is everything but `gpu`.
+    """
     _quiet(threads)
     load = busy_cores()
     if load > BUSY:
         _say(f"the machine is busy (load {load:.1f}): figures will be noise, above all with more than one thread")
-    asked = Asked(threads=threads, **counts)
-    for kind in WHATS if what == "all" else (what,):
+    for kind in [each for each in WHATS if each not in ALONE] if what == "all" else [what]:
+        asked = Asked(shapes=shapes or USUAL_SHAPES.get(kind, ("pocket",)), threads=threads, **counts)
         for name, measured in JOBS[kind](asked):
             _say(name)
             _write(kind, name, measured(), load, threads, out)

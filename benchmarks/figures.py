@@ -13,12 +13,25 @@ from matplotlib.ticker import MaxNLocator
 matplotlib.use("Agg")
 
 OURS, THEIRS, LIMIT = "#1f6f8b", "#b0b7bd", "#b3402a"
-COLOURS = {"traitline": OURS, "serial": "#8a8f98", "batched": "#d08c3f", "continuous": "#6b8f4e"}
+COLOURS = {
+    "traitline": OURS,
+    "serial": "#8a8f98",
+    "batched": "#d08c3f",
+    "continuous": "#6b8f4e",
+    "static": "#b98ac0",
+    "vllm": "#a2555a",
+    "nnsight": "#7d6bb0",
+    "transformer_lens": "#4f5d75",
+}
 SHORT = {
     "traitline": "Traitline",
     "serial": "transformers,\none at a time",
     "batched": "transformers,\npadded batches",
     "continuous": "transformers,\ncontinuous batching",
+    "static": "transformers,\ncompiled",
+    "vllm": "vLLM (CPU build)\n+ second pass",
+    "nnsight": "nnsight",
+    "transformer_lens": "TransformerLens",
 }
 
 
@@ -33,6 +46,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
 def _peers(figure: Figure, result: dict[str, Any]) -> None:
     bars, curves = figure.subplots(1, 2)
     figure.suptitle(f"{result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, responses and activations")
+    figure.set_figheight(max(3.6, 0.62 * len(result["peers"]) + 0.9))
     _peer_bars(bars, result["peers"])
     for name, peer in result["peers"].items():
         sizes = [int(size) for size in peer["by_batch_size"]]
@@ -173,6 +187,56 @@ def _reading(figure: Figure, result: dict[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _roofline(figure: Figure, result: dict[str, Any]) -> None:
+    passes = list(dict.fromkeys(cell["pass"] for cell in result["cells"]))
+    figure.suptitle(f"{result['shape']}, {result['device']}, {result['dtype']}: measured and floor")
+    for axes, name in zip(figure.subplots(1, len(passes)), passes, strict=True):
+        cells = [cell for cell in result["cells"] if cell["pass"] == name]
+        sizes = [cell["batch_size"] for cell in cells]
+        axes.plot(sizes, [1e3 * cell["seconds"]["min"] for cell in cells], "o-", color=OURS, label="the engine")
+        if "matrices_seconds" in cells[0]:
+            alone = [1e3 * cell["matrices_seconds"] for cell in cells]
+            axes.plot(sizes, alone, "o-", color=COLOURS["batched"], label="its matrices alone")
+        axes.plot(sizes, [1e3 * cell["floor_seconds"] for cell in cells], "--", color=LIMIT, label="floor")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_title(name)
+        axes.set_xlabel("batch size")
+        axes.set_ylabel("milliseconds")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _scaling(figure: Figure, result: dict[str, Any]) -> None:
+    figure.set_figwidth(12.0)
+    figure.suptitle(f"{result['shape']}, {result['device']}: how time grows")
+    for axes, axis in zip(figure.subplots(1, len(result["axes"])), result["axes"].values(), strict=True):
+        points = axis["points"]
+        axes.plot(points, [axis["start"] + axis["slope"] * point for point in points], "-", color=THEIRS)
+        axes.plot(points, axis["seconds"], "o", color=OURS)
+        axes.set_title(f"within {axis['largest_deviation']:.0%} of a line")
+        axes.set_xlabel(axis["title"])
+        axes.set_ylabel("seconds" if axis["of"] == "job" else "seconds a step")
+        axes.set_ylim(0, 1.1 * max(axis["seconds"]))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _gpu(figure: Figure, result: dict[str, Any]) -> None:
+    bars, step = figure.subplots(1, 2, width_ratios=(2, 1))
+    figure.suptitle(f"{result['shape']} on {result['device']}, {result['dtype']}: responses and activations")
+    _peer_bars(bars, result["peers"])
+    found = result["step"]
+    heights = [1e3 * found["floor_seconds"], 1e3 * found["seconds"]["median"]]
+    drawn = step.bar(["floor", "measured"], heights, color=[LIMIT, OURS], width=0.6)
+    step.bar_label(drawn, [f"{height:.3g}" for height in heights], padding=2)
+    step.margins(y=0.15)
+    step.set_title(f"decode step, batch {found['batch_size']}")
+    step.set_ylabel("milliseconds")
+    step.spines[["top", "right"]].set_visible(False)
+
+
 DRAWINGS = {
     "peers": _peers,
     "capture": _capture,
@@ -181,4 +245,7 @@ DRAWINGS = {
     "memory": _memory,
     "separation": _separation,
     "reading": _reading,
+    "roofline": _roofline,
+    "scaling": _scaling,
+    "gpu": _gpu,
 }

@@ -14,10 +14,17 @@ from extraction.models import LanguageModel
 def linear_rate(lm: LanguageModel, batch_size: int, seconds: float = 0.5) -> float:
     """Tokens per second if a step were its linear layers, head included, and nothing else."""
     linear = [module for module in lm.model.modules() if isinstance(module, nn.Linear)]
-    given = [torch.randn(batch_size, module.in_features) for module in linear]
+    given = [torch.randn(batch_size, module.in_features, device=lm.device).to(module.weight.dtype) for module in linear]
     steps, started = 0, time.perf_counter()
     while steps < 3 or time.perf_counter() - started < seconds:
         for module, rows in zip(linear, given, strict=True):
             module(rows)
+        finish(lm.device)
         steps += 1
     return steps * batch_size / (time.perf_counter() - started)
+
+
+def finish(device: torch.device | str) -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

@@ -68,3 +68,10 @@ def _deviation(ours: Answer, theirs: Answer) -> float:
 def cut(items: Sequence[Request], size: int) -> list[Sequence[Request]]:
     """Pieces of `size`."""
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def make_even_requests(n: int, vocab_size: int, prompt_tokens: int, new_tokens: int, seed: int = 0) -> list[Request]:
+    """Random prompts of one length, with answers of one length."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    rows: list[list[int]] = rng.integers(3, vocab_size, (n, prompt_tokens)).tolist()
+    return [Request(f"r{i:05d}", tuple(row), new_tokens) for i, row in enumerate(rows)]

@@ -42,11 +42,16 @@ def serial(lm: LanguageModel, requests: Sequence[Request], batch_size: int = 1) 
     return second_pass(lm, requests, tokens, 1)
 
 
-def batched(lm: LanguageModel, requests: Sequence[Request], batch_size: int) -> Answers:
+def batched(lm: LanguageModel, requests: Sequence[Request], batch_size: int, *, cache: str | None = None) -> Answers:
     """`model.generate` on left-padded batches sorted by prompt length, then a second pass in batches."""
     longest_first = sorted(requests, key=lambda request: -len(request.token_ids))
-    tokens = {key: ids for rows in cut(longest_first, batch_size) for key, ids in _generated(lm, rows).items()}
+    tokens = {key: ids for rows in cut(longest_first, batch_size) for key, ids in _generated(lm, rows, cache).items()}
     return second_pass(lm, requests, tokens, batch_size)
+
+
+def static(lm: LanguageModel, requests: Sequence[Request], batch_size: int) -> Answers:
+    """`batched` with a cache of fixed size, for which transformers compiles the step where the device is a GPU."""
+    return batched(lm, requests, batch_size, cache="static")
 
 
 def continuous(lm: LanguageModel, requests: Sequence[Request], batch_size: int) -> Answers:
@@ -94,8 +99,8 @@ PEERS = {
 class Budgets(StoppingCriteria):
     """Ends each row at a length of its own."""
 
-    def __init__(self, width: int, rows: Sequence[Request]) -> None:
-        self.columns_B = torch.tensor([width + request.max_new_tokens for request in rows])
+    def __init__(self, width: int, rows: Sequence[Request], device: torch.device) -> None:
+        self.columns_B = torch.tensor([width + request.max_new_tokens for request in rows], device=device)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Which rows are done."""
@@ -104,14 +109,14 @@ class Budgets(StoppingCriteria):
 
 
 @torch.inference_mode()
-def _generated(lm: LanguageModel, rows: Sequence[Request]) -> Tokens:
-    """One left-padded batch through `model.generate`."""
+def _generated(lm: LanguageModel, rows: Sequence[Request], cache: str | None = None) -> Tokens:
+    """One left-padded batch through `model.generate`, with a kind of cache (None: transformers' choice)."""
     ids_BT, mask_BT = left_padded([request.token_ids for request in rows], 0, lm.device)
     width = ids_BT.shape[1]
     most = max(request.max_new_tokens for request in rows)
-    config = GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=0)
+    config = GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=0, cache_implementation=cache)
     model: Any = lm.model
-    stops = StoppingCriteriaList([Budgets(width, rows)])
+    stops = StoppingCriteriaList([Budgets(width, rows, lm.device)])
     out_BT = model.generate(ids_BT, attention_mask=mask_BT.long(), generation_config=config, stopping_criteria=stops)
     return {
         request.id: tuple(out_T[width : width + request.max_new_tokens].tolist())
@@ -161,16 +166,17 @@ def _pooled(lm: LanguageModel, rows: Sequence[tuple[Sequence[int], Sequence[int]
     """One batch, padded on the right, where no row sees its pads: [B, L, D]."""
     width = max(len(prompt) + len(response) for prompt, response in rows)
     ids_BT = torch.tensor(
-        [[*prompt, *response] + [0] * (width - len(prompt) - len(response)) for prompt, response in rows]
+        [[*prompt, *response] + [0] * (width - len(prompt) - len(response)) for prompt, response in rows],
+        device=lm.device,
     )
-    column_T = torch.arange(width)
-    start_B1 = torch.tensor([[len(prompt)] for prompt, _ in rows])
-    end_B1 = start_B1 + torch.tensor([[len(response)] for _, response in rows])
+    column_T = torch.arange(width, device=lm.device)
+    start_B1 = torch.tensor([[len(prompt)] for prompt, _ in rows], device=lm.device)
+    end_B1 = start_B1 + torch.tensor([[len(response)] for _, response in rows], device=lm.device)
     live_BT = ((column_T >= start_B1) & (column_T < end_B1)).float()
     last: list[Tensor] = []
     model: Any = lm.model
     with watch({-1: lm.layers[-1]}, lambda _, hidden_BTD: last.append(hidden_BTD)):
         hidden = model.base_model(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states
     states = [*hidden[1:-1], last[0]]  # theirs is after the final norm
-    sums = [torch.einsum("btd,bt->bd", hidden_BTD, live_BT) for hidden_BTD in states]
-    return torch.stack(sums, dim=1) / live_BT.sum(1)[:, None, None]
+    sums = [torch.einsum("btd,bt->bd", hidden_BTD.float(), live_BT) for hidden_BTD in states]
+    return (torch.stack(sums, dim=1) / live_BT.sum(1)[:, None, None]).cpu()

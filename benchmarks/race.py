@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.duos import in_turn, spread
 from benchmarks.floor import linear_rate
 from benchmarks.jobs import Agreement, compare, make_requests, n_tokens
-from benchmarks.peers import PEERS, Answers
+from benchmarks.outside import outsiders
+from benchmarks.peers import PEERS, Answers, Peer
 from benchmarks.shapes import random_model
 from extraction.models import LanguageModel
 from extraction.utils_batch import Request
@@ -29,48 +30,67 @@ class Run:
     answers: Answers
 
 
-def race(shape: str, *, n_examples: int, n_serial: int, repeats: int, scouts: int = 1, say: Say) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Track:
+    """Who runs, and on what."""
+
+    peers: Mapping[str, Peer]
+    lm: LanguageModel
+    requests: Sequence[Request]
+    n_serial: int
+
+    def run(self, name: str, batch_size: int, say: Say) -> Run:
+        """One peer, once. One at a time is measured on the first `n_serial` examples: all would take hours."""
+        requests = self.requests[: self.n_serial] if name == "serial" else self.requests
+        gc.collect(1)  # what the last run left; all of it would take a second
+        started = time.perf_counter()
+        answers = self.peers[name].run(self.lm, requests, batch_size)
+        rate = n_tokens(requests) / (time.perf_counter() - started)
+        say(f"  {name}, batch {batch_size}: {rate:.0f} tokens/s")
+        return Run(name, batch_size, rate, answers)
+
+
+def race(
+    shape: str, *, n_examples: int, n_serial: int, repeats: int, scouts: int = 1, say: Say, guests: Sequence[str] = ()
+) -> dict[str, Any]:
     """Every batch size `scouts` times, to find each peer's best; then the best ones `repeats` times, in turn.
 
-    One at a time is measured on the first `n_serial` examples, since all of them would take hours.
+    `guests` are outsiders, which run in processes of their own beside the peers of this one.
     """
     lm = random_model(shape)
     requests = make_requests(n_examples, lm.vocab_size)
-    tried = [
-        _run(name, size, lm, _share(name, requests, n_serial), say)
-        for _ in range(scouts)
-        for name, peer in PEERS.items()
-        for size in peer.sizes_for(n_examples)
-    ]
-    best = {run.peer: run.batch_size for run in sorted(tried, key=lambda run: run.tokens_per_second)}
-    rounds = [
-        {name: _run(name, best[name], lm, _share(name, requests, n_serial), say) for name in PEERS}
-        for _ in range(repeats)
-    ]
+    with outsiders(guests, lm, requests, say) as found:
+        peers = PEERS | {name: peer for name, (peer, _) in found.items()}
+        measured = run_all(Track(peers, lm, requests, n_serial), repeats=repeats, scouts=scouts, say=say)
     return {
         "shape": shape,
-        "parameters": sum(weights.numel() for weights in lm.model.parameters()),
-        "examples": n_examples,
-        "tokens": n_tokens(requests),
-        "serial_examples": min(n_serial, n_examples),
-        "repeats": repeats,
+        **measured,
         "floor": max(linear_rate(lm, size) for size in PEERS["traitline"].batch_sizes),
-        "ratio": _spread([_ratio(rates_of(each)) for each in rounds]),
-        "peers": {name: _figures(name, tried, rounds, best[name]) for name in PEERS},
+        "versions": {name: installed for name, (_, installed) in found.items()},
+        "left_out": [name for name in guests if name not in found],
     }
 
 
-def _share(name: str, requests: Sequence[Request], n_serial: int) -> Sequence[Request]:
-    return requests[:n_serial] if name == "serial" else requests
-
-
-def _run(name: str, batch_size: int, lm: LanguageModel, requests: Sequence[Request], say: Say) -> Run:
-    gc.collect()
-    started = time.perf_counter()
-    answers = PEERS[name].run(lm, requests, batch_size)
-    rate = n_tokens(requests) / (time.perf_counter() - started)
-    say(f"  {name}, batch {batch_size}: {rate:.0f} tokens/s")
-    return Run(name, batch_size, rate, answers)
+def run_all(track: Track, *, repeats: int, scouts: int, say: Say) -> dict[str, Any]:
+    """Scouts, then rounds in turn: the figures of every peer."""
+    n_examples = len(track.requests)
+    tried = [
+        track.run(name, size, say)
+        for _ in range(scouts)
+        for name, peer in track.peers.items()
+        for size in peer.sizes_for(n_examples)
+    ]
+    best = {run.peer: run.batch_size for run in sorted(tried, key=lambda run: run.tokens_per_second)}
+    rounds = [{name: track.run(name, best[name], say) for name in order} for order in in_turn(list(best), repeats)]
+    return {
+        "parameters": sum(weights.numel() for weights in track.lm.model.parameters()),
+        "examples": n_examples,
+        "tokens": n_tokens(track.requests),
+        "serial_examples": min(track.n_serial, n_examples),
+        "repeats": repeats,
+        "ratio": spread([_ratio(rates_of(each)) for each in rounds]),
+        "peers": {name: _figures(peer.title, tried, rounds, name) for name, peer in track.peers.items()},
+    }
 
 
 def rates_of(each: Mapping[str, Run]) -> dict[str, float]:
@@ -83,21 +103,16 @@ def _ratio(rates: Mapping[str, float]) -> float:
     return rates["traitline"] / max(rate for name, rate in rates.items() if name != "traitline")
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _figures(name: str, tried: Sequence[Run], rounds: Sequence[Mapping[str, Run]], best: int) -> dict[str, Any]:
-    """What one peer's row tells."""
+def _figures(title: str, tried: Sequence[Run], rounds: Sequence[Mapping[str, Run]], name: str) -> dict[str, Any]:
+    """What one peer's row tells. `ratio`: the engine's tokens per second over its own, in the same round."""
     runs = [run for run in tried if run.peer == name] + [each[name] for each in rounds]
-    references = {
-        "serial": next(run.answers for run in tried if run.peer == "serial"),
-        "batched": next(run.answers for run in tried if run.peer == "batched"),
-    }
+    references = {other: next(run.answers for run in tried if run.peer == other) for other in ("serial", "batched")}
+    rates = [rates_of(each) for each in rounds]
     return {
-        "title": PEERS[name].title,
-        "batch_size": best,
-        "tokens_per_second": _spread([each[name].tokens_per_second for each in rounds]),
+        "title": title,
+        "batch_size": rounds[0][name].batch_size,
+        "tokens_per_second": spread([each[name] for each in rates]),
+        "ratio": spread([each["traitline"] / each[name] for each in rates]),
         "by_batch_size": {
             str(run.batch_size): run.tokens_per_second
             for run in sorted(tried, key=lambda run: (run.batch_size, run.tokens_per_second))

@@ -104,7 +104,8 @@ def _sides(folder: str, n_examples: int) -> tuple[LanguageModel, tuple[Tensor, T
     job = plan("pocket", TRAIT, root=folder, options=options, self_check=0)
     engine: Engine = make_responses(job, MODES["batched"], _Silent())
     fit = plan_vectors(job, job.traits[0], job.folder(job.traits[0]), Vectors(), _Silent())
-    return engine.lm, fit.sides
+    rows_nLD = fit.rows.at(slice(None))
+    return engine.lm, (rows_nLD[: fit.n_positive], rows_nLD[fit.n_positive :])
 
 
 def units(positive_NLD: Tensor, negative_MLD: Tensor, n_placebos: int) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = "README.md"
+AGREED = ("equal to one at a time", "equal to batches", "deviation")
 INTRODUCTION = """# Measurements
 
 Made by `python -m benchmarks`; the figures behind every table are in the JSON file beside it.
@@ -17,7 +18,8 @@ lengths are forced (gamma distributed, 2 to 150 tokens), and the mean of every l
 batch size is tried first, to find a peer's best; the best ones then run in turn, and the table holds medians.
 One at a time is measured on the first examples only. "Equal" counts the answers with the same tokens, in every run; the
 deviation is the largest difference of any mean, relative to the largest value of that answer. The floor is the time of
-a decode step's matrices alone.
+a decode step's matrices alone. vLLM, nnsight and TransformerLens run in processes and environments of their own, from
+the same saved weights; loading and compiling come before the clock starts.
 
 **Amplification.** Every side decodes the same prompts to the same number of tokens with two models; "by hand" is a loop
 over transformers' own forward with a cache for each model. **Speculation.** Plain decoding, a draft model and n-gram
@@ -28,6 +30,12 @@ answer. "By hand" is what scripts do: an answer, a second pass over prompt and a
 attention weights, and projections of those on the host. "Equal" counts the answers with the same tokens; the deviation
 is the largest difference of any projection (of what goes into a layer) or attention weight, relative to the largest
 value of that answer. **Captures.** The commands themselves, in fresh processes, on the bundled model.
+
+**Roofline.** A floor is what memory or arithmetic alone would take, whichever is longer: bytes over the bandwidth, and
+operations over the peak, both measured just before. A decode step reads every weight once and each row's cache; a
+teacher-forced pass reads the weights once. The step is the engine's own, with every layer captured. "Its matrices
+alone" are the linear layers called in turn, without anything between. **How time grows.** One thing changes, the rest
+stays; a line is laid through the medians, small points counting as much as large ones.
 """
 
 
@@ -68,15 +76,31 @@ def peers_table(result: dict[str, Any]) -> str:
     """The race of one shape."""
     n_serial, ratio = result["serial_examples"], result["ratio"]
     rows = [_peer_row(name, peer) for name, peer in result["peers"].items()]
-    rows.append(["floor: the matrices alone", "", f"{result['floor']:.0f}", "", "", "", ""])
-    head = ["", "batch", "tokens/s", "min to max", "equal to one at a time", "equal to batches", "deviation"]
+    rows.append(["floor: the matrices alone", "", f"{result['floor']:.0f}", "", "", "", "", ""])
+    head = ["", "batch", "tokens/s", "min to max", "Traitline over it", *AGREED]
     return (
         f"## Peers, {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters\n\n"
         f"{result['examples']} examples, {result['tokens']} response tokens, {result['repeats']} rounds. "
         f"One at a time is measured on {n_serial} examples.\n\n{table(head, rows)}\n"
         f"Traitline over the best peer of the same round: **{ratio['median']:.2f}** "
-        f"({ratio['min']:.2f} to {ratio['max']:.2f}).\n"
+        f"({ratio['min']:.2f} to {ratio['max']:.2f}).\n{_guest_words(result)}"
     )
+
+
+def _guest_words(result: dict[str, Any]) -> str:
+    """Versions of the peers that ran in environments of their own, and who could not be had."""
+    installed = [
+        f"{name} ({', '.join(f'{package} {version}' for package, version in found.items())})"
+        for name, found in result.get("versions", {}).items()
+    ]
+    words = f"In environments of their own: {'; '.join(installed)}.\n" if installed else ""
+    absent = result.get("left_out", [])
+    return words + (f"Could not be had here: {', '.join(absent)}.\n" if absent else "")
+
+
+def _ratio_text(ratio: dict[str, float] | None) -> str:
+    """A ratio with its spread; nothing where none was written down."""
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
 def _peer_row(name: str, peer: dict[str, Any]) -> list[str]:
@@ -88,6 +112,7 @@ def _peer_row(name: str, peer: dict[str, Any]) -> list[str]:
         str(peer["batch_size"]),
         f"{rate['median']:.0f}",
         f"{rate['min']:.0f} to {rate['max']:.0f}",
+        "" if name == "traitline" else _ratio_text(peer.get("ratio")),
         *equal,
         f"{deviation:.0e}",
     ]
@@ -119,7 +144,8 @@ def memory_table(result: dict[str, Any]) -> str:
     head = ["peak resident memory", *[f"{int(count):,} examples" for count in counts], "growth"]
     return (
         "## How memory grows\n\nThe commands themselves, each in a fresh process, on a tiny model and with responses "
-        f"of 4 tokens.\n\n{table(head, rows)}"
+        "of 4 tokens; where layers are named, on random activations of that shape, written through the store. The "
+        f"vectors are mean differences.\n\n{table(head, rows)}"
     )
 
 
@@ -326,6 +352,86 @@ def monitoring_table(result: dict[str, Any]) -> str:
     )
 
 
+def roofline_table(result: dict[str, Any]) -> str:
+    """Steps and passes over their floors."""
+    rows = [
+        [
+            f"{cell['pass']}, batch {cell['batch_size']}",
+            _milliseconds(cell["seconds"]["min"]),
+            _milliseconds(cell["seconds"]["median"]),
+            _milliseconds(cell["matrices_seconds"]) if "matrices_seconds" in cell else "",
+            f"{_milliseconds(cell['floor_seconds'])}, {cell['bound']}",
+            f"{cell['over_floor']:.2f}",
+        ]
+        for cell in result["cells"]
+    ]
+    by_threads = "; ".join(
+        f"with {count} thread{'s' * (count != '1')} {_limit_words(found)}"
+        for count, found in result["by_threads"].items()
+    )
+    head = ["", "best, ms", "median, ms", "its matrices alone, ms", "floor, ms", "best over floor"]
+    return (
+        f"## Roofline, {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, {result['device']}, "
+        f"{result['dtype']}\n\nMeasured here: {_limit_words(result['limits'])}"
+        f"{f' ({by_threads})' if by_threads else ''}. Prompts of {result['prompt_tokens']} tokens, "
+        f"{result['new_tokens']} new ones; texts of {result['forced_tokens']} tokens; every layer captured; best of "
+        f"{result['repeats']}.\n\n{table(head, rows)}"
+    )
+
+
+def _limit_words(limit: dict[str, float]) -> str:
+    return f"{limit['bytes_per_second'] / 1e9:.1f} GB/s and {limit['flops_per_second'] / 1e9:.0f} GFLOP/s"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
+
+
+def scaling_table(result: dict[str, Any]) -> str:
+    """Every axis: its points, and the line through them."""
+    return (
+        f"## How time grows, {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, {result['device']}, "
+        f"{result['dtype']}\n\nMedians of {result['repeats']} rounds.\n\n"
+        + "\n".join(_axis_table(axis) for axis in result["axes"].values())
+    )
+
+
+def _axis_table(axis: dict[str, Any]) -> str:
+    rows = [
+        [str(point), f"{seconds:.3g}", f"{rate:.0f}"]
+        for point, seconds, rate in zip(axis["points"], axis["seconds"], axis["tokens_per_second"], strict=True)
+    ]
+    kept = ", ".join(
+        f"{key.removeprefix('n_').replace('_', ' ')} {'all' if value is None else value}"
+        for key, value in axis["job"].items()
+    )
+    head = [axis["title"], "seconds" if axis["of"] == "job" else "seconds a step", "tokens/s"]
+    return (
+        f"{axis['title'].capitalize()} ({kept}): {axis['start']:.3g} s and {axis['slope']:.3g} s for each; the largest "
+        f"deviation from that line is **{axis['largest_deviation']:.0%}**.\n\n{table(head, rows)}"
+    )
+
+
+def gpu_table(result: dict[str, Any]) -> str:
+    """The race, the step over its floor, and what capture costs."""
+    step, cost = result["step"], result["capture"]["ratio"]
+    rows = [_peer_row(name, peer) for name, peer in result["peers"].items()]
+    head = ["", "batch", "tokens/s", "min to max", "Traitline over it", *AGREED]
+    serial = result["tokens"] / result["peers"]["serial"]["tokens_per_second"]["median"]
+    return (
+        f"## {result['shape']} on {result['device']}: {result['parameters'] / 1e6:.0f}M parameters, "
+        f"{result['dtype']}\n\n{result['examples']} prompts of {result['prompt_tokens']} tokens, "
+        f"{result['new_tokens']} new ones each, means of all {result['layers']} layers; {result['repeats']} rounds. "
+        f"One at a time is measured on {result['serial_examples']} of them; all would take {serial:.0f} s. In half "
+        f"precision tokens may differ: sums are rounded in another order.\n\n{table(head, rows)}\n"
+        f"- a decode step at batch {step['batch_size']}: {_milliseconds(step['seconds']['median'])} ms (best "
+        f"{_milliseconds(step['seconds']['min'])}); its floor, by {step['bound']}, is "
+        f"{_milliseconds(step['floor_seconds'])} ms ({_limit_words(result['limits'])}): **{step['over_floor']:.2f}** "
+        f"times\n- a step with capture over one without: **{cost['median']:.3f}** ({cost['min']:.3f} to "
+        f"{cost['max']:.3f})\n"
+    )
+
+
 TABLES = {
     "peers": peers_table,
     "capture": capture_table,
@@ -337,6 +443,9 @@ TABLES = {
     "separation": separation_table,
     "reading": reading_table,
     "monitoring": monitoring_table,
+    "roofline": roofline_table,
+    "scaling": scaling_table,
+    "gpu": gpu_table,
 }
 TITLES = {
     "amplification": "Tokens per second of two models",
@@ -349,4 +458,7 @@ TITLES = {
     "separation": "Hedging tokens and certain ones",
     "reading": "What reading costs",
     "monitoring": "Captures by number of loads",
+    "roofline": "Steps and passes over their floors",
+    "scaling": "How time grows",
+    "gpu": "Tokens per second by peer, on a GPU",
 }

@@ -277,9 +277,19 @@ def read_payload(path: Path) -> tuple[bytes, dict[str, Any]]:
     receipt = read_receipt(path)
     data = read_bytes(path)
     _check_size(path, len(data), receipt)
-    if hashlib.sha256(data).hexdigest() != receipt["sha256"]:
-        raise complaint(path, "was changed or damaged since it was written: its sha256 is wrong", DELETE)
+    _check_sha256(path, hashlib.sha256(data).hexdigest(), receipt)
     return data, receipt
+
+
+def checked_payload(path: Path) -> os.stat_result:
+    """What the system knows of a payload whose bytes were found to be those that were written; it isn't kept."""
+    receipt = read_receipt(path)
+    with reporting(path, "read"), path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    _check_size(path, status.st_size, receipt)
+    _check_sha256(path, sha256, receipt)
+    return status
 
 
 def check_payload(path: Path) -> None:
@@ -299,6 +309,11 @@ def read_bytes(path: Path) -> bytes:
 def _check_size(path: Path, size: int, receipt: Mapping[str, Any]) -> None:
     if size != receipt["size"]:
         raise complaint(path, f"has {size} bytes, but its receipt says {receipt['size']}", REMAKE)
+
+
+def _check_sha256(path: Path, sha256: str, receipt: Mapping[str, Any]) -> None:
+    if sha256 != receipt["sha256"]:
+        raise complaint(path, "was changed or damaged since it was written: its sha256 is wrong", DELETE)
 
 
 # Locks

@@ -77,9 +77,9 @@ def _eager(lm: LanguageModel) -> Iterator[None]:
 
     decoder: Any = lm.model.get_decoder() if hasattr(lm.model, "get_decoder") else lm.model
     kind = type(lm.model).__name__
-    if not any(_eager_of(module) for module in lm.layers[0].modules()):
+    if not any(eager_of(module) for module in lm.layers[0].modules()):
         raise ModelError(f"{kind} has an attention of its own, whose weights can't be read: {REMEDY}")
-    before = _implementations(decoder.config)
+    before = implementations(decoder.config)
     if any(str(name).startswith(NAME) for name in before.values()):
         raise ModelError(f"{kind} is being watched already: leave the first watching_attention before the next")
     for name, attend in {NAME: _attend, UNCAPPED["sdpa"]: _attend_uncapped}.items():
@@ -105,14 +105,14 @@ def _refusing(kind: str) -> Iterator[None]:
         raise ModelError(f"the attention of {kind} can't be watched ({reason}): {REMEDY}") from failure
 
 
-def _implementations(config: Any) -> dict[str, Any]:
+def implementations(config: Any) -> dict[str, Any]:
     """What `set_attn_implementation` takes to bring a config and those within it back to where they are."""
     inner = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
     kept = {name: sub._attn_implementation for name, sub in inner.items() if sub is not None}
     return {"": config._attn_implementation, **kept}
 
 
-def _eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The eager attention that stands beside a module's class, or a class that it comes from."""
     homes = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
     return next((found for home in homes if (found := getattr(home, "eager_attention_forward", None))), None)
@@ -122,7 +122,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **settings: Any
 ) -> tuple[Tensor, Tensor]:
     """What transformers calls: the model's own eager attention, shown to who watches the module."""
-    eager = _eager_of(module)
+    eager = eager_of(module)
     if eager is None:
         raise ModelError(f"{type(module).__name__} has no eager attention, so its weights can't be read: {REMEDY}")
     added, weights_BHTS = eager(module, query, key, value, attention_mask, **settings)

@@ -1,11 +1,11 @@
 """What only the model itself can say about a trait's vectors: do they separate without the instruction, do they steer?
 
-Shapes: L layers, D hidden, N positive rows, M negative rows.
+Shapes: L layers, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,15 +94,13 @@ def first_token_ratio(engine: Engine, folder: RunFolder, layers: Sequence[int]) 
 class Material:
     """What a steering sweep works with.
 
-    Rows to fit directions on, [N, L, D] and [M, L, D], none of them about a question of `report_on`; each layer's
-    typical norm [L]; the methods that may be chosen; questions to choose a layer by, and questions to report on.
+    Directions [L, D] of the methods that may be chosen, fitted on no row about a question of `report_on`; each layer's
+    typical norm [L]; questions to choose a layer by, and questions to report on.
     """
 
-    positive_NLD: Tensor
-    negative_MLD: Tensor
+    directions: Mapping[str, Tensor]
     norms_L: Sequence[float]
     layers: tuple[int, ...]
-    methods: Sequence[str]
     choose_on: Sequence[str]
     report_on: Sequence[str]
     answers: int
@@ -140,13 +138,12 @@ def steering_evidence(
 def _plan(engine: Engine, trait: Trait, material: Material) -> Plan:
     from extraction.steered import directions_of
     from extraction.sweep import Plan
-    from extraction.vectors.methods import find_method
 
     seed = engine.job.experiment.seed
-    candidates = {}
-    for method in material.methods:
-        direction_LD = find_method(method)(material.positive_NLD, material.negative_MLD, seed=seed)
-        candidates[method] = directions_of(direction_LD, material.norms_L, material.layers, seed=seed)
+    candidates = {
+        method: directions_of(direction_LD, material.norms_L, material.layers, seed=seed)
+        for method, direction_LD in material.directions.items()
+    }
     choose_on, report_on = (uninstructed(engine, trait, asked) for asked in (material.choose_on, material.report_on))
     return Plan(choose_on, report_on, candidates, material.layers, material.answers)
 

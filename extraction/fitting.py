@@ -1,11 +1,13 @@
 """Stage 3: a run's vectors, from the responses that count.
 
-Shapes: L layers, D hidden, N positive rows, M negative rows.
+Rows are read some layers at a time, so that memory holds what one layer needs and not what all do.
+
+Shapes: L layers, k of them, D hidden, N positive rows, M negative rows, n of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,9 @@ from extraction.store import LAYER_CONVENTION, RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from extraction.slices import Picked, Stored
+    from extraction.vectors.layered import Block
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,24 @@ def _of_trait(job: Job, trait: Trait, wanted: Vectors, listener: Listener) -> in
     with working_in(folder, job, trait):
         plan = plan_vectors(job, trait, folder, wanted, listener)
         stale = [name for name in plan.methods if folder.vectors_header(name) != plan.header(name)]
-        return sum(_write_vector(plan, name, listener, named=wanted.methods is not None) for name in stale)
+        found = _find_directions(plan, stale) if stale else {}
+        return sum(_write_vector(plan, *each, listener, named=wanted.methods is not None) for each in found.items())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Stored rows [n, L, D] in float32."""
+
+    picked: Picked
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[n, L, D]."""
+        return self.picked.shape
+
+    def at(self, layers: slice) -> Tensor:
+        """Some layers of all rows: [n, k, D]."""
+        return self.picked.at(layers).float()
 
 
 @dataclass(frozen=True)
@@ -71,19 +93,33 @@ class Fit:
         """What these vectors are made from."""
         return sources_of(self.folder, self.kept)
 
-    @cached_property
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """Positive [N, L, D] and negative [M, L, D] activations of the examples that count."""
-        return self.sides_of("activations")
+    @property
+    def n_positive(self) -> int:
+        """How many of the rows are positive: those come first."""
+        return len(self.kept.ids["pos"])
 
-    def sides_of(self, stage: str) -> tuple[Tensor, Tensor]:
-        """The same rows of another stage's files."""
-        ids, activations_nLD = self.folder.load_activations(self.tensor, stage=stage)
-        row_of = {example_id: row for row, example_id in enumerate(ids)}
-        columns = [self.captured.index(layer) for layer in self.layers]
-        rows = {polarity: [row_of[example_id] for example_id in self.kept.ids[polarity]] for polarity in POLARITIES}
-        positive, negative = (activations_nLD[rows[polarity]][:, columns].float() for polarity in POLARITIES)
-        return positive, negative
+    @cached_property
+    def stored(self) -> Stored:
+        """The activations of all examples."""
+        return self.folder.open_activations(self.tensor)
+
+    @property
+    def rows(self) -> Rows:
+        """The activations [N + M, L, D] of the examples that count."""
+        return self.pick(self._ids, self.stored)
+
+    @property
+    def stripped(self) -> Rows:
+        """The same rows without the instruction in their context."""
+        return self.pick(self._ids, self.folder.open_activations(self.tensor, stage="stripped"))
+
+    def pick(self, ids: Sequence[str], stored: Stored) -> Rows:
+        """Some examples' rows, in the order of their ids."""
+        return Rows(stored.pick(ids, [self.captured.index(layer) for layer in self.layers]))
+
+    @property
+    def _ids(self) -> list[str]:
+        return [example_id for polarity in POLARITIES for example_id in self.kept.ids[polarity]]
 
     def header(self, method: str) -> dict[str, Any]:
         """What a vector file tells of itself; equal headers mean equal vectors."""
@@ -159,18 +195,39 @@ def chosen_tensor(job: Job, stored: Mapping[str, Any], wanted: Vectors) -> str:
     return name
 
 
-def _write_vector(plan: Fit, method: str, listener: Listener, *, named: bool) -> int:
-    from extraction.vectors.methods import find_method
+def _find_directions(plan: Fit, methods: Sequence[str]) -> dict[str, Tensor | TraitError]:
+    """Each method's directions [L, D], or why there are none; all methods in one pass over the layers."""
+    import torch
+
+    from extraction.vectors.layered import blocks_of
+
+    found: dict[str, list[Tensor]] = {name: [] for name in methods}
+    failed: dict[str, TraitError] = {}
+    rows = plan.rows
+    for block in blocks_of(rows.shape):
+        rows_nkD = rows.at(block.layers)
+        sides = rows_nkD[: plan.n_positive], rows_nkD[plan.n_positive :]
+        for name in [name for name in methods if name not in failed]:
+            try:
+                found[name].append(_fit(plan, name, sides, block))
+            except TraitError as failure:
+                failed[name] = failure
+    return {name: failed[name] if name in failed else torch.cat(parts) for name, parts in found.items()}
+
+
+def _fit(plan: Fit, method: str, sides: tuple[Tensor, Tensor], block: Block) -> Tensor:
+    from extraction.vectors.methods import fit_block
     from extraction.vectors.sides import check_sides
 
-    positive, negative = plan.sides
-    try:
-        check_sides(positive, negative, layers=plan.layers)
-        direction_LD = find_method(method)(positive, negative, seed=plan.seed)
-    except TraitError as failure:
+    check_sides(*sides, layers=plan.layers[block.layers])
+    return fit_block(method, *sides, block, seed=plan.seed)
+
+
+def _write_vector(plan: Fit, method: str, found: Tensor | TraitError, listener: Listener, *, named: bool) -> int:
+    if isinstance(found, TraitError):
         if named:
-            raise TraitError(f"trait {plan.trait}: no {method} vector: {failure}") from failure
-        listener.note(f"{plan.trait}: no {method} vector: {failure}")
+            raise TraitError(f"trait {plan.trait}: no {method} vector: {found}") from found
+        listener.note(f"{plan.trait}: no {method} vector: {found}")
         return 0
-    plan.folder.write_vectors(method, {"direction": direction_LD}, plan.header(method))
+    plan.folder.write_vectors(method, {"direction": found}, plan.header(method))
     return 1

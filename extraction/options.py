@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from extraction import __version__
+from extraction.cores import usable_cores
 from extraction.schema import one_line
 from extraction.terminal import Command, Group
 
@@ -372,9 +374,12 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(threads: int | None) -> None:
-    """Keep the libraries below quiet; set the processor threads."""
+    """Keep the libraries below quiet; set the processor threads, by default the cores that this process is given."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, of every product
+    if "torch" not in sys.modules:  # it reads these when it is loaded
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads or usable_cores()))
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve their neighbours
     if threads is not None:
         import torch
 

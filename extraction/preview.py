@@ -85,6 +85,7 @@ def directions_at(folder: RunFolder, place: Place, seed: int, *, vector: str | N
     from extraction.exchange.formats import load_direction
     from extraction.steered import directions_of
     from extraction.vectors.direction import Direction
+    from extraction.vectors.layered import typical_norms
 
     direction = load_direction(vector) if vector else Direction.from_run(folder, place.method)
     captured = folder.shard_facts("activations", 0)["meta"]["layers"]
@@ -92,10 +93,9 @@ def directions_at(folder: RunFolder, place: Place, seed: int, *, vector: str | N
     direction.select(place.layers)  # refuses one that it lacks
     header = folder.vectors_header(place.method) or {}
     name = header.get("activations") or next(iter(folder.shard_facts("activations", 0)["tensors"]))
-    _, activations_nLD = folder.load_activations(name)
-    columns = [captured.index(layer) for layer in direction.layers]
-    norms_L = activations_nLD[:, columns].float().norm(dim=-1).mean(0).tolist()
-    return directions_of(direction.direction_LD, norms_L, direction.layers, seed=seed)
+    stored = folder.open_activations(name)
+    norms_L = typical_norms(stored.pick(stored.ids, [captured.index(layer) for layer in direction.layers]))
+    return directions_of(direction.direction_LD, norms_L.tolist(), direction.layers, seed=seed)
 
 
 def look_at(engine: Engine, trait: Trait, place: Place, look: Look) -> list[Seen]:

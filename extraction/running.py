@@ -26,6 +26,7 @@ from extraction.decoding.amplify import check_alpha
 from extraction.decoding.sample import Sample, Sampler, sampler_of
 from extraction.decoding.speculate import Proposal
 from extraction.errors import ActivationError, ConfigError, LogitsError, PromptError
+from extraction.grouped import decoding_grouped
 from extraction.models import LanguageModel
 from extraction.pairs import refuse_different
 from extraction.partners import Front, Lane, Strategy, minds_holes, partner_of
@@ -119,8 +120,9 @@ class RunningBatch:
         return bool(self.queue) or any(slot is not None for slot in self.slots)
 
     def watching(self) -> AbstractContextManager[Any]:
-        """The guests' hooks, while the batch runs."""
-        return _all(guest.watching() for guest in self.guests)
+        """The guests' hooks, while the batch runs, and attention that copies nothing."""
+        own = [guest.watching() for guest in self.guests]
+        return _all([*own, *(decoding_grouped(lane.lm) for lane in self.lanes)])
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queue requests, in this order. PromptError or ConfigError for one that does not fit; then none is queued."""

@@ -40,6 +40,7 @@ from extraction.payloads import (
 )
 from extraction.pinned import PinnedFolder, check_inside, noting, safe_name
 from extraction.records import POLARITIES
+from extraction.slices import Stored, checked_part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,20 +124,19 @@ class RunFolder(PinnedFolder):
             tensors = tensors_of(data)
             yield metadata_of(data)["ids"], {name: _pick(path, tensors, name) for name in names or tensors}
 
+    def open_activations(self, name: str, *, stage: str = "activations") -> Stored:
+        """All rows of one tensor, in shard order, to be read some layers at a time. Every sha256 is checked, once."""
+        paths = self._payload_paths(STAGES[stage])
+        tensors = [_pick(path, read_receipt(path)["tensors"], name) for path in paths]
+        _check_alike(self.path / STAGES[stage], name, tensors)
+        n = sum(tensor["shape"][0] for tensor in tensors)
+        parts = tuple(checked_part(path) for path in paths)
+        return Stored(name, parts, (n, *tensors[0]["shape"][1:]), tensors[0]["dtype"])
+
     def load_activations(self, name: str, *, stage: str = "activations") -> tuple[list[str], Tensor]:
         """All rows of one tensor, [n, L, D], in shard order; takes the room of the result and of one shard."""
-        import torch
-
-        paths = self._payload_paths(STAGES[stage])
-        parts = [_pick(path, read_receipt(path)["tensors"], name) for path in paths]
-        _check_alike(self.path / STAGES[stage], name, parts)
-        n = sum(part["shape"][0] for part in parts)
-        result = torch.empty((n, *parts[0]["shape"][1:]), dtype=getattr(torch, parts[0]["dtype"]))
-        ids: list[str] = []
-        for shard_ids, tensors in self.iter_activations([name], stage=stage):
-            result[len(ids) : len(ids) + len(shard_ids)] = tensors[name]
-            ids += shard_ids
-        return ids, result
+        stored = self.open_activations(name, stage=stage)
+        return list(stored.ids), stored.pick(stored.ids, range(stored.shape[1])).at(slice(None))
 
     # Results
 

@@ -54,8 +54,6 @@ def validate_trait(engine: Engine, trait: Trait, wanted: Vectors, checks: Checks
 
 
 def _write_card(engine: Engine, trait: Trait, plan: Fit, checks: Checks, listener: Listener) -> int:
-    import torch
-
     from extraction.vectors.validation import CARD_FORM, build_card
 
     folder = plan.folder
@@ -76,7 +74,7 @@ def _write_card(engine: Engine, trait: Trait, plan: Fit, checks: Checks, listene
         row["id"]: row["instruction_id"] for polarity in POLARITIES for row in folder.read_responses(polarity)
     }
     card = build_card(
-        torch.cat(plan.sides),
+        plan.rows,
         [True] * len(plan.kept.ids["pos"]) + [False] * len(plan.kept.ids["neg"]),
         [plan.kept.questions[example_id] for example_id in ids],
         instruction_ids=[instruction_of[example_id] for example_id in ids],
@@ -84,7 +82,7 @@ def _write_card(engine: Engine, trait: Trait, plan: Fit, checks: Checks, listene
         seed=plan.seed,
         methods=plan.methods,
         example_ids=ids,
-        stripped_nLD=torch.cat(plan.sides_of("stripped")) if stripped else None,
+        stripped_nLD=plan.stripped if stripped else None,
         token_0_ratio_L=ratio_L,
         facts=plan.kept.facts(),
     )
@@ -139,21 +137,22 @@ def _settle_verdict(plan: Fit) -> int:
 
 
 def _material(plan: Fit, methods: Sequence[str], answers: int) -> Material:
-    """Rows about the questions that steering is not reported on."""
+    """Directions of the rows about the questions that steering is not reported on."""
     import torch
 
+    from extraction.vectors.layered import typical_norms
+    from extraction.vectors.methods import fit_layers
     from extraction.vectors.splits import PARTS, deal_questions
 
-    questions = {side: [plan.kept.questions[i] for i in plan.kept.ids[side]] for side in POLARITIES}
-    both = [*questions["pos"], *questions["neg"]]
-    labels_n = torch.tensor([True] * len(questions["pos"]) + [False] * len(questions["neg"]))
-    fit, validation, test = deal_questions(both, labels_n, tuple(PARTS.values()), seed=plan.seed)
+    ids = [(side, example_id) for side in POLARITIES for example_id in plan.kept.ids[side]]
+    questions = [plan.kept.questions[example_id] for _, example_id in ids]
+    labels_n = torch.tensor([side == "pos" for side, _ in ids])
+    fit, validation, test = deal_questions(questions, labels_n, tuple(PARTS.values()), seed=plan.seed)
     choose_on, report_on = sorted(fit | validation), sorted(test)  # the card's own parts
-    positive, negative = (
-        rows[[question in choose_on for question in questions[side]]]
-        for side, rows in zip(POLARITIES, plan.sides, strict=True)
+    chosen = [each for each, question in zip(ids, questions, strict=True) if question in choose_on]
+    rows, n_positive = (
+        plan.pick([example_id for _, example_id in chosen], plan.stored),
+        [side for side, _ in chosen].count("pos"),
     )
-    norms_L = torch.cat([positive, negative]).norm(dim=-1).mean(0).tolist()
-    return Material(
-        positive, negative, norms_L, plan.layers, tuple(dict.fromkeys(methods)), choose_on, report_on, answers
-    )
+    found = fit_layers(tuple(dict.fromkeys(methods)), rows, n_positive, seed=plan.seed)
+    return Material(found, typical_norms(rows).tolist(), plan.layers, choose_on, report_on, answers)

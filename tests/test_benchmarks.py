@@ -168,7 +168,7 @@ def test_the_command_writes_what_capture_costs(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="reads a child's memory as POSIX tells it")
 def test_memory_is_measured_in_fresh_processes() -> None:
-    found = memory_growth(counts=(8,), threads=1, say=say)
+    found = memory_growth(counts=(8,), threads=1, say=say, large=(3, 16))
     assert all(peak > 50 for by_count in found["peak_mib"].values() for peak in by_count.values())
     assert all(growth == 1.0 for growth in found["growth"].values())
     assert "8 examples" in TABLES["memory"](found)

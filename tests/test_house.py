@@ -22,9 +22,9 @@ ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name 
 
 # A module imports from lower floors only; `decoding`, `vectors` and `report` are one room each.
 FLOORS = [
-    ("errors", "records", "proportions"),
+    ("errors", "records", "proportions", "cores"),
     ("schema", "hooks", "atomic", "slots", "devices", "pooling", "rubrics", "phrases"),
-    ("payloads", "pinned", "adapters", "detectors", "http_client"),
+    ("payloads", "pinned", "slices", "adapters", "detectors", "http_client"),
     ("configs", "store"),
     ("models", "traits", "prompts", "judges", "capture_store"),
     (
@@ -40,7 +40,7 @@ FLOORS = [
         "prompt_sets",
         "shelf",
     ),
-    ("capture", "internals", "forecast", "continuations"),
+    ("capture", "internals", "grouped", "forecast", "continuations"),
     ("teacher", "vectors", "rows", "readings"),
     ("partners",),
     ("running",),

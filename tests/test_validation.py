@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from extraction.errors import ActivationError, TraitError
 from extraction.records import Example
-from extraction.vectors.controls import best, placebo, split_half_cosine
+from extraction.vectors.controls import best, half_cosines, placebo, placebo_scores, split_half_cosine
 from extraction.vectors.figures import (
     accuracy_at,
     auroc,
@@ -25,6 +25,7 @@ from extraction.vectors.figures import (
     top_1_percent,
     wrong_side,
 )
+from extraction.vectors.layered import Block
 from extraction.vectors.methods import DEFAULT_METHODS, find_method, mean_diff
 from extraction.vectors.reading import by_methods, fit_gauge, held_out_scores
 from extraction.vectors.splits import (
@@ -49,6 +50,12 @@ def card_of(rows: Rows, **asked: object) -> dict:
     return build_card(
         rows.activations_nLD, rows.positive_n, rows.question_ids, **{**settings, **asked}
     )  # fmt: skip
+
+
+def whole(rows: Rows) -> Block:
+    """All layers."""
+    n_layers = rows.activations_nLD.shape[1]
+    return Block(0, n_layers, n_layers)
 
 
 # --- figures against oracles
@@ -477,8 +484,10 @@ def test_placebos_go_the_whole_way_and_average_to_chance():
     split = split_rows(rows, seed=0)
     areas = []
     for seed in range(40):
-        found = placebo(rows, split, ["mean_diff"], seed=seed)
-        assert found is not None
+        shuffled = rows.relabelled(shuffled_labels(rows, split, seed=seed))
+        scores_nKL = placebo_scores(shuffled, split, ["mean_diff"], whole(rows), seed=seed)
+        assert scores_nKL is not None
+        found = placebo(shuffled, split, ["mean_diff"], scores_nKL)
         test_n = split.part_n["test"]
         areas.append(auroc(*(found.scores_n[test_n & (found.positive_n == side), None] for side in (True, False))))
     assert abs(torch.cat(areas).mean().item() - 0.5) < 0.06
@@ -553,16 +562,20 @@ def test_a_card_of_mismatched_rows_is_our_own_bug():
 # --- stability
 
 
+def agreement(rows: Rows, method: str) -> torch.Tensor:
+    return split_half_cosine(half_cosines(rows, method, whole(rows), seed=0))
+
+
 def test_two_halves_agree_on_a_trait_and_on_nothing_else():
     strong, nothing = trait_rows(effect=6.0, hidden=200), trait_rows(effect=0.0, hidden=200)
     for name in DEFAULT_METHODS:
         if name != "ica":
-            assert split_half_cosine(strong, name, seed=0)[2] > 0.5, name
-        assert split_half_cosine(nothing, name, seed=0).abs().max() < 0.3, name
+            assert agreement(strong, name)[2] > 0.5, name
+        assert agreement(nothing, name).abs().max() < 0.3, name
 
 
 def test_two_rows_have_no_halves():
-    assert split_half_cosine(trait_rows(questions=1, instructions=1), "probe", seed=0).isnan().all()
+    assert agreement(trait_rows(questions=1, instructions=1), "probe").isnan().all()
 
 
 # --- what a leak would look like

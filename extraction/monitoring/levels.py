@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from extraction.monitoring.plans import Vector
+    from extraction.vectors.layered import Layered
 
 
 def levels_of(vector: Vector, layers: tuple[int, ...], unit_LD: Tensor) -> np.ndarray | None:
@@ -33,14 +34,21 @@ def levels_of(vector: Vector, layers: tuple[int, ...], unit_LD: Tensor) -> np.nd
         kept = kept_of(vector.job, vector.job.traits[0], vector.folder)
         if sources_of(vector.folder, kept) != header.get("sources"):
             return None
-        ids, activations_nLD = vector.folder.load_activations(name)
+        stored = vector.folder.open_activations(name)
     except TraitlineError:
         return None
     captured = vector.folder.shard_facts("activations", 0)["meta"]["layers"]
-    row_of = {example_id: row for row, example_id in enumerate(ids)}
     columns = [captured.index(layer) for layer in layers]
-    sides = (
-        activations_nLD[[row_of[example_id] for example_id in kept.ids[polarity]]][:, columns].double()
-        for polarity in reversed(POLARITIES)
+    sides = [stored.pick(kept.ids[polarity], columns) for polarity in reversed(POLARITIES)]
+    return np.stack([_mean_projection(side, unit_LD) for side in sides], axis=1)
+
+
+def _mean_projection(rows: Layered, unit_LD: Tensor) -> np.ndarray:
+    """[L], of rows that are read some layers at a time."""
+    from extraction.vectors.layered import blocks_of
+
+    means = (
+        (rows.at(block.layers).double().mean(0) * unit_LD[block.layers].double()).sum(-1)
+        for block in blocks_of(rows.shape)
     )
-    return np.stack([(side_nLD.mean(0) * unit_LD.double()).sum(-1).numpy() for side_nLD in sides], axis=1)
+    return np.concatenate([mean_k.numpy() for mean_k in means])

@@ -115,41 +115,49 @@ def _interval(figures_BC: Tensor) -> tuple[Tensor, Tensor]:
 def resampled_auroc(scores_nC: Tensor, resamples: Resamples) -> Tensor:
     """[n, C] -> [B, C]: c W c / c N c over questions' positive and negative rows, c how often each was drawn.
 
-    W [P, R] are the wins between questions' rows (ties one half), N [P, R] how many of them are compared.
+    W [P, R] are the wins between questions' rows (ties one half), N [P, R] how many of them are compared. All are
+    whole numbers and halves, so the order in which they are added changes nothing.
     """
-    counts_BQ = resamples.counts_BQ
-    here_NP, here_MR = (_one_hot(resamples, side) for side in (True, False))
-    drawn_BP, drawn_BR = (counts_BQ[:, here.any(0)] for here in (here_NP, here_MR))
-    here_NP, here_MR = (here[:, here.any(0)].double() for here in (here_NP, here_MR))
-    step = max(1, CHUNK_NUMBERS // max(1, drawn_BR.numel(), here_NP.shape[1] * here_MR.shape[1]))
-    columns, pairs_PR = [], torch.zeros(here_NP.shape[1], here_MR.shape[1], dtype=torch.float64)
+    (drawn_BP, place_N), (drawn_BR, place_M) = (_drawn(resamples, side) for side in (True, False))
+    shape_PR = (drawn_BP.shape[1], drawn_BR.shape[1])
+    step = max(1, CHUNK_NUMBERS // max(1, drawn_BR.numel(), shape_PR[0] * shape_PR[1]))
+    columns = []
     for chunk in torch.arange(scores_nC.shape[1]).split(step):
-        wins_CPR, pairs_PR = _wins(scores_nC[:, chunk], resamples, here_NP, here_MR)
+        wins_CPR = torch.zeros(len(chunk), *shape_PR, dtype=torch.float64)
+        _add_wins(wins_CPR, scores_nC[:, chunk], resamples, place_N, place_M)
         columns.append(torch.einsum("cbr,br->bc", drawn_BP @ wins_CPR, drawn_BR))
+    pairs_PR = _pairs(resamples, place_N, place_M, shape_PR)
     pairs_B1 = ((drawn_BP @ pairs_PR) * drawn_BR).sum(-1, keepdim=True)
     return torch.cat(columns, -1) / _or_nan(pairs_B1)
 
 
-def _wins(scores_nC: Tensor, resamples: Resamples, here_NP: Tensor, here_MR: Tensor) -> tuple[Tensor, Tensor]:
-    """W [C, P, R] and N [P, R], some positive rows at a time: all pairs of rows at once would fill the memory."""
+def _drawn(resamples: Resamples, side: bool) -> tuple[Tensor, Tensor]:
+    """How often [B, P] each question with rows of a side was drawn, and the place of each row's question there [N]."""
+    questions_P, place_N = resamples.question_n[resamples.positive_n == side].unique(return_inverse=True)
+    return resamples.counts_BQ[:, questions_P], place_N
+
+
+def _add_wins(wins_CPR: Tensor, scores_nC: Tensor, resamples: Resamples, place_N: Tensor, place_M: Tensor) -> None:
+    """Every positive row looks up its place among each question's negative rows: n R searches and not N M pairs."""
     stratum_N, stratum_M = (resamples.stratum_n[resamples.positive_n == side] for side in (True, False))
     positive_CN, negative_CM = scores_nC[resamples.positive_n].mT, scores_nC[~resamples.positive_n].mT
-    shape_PR = (here_NP.shape[1], here_MR.shape[1])
-    wins_CPR = torch.zeros(scores_nC.shape[1], *shape_PR, dtype=torch.float64)
-    pairs_PR = torch.zeros(shape_PR, dtype=torch.float64)
-    for some in torch.arange(len(here_NP)).split(max(1, CHUNK_NUMBERS // max(1, negative_CM.numel()))):
-        same_SM = (stratum_N[some].unsqueeze(-1) == stratum_M).double()
-        above_CS1, below_C1M = positive_CN[:, some].unsqueeze(-1), negative_CM.unsqueeze(-2)
-        won_CSM = same_SM * ((above_CS1 > below_C1M).double() + (above_CS1 >= below_C1M).double()) / 2
-        wins_CPR += here_NP[some].mT @ won_CSM @ here_MR
-        pairs_PR += here_NP[some].mT @ same_SM @ here_MR
-    return wins_CPR, pairs_PR
+    for stratum in stratum_N.unique():
+        here_N, here_M = stratum_N == stratum, stratum_M == stratum
+        above_CS = positive_CN[:, here_N].contiguous()
+        for question in place_M[here_M].unique():
+            below_Cm = negative_CM[:, here_M & (place_M == question)].contiguous().sort(-1).values
+            twice_CS = torch.searchsorted(below_Cm, above_CS) + torch.searchsorted(below_Cm, above_CS, right=True)
+            wins_CPR[..., question].index_add_(1, place_N[here_N], twice_CS.double() / 2)
 
 
-def _one_hot(resamples: Resamples, side: bool) -> Tensor:
-    """Which question each of a side's rows is about, bool [N, Q]."""
-    question_N1 = resamples.question_n[resamples.positive_n == side].unsqueeze(-1)
-    return question_N1 == torch.arange(resamples.counts_BQ.shape[1])
+def _pairs(resamples: Resamples, place_N: Tensor, place_M: Tensor, shape_PR: tuple[int, int]) -> Tensor:
+    """N [P, R]: in each stratum, all of a question's positive rows with all of a question's negative ones."""
+    counts = []
+    for side, place, n_questions in ((True, place_N, shape_PR[0]), (False, place_M, shape_PR[1])):
+        stratum = resamples.stratum_n[resamples.positive_n == side]
+        counts_SQ = torch.zeros(int(resamples.stratum_n.max()) + 1, n_questions, dtype=torch.float64)
+        counts.append(counts_SQ.index_put_((stratum, place), torch.ones_like(place).double(), accumulate=True))
+    return counts[0].mT @ counts[1]
 
 
 def resampled_accuracy(scores_nC: Tensor, resamples: Resamples) -> Tensor:

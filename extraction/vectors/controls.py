@@ -15,9 +15,10 @@ from torch.nn.functional import cosine_similarity
 
 from extraction.errors import TraitError
 from extraction.vectors.figures import auroc, cohens_d
-from extraction.vectors.methods import CONTROL, find_method
+from extraction.vectors.layered import Block
+from extraction.vectors.methods import CONTROL, fit_block
 from extraction.vectors.reading import by_draws, by_methods, held_out_scores
-from extraction.vectors.splits import Rows, Split, halves, shuffled_labels
+from extraction.vectors.splits import Rows, Split, halves
 
 DEAR = ("ica",)  # methods whose fit takes as long as all others': fewer halves, and no part in the placebos
 HALVINGS = 5
@@ -42,32 +43,48 @@ class Placebo:
     scores_n: Tensor
 
 
-def random_draws(rows: Rows, split: Split, *, count: int, seed: int) -> Draws:
-    """Gaussian directions, oriented on the fit rows and read like any method's.
+def random_directions(shape: tuple[int, int, int], *, seed: int) -> Tensor:
+    """Gaussian directions [K, L, D] of unit norm, to be read like any method's.
 
     What separates along one that nobody has chosen, separates nearly everywhere in the space.
     """
     generator = torch.Generator().manual_seed(seed)
-    draws_KLD = torch.randn(count, *rows.activations_nLD.shape[1:], generator=generator, dtype=torch.float64)
-    unit_KLD = draws_KLD / draws_KLD.norm(dim=-1, keepdim=True)
+    draws_KLD = torch.randn(shape, generator=generator, dtype=torch.float64)
+    unit_KLD: Tensor = draws_KLD / draws_KLD.norm(dim=-1, keepdim=True)
+    return unit_KLD
+
+
+def random_figures(rows: Rows, split: Split, unit_KLD: Tensor) -> Tensor:
+    """AUROC and Cohen's d of random directions, oriented on the fit rows: of validation, then of test: [4, K, L]."""
     (scores_nKL,) = held_out_scores(rows, split, by_draws(unit_KLD))
-    found = _at_best_layer(scores_nKL, rows.positive_n, split)
-    return Draws(*(figure_KL.gather(1, found[1]).flatten() for figure_KL in found[0]))
+    here_n = [split.part_n[name] for name in ("validation", "test")]
+    return torch.stack([figure for n in here_n for figure in _figures(scores_nKL[n], rows.positive_n[n])])
 
 
-def placebo(rows: Rows, split: Split, methods: Sequence[str], *, seed: int) -> Placebo | None:
-    """The whole way, fit, choice of method and layer, test, on labels that mean nothing.
+def draws_of(figures_4KL: Tensor) -> Draws:
+    """What `random_figures` come to at each draw's own layer."""
+    areas_KL, effects_KL, *test = figures_4KL
+    layers = [best(areas_KL[way : way + 1], effects_KL[way : way + 1])[1] for way in range(len(areas_KL))]
+    at_K1 = torch.tensor(layers).unsqueeze(-1)
+    return Draws(*(figure_KL.gather(1, at_K1).flatten() for figure_KL in test))
+
+
+def placebo_scores(rows: Rows, split: Split, methods: Sequence[str], block: Block, *, seed: int) -> Tensor | None:
+    """Held-out scores [n, K, L] of `cheap` methods, fitted on rows whose labels mean nothing.
 
     None where the shuffle leaves a side too few rows, or none that differ.
     """
-    shuffled = rows.relabelled(shuffled_labels(rows, split, seed=seed))
-    names = cheap(methods)
     with suppress(TraitError):
-        (scores_nKL,) = held_out_scores(shuffled, split, by_methods(names, seed=seed))
-        validation = split.part_n["validation"]
-        method, index = best(*_figures(scores_nKL[validation], shuffled.positive_n[validation]))
-        return Placebo(shuffled.positive_n, names[method], index, scores_nKL[:, method, index])
+        (scores_nKL,) = held_out_scores(rows, split, by_methods(cheap(methods), seed=seed, block=block))
+        return scores_nKL
     return None
+
+
+def placebo(relabelled: Rows, split: Split, methods: Sequence[str], scores_nKL: Tensor) -> Placebo:
+    """The rest of the way, choice of method and layer, for the scores of all layers."""
+    validation = split.part_n["validation"]
+    method, index = best(*_figures(scores_nKL[validation], relabelled.positive_n[validation]))
+    return Placebo(relabelled.positive_n, cheap(methods)[method], index, scores_nKL[:, method, index])
 
 
 def cheap(methods: Sequence[str]) -> list[str]:
@@ -87,30 +104,31 @@ def best(auroc_KL: Tensor, cohens_d_KL: Tensor) -> tuple[int, int]:
     return -way, -layer
 
 
-def split_half_cosine(rows: Rows, method: str, *, seed: int) -> Tensor:
-    """Mean cosine [L] of the directions of two disjoint halves of the questions, over several ways to halve them.
+def half_cosines(rows: Rows, method: str, block: Block, *, seed: int) -> Tensor:
+    """Cosines [H, L] of the directions of two disjoint halves of the questions, for several ways to halve them.
 
-    5 of them, 2 for a dear method; NaN where a half has too few rows. 1: the direction does not depend on the
-    questions; 0: there is nothing but the questions.
+    5 of them, 2 for a dear method. A row is NaN where a half has too few rows, or none that differ.
     """
-    fit, found = find_method(method), [torch.full(rows.activations_nLD.shape[1:2], torch.nan)]
-    for halving in range(HALVINGS_OF_DEAR if method in DEAR else HALVINGS):
+    n_halvings = HALVINGS_OF_DEAR if method in DEAR else HALVINGS
+    found_HL = torch.full((n_halvings, rows.activations_nLD.shape[1]), torch.nan, dtype=torch.float64)
+    for halving in range(n_halvings):
         with suppress(TraitError):
-            first, second = (fit(*half.sides, seed=seed) for half in halves(rows, seed=seed + halving))
-            found.append(cosine_similarity(first.double(), second.double(), dim=-1))
-    return torch.stack(found[1:] or found).mean(0)
+            first, second = (
+                fit_block(method, *half.sides, block, seed=seed) for half in halves(rows, seed=seed + halving)
+            )
+            found_HL[halving] = cosine_similarity(first.double(), second.double(), dim=-1)
+    return found_HL
+
+
+def split_half_cosine(cosines_HL: Tensor) -> Tensor:
+    """Mean over the halvings that could be had at every layer: [L]; NaN where there are none.
+
+    1: the direction does not depend on the questions; 0: there is nothing but the questions.
+    """
+    return cosines_HL[~cosines_HL.isnan().any(-1)].mean(0)
 
 
 def _figures(scores_nKL: Tensor, positive_n: Tensor) -> tuple[Tensor, Tensor]:
     sides = scores_nKL[positive_n].flatten(1), scores_nKL[~positive_n].flatten(1)
     shape = scores_nKL.shape[1:]
     return auroc(*sides).view(shape), cohens_d(*sides).view(shape)
-
-
-def _at_best_layer(scores_nKL: Tensor, positive_n: Tensor, split: Split) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Test figures [K, L], and the layer [K, 1] that validation chooses for each draw."""
-    validation, test = (
-        _figures(scores_nKL[split.part_n[name]], positive_n[split.part_n[name]]) for name in ("validation", "test")
-    )
-    layers = [best(*(figure[way : way + 1] for figure in validation))[1] for way in range(scores_nKL.shape[1])]
-    return test, torch.tensor(layers).unsqueeze(-1)

@@ -13,8 +13,12 @@ NO_SPREAD = 1e-10  # of the largest score: a smaller standard deviation is round
 
 
 def project(rows_nLD: Tensor, direction_KLD: Tensor) -> Tensor:
-    """Scores of rows on their layer's directions, in float64: [n, L, D] and [K, L, D] -> [n, K, L]."""
-    return torch.einsum("nld,kld->nkl", rows_nLD.double(), direction_KLD.double())
+    """Scores of rows on their layer's directions, in float64, a layer at a time: [n, L, D], [K, L, D] -> [n, K, L]."""
+    scores = [
+        torch.einsum("nd,kd->nk", rows_nD.double(), direction_KD.double())
+        for rows_nD, direction_KD in zip(rows_nLD.unbind(1), direction_KLD.unbind(1), strict=True)
+    ]
+    return torch.stack(scores, -1)
 
 
 def auroc(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ x_i are rows, m+ and m- the sides' means, S+ and S- their covariances (1/N, 1/M)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from extraction.errors import ConfigError
+from extraction.vectors.layered import Block, Layered, blocks_of
 from extraction.vectors.sides import Sides, by_layers, check_sides, towards
 
 PROBE_C = 1.0
@@ -103,12 +104,17 @@ def gradient(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int = 0, shrin
     return by_layers(lambda sides: _most_separating(sides, shrinkage), positive_NLD, negative_MLD)
 
 
-def random(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int) -> Tensor:
-    """A Gaussian draw from the seed, unit norm, oriented like the rest: the baseline that a method must beat."""
+def random(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int, block: Block | None = None) -> Tensor:
+    """A Gaussian draw from the seed, unit norm, oriented like the rest: the baseline that a method must beat.
+
+    `block`: which layers the rows are of; all, unless given. A layer's draw is the same in any block.
+    """
     check_sides(positive_NLD, negative_MLD)
+    n_layers, hidden_size = positive_NLD.shape[1:]
+    block = block or Block(0, n_layers, n_layers)
     generator = torch.Generator().manual_seed(seed)
-    draw_LD = torch.randn(positive_NLD.shape[1:], generator=generator, dtype=torch.float64).to(positive_NLD.device)
-    return normalised(towards(draw_LD, _difference(positive_NLD, negative_MLD))).float()
+    draw_LD = torch.randn((block.n_layers, hidden_size), generator=generator, dtype=torch.float64)[block.layers]
+    return normalised(towards(draw_LD.to(positive_NLD.device), _difference(positive_NLD, negative_MLD))).float()
 
 
 METHODS: dict[str, Method] = {
@@ -130,6 +136,23 @@ def find_method(name: str) -> Method:
     nearest = get_close_matches(name, METHODS, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ConfigError(f"method {name!r} is not known; {hint}known: {', '.join(METHODS)}")
+
+
+def fit_block(name: str, positive_NkD: Tensor, negative_MkD: Tensor, block: Block, *, seed: int) -> Tensor:
+    """A method's directions [k, D] at some layers: what it finds there when it is given all of them."""
+    if name == CONTROL:
+        return random(positive_NkD, negative_MkD, seed=seed, block=block)
+    return find_method(name)(positive_NkD, negative_MkD, seed=seed)
+
+
+def fit_layers(names: Sequence[str], rows: Layered, n_positive: int, *, seed: int) -> dict[str, Tensor]:
+    """Methods' directions [L, D] for rows that are read some layers at a time, the positive ones first."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for block in blocks_of(rows.shape):
+        rows_nkD = rows.at(block.layers)
+        for name, parts in found.items():
+            parts.append(fit_block(name, rows_nkD[:n_positive], rows_nkD[n_positive:], block, seed=seed))
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def normalised(direction_LD: Tensor) -> Tensor:

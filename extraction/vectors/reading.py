@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from extraction.vectors.figures import fit_threshold, pooled_spread, project
-from extraction.vectors.methods import find_method
+from extraction.vectors.layered import Block
+from extraction.vectors.methods import fit_block
 from extraction.vectors.sides import towards
 from extraction.vectors.splits import Rows, Split
 
@@ -63,11 +64,14 @@ def held_out_scores(rows: Rows, split: Split, fit: Fit, *others_nLD: Tensor) -> 
     return found
 
 
-def by_methods(methods: Sequence[str], *, seed: int) -> Fit:
-    """Every method's directions, in order."""
-    return lambda positive, negative: torch.stack(
-        [find_method(name)(positive, negative, seed=seed) for name in methods]
-    )
+def by_methods(methods: Sequence[str], *, seed: int, block: Block | None = None) -> Fit:
+    """Every method's directions, in order. `block`: which layers the rows are of; all, unless given."""
+
+    def fit(positive_NLD: Tensor, negative_MLD: Tensor) -> Tensor:
+        here = block or Block(0, positive_NLD.shape[1], positive_NLD.shape[1])
+        return torch.stack([fit_block(name, positive_NLD, negative_MLD, here, seed=seed) for name in methods])
+
+    return fit
 
 
 def by_draws(draws_KLD: Tensor) -> Fit:

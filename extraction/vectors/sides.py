@@ -52,7 +52,7 @@ class Sides:
     def within_LnR(self) -> Tensor:
         """Every row minus its own side's mean, weighted so that A^T A is the average of the sides' covariances."""
         sides = (self.positive_LNR, self.negative_LMR)
-        return torch.cat([(side - side.mean(1, keepdim=True)) / (2 * side.shape[1]) ** 0.5 for side in sides], 1)
+        return torch.cat([(side - side.mean(1, keepdim=True)).div_((2 * side.shape[1]) ** 0.5) for side in sides], 1)
 
     def to_hidden(self, direction_LR: Tensor) -> Tensor:
         """[L, R] -> [L, D]: unit norm, oriented from negative to positive."""
@@ -69,8 +69,8 @@ def towards(direction_LD: Tensor, difference_LD: Tensor) -> Tensor:
 def span(positive_NLD: Tensor, negative_MLD: Tensor) -> Sides:
     """Centre, scale and, where there are fewer rows than features, rotate into the rows' span (QR)."""
     rows_LnD = torch.cat([positive_NLD, negative_MLD]).double().transpose(0, 1)
-    rows_LnD = rows_LnD - rows_LnD.mean(1, keepdim=True)
-    rows_LnD = rows_LnD / rows_LnD.square().mean((1, 2), keepdim=True).sqrt()
+    rows_LnD -= rows_LnD.mean(1, keepdim=True)  # in place: the rows are ours, and may be most of the memory
+    rows_LnD /= rows_LnD.square().mean((1, 2), keepdim=True).sqrt()
     n_positive, (_, n, hidden_size) = len(positive_NLD), rows_LnD.shape
     if n >= hidden_size:
         return Sides(rows_LnD, None, n_positive, hidden_size)

@@ -54,6 +54,10 @@ class Rows:
         questions, instructions = (tuple(ids[i] for i in places) for ids in (self.question_ids, self.instruction_ids))
         return Rows(self.activations_nLD[keep_n], self.positive_n[keep_n], questions, instructions)
 
+    def at(self, activations_nkD: Tensor) -> Rows:
+        """The same rows with other activations: of some layers, say."""
+        return Rows(activations_nkD, self.positive_n, self.question_ids, self.instruction_ids)
+
     def relabelled(self, positive_n: Tensor) -> Rows:
         """The same rows with other labels."""
         return Rows(self.activations_nLD, positive_n, self.question_ids, self.instruction_ids)

@@ -16,12 +16,23 @@ import torch
 from torch import Tensor
 
 from extraction.vectors.bootstrap import Bounded, Resamples, bounded_figures, resample_questions
-from extraction.vectors.controls import best, cheap, placebo, random_draws, split_half_cosine
+from extraction.vectors.controls import (
+    best,
+    cheap,
+    draws_of,
+    half_cosines,
+    placebo,
+    placebo_scores,
+    random_directions,
+    random_figures,
+    split_half_cosine,
+)
 from extraction.vectors.figures import auroc, top_1_percent, wrong_side
-from extraction.vectors.methods import CONTROL, DEFAULT_METHODS, find_method
+from extraction.vectors.layered import Block, Held, Layered, blocks_of
+from extraction.vectors.methods import CONTROL, DEFAULT_METHODS, fit_block
 from extraction.vectors.reading import by_methods, held_out_scores
 from extraction.vectors.sides import check_finite, check_sides, one_thread
-from extraction.vectors.splits import Rows, Split, split_rows
+from extraction.vectors.splits import Rows, Split, shuffled_labels, split_rows
 from extraction.vectors.verdict import verdict
 
 LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0"
@@ -33,7 +44,7 @@ Figures = dict[str, Bounded]
 
 
 def build_card(  # noqa: PLR0913  # facts of one call, all named
-    activations_nLD: Tensor,
+    activations_nLD: Tensor | Layered,
     labels: Sequence[bool] | Tensor,
     question_ids: Sequence[Any],
     *,
@@ -42,7 +53,7 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
     seed: int,
     methods: Sequence[str] = DEFAULT_METHODS,
     example_ids: Sequence[str] | None = None,
-    stripped_nLD: Tensor | None = None,
+    stripped_nLD: Tensor | Layered | None = None,
     token_0_ratio_L: Sequence[float] | None = None,
     placebos: int = 3,
     random_draws: int = 20,
@@ -54,7 +65,8 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
     `labels`: True is positive; `layers`: the absolute number of each of the L layers; `question_ids` as
     `question_keys` gives them; `instruction_ids`: the instruction pair of each row, None for natural prompts;
     `stripped_nLD`: the same rows, captured again without the instruction in the context; `facts`: how the judge
-    decided (`Kept.facts`), kept in the card under `judge`.
+    decided (`Kept.facts`), kept in the card under `judge`. Rows that are `Layered` are read once, some layers at a
+    time, and what is kept of them doesn't grow with the hidden size.
 
     Every validation and test row is scored by a direction that saw neither its question nor its instruction
     (`split_rows`). Layer and method are chosen on validation, and reported on test. The controls go the same way:
@@ -62,11 +74,12 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
     """
     positive_n = torch.as_tensor(labels, dtype=torch.bool)
     instructions = (0,) * len(positive_n) if instruction_ids is None else tuple(instruction_ids)
-    rows = Rows(activations_nLD, positive_n, tuple(question_ids), instructions)
-    _check_rows(rows, layers, example_ids, stripped_nLD)
+    bare = Rows(torch.empty(len(positive_n), 0, 0), positive_n, tuple(question_ids), instructions)
+    given = _Given(bare, _layered(activations_nLD), _layered(stripped_nLD), tuple(layers), example_ids)
+    _check_shapes(given)
     counts = {"placebos": placebos, "random_draws": random_draws, "bootstraps": bootstraps}
     with one_thread():
-        card = _card(rows, layers, methods, stripped_nLD, counts, seed)
+        card = _card(given, tuple(methods), counts, seed)
     card["token_0"] = None if token_0_ratio_L is None else {"ratio": [float(ratio) for ratio in token_0_ratio_L]}
     if facts is not None:
         card["judge"] = dict(facts)
@@ -76,32 +89,103 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
 # --- the work -------------------------------------------------------------------------------------------------------
 
 
-def _card(
-    rows: Rows,
-    layers: Sequence[int],
-    methods: Sequence[str],
-    stripped_nLD: Tensor | None,
-    counts: Mapping[str, int],
-    seed: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Given:
+    """What a card is made of: rows without their activations, and those, to be had some layers at a time."""
+
+    bare: Rows
+    activations: Layered
+    stripped: Layered | None
+    layers: tuple[int, ...]
+    example_ids: Sequence[str] | None
+
+    def at(self, block: Block) -> tuple[Rows, Tensor | None]:
+        """The rows and the stripped rows of some layers, checked."""
+        rows = self.bare.at(self.activations.at(block.layers))
+        stripped_nkD = None if self.stripped is None else self.stripped.at(block.layers)
+        _check_rows(rows, self.layers[block.layers], self.example_ids, stripped_nkD)
+        return rows, stripped_nkD
+
+
+def _layered(rows: Any) -> Any:
+    return Held(rows) if isinstance(rows, Tensor) else rows
+
+
+def _card(given: _Given, methods: tuple[str, ...], counts: Mapping[str, int], seed: int) -> dict[str, Any]:
     """All of the card that is worked out."""
-    trial = _try_methods(rows, methods, stripped_nLD, bootstraps=counts["bootstraps"], seed=seed)
-    own = {name: _method_card(trial, way, layers, seed) for way, name in enumerate(methods)}
+    split, found = _measure(given, methods, counts, seed)
+    trial = _try_methods(given.bare, split, methods, found, bootstraps=counts["bootstraps"], seed=seed)
+    layers = given.layers
+    own = {name: _method_card(trial, way, layers) for way, name in enumerate(methods)}
     ways = [way for way, name in enumerate(methods) if name != CONTROL] or [0]
     way = ways[choose_method([own[methods[way]]["validation"] for way in ways])]
     return {
         "layer_convention": LAYER_CONVENTION,
         "layers": [int(layer) for layer in layers],
-        "hidden_size": rows.activations_nLD.shape[2],
+        "hidden_size": given.activations.shape[2],
         "seed": seed,
         "bootstraps": counts["bootstraps"],
-        "split": _split_card(rows, trial.split),
-        "typical_norm": _plain(rows.activations_nLD.double().norm(dim=-1).mean(0)),
+        "split": _split_card(given.bare, split),
+        "typical_norm": _plain(found["norms"].mean(0)),
         "methods": own,
         "chosen": _chosen_card(trial, way, own),
-        "controls": _controls_card(trial, layers, counts, seed),
+        "controls": _controls_card(trial, layers, seed),
         "projections": _projections(trial, way, own[methods[way]]["index"]),
     }
+
+
+Found = dict[str, Tensor]
+"""What rows are read for, by name; in every tensor the layers come last."""
+
+
+def _measure(
+    given: _Given, methods: tuple[str, ...], counts: Mapping[str, int], seed: int
+) -> tuple[Split, dict[str, Tensor]]:
+    """All that is read off the rows, in one pass over their layers."""
+    _, n_layers, hidden_size = given.activations.shape
+    unit_KLD = random_directions((counts["random_draws"], n_layers, hidden_size), seed=seed)
+    found: list[Found] = []
+    split: Split | None = None
+    for block in blocks_of(given.activations.shape):
+        rows, stripped_nkD = given.at(block)
+        split = split or split_rows(given.bare, seed=seed)
+        found.append(
+            {
+                **_measure_methods(rows, split, stripped_nkD, methods, block, seed),
+                **_measure_placebos(rows, split, methods, block, [seed + 1 + i for i in range(counts["placebos"])]),
+                "random": random_figures(rows, split, unit_KLD[:, block.layers]),
+                "norms": rows.activations_nLD.double().norm(dim=-1),
+            }
+        )
+    assert split is not None
+    everywhere = [name for name in found[0] if all(name in here for here in found)]
+    return split, {name: torch.cat([here[name] for here in found], -1) for name in everywhere}
+
+
+def _measure_methods(
+    rows: Rows, split: Split, stripped_nLD: Tensor | None, methods: tuple[str, ...], block: Block, seed: int
+) -> Found:
+    """Held-out scores; and of each method's direction of all kept rows, which is the one that stage 3 writes."""
+    others = [] if stripped_nLD is None else [stripped_nLD]
+    fit = by_methods(methods, seed=seed, block=block)
+    found = dict(zip(("scores", "stripped"), held_out_scores(rows, split, fit, *others), strict=False))
+    for name in methods:
+        direction_LD = fit_block(name, *rows.sides, block, seed=seed).double()
+        found[f"norm {name}"] = direction_LD.norm(dim=-1)
+        found[f"top_1_percent {name}"] = top_1_percent(direction_LD)
+        found[f"cosines {name}"] = half_cosines(rows, name, block, seed=seed)
+    return found
+
+
+def _measure_placebos(rows: Rows, split: Split, methods: tuple[str, ...], block: Block, seeds: Sequence[int]) -> Found:
+    """Each shuffle's scores, where it has any."""
+    found = {}
+    for seed in seeds:
+        shuffled = rows.relabelled(shuffled_labels(rows, split, seed=seed))
+        scores_nKL = placebo_scores(shuffled, split, methods, block, seed=seed)
+        if scores_nKL is not None:
+            found[f"placebo {seed}"] = scores_nKL
+    return found
 
 
 @dataclass(frozen=True)
@@ -117,9 +201,13 @@ class _Trial:
     methods: tuple[str, ...]
     bootstraps: int
     seed: int
-    scores_nKL: Tensor
-    stripped_nKL: Tensor | None
+    found: Found
     figures: Mapping[str, Figures]
+
+    @property
+    def scores_nKL(self) -> Tensor:
+        """Held-out scores of the rows."""
+        return self.found["scores"]
 
     def at(self, part: str, way: int) -> Figures:
         """One method's figures [L]."""
@@ -132,20 +220,16 @@ class _Trial:
 
 
 def _try_methods(
-    rows: Rows, methods: Sequence[str], stripped_nLD: Tensor | None, *, bootstraps: int, seed: int
+    rows: Rows, split: Split, methods: tuple[str, ...], found: Found, *, bootstraps: int, seed: int
 ) -> _Trial:
-    split = split_rows(rows, seed=seed)
-    others = [] if stripped_nLD is None else [stripped_nLD]
-    scores_nKL, *stripped = held_out_scores(rows, split, by_methods(methods, seed=seed), *others)
     resamples = {part: _resamples(rows, split, part, bootstraps, seed) for part in ("validation", "test")}
-    scores = {part: scores_nKL[split.part_n[part]] for part in resamples}
-    if stripped:
+    scores = {part: found["scores"][split.part_n[part]] for part in resamples}
+    if "stripped" in found:
         test_n = split.part_n["test"]
         resamples["stripped"] = replace(resamples["test"], stratum_n=split.fold_n()[test_n])
-        scores["stripped"] = stripped[0][split.part_n["test"]]
+        scores["stripped"] = found["stripped"][test_n]
     figures = {part: bounded_figures(scores[part].flatten(1), resamples[part]) for part in resamples}
-    stripped_nKL = stripped[0] if stripped else None
-    return _Trial(rows, split, tuple(methods), bootstraps, seed, scores_nKL, stripped_nKL, figures)
+    return _Trial(rows, split, methods, bootstraps, seed, found, figures)
 
 
 def _resamples(rows: Rows, split: Split, part: str, count: int, seed: int) -> Resamples:
@@ -182,23 +266,28 @@ def _end(figure: Mapping[str, float | None], name: str) -> float:
     return float("nan") if value is None else value
 
 
+def _check_shapes(given: _Given) -> None:
+    bare, shape = given.bare, given.activations.shape
+    n, n_layers = shape[:2]
+    if not n == len(bare.positive_n) == len(bare.question_ids) == len(bare.instruction_ids) or n_layers != len(
+        given.layers
+    ):
+        raise ValueError(
+            f"activations of {n} rows and {n_layers} layers, {len(bare.positive_n)} labels, {len(bare.question_ids)}"
+            f" question ids, {len(bare.instruction_ids)} instruction ids, {len(given.layers)} layer numbers"
+        )
+    if given.stripped is not None and given.stripped.shape != shape:
+        raise ValueError(f"stripped rows {given.stripped.shape}, rows {shape}")
+
+
 def _check_rows(
     rows: Rows, layers: Sequence[int], example_ids: Sequence[str] | None, stripped_nLD: Tensor | None
 ) -> None:
-    n, n_layers = rows.activations_nLD.shape[:2]
-    if not n == len(rows.positive_n) == len(rows.question_ids) == len(rows.instruction_ids) or len(layers) != n_layers:
-        raise ValueError(
-            f"activations of {n} rows and {n_layers} layers, {len(rows.positive_n)} labels, {len(rows.question_ids)}"
-            f" question ids, {len(rows.instruction_ids)} instruction ids, {len(layers)} layer numbers"
-        )
     ids = {side: _ids(rows, example_ids, side) for side in (True, False)}
     check_sides(*rows.sides, layers=layers, positive_ids=ids[True], negative_ids=ids[False])
     if stripped_nLD is not None:
-        if stripped_nLD.shape != rows.activations_nLD.shape:
-            raise ValueError(f"stripped rows {tuple(stripped_nLD.shape)}, rows {tuple(rows.activations_nLD.shape)}")
-        positive_NLD, negative_MLD = stripped_nLD[rows.positive_n], stripped_nLD[~rows.positive_n]
-        check_finite("positive", positive_NLD, layers, ids[True])
-        check_finite("negative", negative_MLD, layers, ids[False])
+        check_finite("positive", stripped_nLD[rows.positive_n], layers, ids[True])
+        check_finite("negative", stripped_nLD[~rows.positive_n], layers, ids[False])
 
 
 def _ids(rows: Rows, example_ids: Sequence[str] | None, side: bool) -> list[str] | None:
@@ -219,13 +308,11 @@ def _split_card(rows: Rows, split: Split) -> dict[str, Any]:
     return {**counts, "instruction_folds": len(split.folds)}
 
 
-def _method_card(trial: _Trial, way: int, layers: Sequence[int], seed: int) -> dict[str, Any]:
+def _method_card(trial: _Trial, way: int, layers: Sequence[int]) -> dict[str, Any]:
     """`norm` and `top_1_percent` are of the direction of all kept rows, which is the one that stage 3 writes."""
-    rows, name = trial.rows, trial.methods[way]
-    direction_LD = find_method(name)(*rows.sides, seed=seed).double()
-    index = _layer(trial, way)
+    name, index = trial.methods[way], _layer(trial, way)
     test_n = trial.split.part_n["test"]
-    wrong_L = wrong_side(trial.scores_nKL[test_n, way], rows.positive_n[test_n])
+    wrong_L = wrong_side(trial.scores_nKL[test_n, way], trial.rows.positive_n[test_n])
     return {
         "layer": int(layers[index]),
         "index": index,
@@ -233,9 +320,9 @@ def _method_card(trial: _Trial, way: int, layers: Sequence[int], seed: int) -> d
         "wrong_side": float(wrong_L[index]),
         "per_layer": {
             **{part: _per_layer(trial.at(part, way)) for part in ("validation", "test")},
-            "norm": _plain(direction_LD.norm(dim=-1)),
-            "top_1_percent": _plain(top_1_percent(direction_LD)),
-            "split_half_cosine": _plain(split_half_cosine(rows, name, seed=seed)),
+            "norm": _plain(trial.found[f"norm {name}"]),
+            "top_1_percent": _plain(trial.found[f"top_1_percent {name}"]),
+            "split_half_cosine": _plain(split_half_cosine(trial.found[f"cosines {name}"])),
             "wrong_side": _plain(wrong_L),
             "stripped": _per_layer(trial.at("stripped", way)) if "stripped" in trial.figures else None,
         },
@@ -266,8 +353,8 @@ def _auroc_by_fold(trial: _Trial, way: int, index: int) -> list[float | None]:
     return _plain(torch.cat(found))
 
 
-def _controls_card(trial: _Trial, layers: Sequence[int], counts: Mapping[str, int], seed: int) -> dict[str, Any]:
-    found = random_draws(trial.rows, trial.split, count=counts["random_draws"], seed=seed)
+def _controls_card(trial: _Trial, layers: Sequence[int], seed: int) -> dict[str, Any]:
+    found = draws_of(trial.found["random"])
     effect_K = found.cohens_d_K[found.cohens_d_K.isfinite()]
     return {
         "random": {
@@ -280,18 +367,14 @@ def _controls_card(trial: _Trial, layers: Sequence[int], counts: Mapping[str, in
         },
         "placebo_methods": cheap(trial.methods),
         "shuffled_labels": [
-            control
-            for index in range(counts["placebos"])
-            if (control := _placebo_card(trial, layers, seed=seed + 1 + index)) is not None
+            _placebo_card(trial, layers, int(name.split()[1])) for name in trial.found if name.startswith("placebo ")
         ],
     }
 
 
-def _placebo_card(trial: _Trial, layers: Sequence[int], *, seed: int) -> dict[str, Any] | None:
-    found = placebo(trial.rows, trial.split, trial.methods, seed=seed)
-    if found is None:
-        return None
-    relabelled = trial.rows.relabelled(found.positive_n)
+def _placebo_card(trial: _Trial, layers: Sequence[int], seed: int) -> dict[str, Any]:
+    relabelled = trial.rows.relabelled(shuffled_labels(trial.rows, trial.split, seed=seed))
+    found = placebo(relabelled, trial.split, trial.methods, trial.found[f"placebo {seed}"])
     resamples = _resamples(relabelled, trial.split, "test", trial.bootstraps, trial.seed)
     figures = bounded_figures(found.scores_n[trial.split.part_n["test"]].unsqueeze(-1), resamples)
     return {"method": found.method, "layer": int(layers[found.index]), "test": _bounded_at(figures, 0)}
@@ -305,7 +388,7 @@ def _projections(trial: _Trial, way: int, index: int) -> dict[str, Any]:
         scores_n = scores_nKL[:, way, index]
         return {"positive": scores_n[test_n & positive_n].tolist(), "negative": scores_n[test_n & ~positive_n].tolist()}
 
-    stripped = None if trial.stripped_nKL is None else sides(trial.stripped_nKL)
+    stripped = sides(trial.found["stripped"]) if "stripped" in trial.found else None
     return {"threshold": 0.0, **sides(trial.scores_nKL), "unit": UNIT, "stripped": stripped}
 
 

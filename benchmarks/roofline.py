@@ -1,0 +1,203 @@
+"""The roofline: a measured step over the time that memory and arithmetic need for it, for both passes of the engine.
+
+A decode step reads all weights once and every row's cache; its operations are two for every weight and row, and four
+for every cached token, row and number of a query. The teacher-forced pass does the same for whole texts, without the
+head. Both are measured through the engine's own ways in.
+
+Shapes: B rows, P prompt tokens, N new tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.duos import spread
+from benchmarks.floor import finish, linear_rate
+from benchmarks.jobs import make_even_requests
+from benchmarks.limits import Limits, limits, threads
+from benchmarks.reading_cost import device_name
+from benchmarks.shapes import random_model
+from extraction.capture import Capture
+from extraction.forecast import shape_of
+from extraction.models import LanguageModel
+from extraction.utils_batch import generate, teacher_force
+
+PROMPT_TOKENS = 60
+BATCH_SIZES = {"cpu": (1, 8, 32, 64), "cuda": (1, 8, 32, 64, 128)}
+NEW_TOKENS = 33  # the first comes with the prompt
+FORCED_TOKENS = 128
+LARGE = 10**9  # parameters; from here on a processor takes seconds a step
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step or a pass must move and compute."""
+
+    n_bytes: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the floor of a model depends on. `cache_bytes`: keys and values of a token, all layers together.
+
+    `body` and `head` are weights that every row is multiplied by; `query_width` sums up the queries of all layers.
+    """
+
+    body: int
+    head: int
+    itemsize: int
+    cache_bytes: int
+    query_width: int
+
+    @staticmethod
+    def of(config: Any, dtype: torch.dtype) -> Sizes:
+        """Of a model's text config; weights are not needed."""
+        shape = shape_of(config, dtype)
+        head = config.vocab_size * config.hidden_size
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // shape.heads
+        return Sizes(
+            body=shape.n_multiplied - head,
+            head=head,
+            itemsize=dtype.itemsize,
+            cache_bytes=shape.kv_width * shape.n_layers * dtype.itemsize,
+            query_width=shape.heads * head_dim * shape.n_layers,
+        )
+
+    @staticmethod
+    def of_model(lm: LanguageModel) -> Sizes:
+        """Of a loaded model."""
+        return Sizes.of(lm.model.config.get_text_config(), lm.dtype)
+
+    def decode_step(self, rows: int, columns: float) -> Work:
+        """One token for every row, each of which has `columns` tokens behind it."""
+        weights = self.body + self.head
+        flops = 2 * weights * rows + 4 * self.query_width * columns * rows
+        return Work(weights * self.itemsize + self.cache_bytes * columns * rows, flops)
+
+    def forced_pass(self, rows: int, tokens: int) -> Work:
+        """Texts read at once, without the head; attention is causal, so half of the square."""
+        flops = 2 * self.body * rows * tokens + 4 * self.query_width * rows * tokens * tokens / 2
+        return Work(self.body * self.itemsize, flops)
+
+
+def roofline(
+    shape: str,
+    *,
+    repeats: int,
+    say: Say,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_sizes: Sequence[int] | None = None,
+    most_threads: int = 1,
+    probe: Callable[[str, torch.dtype], Limits] = limits,
+) -> dict[str, Any]:
+    """Decode steps and teacher-forced passes at several batch sizes, each over its floor; the best of `repeats`."""
+    before = probe(device, dtype)
+    say(f"  {before.bytes_per_second / 1e9:.1f} GB/s, {before.flops_per_second / 1e9:.0f} GFLOP/s")
+    lm = random_model(shape, dtype=dtype, device=device)
+    sizes, n_parameters = Sizes.of_model(lm), sum(weights.numel() for weights in lm.model.parameters())
+    kind = torch.device(device).type
+    asked = batch_sizes or (BATCH_SIZES[kind] if n_parameters < LARGE or kind == "cuda" else BATCH_SIZES[kind][:3])
+    cells = []
+    for rows in asked:
+        cells.append(_decoded(lm, sizes, before, rows, repeats))
+        say(f"  {cells[-1]['pass']}, batch {rows}: {cells[-1]['over_floor']:.2f} times its floor")
+        cells.append(_forced(lm, sizes, before, rows, repeats))
+        say(f"  {cells[-1]['pass']}, batch {rows}: {cells[-1]['over_floor']:.2f} times its floor")
+    return {
+        "shape": shape,
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": n_parameters,
+        "limits": asdict(before),
+        "by_threads": _limits_by_threads(dtype, most_threads, probe) if kind == "cpu" else {},
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "forced_tokens": FORCED_TOKENS,
+        "repeats": repeats,
+        "cells": cells,
+    }
+
+
+def _limits_by_threads(
+    dtype: torch.dtype, most: int, probe: Callable[[str, torch.dtype], Limits]
+) -> dict[str, dict[str, float]]:
+    """Of the processor, with one thread and with all."""
+    found = {}
+    for count in sorted({1, most}):
+        with threads(count):
+            found[str(count)] = asdict(probe("cpu", dtype))
+    return found
+
+
+def _decoded(lm: LanguageModel, sizes: Sizes, limit: Limits, rows: int, repeats: int) -> dict[str, Any]:
+    tries = [decode_seconds(lm, rows) for _ in range(repeats + 1)][1:]
+    work = sizes.decode_step(rows, PROMPT_TOKENS + NEW_TOKENS / 2)
+    return _cell("decode step", rows, tries, work, limit) | {"matrices_seconds": rows / linear_rate(lm, rows)}
+
+
+def _forced(lm: LanguageModel, sizes: Sizes, limit: Limits, rows: int, repeats: int) -> dict[str, Any]:
+    tries = [forced_seconds(lm, rows) for _ in range(repeats + 1)][1:]
+    return _cell("teacher-forced pass", rows, tries, sizes.forced_pass(rows, FORCED_TOKENS), limit)
+
+
+def _cell(name: str, rows: int, tries: Sequence[float], work: Work, limit: Limits) -> dict[str, Any]:
+    floor = limit.floor(work.n_bytes, work.flops)
+    return {
+        "pass": name,
+        "batch_size": rows,
+        "seconds": spread(tries),
+        "floor_seconds": floor,
+        "bound": limit.bound(work.n_bytes, work.flops),
+        "over_floor": min(tries) / floor,
+        **asdict(work),
+    }
+
+
+def decode_seconds(lm: LanguageModel, rows: int, new_tokens: int = NEW_TOKENS, *, captures: bool = True) -> float:
+    """Seconds of a decode step of the engine: equal prompts and lengths, so that nothing enters or leaves meanwhile.
+
+    The first step comes with the prompts and doesn't count.
+    """
+    requests = make_even_requests(rows, lm.vocab_size, PROMPT_TOKENS, new_tokens)
+    capture = Capture(tuple(range(lm.n_layers))) if captures else None
+    ends: list[float] = []
+    with _undisturbed():
+        for _ in generate(
+            lm, requests, batch_size=rows, capture=capture, on_progress=lambda _: ends.append(time.perf_counter())
+        ):
+            pass
+    last = min(new_tokens - 1, len(ends) - 1) - 1  # with capture a last step reads the last token, and chooses none
+    return (ends[last] - ends[0]) / last
+
+
+def forced_seconds(lm: LanguageModel, rows: int, tokens: int = FORCED_TOKENS) -> float:
+    """Seconds of the engine's pass over texts that exist, all layers' means kept."""
+    requests = make_even_requests(rows, lm.vocab_size, tokens, 1)
+    half = tokens // 2
+    texts = [(request.id, request.token_ids[:half], request.token_ids[half:]) for request in requests]
+    with _undisturbed():
+        started = time.perf_counter()
+        for _ in teacher_force(lm, texts, capture=Capture(tuple(range(lm.n_layers))), batch_size=rows):
+            pass
+        finish(lm.device)
+        return time.perf_counter() - started
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without the collection of rubbish in between."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,171 @@
+"""Attention of a decode step without copies: the queries that share a key head are its query tokens.
+
+A model's eager attention repeats keys and values for every query head, at every step, over the whole cache: with
+Gemma-2's 8 query heads on 4 key heads that is most of a step on a processor. Here the heads of a group take the place
+of query tokens, so keys and values are read once, as they lie in the cache. A pass of many tokens (a prefill) is left
+to the model's own function. A short proof decides whether a model's attention is one of this form.
+
+Shapes: B rows, H heads, G key heads, R = H / G queries a key head, T new tokens, S columns, C head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from extraction.attention import eager_of, implementations
+
+if TYPE_CHECKING:
+    from extraction.models import LanguageModel
+
+NAMES = {"eager": "traitline-grouped-eager", "sdpa": "traitline-grouped"}
+MOST_QUERIES = 32  # R T: beyond, copying pays
+_proven: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def grouped_attention(
+    query_BHTC: Tensor,
+    key_BGSC: Tensor,
+    value_BGSC: Tensor,
+    mask_B1TS: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax of (q . k) times the scaling, soft-capped if asked, over the columns that the mask leaves: [B, H, T, C].
+
+    The mask is boolean, or added to the scores; it must not differ between heads.
+    """
+    n_rows, n_heads, width, _ = query_BHTC.shape
+    n_groups = key_BGSC.shape[1]
+    packed = (n_rows, n_groups, n_heads // n_groups * width, -1)
+    query_BGQC = query_BHTC.reshape(packed)
+    if mask_B1TS is not None and width > 1:
+        mask_B1TS = mask_B1TS.repeat(1, 1, n_heads // n_groups, 1)
+    if softcap is None:
+        found = scaled_dot_product_attention(query_BGQC, key_BGSC, value_BGSC, attn_mask=mask_B1TS, scale=scaling)
+    else:
+        score = torch.matmul(query_BGQC, key_BGSC.transpose(2, 3)) * scaling
+        score = torch.tanh(score / softcap) * softcap
+        if mask_B1TS is not None:
+            score = score.masked_fill(~mask_B1TS, -torch.inf) if mask_B1TS.dtype == torch.bool else score + mask_B1TS
+        found = torch.matmul(score.softmax(-1, dtype=torch.float32).to(query_BHTC.dtype), value_BGSC)
+    return found.reshape(n_rows, n_heads, width, -1)
+
+
+@contextmanager
+def decoding_grouped(lm: LanguageModel) -> Iterator[None]:
+    """Decode steps on grouped attention while the block lasts, where the model's own would copy, and is of this form.
+
+    Where something else watches the model's attention, it stays as it is. The former implementation comes back.
+    """
+    decoder: Any = lm.model.get_decoder() if hasattr(lm.model, "get_decoder") else lm.model
+    before = implementations(decoder.config)
+    name = NAMES.get(str(before[""]))
+    if name is None or not _copies(lm, str(before[""])) or not _is_of_this_form(lm, decoder, name, before):
+        yield
+        return
+    decoder.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+
+
+def _copies(lm: LanguageModel, implementation: str) -> bool:
+    """Whether the model's own attention, which can be another one, repeats keys and values for a step of one token."""
+    from transformers.integrations import sdpa_attention
+
+    modules: list[Any] = [module for module in lm.layers[0].modules() if eager_of(module) is not None]
+    groups = [int(getattr(module, "num_key_value_groups", 1)) for module in modules]
+    packs = implementation == "sdpa" and hasattr(sdpa_attention, "pack_gqa")
+    return max(groups, default=1) > 1 and not packs
+
+
+def _is_of_this_form(lm: LanguageModel, decoder: Any, name: str, before: dict[str, Any]) -> bool:
+    """Proven once a model: the same logits of a text decoded token by token, within rounding."""
+    if lm.model not in _proven:
+        _register()
+        wanted_TV = _decoded(lm)
+        decoder.set_attn_implementation(name)
+        try:
+            found_TV = _decoded(lm)
+        except Exception:  # an architecture may object in any way
+            found_TV = torch.full_like(wanted_TV, torch.nan)
+        finally:
+            decoder.set_attn_implementation(before)
+        wide = lm.dtype in (torch.float32, torch.float64)
+        error = (found_TV - wanted_TV).abs().max() / wanted_TV.abs().max()
+        _proven[lm.model] = bool(error <= (1e-5 if wide else 2e-2))
+    return _proven[lm.model]
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    for kind, mask in (("eager", eager_mask), ("sdpa", sdpa_mask)):
+        AttentionInterface.register(NAMES[kind], _ATTEND[kind])
+        AttentionMaskInterface.register(NAMES[kind], mask)
+
+
+def _attend_as(
+    own: Callable[[nn.Module], Callable[..., Any]],
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        n_queries = query.shape[1] // key.shape[1] * query.shape[2]
+        if n_queries > MOST_QUERIES or (attention_mask is None and query.shape[2] > 1):
+            found: tuple[Tensor, Tensor | None] = own(module)(module, query, key, value, attention_mask, **settings)
+            return found
+        scaling, softcap = settings.get("scaling"), settings.get("softcap")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        added = grouped_attention(query, key, value, attention_mask, scaling=scaling, softcap=softcap)
+        return added.transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+def _own_eager(module: nn.Module) -> Callable[..., Any]:
+    eager = eager_of(module)
+    assert eager is not None
+    return eager
+
+
+def _own_sdpa(module: nn.Module) -> Callable[..., Any]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    forward: Callable[..., Any] = sdpa_attention_forward
+    return forward
+
+
+_ATTEND = {"eager": _attend_as(_own_eager), "sdpa": _attend_as(_own_sdpa)}
+
+
+@torch.inference_mode()
+def _decoded(lm: LanguageModel) -> Tensor:
+    """Logits [T, V] in float64 of a short text: a prefill of three tokens, then one by one, through the cache."""
+    from extraction.slots import SlotCache, Window
+
+    ids_BT = torch.arange(1, 9, device=lm.device).remainder(lm.vocab_size).repeat(2, 1)
+    mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    mask_BT[1, :2] = False  # a row with padding
+    position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    cache = SlotCache(lm.n_layers, Window(slots=2, columns=8))
+    rows, inputs = torch.arange(2, device=lm.device), {"past_key_values": cache, "use_cache": True}
+    logits: list[Tensor] = []
+    with cache.window.entering(rows, cursor=3):
+        first = {"attention_mask": mask_BT[:, :3], "position_ids": position_BT[:, :3]}
+        logits.append(lm.last_logits(ids_BT[:, :3], **first, **inputs))
+    for t in range(3, 8):
+        step = {"attention_mask": mask_BT[:, : t + 1], "position_ids": position_BT[:, t : t + 1]}
+        logits.append(lm.last_logits(ids_BT[:, t : t + 1], **step, **inputs))
+        cache.window.cursor += 1
+    return torch.cat(logits).double()

@@ -1,0 +1,116 @@
+"""Attention without copies is the model's own: the same numbers, the same tokens, and only where that was proven."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from extraction import grouped, running
+from extraction.attention import watching_attention
+from extraction.grouped import decoding_grouped, grouped_attention
+from extraction.models import LanguageModel, wrap
+from extraction.utils_batch import Request, generate
+from tests.tiny import deviation, prompts, reference_greedy, shared_model, tiny_model
+
+B, H, G, S, C = 3, 6, 2, 11, 8
+CAPPED = ["gemma2", "vaultgemma"]
+
+
+def implementation(lm: LanguageModel) -> str:
+    return str(lm.model.get_decoder().config._attn_implementation)
+
+
+def drawn(width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, values, and a mask [B, 1, T, S]: padding on the left, causal on the right."""
+    generator = torch.Generator().manual_seed(width)
+    query, key, value = (torch.randn(B, n, s, C, generator=generator) for n, s in ((H, width), (G, S), (G, S)))
+    column_S = torch.arange(S)
+    mask_B1TS = (column_S >= torch.tensor([0, 3, 5])[:, None, None, None]) & (
+        column_S <= S - width + torch.arange(width)[:, None]
+    )
+    return query, key, value, mask_B1TS
+
+
+def repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float | None) -> Tensor:
+    """The plain formula, every query head with a copy of its key head."""
+    key, value = (states.repeat_interleave(H // G, dim=1) for states in (key, value))
+    score = query @ key.transpose(2, 3) * C**-0.5
+    score = score if softcap is None else softcap * torch.tanh(score / softcap)
+    return score.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("kind", ["boolean", "added"])
+def test_it_is_the_plain_formula(width: int, softcap: float | None, kind: str) -> None:
+    query, key, value, mask = drawn(width)
+    given = mask if kind == "boolean" else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    found = grouped_attention(query, key, value, given, scaling=C**-0.5, softcap=softcap)
+    assert deviation(found, repeated(query, key, value, mask, softcap)) < 1e-6
+    others = query.view(B, H // G, G, width, C).transpose(1, 2).reshape(query.shape)  # heads dealt to groups in turn
+    assert deviation(found, repeated(others, key, value, mask, softcap)) > 1e-2
+    assert deviation(found, repeated(query, key, value, mask.flip(0), softcap)) > 1e-2
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_the_engine_answers_as_the_model_does(name: str) -> None:
+    lm = wrap(shared_model(name))
+    requests = [Request(str(i), ids, 14) for i, ids in enumerate(prompts(9))]
+    wanted = {request.id: reference_greedy(lm.model, request.token_ids, 14, lm.stop_ids) for request in requests}
+    with decoding_grouped(lm):
+        assert implementation(lm) == grouped.NAMES["eager"]
+    assert {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)} == wanted
+
+
+def test_it_is_used_in_a_step_and_spares_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the model's own function sees every step; with it, only prefills."""
+    from transformers.models.gemma2 import modeling_gemma2
+
+    lm, seen = wrap(tiny_model("gemma2")), []
+    own = modeling_gemma2.eager_attention_forward
+
+    def counted(module: torch.nn.Module, query: Tensor, *given: Tensor, **settings: object) -> tuple[Tensor, Tensor]:
+        seen.append(query.shape[2])
+        return own(module, query, *given, **settings)
+
+    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", counted)
+    requests = [Request("a", tuple(range(3, 90)), 6)]
+    with decoding_grouped(lm):
+        pass  # proven here
+    seen.clear()
+    list(generate(lm, requests, batch_size=1))
+    assert set(seen) == {87}
+    monkeypatch.setattr(running, "decoding_grouped", lambda _: nullcontext())
+    seen.clear()
+    list(generate(lm, requests, batch_size=1))
+    assert set(seen) == {87, 1}
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gpt2", "bloom"])
+def test_what_is_of_another_form_stays_as_it_is(name: str) -> None:
+    """gpt_oss has sinks; GPT-2 has a key head for every query head; BLOOM has an attention of its own."""
+    lm = wrap(shared_model(name))
+    before = implementation(lm)
+    with decoding_grouped(lm):
+        assert implementation(lm) == before
+
+
+def test_the_former_implementation_comes_back_after_an_error_too() -> None:
+    lm = wrap(shared_model("gemma2"))
+    before = implementation(lm)
+    within = decoding_grouped(lm)
+    within.__enter__()
+    assert implementation(lm) != before
+    assert within.__exit__(KeyError, KeyError(), None) is False
+    assert implementation(lm) == before
+
+
+def test_attention_that_is_watched_stays_the_models_own() -> None:
+    lm = wrap(shared_model("gemma2"))
+    with watching_attention(lm, (0,), lambda *_: None):
+        watched = implementation(lm)
+        with decoding_grouped(lm):
+            assert implementation(lm) == watched

@@ -1,0 +1,351 @@
+"""The roofline, how time grows, the GPU's job, and peers in processes of their own: tiny, on a processor."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import outside
+from benchmarks.__main__ import DTYPES, GUESTS, JOBS, SHAPES, main
+from benchmarks.gpu import Plan, gpu_job
+from benchmarks.hardware import describe
+from benchmarks.jobs import compare, make_even_requests, make_requests
+from benchmarks.limits import Limits, limits, threads
+from benchmarks.peers import PEERS, Peer, static
+from benchmarks.published import forecast_table
+from benchmarks.race import Track, run_all
+from benchmarks.roofline import Sizes, decode_seconds, forced_seconds, roofline
+from benchmarks.scaling import AXES, Job, fitted, job_at, scaling, straight
+from benchmarks.shapes import HALF, config_of, dtype_of, lacking, random_model
+from benchmarks.shapes import SHAPES as KNOWN
+from benchmarks.tables import TABLES, TITLES, page, save
+from extraction.forecast import shape_of
+
+N = 5
+QUICK = Limits(bytes_per_second=1e10, flops_per_second=1e11)
+PLAIN = """
+import sys
+
+sys.path.insert(0, {scripts!r})
+import torch
+from line import budgets, cut, left_padded, responses, serve, settings
+from transformers import AutoModelForCausalLM
+
+def load(setup):
+    print("libraries talk")
+    model = AutoModelForCausalLM.from_pretrained(setup["folder"], dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def run(rows, batch_size):
+        tokens = {{}}
+        for piece in cut(rows, batch_size):
+            ids, mask = left_padded(piece)
+            stops = budgets(piece, ids.shape[1])
+            out = model.generate(ids, attention_mask=mask, stopping_criteria=stops, **settings(piece))
+            tokens |= responses(piece, out, ids.shape[1])
+        if any(row["max_new_tokens"] > 140 for row in rows):
+            raise SystemExit("too long for me")
+        means = {{row["id"]: torch.full((3, 32), float(len(tokens[row["id"]]))) for row in rows}}
+        return tokens, means if {means} else {{}}
+
+    return run
+
+serve(load)
+"""
+
+
+def say(_text: str) -> None:
+    """Nobody listens."""
+
+
+def probe(_device: str, _dtype: torch.dtype) -> Limits:
+    """Limits that take no time."""
+    return QUICK
+
+
+def written(kind: str, found: dict[str, Any], folder: Path) -> str:
+    """As the command writes it; returns the page."""
+    result = {"kind": kind, "machine": describe(1), **found}
+    if importlib.util.find_spec("matplotlib"):
+        from benchmarks.figures import draw
+
+        assert draw(result, folder / f"{kind}-tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(save(f"{kind}-tiny", result, folder).read_text()) == result
+    assert TABLES[kind](result) in page(folder)
+    return page(folder)
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_large_shapes_have_the_sizes_of_their_models() -> None:
+    """Without weights. Gemma-2-2B has 2.61 thousand million parameters, Llama-3-8B 8.03."""
+    assert shape_of(config_of("2b"), torch.bfloat16).n_parameters == 2_614_341_888
+    assert shape_of(config_of("8b"), torch.bfloat16).n_parameters == 8_030_261_248
+    assert (dtype_of("2b"), dtype_of("pocket"), dtype_of("2b", "float32")) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
+    assert set(SHAPES) == set(KNOWN)
+
+
+def test_a_shape_that_does_not_fit_is_left_out_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.shapes.free_memory", lambda _device: 2**30)
+    assert lacking("tiny", torch.float32, "cpu") is None
+    assert "8b in bfloat16 needs" in str(lacking("8b", torch.bfloat16, "cpu"))
+    result = CliRunner().invoke(main, ["roofline", "--shape", "8b", "--threads", "1", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "1.0 GiB are free on cpu: skipped" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_shapes_weights_are_poured_and_the_model_answers_as_transformers_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(HALF, "tiny-gemma", torch.bfloat16)
+    lm = random_model("tiny-gemma", dtype=torch.float32)
+    model: Any = lm.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    assert 0.7 < float(weight.std()) * weight.shape[1] ** 0.5 / 1.5 < 1.3
+    requests = make_requests(3, lm.vocab_size)
+    answers = [PEERS[name].run(lm, requests, 3) for name in ("traitline", "serial")]
+    assert compare(*answers).n_equal == 3
+    assert compare(*answers).deviation < 1e-4
+
+
+# --- the roofline ---------------------------------------------------------------------------------------------------
+
+
+def test_a_floor_is_the_longer_of_bytes_and_operations() -> None:
+    limit = Limits(bytes_per_second=10.0, flops_per_second=100.0)
+    assert (limit.floor(50.0, 100.0), limit.bound(50.0, 100.0)) == (5.0, "memory")
+    assert (limit.floor(50.0, 1000.0), limit.bound(50.0, 1000.0)) == (10.0, "arithmetic")
+
+
+def test_limits_are_measured_and_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with threads(1):
+        found = limits("cpu", torch.float32, seconds=0.01, read_bytes=2**22)
+    assert found.bytes_per_second > 1e8
+    assert found.flops_per_second > 1e8
+    assert torch.get_num_threads() == before
+
+
+def test_a_step_moves_and_computes_what_is_counted_by_hand() -> None:
+    """tiny: 3 layers of 4 heads of 8 and 2 of keys, 32 wide, an MLP of 64, 97 tokens, the head tied."""
+    sizes = Sizes.of_model(random_model("tiny"))
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
+    assert (sizes.body, sizes.head) == (3 * layer + 32, 97 * 32)
+    assert (sizes.cache_bytes, sizes.query_width) == (3 * 2 * 2 * 8 * 4, 3 * 4 * 8)
+    step = sizes.decode_step(rows=5, columns=70)
+    weights = 3 * layer + 32 + 97 * 32
+    assert step.n_bytes == 4 * weights + 5 * 70 * sizes.cache_bytes
+    assert step.flops == 2 * 5 * weights + 4 * 5 * 70 * 96
+    forced = sizes.forced_pass(rows=2, tokens=10)
+    assert (forced.n_bytes, forced.flops) == (4 * sizes.body, 2 * 20 * sizes.body + 2 * 2 * 100 * 96)
+
+
+def test_a_head_of_its_own_is_counted_and_its_embeddings_are_not() -> None:
+    """8B, from its config alone: the table of embeddings is looked up, not read."""
+    config = config_of("8b")
+    sizes = Sizes.of(config, torch.bfloat16)
+    assert sizes.body + 2 * sizes.head == shape_of(config, torch.bfloat16).n_parameters
+    assert sizes.decode_step(1, 0).n_bytes == 2 * (sizes.body + sizes.head)
+
+
+def test_steps_and_passes_are_measured_over_their_floors(tmp_path: Path) -> None:
+    found = roofline("tiny-gemma", repeats=1, say=say, batch_sizes=(1, 3), probe=probe, most_threads=2)
+    assert [(cell["pass"], cell["batch_size"]) for cell in found["cells"]] == [
+        ("decode step", 1),
+        ("teacher-forced pass", 1),
+        ("decode step", 3),
+        ("teacher-forced pass", 3),
+    ]
+    for cell in found["cells"]:
+        assert cell["over_floor"] == pytest.approx(cell["seconds"]["min"] / cell["floor_seconds"])
+        assert cell["floor_seconds"] == QUICK.floor(cell["n_bytes"], cell["flops"])
+    assert set(found["by_threads"]) == {"1", "2"}
+    assert "with 2 threads 10.0 GB/s and 100 GFLOP/s" in written("roofline", found, tmp_path)
+
+
+def test_a_step_is_timed_without_its_prefill() -> None:
+    """A prompt of 60 takes as long as many steps; what is told must not depend on how many steps share it."""
+    lm = random_model("tiny")
+    few, many = (min(decode_seconds(lm, 4, n) for _ in range(3)) for n in (3, 20))
+    assert 0.2 < few / many < 5
+    assert decode_seconds(lm, 2, 5, captures=False) > 0
+    assert forced_seconds(lm, 2, 16) > 0
+
+
+def test_the_forecasts_of_the_document_are_those_of_the_published_figures() -> None:
+    text = (Path(outside.__file__).parent.parent / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert forecast_table() in text
+    assert "| T4 | 320 |" in forecast_table()
+
+
+# --- how time grows -------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_found_and_what_bends_is_told() -> None:
+    exact = straight((1, 2, 4), (3.0, 5.0, 9.0))
+    assert exact["start"] == pytest.approx(1.0)
+    assert exact["slope"] == pytest.approx(2.0)
+    assert exact["largest_deviation"] < 1e-9
+    assert straight((1, 2, 4, 8), (1.0, 4.0, 16.0, 64.0))["largest_deviation"] > 0.2
+
+
+def test_every_axis_changes_one_thing() -> None:
+    lm = random_model("tiny")
+    for axis in AXES.values():
+        chosen = fitted(axis, lm, most=300)
+        jobs = [vars(job_at(chosen, point)) for point in chosen.points]
+        changed = {key for job in jobs for key in job if job[key] != jobs[0][key]}
+        assert changed == {axis.field}
+        assert max(job["n_examples"] for job in jobs) <= 300
+    assert fitted(AXES["layers"], lm, most=100).points == (0, 1, 3)
+    assert fitted(AXES["examples"], lm, most=20_000).points[-1] == 20_000
+
+
+def test_growth_is_measured_and_tabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {name: replace(axis, job=Job(4, 6, 3, 2)) for name, axis in AXES.items()}
+    short["length"] = replace(short["length"], points=(2, 4, 8))
+    short["examples"] = replace(short["examples"], points=(2, 4, 8))
+    monkeypatch.setattr("benchmarks.scaling.AXES", short)
+    found = scaling("tiny", repeats=1, say=say, most=4)
+    assert found["axes"]["batch"]["points"] == [1, 2, 4]
+    assert found["axes"]["examples"]["points"] == [2, 4]
+    assert "Layers captured" in written("scaling", found, tmp_path)
+
+
+# --- the GPU's job --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gpus_job_runs_from_end_to_end_on_a_processor(dtype: torch.dtype, tmp_path: Path) -> None:
+    plan = Plan(n_examples=N, new_tokens=7, n_serial=2, batch_sizes=(2, 4), step_batch=3, step_tokens=6, pairs=2)
+    found = gpu_job(
+        "tiny-gemma", device="cpu", dtype=dtype, repeats=2, say=say, plan=replace(plan, static=True), probe=probe
+    )
+    assert set(found["peers"]) == {"traitline", "batched", "static", "serial"}
+    for peer in found["peers"].values():
+        assert peer["agreement"]["serial"]["n_compared"] == 2
+        assert dtype == torch.bfloat16 or peer["agreement"]["serial"]["n_equal"] == 2
+        assert peer["agreement"]["serial"]["deviation"] < (1e-4 if dtype == torch.float32 else 0.1)
+    assert (found["tokens"], found["step"]["batch_size"], found["capture"]["pairs"]) == (7 * N, 3, 2)
+    assert "all would take" in written("gpu", found, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpus_job_runs_on_one() -> None:
+    plan = Plan(n_examples=N, new_tokens=7, n_serial=2, batch_sizes=(4,), step_batch=3, step_tokens=6, pairs=2)
+    found = gpu_job("tiny-gemma", device="cuda", dtype=torch.float32, repeats=1, say=say, plan=plan)
+    assert found["peers"]["traitline"]["agreement"]["serial"]["n_equal"] == 2
+    assert found["step"]["over_floor"] > 1
+
+
+def test_a_static_cache_gives_the_same_answers() -> None:
+    lm = random_model("tiny")
+    requests = make_even_requests(3, lm.vocab_size, 10, 6)
+    assert compare(static(lm, requests, 2), PEERS["serial"].run(lm, requests, 1)).n_equal == 3
+
+
+# --- peers in processes of their own --------------------------------------------------------------------------------
+
+
+def plain_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, means: bool) -> None:
+    """An outsider of ours in the place of nnsight: plain transformers, in this very environment."""
+    script = PLAIN.format(scripts=str(outside.SCRIPTS), means=means)
+    (tmp_path / "with_nnsight.py").write_text(script)
+    monkeypatch.setattr(outside, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(outside, "environment", lambda _name, _say: Path(sys.executable))
+    recipe = replace(outside.RECIPES["nnsight"], packages=("safetensors",), batch_sizes=(2, 4))
+    monkeypatch.setitem(outside.RECIPES, "nnsight", recipe)
+
+
+def test_an_outsider_races_and_is_given_the_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_peer(tmp_path, monkeypatch, means=False)
+    lm = random_model("tiny")
+    requests = [replace(request, max_new_tokens=4 + i) for i, request in enumerate(make_requests(N, lm.vocab_size))]
+    with outside.outsiders(["nnsight"], lm, requests, say) as found:
+        peer, installed = found["nnsight"]
+        field = {name: replace(PEERS[name], batch_sizes=(4,)) for name in ("traitline", "serial", "batched")}
+        raced = run_all(Track(field | {"nnsight": peer}, lm, requests, 2), repeats=1, scouts=1, say=say)
+    assert installed["torch"] == torch.__version__
+    figures = raced["peers"]["nnsight"]
+    assert figures["agreement"]["batched"]["n_equal"] == N
+    assert figures["agreement"]["batched"]["deviation"] < 1e-4
+    assert figures["ratio"]["median"] > 0
+    result = {"shape": "tiny", **raced, "floor": 1.0, "versions": {"nnsight": installed}, "left_out": ["vllm"]}
+    text = written("peers", result, tmp_path)
+    assert "In environments of their own: nnsight (torch " in text
+    assert "Could not be had here: vllm." in text
+
+
+def test_an_outsiders_own_means_are_read_and_its_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_peer(tmp_path, monkeypatch, means=True)
+    lm = random_model("tiny")
+    requests = [replace(request, max_new_tokens=5) for request in make_requests(3, lm.vocab_size)]
+    with outside.outsiders(["nnsight"], lm, requests, say) as found:
+        peer: Peer = found["nnsight"][0]
+        answers = peer.run(lm, requests, 2)
+        assert {float(answer.means_LD.max()) for answer in answers.values()} == {5.0}
+        assert compare(answers, PEERS["serial"].run(lm, requests, 1)).deviation > 0.1
+        with pytest.raises(outside.AbsentError, match="nnsight ended: too long for me"):
+            peer.run(lm, [replace(requests[0], max_new_tokens=150)], 1)
+
+
+def test_an_outsider_that_does_not_start_is_left_out_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_peer(tmp_path, monkeypatch, means=False)
+    (tmp_path / "with_nnsight.py").write_text("raise ImportError('no such library')")
+    said: list[str] = []
+    lm = random_model("tiny")
+    with outside.outsiders(["nnsight"], lm, make_requests(2, lm.vocab_size), said.append) as found:
+        assert found == {}
+    assert said == ["  nnsight is left out: nnsight ended: ImportError: no such library"]
+
+
+def test_an_outsider_that_refuses_the_model_is_left_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_peer(tmp_path, monkeypatch, means=False)
+    said: list[str] = []
+    lm = random_model("tiny")
+    requests = [replace(request, max_new_tokens=150) for request in make_requests(2, lm.vocab_size)]
+    with outside.outsiders(["nnsight"], lm, requests, said.append) as found:
+        assert found == {}
+    assert said == ["  nnsight is left out: nnsight ended: too long for me"]
+
+
+def test_environments_are_kept_in_the_platforms_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert outside.cache_folder() == tmp_path / "traitline-benchmarks"
+    folder = outside.cache_folder() / f"vllm-{sys.version_info.major}.{sys.version_info.minor}"
+    folder.mkdir(parents=True)
+    wanted = {"packages": list(outside.RECIPES["vllm"].packages), "torch": torch.__version__}
+    (folder / outside.READY).write_text(json.dumps(wanted))
+    assert folder in outside.environment("vllm", say).parents
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_command_offers_is_what_there_is() -> None:
+    assert set(GUESTS) == set(outside.RECIPES)
+    assert set(JOBS) == set(TABLES) == set(TITLES)
+    assert all(dtype == "auto" or isinstance(getattr(torch, dtype), torch.dtype) for dtype in DTYPES)
+    scripts = {path.stem.removeprefix("with_") for path in outside.SCRIPTS.glob("with_*.py")}
+    assert scripts == set(GUESTS)
+    result = CliRunner().invoke(main, ["peers", "--with", "vllm,lens"])
+    assert result.exit_code == 2
+    assert "no such peer: 'lens'" in result.stderr
