@@ -377,9 +377,8 @@ def prepare(threads: int | None) -> None:
     """Keep the libraries below quiet; set the processor threads, by default the cores that this process is given."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, of every product
-    if "torch" not in sys.modules:  # it reads these when it is loaded
+    if "torch" not in sys.modules:  # it reads this when it is loaded
         os.environ.setdefault("OMP_NUM_THREADS", str(threads or usable_cores()))
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve their neighbours
     if threads is not None:
         import torch
 
