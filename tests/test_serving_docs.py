@@ -19,7 +19,7 @@ from tests.served import Running, running
 PAGE = (REPOSITORY / "docs" / "server.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 CURLS = [block.strip() for kind, block in BLOCKS if kind == "bash" and block.startswith("curl")]
-ROLES = ("after", "before", "model", "draft", "root", "token_file", "dtype", "device", "trust_remote_code")
+ROLES = ("after", "before", "model", "draft", "root", "token_file", "dtype", "device", "trust_remote_code", "quantize")
 
 
 @pytest.fixture(scope="module")
