@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from extraction.capture import Capture
+    from extraction.configs import Experiment, ModelSpec
     from extraction.decoding.sample import Sample
     from extraction.models import LanguageModel
     from extraction.utils_batch import Completion, Request
@@ -44,17 +45,15 @@ class Listener(Protocol):
         """The stage has ended."""
 
 
-@dataclass
-class Engine:
-    """The model of a job, loaded when first needed, and what the doors want to know of its work."""
+class Loading:
+    """A model that is loaded when it is first needed. `fits`: the batch size that was found after memory ran out."""
 
-    job: Job
-    n_made: int = 0
-    n_tokens: int = 0
-    seconds: float = 0.0
-    checked: bool = False
-    batch_sizes: list[int] = field(default_factory=list)
-    fits: int | None = None  # the batch size that was found after memory had run out
+    fits: int | None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Which model."""
+        raise NotImplementedError
 
     @property
     def is_loaded(self) -> bool:
@@ -70,7 +69,35 @@ class Engine:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        return load(self.job.spec)
+        return load(self.spec)
+
+    def slots(self, settings: Experiment, prompt_lengths: Sequence[int]) -> int:
+        """The batch size: what was found to fit, what is asked for, or what memory should hold."""
+        from extraction.forecast import auto_batch_size
+
+        if self.fits is not None:
+            return self.fits
+        if settings.batch_size != "auto":
+            return int(settings.batch_size)
+        return auto_batch_size(self.lm, prompt_lengths, settings.generation.max_new_tokens)
+
+
+@dataclass
+class Engine(Loading):
+    """The model of a job, and what the doors want to know of its work."""
+
+    job: Job
+    n_made: int = 0
+    n_tokens: int = 0
+    seconds: float = 0.0
+    checked: bool = False
+    batch_sizes: list[int] = field(default_factory=list)
+    fits: int | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Which model."""
+        return self.job.spec
 
     @cached_property
     def capture(self) -> Capture:
@@ -101,17 +128,7 @@ class Engine:
 
     def batch_size(self, mode: Mode, prompt_lengths: Sequence[int]) -> int:
         """How many slots: one where the mode is serial, else what was asked for."""
-        from extraction.forecast import auto_batch_size
-
-        settings = self.job.experiment
-        if mode.serial:
-            return 1
-        if self.fits is not None:
-            return self.fits
-        asked = settings.batch_size
-        if asked != "auto":
-            return int(asked)
-        return auto_batch_size(self.lm, prompt_lengths, settings.generation.max_new_tokens)
+        return 1 if mode.serial else self.slots(self.job.experiment, prompt_lengths)
 
 
 @contextmanager
@@ -124,10 +141,10 @@ def working_in(folder: RunFolder, job: Job, trait: Trait) -> Iterator[None]:
         yield
 
 
-def load_once(engine: Engine, listener: Listener) -> None:
+def load_once(engine: Loading, listener: Listener) -> None:
     """Load the model, saying so, unless it is loaded."""
     if not engine.is_loaded:
-        listener.note(f"loading {engine.job.spec.name}")
+        listener.note(f"loading {engine.spec.name}")
         for note in notes_of_places(engine.lm.spread):
             listener.note(note)
 
@@ -186,14 +203,8 @@ def make_shard(
         _write_activations(engine, folder, index, kept, {**meta, "captured": "while generating"})
 
 
-class Shrinking(Protocol):
-    """What remembers the batch size that was found after memory had run out."""
-
-    fits: int | None
-
-
 def halving(
-    run: Callable[[int], None], batch_size: int, engine: Shrinking, listener: Listener, undo: Callable[[], None]
+    run: Callable[[int], None], batch_size: int, engine: Loading, listener: Listener, undo: Callable[[], None]
 ) -> int:
     """Run at a batch size; when memory runs out, again at half of it. Returns the size that worked."""
     from extraction.devices import give_back

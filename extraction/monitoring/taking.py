@@ -19,13 +19,13 @@ from extraction.monitoring.labels import pieces_of, tokens_of
 from extraction.monitoring.plans import Plan, SetPlan
 from extraction.prompts import encode_example
 from extraction.records import Example, Prompt
-from extraction.runners import Listener, halving
+from extraction.runners import Listener, Loading, halving, load_once
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from extraction.capture import Recording
-    from extraction.models import LanguageModel
+    from extraction.configs import ModelSpec
     from extraction.utils_batch import Completion
 
 POINTS = ("residual_in", "after_attention", "residual_out")
@@ -50,8 +50,8 @@ ATTENTION = {
 
 
 @dataclass
-class Taking:
-    """What a plan has come to so far, and the model, loaded when the first prompt is due."""
+class Taking(Loading):
+    """What a plan has come to so far, and the model."""
 
     plan: Plan
     n_made: int = 0
@@ -64,20 +64,9 @@ class Taking:
     fresh: set[str] = field(default_factory=set)  # stems of sets that have new files
 
     @property
-    def is_loaded(self) -> bool:
-        """Whether the model is in memory."""
-        return "lm" in self.__dict__
-
-    @cached_property
-    def lm(self) -> LanguageModel:
-        """The loaded model."""
-        from transformers.utils import logging
-
-        from extraction.models import load
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        return load(self.plan.spec)
+    def spec(self) -> ModelSpec:
+        """Which model."""
+        return self.plan.spec
 
     @cached_property
     def recording(self) -> Recording:
@@ -118,8 +107,7 @@ def going_on(taking: Taking, stem: str, listener: Listener) -> Iterator[None]:
 
 
 def _take_set(taking: Taking, each: SetPlan, listener: Listener) -> None:
-    if not taking.is_loaded:
-        listener.note(f"loading {taking.plan.spec.name}")
+    load_once(taking, listener)
     prompts = prompts_of(taking, each)  # every prompt is checked before the first is answered
     _check_once(taking, prompts, listener)
     with each.folder.lock():
@@ -194,22 +182,12 @@ def _take_shard(taking: Taking, each: SetPlan, prompts: Sequence[Prompt], listen
             listener.advance(1, 0)
 
     started = time.perf_counter()
-    batch_size = halving(run, _batch_size(taking, prompts), taking, listener, lambda: listener.advance(-len(done), 0))
+    asked = taking.slots(plan.settings, [len(prompt.token_ids) for prompt in prompts])
+    batch_size = halving(run, asked, taking, listener, lambda: listener.advance(-len(done), 0))
     taking.seconds += time.perf_counter() - started
     taking.n_made += len(done)
     taking.n_tokens += sum(done)
     taking.batch_sizes.append(batch_size)
-
-
-def _batch_size(taking: Taking, prompts: Sequence[Prompt]) -> int:
-    from extraction.forecast import auto_batch_size
-
-    asked, longest = taking.plan.settings.batch_size, taking.plan.settings.generation.max_new_tokens
-    if taking.fits is not None:
-        return taking.fits
-    if asked != "auto":
-        return int(asked)
-    return auto_batch_size(taking.lm, [len(prompt.token_ids) for prompt in prompts], longest)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
