@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.duos import in_turn, spread
 from benchmarks.floor import linear_rate
 from benchmarks.jobs import Agreement, compare, make_requests, n_tokens
-from benchmarks.outside import outsiders
+from benchmarks.outside import AbsentError, outsiders
 from benchmarks.peers import PEERS, Answers, Peer
 from benchmarks.shapes import random_model
 from extraction.models import LanguageModel
@@ -67,19 +67,18 @@ def race(
         **measured,
         "floor": max(linear_rate(lm, size) for size in PEERS["traitline"].batch_sizes),
         "versions": {name: installed for name, (_, installed) in found.items()},
-        "left_out": [name for name in guests if name not in found],
+        "left_out": [name for name in guests if name not in measured["peers"]],
     }
 
 
 def run_all(track: Track, *, repeats: int, scouts: int, say: Say) -> dict[str, Any]:
     """Scouts, then rounds in turn: the figures of every peer."""
-    n_examples = len(track.requests)
-    tried = [
-        track.run(name, size, say)
-        for _ in range(scouts)
-        for name, peer in track.peers.items()
-        for size in peer.sizes_for(n_examples)
-    ]
+    n_examples, present = len(track.requests), dict(track.peers)
+    tried: list[Run] = []
+    for _ in range(scouts):
+        for name in list(present):
+            tried += _scouted(track, present, name, say)
+    tried = [run for run in tried if run.peer in present]
     best = {run.peer: run.batch_size for run in sorted(tried, key=lambda run: run.tokens_per_second)}
     rounds = [{name: track.run(name, best[name], say) for name in order} for order in in_turn(list(best), repeats)]
     return {
@@ -89,8 +88,18 @@ def run_all(track: Track, *, repeats: int, scouts: int, say: Say) -> dict[str, A
         "serial_examples": min(track.n_serial, n_examples),
         "repeats": repeats,
         "ratio": spread([_ratio(rates_of(each)) for each in rounds]),
-        "peers": {name: _figures(peer.title, tried, rounds, name) for name, peer in track.peers.items()},
+        "peers": {name: _figures(peer.title, tried, rounds, name) for name, peer in present.items()},
     }
+
+
+def _scouted(track: Track, present: dict[str, Peer], name: str, say: Say) -> list[Run]:
+    """One peer at every batch size. An outsider whose process ends is present no longer, with a line."""
+    try:
+        return [track.run(name, size, say) for size in present[name].sizes_for(len(track.requests))]
+    except AbsentError as reason:
+        say(f"  left out: {reason}")
+        del present[name]
+        return []
 
 
 def rates_of(each: Mapping[str, Run]) -> dict[str, float]:

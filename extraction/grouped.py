@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from extraction.attention import eager_of, implementations
+from extraction.slots import SlotCache, Window
 
 if TYPE_CHECKING:
     from extraction.models import LanguageModel
@@ -100,9 +101,8 @@ def _is_of_this_form(lm: LanguageModel, decoder: Any, name: str, before: dict[st
             found_TV = torch.full_like(wanted_TV, torch.nan)
         finally:
             decoder.set_attn_implementation(before)
-        wide = lm.dtype in (torch.float32, torch.float64)
         error = (found_TV - wanted_TV).abs().max() / wanted_TV.abs().max()
-        _proven[lm.model] = bool(error <= (1e-5 if wide else 2e-2))
+        _proven[lm.model] = bool(error <= (1e-5 if lm.is_exact else 2e-2))
     return _proven[lm.model]
 
 
@@ -121,6 +121,7 @@ def _attend_as(
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
     ) -> tuple[Tensor, Tensor | None]:
+        """As transformers calls it: a step is grouped, a prefill is left to the model's own."""
         n_queries = query.shape[1] // key.shape[1] * query.shape[2]
         if n_queries > MOST_QUERIES or (attention_mask is None and query.shape[2] > 1):
             found: tuple[Tensor, Tensor | None] = own(module)(module, query, key, value, attention_mask, **settings)
@@ -152,8 +153,6 @@ _ATTEND = {"eager": _attend_as(_own_eager), "sdpa": _attend_as(_own_sdpa)}
 @torch.inference_mode()
 def _decoded(lm: LanguageModel) -> Tensor:
     """Logits [T, V] in float64 of a short text: a prefill of three tokens, then one by one, through the cache."""
-    from extraction.slots import SlotCache, Window
-
     ids_BT = torch.arange(1, 9, device=lm.device).remainder(lm.vocab_size).repeat(2, 1)
     mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     mask_BT[1, :2] = False  # a row with padding

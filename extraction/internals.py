@@ -28,6 +28,7 @@ from extraction.attention import REMEDY, Attended, watching_attention
 from extraction.errors import ModelError
 from extraction.hooks import watch, watch_inputs
 from extraction.mixture import HALVES, Halves, find_mixture, stacked_experts
+from extraction.records import STREAM
 from extraction.sites import Tap, points_of, taps_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 TOKENS = 11  # of the short pass; a prime, so that it is not taken for a number of heads
 NO_MLP = "read its residual stream alone (capture_tier2.py)"
-STREAM = ("residual_in", "residual_mid", "residual_out")
 # activations that some blocks call as functions; where one is a module, it is tried as it is
 FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     functional.silu,

@@ -71,17 +71,8 @@ class Job:
     def config(self, trait: Trait) -> dict[str, Any]:
         """What run.json pins: all that decides the bytes of the result."""
         fields = experiment_to_dict(replace(self.experiment, traits=()))
-        model = {
-            "name": self.spec.name,
-            "source": Path(self.spec.source).name if self.spec.is_local else self.spec.source,
-            "revision": self.spec.revision,
-            "dtype": self.spec.dtype,
-            "raw": self.spec.raw,
-            "device": self.spec.device,
-        }
-        if self.spec.quantize is not None:  # left out otherwise: runs that were made before go on
-            model["quantize"] = self.spec.quantize
-        return {**fields, "model": model, "trait": {"name": trait.name, "sha256": trait_fingerprint(trait)}}
+        named = {"name": trait.name, "sha256": trait_fingerprint(trait)}
+        return {**fields, "model": pinned_model(self.spec), "trait": named}
 
     def shards(self, trait: Trait) -> list[tuple[Example, ...]]:
         """The trait's examples in fixed shards."""
@@ -128,6 +119,18 @@ class Job:
     def layers(self) -> tuple[int, ...]:
         """The layers to capture. Raises ConfigError for one that the model lacks, before its weights are loaded."""
         return parse_layers(self.experiment.capture.layers, int(self.model_config.num_hidden_layers))
+
+
+def pinned_model(spec: ModelSpec) -> dict[str, Any]:
+    """What run.json keeps of a model; of a folder's place, its last part."""
+    found = {
+        "name": spec.name,
+        "source": Path(spec.source).name if spec.is_local else spec.source,
+        **{key: getattr(spec, key) for key in ("revision", "dtype", "raw", "device")},
+    }
+    if spec.quantize is not None:  # left out otherwise: runs that were made before go on
+        found["quantize"] = spec.quantize
+    return found
 
 
 MODEL_OPTIONS = ("dtype", "device", "revision", "raw", "trust_remote_code", "quantize")

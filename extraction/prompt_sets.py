@@ -40,6 +40,12 @@ class PromptSet:
         """How many prompts stand there a second time or more often."""
         return len(self.prompts) - len(set(self.prompts))
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the file."""
+        counts = {"blank lines skipped": self.skipped_blank, "prompts that stand there again": self.n_duplicates}
+        return [f"{self.path}: {what}: {count}" for what, count in counts.items() if count]
+
 
 def read_prompt_set(path: str | os.PathLike[str]) -> PromptSet:
     """All prompts of a file, checked. Raises TraitError, naming the line or the entry."""

@@ -22,7 +22,8 @@ from extraction.attention import Attended, watching_attention
 from extraction.capture import shaped
 from extraction.errors import ActivationError, ConfigError
 from extraction.internals import parts_of
-from extraction.sites import POINTS, Tap, points_of, watch_taps
+from extraction.records import POINTS
+from extraction.sites import Tap, points_of, watch_taps
 
 if TYPE_CHECKING:
     from extraction.models import LanguageModel
@@ -143,7 +144,7 @@ class Projections:
 
     def of_row(self, given: Kept, row: int, n_new: int, n_before: int) -> Kept:
         """Its tokens end at the right edge."""
-        return {name: found_BTMK[row, found_BTMK.shape[1] - n_new :] for name, found_BTMK in given.items()}
+        return last_tokens(given, row, n_new)
 
     def finish(self, parts: Sequence[Kept], n_tokens: int) -> Kept:
         """By layer and point; where blocks run side by side, the middle is a sum."""
@@ -221,7 +222,7 @@ class AllHeads(Weights):
 
     def of_row(self, given: Kept, row: int, n_new: int, n_before: int) -> Kept:
         """Its tokens, and the columns of its text, end at the right edge."""
-        kept = {name: tensor[row, tensor.shape[1] - n_new :] for name, tensor in given.items()}
+        kept = last_tokens(given, row, n_new)
         return kept | {"attention": kept["attention"][..., -n_before - n_new :]}
 
     def finish(self, parts: Sequence[Kept], n_tokens: int) -> Kept:
@@ -265,7 +266,7 @@ class Parts:
 
     def of_row(self, given: Kept, row: int, n_new: int, n_before: int) -> Kept:
         """Its tokens end at the right edge."""
-        return {name: tensor[row, tensor.shape[1] - n_new :] for name, tensor in given.items()}
+        return last_tokens(given, row, n_new)
 
     def finish(self, parts: Sequence[Kept], n_tokens: int) -> Kept:
         """All tokens of a text."""
@@ -274,6 +275,11 @@ class Parts:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ActivationError(f"the {name} at layer {self.layer} is NaN or infinite")
         return joined
+
+
+def last_tokens(given: Kept, row: int, n_new: int) -> Kept:
+    """A row's last tokens of everything [B, T, ...]."""
+    return {name: tensor[row, tensor.shape[1] - n_new :] for name, tensor in given.items()}
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A shard is the unit of work, of commit and of resume. The model is loaded when t
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,15 +46,15 @@ class Listener(Protocol):
         """The stage has ended."""
 
 
-class Loading:
+class Loading(ABC):
     """A model that is loaded when it is first needed. `fits`: the batch size that was found after memory ran out."""
 
     fits: int | None
 
     @property
+    @abstractmethod
     def spec(self) -> ModelSpec:
         """Which model."""
-        raise NotImplementedError
 
     @property
     def is_loaded(self) -> bool:

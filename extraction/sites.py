@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from extraction.models import LanguageModel
 
 SITES = ("residual", "attention", "mlp", "residual_mid")
-POINTS = ("residual_in", "after_attention", "residual_out")  # of the residual stream, in a block
 
 
 @dataclass(frozen=True)

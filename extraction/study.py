@@ -159,9 +159,6 @@ def _drawn(outcome: Outcome) -> bytes:
 
 
 def _notes(found: PromptSet, wanted: int | None) -> Iterator[str]:
-    if found.skipped_blank:
-        yield f"{found.path}: blank lines skipped: {found.skipped_blank}"
-    if found.n_duplicates:
-        yield f"{found.path}: prompts that stand there again: {found.n_duplicates}"
+    yield from found.notes
     if wanted is not None and wanted > len(found.prompts):
         yield f"{found.path}: {len(found.prompts)} prompts, {wanted} asked for; all of them are taken"

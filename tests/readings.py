@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from extraction.monitoring.dynamics import dynamics
-from extraction.monitoring.facts import POINTS, Reading, SetFacts, TraitFacts
+from extraction.monitoring.facts import Reading, SetFacts, TraitFacts
+from extraction.records import POINTS
 
 TEMPLATE = ("<bos>", "<start_of_turn>", "user", "\n")
 TURN = ("<end_of_turn>", "\n", "<start_of_turn>", "model", "\n")

@@ -14,12 +14,12 @@ import pytest
 
 from extraction.monitoring import packing
 from extraction.monitoring.dynamics import SUMMARY
-from extraction.monitoring.facts import POINTS
 from extraction.monitoring.figures import BINS, FIGURES, bars, binned, number, said
 from extraction.monitoring.index import SetRow, sets_index
 from extraction.monitoring.packing import pack, plan_of, spread
 from extraction.monitoring.page import set_page
 from extraction.monitoring.scales import COLOURS, scales_of
+from extraction.records import POINTS
 from tests.chromium import Browser, chromium, needs_browser
 from tests.readings import make_set
 from tests.test_report import EVIL, Outline, hashed, policy_of

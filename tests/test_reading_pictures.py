@@ -51,8 +51,8 @@ def test_any_text_makes_pictures_without_a_warning(n_prompts, n_layers, layer):
 @pytest.mark.parametrize("name", ODD)
 def test_any_reading_makes_pictures(name):
     facts = make_set(1, 20, 3, 1, readings=[ODD[name]])
-    reading_picture(facts, ODD[name], 0, 1)
-    overview_picture(facts, 0, 1)
+    assert size_of(reading_picture(facts, ODD[name], 0, 1))[0] == 1920
+    assert size_of(overview_picture(facts, 0, 1))[0] == 1920
 
 
 def test_an_empty_set_makes_an_overview():

@@ -349,3 +349,16 @@ def test_what_the_command_offers_is_what_there_is() -> None:
     result = CliRunner().invoke(main, ["peers", "--with", "vllm,lens"])
     assert result.exit_code == 2
     assert "no such peer: 'lens'" in result.stderr
+
+
+def test_a_peer_whose_process_ends_is_left_out_and_the_race_goes_on() -> None:
+    lm = random_model("tiny")
+    said: list[str] = []
+
+    def ends(*_: Any) -> Any:
+        raise outside.AbsentError("the guest ended: it said nothing")
+
+    peers = {name: PEERS[name] for name in ("traitline", "serial", "batched")} | {"guest": Peer("A guest", ends, (2,))}
+    found = run_all(Track(peers, lm, make_requests(4, lm.vocab_size), 2), repeats=1, scouts=2, say=said.append)
+    assert set(found["peers"]) == {"traitline", "serial", "batched"}
+    assert [line for line in said if "left out" in line] == ["  left out: the guest ended: it said nothing"]

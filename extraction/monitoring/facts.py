@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-POINTS = ("residual_in", "after_attention", "residual_out")  # of a layer, in the order of the projections' third axis
 Dynamics = Mapping[str, float | int | None]
 
 

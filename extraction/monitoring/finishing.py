@@ -18,7 +18,8 @@ from extraction.monitoring.facts import Reading, SetFacts, TraitFacts
 from extraction.monitoring.levels import levels_of
 from extraction.monitoring.plans import Plan, SetPlan, shown_layer
 from extraction.monitoring.scales import scales_of
-from extraction.monitoring.taking import POINTS, STREAM, Taking, going_on
+from extraction.monitoring.taking import Taking, going_on
+from extraction.records import POINTS, STREAM
 from extraction.runners import Listener
 from extraction.shelf import capture_sets, write_sets_index
 

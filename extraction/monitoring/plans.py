@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from extraction.configs import (
     resolve_model,
 )
 from extraction.errors import ConfigError, StoreError, TraitlineError
-from extraction.jobs import MODEL_OPTIONS, Job, stored_plans
+from extraction.jobs import MODEL_OPTIONS, Job, pinned_model, stored_plans
 from extraction.prompt_sets import Asked, PromptSet, read_prompt_set
 from extraction.schema import show, show_path
 from extraction.store import RunFolder, run_folder
@@ -90,7 +90,7 @@ class Plan:
     self_check: int = 2
     keep_going: bool = False
     notes: tuple[str, ...] = ()
-    failures: tuple[str, ...] = field(default=())
+    failures: tuple[str, ...] = ()
 
     @cached_property
     def unit_LDK(self) -> Tensor:
@@ -127,7 +127,7 @@ def plan_of(tier: int, given: Mapping[str, Any]) -> Plan:
         extras=Extras(given["save_json"], given["png"]),
         self_check=given["self_check"],
         keep_going=given["keep_going"],
-        notes=(*notes, *(note for each in found.values() for note in _notes(each))),
+        notes=(*notes, *(note for each in found.values() for note in each.notes)),
         failures=tuple(attempt.failures),
     )
     return replace(plan, sets=tuple(_set(plan, stem, each) for stem, each in found.items()))
@@ -135,7 +135,7 @@ def plan_of(tier: int, given: Mapping[str, Any]) -> Plan:
 
 OPTIONS = (
     *("model", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "shard_size"),
-    *("dtype", "device", "trust_remote_code", "raw", "quantize"),
+    *MODEL_OPTIONS,
 )
 
 
@@ -294,11 +294,6 @@ def _words(words: str) -> str:
     return words
 
 
-def _notes(found: PromptSet) -> list[str]:
-    notes = {"blank lines skipped": found.skipped_blank, "prompts that stand there again": found.n_duplicates}
-    return [f"{found.path}: {what}: {count}" for what, count in notes.items() if count]
-
-
 # --- sets -----------------------------------------------------------------------------------------------------------
 
 
@@ -310,18 +305,11 @@ def _set(plan: Plan, stem: str, found: PromptSet) -> SetPlan:
 
 def _config(plan: Plan, stem: str, found: PromptSet) -> dict[str, Any]:
     """What run.json pins: all that decides the bytes of the result."""
-    settings, spec = experiment_to_dict(plan.settings), plan.spec
-    model = {
-        "name": spec.name,
-        "source": Path(spec.source).name if spec.is_local else spec.source,
-        **{key: getattr(spec, key) for key in ("revision", "dtype", "raw", "device")},
-    }
-    if spec.quantize is not None:
-        model["quantize"] = spec.quantize
+    settings = experiment_to_dict(plan.settings)
     prompts = [[asked.prompt, asked.system] for asked in found.prompts]
     return {
         "tier": plan.tier,
-        "model": model,
+        "model": pinned_model(plan.spec),
         "vectors": [vector.facts() for vector in plan.vectors],
         "layers": list(plan.layers),
         "attention": plan.attention,

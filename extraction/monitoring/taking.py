@@ -18,7 +18,7 @@ from extraction.errors import TraitlineError
 from extraction.monitoring.labels import pieces_of, tokens_of
 from extraction.monitoring.plans import Plan, SetPlan
 from extraction.prompts import encode_example
-from extraction.records import Example, Prompt
+from extraction.records import POINTS, STREAM, Example, Prompt
 from extraction.runners import Listener, Loading, halving, load_once
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from extraction.configs import ModelSpec
     from extraction.utils_batch import Completion
 
-POINTS = ("residual_in", "after_attention", "residual_out")
 CONVENTIONS: dict[str, str] = {
     "rows": "row i is the state where token i is the input; the first n_prompt rows are the prompt's",
     "layers": "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer",
@@ -232,7 +231,6 @@ def axes_of(tier: int, name: str, n_axes: int) -> tuple[str, ...]:
     return ("token", *(("expert", "neuron") if n_axes == 3 else ("expert" if name.startswith("expert") else "neuron",)))
 
 
-STREAM = ("residual_in", "residual_mid", "residual_out")
 HEADS = {"q": "head", "rot_q": "head", **dict.fromkeys(("k", "v", "rot_k"), "key_head")}
 
 
