@@ -21,7 +21,7 @@ from benchmarks.jobs import Answer, cut
 from extraction.capture import Capture
 from extraction.hooks import watch
 from extraction.models import LanguageModel
-from extraction.running import left_padded
+from extraction.seats import left_padded
 from extraction.utils_batch import Request, generate
 
 Answers = dict[str, Answer]

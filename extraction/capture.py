@@ -96,7 +96,12 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class Accumulator:
-    """One pooling of a running batch. `step` sees [K, B, D] of the tokens just fed, and their ages [B], from 0."""
+    """One pooling of a running batch. `step` sees [K, B, D] of the tokens just fed, and their ages [B], from 0.
+
+    `in_place`: a step does no more than to write a buffer that stays where it is.
+    """
+
+    in_place = True
 
     def __init__(self, shape_KBD: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.sum_KBD = torch.zeros(shape_KBD, dtype=dtype, device=device)
@@ -155,6 +160,8 @@ class ResponseLast(Accumulator):
 
 class ResponseAll(Accumulator):
     """Every token of the response: emits [T, K, D]."""
+
+    in_place = False
 
     def __init__(self, shape_KBD: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -262,8 +269,17 @@ class Observer:
         """Count the first `counts[slot]` tokens of the step (None: the only one), the first of them aged `age_B`."""
         for t in range(1 if counts is None else max(counts, default=0)):
             live_B = None if counts is None else torch.tensor([t < count for count in counts], device=age_B.device)
-            for accumulator in self.poolings.values():
-                accumulator.step(self.fed_TKBD[t], age_B + t, live_B)
+            self.tally(age_B + t, live_B, t)
+
+    def tally(self, age_B: Tensor, live_B: Tensor | None, t: int = 0) -> None:
+        """Count one token of the step, of slots that are live (None: of all)."""
+        for accumulator in self.poolings.values():
+            accumulator.step(self.fed_TKBD[t], age_B, live_B)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a step does no more than to write buffers that stay where they are."""
+        return all(accumulator.in_place for accumulator in self.poolings.values())
 
     def emit(self, slot: int, n_tokens: int, example_id: str) -> dict[str, Tensor]:
         """`site.pooling` -> [L, D] (`all`: [T, L, D]) of a slot that has ended. ActivationError on NaN or Inf."""

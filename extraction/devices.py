@@ -6,7 +6,7 @@ ROCm goes by CUDA's name in torch; Apple's device is `mps`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -104,6 +104,28 @@ def give_back() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def recorder_for(device: torch.device) -> Record | None:
+    """What records work of a device, without doing it, and returns what does it; None where nothing can.
+
+    A CUDA graph (a HIP graph on ROCm): work that would have to ask the host for anything raises RuntimeError.
+    """
+    if not is_cuda(device):
+        return None
+    pool = torch.cuda.graph_pool_handle()  # the graphs of a batch take turns, so they may share memory
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            work()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    return record
 
 
 def wait_for(device: str) -> None:

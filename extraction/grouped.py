@@ -93,10 +93,10 @@ def _is_of_this_form(lm: LanguageModel, decoder: Any, name: str, before: dict[st
     """Proven once a model: the same logits of a text decoded token by token, within rounding."""
     if lm.model not in _proven:
         _register()
-        wanted_TV = _decoded(lm)
+        wanted_TV = decoded(lm)
         decoder.set_attn_implementation(name)
         try:
-            found_TV = _decoded(lm)
+            found_TV = decoded(lm)
         except Exception:  # an architecture may object in any way
             found_TV = torch.full_like(wanted_TV, torch.nan)
         finally:
@@ -150,21 +150,39 @@ def _own_sdpa(module: nn.Module) -> Callable[..., Any]:
 _ATTEND = {"eager": _attend_as(_own_eager), "sdpa": _attend_as(_own_sdpa)}
 
 
+class ShortText:
+    """Two rows of eight tokens, one of them padded, and a cache of slots to decode them through: for proofs."""
+
+    n_prompt, n_tokens = 3, 8
+
+    def __init__(self, lm: LanguageModel, columns: int = n_tokens) -> None:
+        self.lm = lm
+        self.ids_BT = torch.arange(1, self.n_tokens + 1, device=lm.device).remainder(lm.vocab_size).repeat(2, 1)
+        self.mask_BT = torch.ones_like(self.ids_BT, dtype=torch.bool)
+        self.mask_BT[1, :2] = False
+        self.position_BT = (self.mask_BT.cumsum(1) - 1).clamp(min=0)
+        self.cache = SlotCache(lm.n_layers, Window(slots=2, columns=columns))
+
+    def read(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor) -> Tensor:
+        """One pass through the cache: the last column's logits [B, V]."""
+        inputs = {"attention_mask": mask_BS, "position_ids": position_BT}
+        return self.lm.last_logits(ids_BT, past_key_values=self.cache, use_cache=True, **inputs)
+
+    def prefill(self) -> Tensor:
+        """The prompt: its last logits [B, V]."""
+        prompt = slice(0, self.n_prompt)
+        with self.cache.window.entering(torch.arange(2, device=self.lm.device), cursor=self.n_prompt):
+            return self.read(self.ids_BT[:, prompt], self.mask_BT[:, prompt], self.position_BT[:, prompt])
+
+    def step(self, t: int) -> Tensor:
+        """Token t: its logits [B, V]."""
+        logits_BV = self.read(self.ids_BT[:, t : t + 1], self.mask_BT[:, : t + 1], self.position_BT[:, t : t + 1])
+        self.cache.window.cursor += 1
+        return logits_BV
+
+
 @torch.inference_mode()
-def _decoded(lm: LanguageModel) -> Tensor:
-    """Logits [T, V] in float64 of a short text: a prefill of three tokens, then one by one, through the cache."""
-    ids_BT = torch.arange(1, 9, device=lm.device).remainder(lm.vocab_size).repeat(2, 1)
-    mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    mask_BT[1, :2] = False  # a row with padding
-    position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-    cache = SlotCache(lm.n_layers, Window(slots=2, columns=8))
-    rows, inputs = torch.arange(2, device=lm.device), {"past_key_values": cache, "use_cache": True}
-    logits: list[Tensor] = []
-    with cache.window.entering(rows, cursor=3):
-        first = {"attention_mask": mask_BT[:, :3], "position_ids": position_BT[:, :3]}
-        logits.append(lm.last_logits(ids_BT[:, :3], **first, **inputs))
-    for t in range(3, 8):
-        step = {"attention_mask": mask_BT[:, : t + 1], "position_ids": position_BT[:, t : t + 1]}
-        logits.append(lm.last_logits(ids_BT[:, t : t + 1], **step, **inputs))
-        cache.window.cursor += 1
-    return torch.cat(logits).double()
+def decoded(lm: LanguageModel) -> Tensor:
+    """Logits in float64 of a short text: a prefill, then token by token, through the cache."""
+    text = ShortText(lm)
+    return torch.cat([text.prefill(), *map(text.step, range(text.n_prompt, text.n_tokens))]).double()

@@ -21,7 +21,8 @@ from extraction.decoding.sample import Sample
 from extraction.decoding.speculate import Speculate
 from extraction.errors import ConfigError
 from extraction.models import LanguageModel, wrap
-from extraction.running import Limits, RunningBatch
+from extraction.running import RunningBatch
+from extraction.seats import Limits
 from extraction.utils_batch import encode_text
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from extraction.errors import ConfigError, ModelError, TraitlineError
 from extraction.pairs import Pair, load_pair
 from extraction.prompts import encode_example
 from extraction.records import Example, Prompt
-from extraction.running import Limits, RunningBatch
+from extraction.running import RunningBatch
+from extraction.seats import Limits
 
 if TYPE_CHECKING:
     from extraction.capture import Capture

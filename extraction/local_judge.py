@@ -27,7 +27,7 @@ from extraction.models import LanguageModel, load, read_tokenizer
 from extraction.prompts import encode_example
 from extraction.records import Example
 from extraction.rubrics import NO_NUMBER, expectation
-from extraction.running import left_padded
+from extraction.seats import left_padded
 from extraction.slots import SlotCache, Window
 
 if TYPE_CHECKING:

@@ -74,6 +74,7 @@ class Alone:
     streams: tuple[str, ...] = ()
     lane: Lane | None = None
     depth = 0
+    in_place = True  # whether a step reads only buffers that stay where they are
 
     def __init__(self, strategy: Any, window: Window, lm: LanguageModel) -> None:
         self.strategy, self.window, self.lm = strategy, window, lm
@@ -121,7 +122,7 @@ class Amplifier(Alone):
     def seat(self, rows: Sequence[int], asked: Sequence[Any]) -> None:
         alphas = [self.strategy.alpha if request.alpha is None else request.alpha for request in asked]
         self.entering_R = torch.tensor(alphas, dtype=torch.float32, device=self.lm.device)
-        self.alpha_B = self.alpha_B.index_copy(0, torch.tensor(rows, device=self.lm.device), self.entering_R)
+        self.alpha_B[torch.tensor(rows, device=self.lm.device)] = self.entering_R
 
     def enter(self, ids_RP: Tensor, mask_RP: Tensor, position_RP: Tensor, logits_RV: Tensor) -> Tensor:
         return self._amplified(self.entering_R, ids_RP, mask_RP, position_RP, logits_RV)
@@ -157,6 +158,7 @@ class Drafter(Alone):
 
     names = ("target", "draft")
     streams = ("draft", "accept")
+    in_place = False
 
     def __init__(self, strategy: Speculate, window: Window, lm: LanguageModel) -> None:
         super().__init__(strategy, window, lm)

@@ -56,9 +56,10 @@ class Rows:
         return self.uniform_BT[stream].gather(1, age_BT.clamp_(0, self.budget - 1))
 
     def step(self, token_B1: Tensor, last_B1: Tensor, count_B1: Tensor | int) -> None:
-        """So many tokens have gone into the cache, the last of them `last_B1`; `token_B1` is next."""
-        self.token_B1, self.last_B1 = token_B1, last_B1
-        self.length_B1 = self.length_B1 + count_B1
+        """So many tokens have gone into the cache, the last of them `last_B1`; `token_B1` is next. In place."""
+        self.last_B1.copy_(last_B1)
+        self.token_B1.copy_(token_B1)
+        self.length_B1.add_(count_B1)
 
     def take(self, rows_B: Tensor) -> None:
         """The rows become these ones."""

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.capture import Recording, first_overflow
+from extraction.bursts import STEPS, Bursts, in_whole, recording
+from extraction.capture import Observer, Recording, first_overflow
 from extraction.continuations import Completion, Request
 from extraction.decoding import speculate
 from extraction.decoding.amplify import check_alpha
@@ -31,46 +30,9 @@ from extraction.models import LanguageModel
 from extraction.pairs import refuse_different
 from extraction.partners import Front, Lane, Strategy, minds_holes, partner_of
 from extraction.rows import DRAW, Rows
+from extraction.seats import Advance, Limits, Slot, left_padded
 from extraction.slots import Move, Window
 from extraction.steering import NOTHING, Steerer, Steering, check_steering
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How large a batch may grow: rows, tokens of prompt and response together, new tokens of any request."""
-
-    slots: int
-    longest: int
-    budget: int
-
-    @staticmethod
-    def of(requests: Sequence[Request], slots: int) -> Limits:
-        """What a known list of requests needs."""
-        longest = max((len(r.token_ids) + r.max_new_tokens for r in requests), default=1)
-        budget = max((r.max_new_tokens for r in requests), default=1)
-        return Limits(max(1, min(slots, len(requests))), longest, budget)
-
-
-@dataclass
-class Advance:
-    """What a step came to: completions that ended, and the new response tokens by request."""
-
-    done: list[Completion] = field(default_factory=list)
-    fresh: dict[str, list[int]] = field(default_factory=dict)
-
-
-@dataclass
-class _Slot:
-    """One row of the running batch and the request that it holds. `fed`: response tokens that the model has read."""
-
-    request: Request
-    sample: Sample
-    stop_strings: tuple[str, ...]
-    first_column: int
-    tokens: list[int] = field(default_factory=list)
-    fed: int = 0
-    ending: str | None = None
-    fault: ActivationError | None = None
 
 
 class RunningBatch:
@@ -89,7 +51,7 @@ class RunningBatch:
         self.lm, self.limits, self.strategy, self.stop_strings = lm, limits, strategy or Sample(), stop_strings
         self.capture, self.steerings = capture, steerings
         self.queue: deque[Request] = deque()
-        self.slots: list[_Slot | None] = [None]
+        self.slots: list[Slot | None] = [None]
         self.tainted: set[int] = set()
         self.window = Window(len(self.slots), 0)
         self.partner = partner_of(self.strategy, self.window, lm)
@@ -110,6 +72,7 @@ class RunningBatch:
         self.guests = [guest for guest in (self.steerer, self.observer) if guest is not None]
         self.rows = Rows(self.partner.streams, limits.budget, lm.device)
         self.mask_BS = torch.ones(1, self.window.columns, dtype=torch.bool, device=lm.device)
+        self.bursts = self._find_bursts()
         self._sampler: Sampler | None = None
 
     # -- from outside -------------------------------------------------------------------------------------------------
@@ -148,7 +111,10 @@ class RunningBatch:
         if self._should_refill():
             self._refill(news)
         if any(slot is not None for slot in self.slots):
-            self._step(news)
+            if self.bursts is not None and self.bursts.can_record(self.sampler):
+                self._burst(self.bursts, news)
+            else:
+                self._step(news)
         return news
 
     def _check(self, request: Request) -> None:
@@ -177,9 +143,10 @@ class RunningBatch:
     # -- entering -----------------------------------------------------------------------------------------------------
 
     def _should_refill(self) -> bool:
-        """Several free slots are filled together, to share the cost of a prefill."""
-        free = self.slots.count(None)
-        return bool(self.queue) and (free == len(self.slots) or free >= min(len(self.queue), len(self.slots) // 16 + 1))
+        """Several free slots are filled together, to share the cost of a prefill: many, where a step is cheap."""
+        free, n_slots = self.slots.count(None), len(self.slots)
+        enough = n_slots // 16 + 1 if self.bursts is None else self.bursts.enough_free(n_slots)
+        return bool(self.queue) and (free == n_slots or free >= min(len(self.queue), enough))
 
     def _refill(self, news: Advance) -> None:
         """Prefill the next requests straight into free slots, and choose their first tokens."""
@@ -214,7 +181,7 @@ class RunningBatch:
         for row, request in zip(rows, entering, strict=True):
             sample = request.sample or self.strategy.sample
             stop_strings = (*self.stop_strings, *request.stop_strings)
-            self.slots[row] = _Slot(request, sample, stop_strings, cursor - len(request.token_ids))
+            self.slots[row] = Slot(request, sample, stop_strings, cursor - len(request.token_ids))
         self.mask_BS[rows_R] = False
         self.mask_BS[rows_R, cursor - mask_RP.shape[1] : cursor] = mask_RP
         self.mask_BS[rows_R, cursor:] = True
@@ -259,14 +226,49 @@ class RunningBatch:
         bad = (~logits_BTV.amax(-1).isfinite()).any(1).nonzero()[:, 0].tolist()
         return [row for row in bad if (slot := self.slots[row]) is not None and slot.fault is None]
 
-    def _read(self, ids_BT: Tensor) -> Tensor:
-        """One pass of every model over a step's columns: the logits that tokens are chosen from, [B, T, V]."""
+    def _read(self, ids_BT: Tensor, seen_BS: Tensor | None = None) -> Tensor:
+        """One pass of every model over a step's columns: the logits that tokens are chosen from, [B, T, V].
+
+        `seen_BS`: the columns that are attended to, of a step that is recorded; else those of the window.
+        """
         window, width = self.window, ids_BT.shape[1]
         position_BT = self.rows.positions(width, self.last_position)
-        mask_BS = self.mask_BS[:, window.start : window.cursor + width]
+        mask_BS = self.mask_BS[:, window.start : window.cursor + width] if seen_BS is None else seen_BS
         with _all(guest.stepping(width) for guest in self.guests):
             logits_BTV = self.lane.read(ids_BT, mask_BS, position_BT, width)
         return self.partner.weigh(ids_BT, mask_BS, position_BT, logits_BTV)
+
+    def _find_bursts(self) -> Bursts | None:
+        """Recorded steps, where the device, the models and all that watches them allow it."""
+        still = self.observer is None or (isinstance(self.observer, Observer) and self.observer.in_place)
+        record = recording([lane.lm for lane in self.lanes]) if still and self.partner.in_place else None
+        if record is None:
+            return None
+        self.window.columns = in_whole(self.window.columns)
+        self.mask_BS = self.mask_BS.new_ones(1, self.window.columns)
+        return Bursts(
+            self.rows,
+            self.window,
+            record,
+            lambda seen_BS: self._read(self.rows.token_B1, seen_BS)[:, -1],
+            self.lm.stop_ids,
+        )
+
+    def _burst(self, bursts: Bursts, news: Advance) -> None:
+        """Several recorded steps of every slot, and only then a look at what they chose."""
+        live = [slot for slot in self.slots if slot is not None]
+        # a stop string is the host's to find, and what comes after it must not be counted
+        one_by_one = self.observer is not None and any(slot.stop_strings for slot in live)
+        n_steps = 1 if one_by_one else min(STEPS, max(slot.left for slot in live) + 1)
+        if bursts.must_roll(n_steps):
+            self._roll()
+        observer = self.observer if isinstance(self.observer, Observer) else None
+        burst = bursts.run(n_steps, self.slots, self.mask_BS, self.sampler, observer)
+        self.window.cursor += n_steps
+        said = {row: burst.tokens[row][: burst.sound[row]] for row, slot in enumerate(self.slots) if slot is not None}
+        self._extend_all(said, news)
+        self._fail([row for row, sound in enumerate(burst.sound) if sound < n_steps])
+        self._let_go(news)
 
     def _one_more(self, logits_BTV: Tensor) -> list[list[int]]:
         """One token for every row."""
@@ -293,13 +295,9 @@ class RunningBatch:
         return [tokens[:count] for tokens, count in zip(verdict.token_BT.tolist(), counts, strict=True)]
 
     def _front(self) -> Front:
-        room = [0 if slot is None or slot.ending is not None else self._room(slot) for slot in self.slots]
+        # one token comes without a proposal
+        room = [0 if slot is None else max(0, slot.left - 1) for slot in self.slots]
         return Front(self.rows, self.mask_BS, self.last_position, self.sampler, room)
-
-    @staticmethod
-    def _room(slot: _Slot) -> int:
-        """How many proposals are of use: one token comes without them."""
-        return slot.request.max_new_tokens - len(slot.tokens) - 1
 
     @property
     def sampler(self) -> Sampler:
@@ -331,7 +329,7 @@ class RunningBatch:
             if slot is not None and slot.ending is None:
                 slot.ending, slot.fault = "failed", self._no_choice(slot)
 
-    def _no_choice(self, slot: _Slot) -> ActivationError:
+    def _no_choice(self, slot: Slot) -> ActivationError:
         """What to say where a live row has no sound logits: names the example, the first bad layer, the dtype."""
         layer = first_overflow(self.lm, [*slot.request.token_ids, *slot.tokens])
         where = "the head" if layer is None else f"layer {layer}"
@@ -354,7 +352,7 @@ class RunningBatch:
             assert slot is not None
             kept: list[int] = []
             if slot.ending is None:
-                kept = self._extend(slot, tokens)
+                kept = slot.extend(self.lm, tokens)
                 self.partner.extend(row, kept)
             if kept:
                 news.fresh.setdefault(slot.request.id, []).extend(kept)
@@ -366,44 +364,17 @@ class RunningBatch:
         """Tell the partner what became of its proposals; close the holes where a model minds them, or they are many."""
         for row, depth in enumerate(proposal.depth_B.tolist()):
             self.partner.learn(row, depth, len(chosen[row]) - 1)
-        longest = max(len(slot.request.token_ids) + slot.fed for slot in self.slots if slot is not None)
+        longest = max(slot.length for slot in self.slots if slot is not None)
         if self.holes_matter or self.window.cursor - self.window.start > 1.5 * longest + 16:
             self._align()
 
     def _let_go(self, news: Advance) -> None:
         """Emit the rows that are done."""
-        done = [row for row in range(len(self.slots)) if self._is_done(row)]
+        captured = self.observer is not None
+        done = [row for row, slot in enumerate(self.slots) if slot is not None and slot.is_done(captured=captured)]
         news.done.extend(self._leave(row) for row in done)
         if done:
             self._find_start()
-
-    def _extend(self, slot: _Slot, tokens: Sequence[int]) -> list[int]:
-        """Append tokens until one ends the response; returns those that joined it."""
-        first = len(slot.tokens)
-        for token in tokens:
-            if token in self.lm.stop_ids and not slot.request.ignore_eos:
-                slot.ending = "stop"
-            else:
-                slot.tokens.append(token)
-                slot.ending = self._ended_by(slot)
-            if slot.ending is not None:
-                break
-        return slot.tokens[first:]
-
-    def _ended_by(self, slot: _Slot) -> str | None:
-        if slot.stop_strings and self.lm.tokenizer is not None:
-            longest = max(map(len, slot.stop_strings))  # in characters, of up to four bytes, each perhaps a token
-            text = self.lm.tokenizer.decode(slot.tokens[-4 * longest - 8 :], skip_special_tokens=True)
-            if any(stop in text for stop in slot.stop_strings):
-                return "stop_string"
-        return "length" if len(slot.tokens) >= slot.request.max_new_tokens else None
-
-    def _is_done(self, row: int) -> bool:
-        """With capture, a response's last token is fed once more, so that it has an activation."""
-        slot = self.slots[row]
-        if slot is None or slot.ending is None:
-            return False
-        return self.observer is None or slot.fault is not None or slot.fed >= len(slot.tokens)
 
     def _leave(self, row: int) -> Completion:
         slot = self.slots[row]
@@ -439,7 +410,7 @@ class RunningBatch:
         self.mask_BS[:, live] = self.mask_BS[:, live].gather(1, source_BS)
         for slot in self.slots:
             if slot is not None:
-                slot.first_column = self.window.cursor - len(slot.request.token_ids) - slot.fed
+                slot.first_column = self.window.cursor - slot.length
         self._find_start()
 
     def _roll(self, width: int = 0, rows: list[int] | None = None) -> None:
@@ -471,10 +442,12 @@ class RunningBatch:
             if slot is not None:
                 slot.first_column += move.to - move.start
         index_B = torch.tensor(kept, device=self.lm.device)
-        mask_BS = torch.ones_like(self.mask_BS[index_B])
-        mask_BS[:, : move.to] = False
-        mask_BS[:, move.to : move.to + move.width] = self.mask_BS[index_B, move.start : move.start + move.width]
-        self.mask_BS = mask_BS
+        moved_BS = self.mask_BS[index_B, move.start : move.start + move.width]
+        if rows is not None:
+            self.mask_BS = self.mask_BS[index_B]
+        self.mask_BS.fill_(True)
+        self.mask_BS[:, : move.to] = False
+        self.mask_BS[:, move.to : move.to + move.width] = moved_BS
         self.window.start, self.window.cursor = move.to, move.to + move.width
         if rows_B is not None:
             self._take_rows(rows_B, kept)
@@ -486,6 +459,8 @@ class RunningBatch:
         self.partner.take_rows(rows)
         for guest in self.guests:
             guest.repack(rows_B)
+        if self.bursts is not None:
+            self.bursts.forget()
         self._sampler = None
 
 
@@ -495,14 +470,3 @@ def _all(contexts: Iterable[AbstractContextManager[Any]]) -> ExitStack:
         for context in contexts:
             stack.enter_context(context)
         return stack.pop_all()
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids [R, P] that end at the right edge, and their mask [R, P]."""
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=bool)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = True
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)

@@ -19,6 +19,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """Of a step that is recorded, to be replayed at other cursors: the cursor [1] on the device, columns to attend to.
+
+    All of the first `columns` are read; what lies past the cursor is for the mask to leave out.
+    """
+
+    cursor_1: Tensor
+    columns: int
+
+
 @dataclass
 class Window:
     """The columns in use: `[start, cursor)` hold live tokens; `prefilled` names the slots that a prefill fills."""
@@ -28,6 +39,7 @@ class Window:
     cursor: int = 0
     start: int = 0
     prefilled: Tensor | None = None
+    recorded: Recorded | None = None
 
     @contextmanager
     def entering(self, rows: Tensor, cursor: int) -> Iterator[None]:
@@ -37,6 +49,15 @@ class Window:
             yield
         finally:
             self.prefilled = None
+
+    @contextmanager
+    def recording(self, recorded: Recorded) -> Iterator[None]:
+        """Around a step that is to be replayed."""
+        self.recorded = recorded
+        try:
+            yield
+        finally:
+            self.recorded = None
 
     @contextmanager
     def at(self, cursor: int) -> Iterator[None]:
@@ -87,6 +108,10 @@ class SlotLayer(CacheLayerMixin):
             self.keys[rows, :, columns] = key_states
             self.values[rows, :, columns] = value_states
             return key_states, value_states
+        if window.recorded is not None:
+            for kept, states in ((self.keys, key_states), (self.values, value_states)):
+                kept.index_copy_(2, window.recorded.cursor_1, states)
+            return self.keys[:, :, : window.recorded.columns], self.values[:, :, : window.recorded.columns]
         self.keys[:, :, window.cursor : window.cursor + width] = key_states
         self.values[:, :, window.cursor : window.cursor + width] = value_states
         live = slice(window.start, window.cursor + width)
@@ -114,14 +139,18 @@ class SlotLayer(CacheLayerMixin):
             for states in (self.keys, self.values):
                 states[rows.to(states.device)] = 0
 
-    def get_seq_length(self) -> int:
-        """Columns that a decode step attends to besides its own; 0 in a prefill."""
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as transformers' own static layers do
+        """Columns that a decode step attends to besides its own; 0 in a prefill; on the device where it is recorded."""
+        if self.window.recorded is not None:
+            return self.window.recorded.cursor_1[0]
         return 0 if self.window.prefilled is not None else self.window.cursor - self.window.start
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """(columns, offset) of the mask; older versions pass the cache positions instead of their number."""
+        if self.window.recorded is not None:
+            return self.window.recorded.columns, 0
         width = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.get_seq_length() + width, 0
+        return int(self.get_seq_length()) + width, 0
 
     def get_max_length(self) -> int:
         """No limit of its own: the engine rolls the window."""

@@ -16,7 +16,8 @@ from extraction.continuations import Completion, Request
 from extraction.decoding.sample import Sample
 from extraction.models import LanguageModel, wrap
 from extraction.partners import Strategy
-from extraction.running import Limits, RunningBatch
+from extraction.running import RunningBatch
+from extraction.seats import Limits
 from extraction.teacher import Text, forced_activations
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from extraction.decoding.amplify import Amplify, amplified
 from extraction.decoding.sample import Sample
 from extraction.errors import ConfigError, ModelError, TraitlineError
 from extraction.models import LanguageModel, wrap
-from extraction.running import Limits, RunningBatch
+from extraction.running import RunningBatch
+from extraction.seats import Limits
 from extraction.steering import Steering
 from extraction.utils_batch import Capture, Completion, Request, generate
 from tests.tiny import (
@@ -530,6 +531,7 @@ def test_a_cache_of_before_that_is_not_refilled_is_noticed(name: str) -> None:
     """With as many slots as requests there is one prefill and nothing to notice; with fewer there is."""
     (after, before), wanted = pair(name), by_hand(name, 9)
     strategy = Amplify(before, alpha=RUN_ALPHA)
+    run(after, asked(name, 1), 1, strategy=strategy)  # what is proven once a model has prompts of its own
     with forgetful(before, first=1) as widths:
         assert tokens_of(run(after, asked(name, 9), 9, strategy=strategy)) == wanted
         assert len(widths) == 1

@@ -23,7 +23,8 @@ from extraction.forecast import (
 )
 from extraction.jobs import plan
 from extraction.models import wrap
-from extraction.running import Limits, RunningBatch
+from extraction.running import RunningBatch
+from extraction.seats import Limits
 from extraction.utils_batch import Request
 from tests.runs import EXPERIMENT, make_root
 from tests.tiny import shared_model, tiny_tokenizer

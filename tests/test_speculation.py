@@ -28,7 +28,8 @@ from extraction.decoding.sample import Sample, uniforms
 from extraction.decoding.speculate import Proposal, Speculate, Verdict, settle
 from extraction.errors import ConfigError, ModelError, TraitlineError
 from extraction.models import LanguageModel, wrap
-from extraction.running import Limits, RunningBatch
+from extraction.running import RunningBatch
+from extraction.seats import Limits
 from extraction.steering import Steering
 from extraction.utils_batch import Capture, Completion, Request, generate
 from tests.tiny import (

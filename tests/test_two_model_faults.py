@@ -20,7 +20,8 @@ from extraction.decoding.sample import Sample
 from extraction.decoding.speculate import Speculate
 from extraction.errors import ActivationError, ModelError
 from extraction.models import LanguageModel, wrap
-from extraction.running import Limits, RunningBatch
+from extraction.running import RunningBatch
+from extraction.seats import Limits
 from extraction.utils_batch import Capture, Completion, Request, generate
 from tests.tiny import blocks, prompts, reference_greedy, shared_model, tiny_model, tiny_tokenizer
 from tests.two_models import amplified_response, noisy_model

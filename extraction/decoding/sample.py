@@ -16,6 +16,8 @@ from torch import Tensor
 
 from extraction.errors import ConfigError, LogitsError
 
+Choice = tuple[Tensor, Tensor]  # a token for every row, and which rows have none: their token is any
+
 
 class Sampler(Protocol):
     """Chooses tokens for the rows of a batch: a Sample for all of them, or one for each."""
@@ -25,7 +27,10 @@ class Sampler(Protocol):
         """Whether any token needs a uniform."""
 
     def __call__(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Tensor:
-        """Choose a token for every row."""
+        """Choose a token for every row. Raises LogitsError where a row has none."""
+
+    def choose(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Choice:
+        """The same without a look at the outcome, which would have to wait for the device."""
 
     def chances(self, logits_BTV: Tensor) -> Tensor:
         """What each column's token is drawn from: probabilities [B, T, V], one-hot where greedy."""
@@ -62,10 +67,14 @@ class Sample:
 
     def __call__(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Tensor:
         """Choose a token for every row. Raises LogitsError where a row has none."""
+        return _checked(*self.choose(logits_BV, uniform_B))
+
+    def choose(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Choice:
+        """The same, unchecked."""
         if not self.draws:
-            return best(logits_BV)
+            return _best(logits_BV)
         assert uniform_B is not None
-        return draw(self.warp(widened(logits_BV)), uniform_B)
+        return _drawn(self.warp(widened(logits_BV)).softmax(-1), uniform_B)
 
     def chances(self, logits_BTV: Tensor) -> Tensor:
         """What each column's token is drawn from: probabilities [B, T, V], one-hot where greedy."""
@@ -101,11 +110,16 @@ class PerRow:
 
     def __call__(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Tensor:
         """Choose a token for every row. Raises LogitsError where a row has none."""
-        best_B = best(logits_BV)
+        return _checked(*self.choose(logits_BV, uniform_B))
+
+    def choose(self, logits_BV: Tensor, uniform_B: Tensor | None = None) -> Choice:
+        """The same, unchecked."""
+        best_B, bad_B = _best(logits_BV)
         if not self.draws:
-            return best_B
+            return best_B, bad_B
         assert uniform_B is not None
-        return torch.where(self.greedy_B, best_B, draw(self.warp(widened(logits_BV)), uniform_B))
+        drawn_B, lost_B = _drawn(self.warp(widened(logits_BV)).softmax(-1), uniform_B)
+        return torch.where(self.greedy_B, best_B, drawn_B), bad_B | lost_B
 
     def chances(self, logits_BTV: Tensor) -> Tensor:
         """What each column's token is drawn from: probabilities [B, T, V], one-hot where greedy."""
@@ -134,10 +148,10 @@ def widened(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def best(logits_BV: Tensor) -> Tensor:
-    """The likeliest token of every row. Raises LogitsError where a row has none."""
+def _best(logits_BV: Tensor) -> Choice:
+    """The likeliest token of every row."""
     best_B, token_B = logits_BV.max(dim=-1)
-    return _checked(token_B, best_B)
+    return token_B, _is_none(best_B)
 
 
 def one_hot(logits: Tensor) -> Tensor:
@@ -168,16 +182,23 @@ def draw(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def draw_from(chances_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The same, from weights that need not sum to 1."""
+    """The same, from weights that need not sum to 1. Raises LogitsError where a row has none."""
+    return _checked(*_drawn(chances_BV, uniform_B))
+
+
+def _drawn(chances_BV: Tensor, uniform_B: Tensor) -> Choice:
     wide = torch.float32 if chances_BV.device.type == "mps" else torch.float64
     cdf_BV = chances_BV.cumsum(-1, dtype=wide)
     total_B1 = cdf_BV[:, -1:]
     token_B1 = torch.searchsorted(cdf_BV, uniform_B.to(wide).unsqueeze(1) * total_B1, right=True)
-    return _checked(token_B1.clamp_(max=chances_BV.shape[-1] - 1).squeeze(1), total_B1.squeeze(1))
+    return token_B1.clamp_(max=chances_BV.shape[-1] - 1).squeeze(1), _is_none(total_B1.squeeze(1))
 
 
-def _checked(token_B: Tensor, witness_B: Tensor) -> Tensor:
-    bad_B = witness_B.isnan() | (witness_B == float("-inf"))
+def _is_none(witness_B: Tensor) -> Tensor:
+    return witness_B.isnan() | (witness_B == float("-inf"))
+
+
+def _checked(token_B: Tensor, bad_B: Tensor) -> Tensor:
     if bad_B.any():
         raise LogitsError(tuple(bad_B.nonzero()[:, 0].tolist()))
     return token_B

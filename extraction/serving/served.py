@@ -84,7 +84,8 @@ class Served:
         return opening
 
     def _running(self, lane: Lane, slots: int, settings: Settings) -> RunningBatch:
-        from extraction.running import Limits, RunningBatch
+        from extraction.running import RunningBatch
+        from extraction.seats import Limits
 
         longest = self.longest(lane[0], settings)
         limits = Limits(slots=slots, longest=longest, budget=min(settings.max_new_tokens, longest))
