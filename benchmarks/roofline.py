@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -166,18 +168,22 @@ def _cell(name: str, rows: int, tries: Sequence[float], work: Work, limit: Limit
 def decode_seconds(lm: LanguageModel, rows: int, new_tokens: int = NEW_TOKENS, *, captures: bool = True) -> float:
     """Seconds of a decode step of the engine: equal prompts and lengths, so that nothing enters or leaves meanwhile.
 
-    The first step comes with the prompts and doesn't count.
+    The median, so that neither the prefill nor what is recorded on the way counts; where several steps run in a row,
+    their time is shared out.
     """
     requests = make_even_requests(rows, lm.vocab_size, PROMPT_TOKENS, new_tokens)
     capture = Capture(tuple(range(lm.n_layers))) if captures else None
-    ends: list[float] = []
+    ends: list[tuple[float, int]] = []
+
+    def note(n_tokens: int) -> None:
+        ends.append((time.perf_counter(), n_tokens))
+
     with _undisturbed():
-        for _ in generate(
-            lm, requests, batch_size=rows, capture=capture, on_progress=lambda _: ends.append(time.perf_counter())
-        ):
+        for _ in generate(lm, requests, batch_size=rows, capture=capture, on_progress=note):
             pass
-    last = min(new_tokens - 1, len(ends) - 1) - 1  # with capture a last step reads the last token, and chooses none
-    return (ends[last] - ends[0]) / last
+    most = max(n_tokens for _, n_tokens in ends[1:])  # with capture a last step reads the last token, and chooses none
+    whole = [(end - was) * rows / n for (was, _), (end, n) in pairwise(ends) if n == most]
+    return median(whole)
 
 
 def forced_seconds(lm: LanguageModel, rows: int, tokens: int = FORCED_TOKENS) -> float:
