@@ -15,8 +15,9 @@ import pytest
 from tests.forks import Forked, Forks, forks
 from tests.runs import contents, make_root, refused, succeed
 
-COMMAND = ("extract", "--experiment", "demo", "--n-examples", "24", "--max-new-tokens", "40", "--shard-size", "4")
-SHARDS = 12
+COMMAND = ("extract", "--experiment", "demo", "--n-examples", "24", "--max-new-tokens", "40")
+COMMAND = (*COMMAND, "--shard-size", "4", "--queue-size", "12")
+SHARDS = 12  # in four queues
 
 
 @pytest.fixture(scope="module")
