@@ -26,8 +26,9 @@ class Machine:
         waiting, rows, found = list(range(len(self.lengths)))[::-1], dict[int, int](), []
         while rows or waiting:
             while len(rows) < self.slots and waiting:
-                rows[i := waiting.pop()] = self.lengths[i]
-                self.now += SHARE * self.prompts[i] * SECONDS
+                entering = waiting.pop()
+                rows[entering] = self.lengths[entering]
+                self.now += SHARE * self.prompts[entering] * SECONDS
             self.now += SECONDS * len(rows)
             self.pace.advance(len(rows))
             rows = {i: left - 1 for i, left in rows.items()}
@@ -42,9 +43,9 @@ class Machine:
 
 
 @pytest.mark.parametrize("slots", [1, 32, 256])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_after_the_first_shard_it_is_good_to_a_quarter(slots, seed):
-    said, _, took = Machine(1500, seed, slots=slots).run()
+    said, _, took = Machine(max(600, 12 * slots), seed, slots=slots).run()
     assert said == pytest.approx(took, rel=0.25)
 
 
