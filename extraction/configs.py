@@ -294,6 +294,7 @@ class Experiment:
     coherence_threshold: float = 50.0
     batch_size: int | str = "auto"
     shard_size: int = 100
+    queue_size: int = 1000
     instruction_as: str = "auto"
 
 
@@ -382,6 +383,7 @@ _EXPERIMENT: dict[str, Rule] = {
     "coherence_threshold": number(0, 100),
     "batch_size": _batch_size,
     "shard_size": whole(1, 1_000_000),
+    "queue_size": whole(1, 1_000_000),
     "instruction_as": choice("auto", "system", "user"),
 }
 _SECTIONS = {"generation": _GENERATION, "capture": _CAPTURE}

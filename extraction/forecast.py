@@ -17,12 +17,13 @@ from extraction.models import MAIN_MEMORY
 
 if TYPE_CHECKING:
     from extraction.configs import GenerationSpec
-    from extraction.jobs import Job
+    from extraction.jobs import Job, Queue
     from extraction.models import LanguageModel
 
 MAX_AUTO_BATCH = 256
 CPU_AUTO_BATCH = 32
 SAFE_SHARE = 0.8  # of the free memory
+TOLERATED, FULL_SHARE = 1.1, 0.9  # of the forecast, and of the free memory: what the first queue may have taken
 ROW_BYTES = 20  # of a response's line, per token of prompt and response
 PROBE_BYTES = 2**26
 PROBE_SECONDS = 0.1
@@ -45,6 +46,7 @@ class Forecast:
     batch_size: int
     n_parameters: int
     n_examples: int
+    n_queues: int
     memory: dict[str, int]
     prompt_tokens: int
     new_tokens: int
@@ -147,12 +149,13 @@ def forecast(job: Job, work_name: str = "batched", *, gpu_price: float | None = 
     from extraction.jobs import MODES
 
     settings, dtype, devices = job.experiment, _dtype_of(job), all_of(job.spec.device)
-    shape, work, device = shape_of(job.model_config, dtype, job.spec.quantize), _work(job), devices[0]
-    serial = work_name in MODES and MODES[work_name].serial
+    mode = MODES[work_name] if work_name in MODES else MODES["responses"]  # `capture` takes what that made
+    queues = job.own_queues(mode)
+    shape, work, device = shape_of(job.model_config, dtype, job.spec.quantize), _work(job, queues), devices[0]
     asked = settings.batch_size
     fits = fitting(shape, work, device, free_memory(devices)) if asked == "auto" else int(asked)
-    batch_size = 1 if serial else fits
-    batch_size = min(batch_size, work.n_examples, settings.shard_size)
+    longest = max((sum(len(shard.examples) for shard in queue) for queue in queues), default=1)
+    batch_size = 1 if work_name != "capture" and mode.serial else min(fits, longest)
     captures = work_name == "capture" or MODES[work_name].captures
     n_new = 0 if work_name == "capture" else work.n_examples * work.max_new_tokens
     n_read = round(work.n_examples * (work.prompt_mean + (work.max_new_tokens if work_name == "capture" else 0)))
@@ -163,6 +166,7 @@ def forecast(job: Job, work_name: str = "batched", *, gpu_price: float | None = 
         batch_size=batch_size,
         n_parameters=shape.n_parameters,
         n_examples=work.n_examples,
+        n_queues=len(queues),
         memory=memory_by_part(shape, work, batch_size, device),
         prompt_tokens=round(work.n_examples * work.prompt_mean),
         new_tokens=n_new,
@@ -172,12 +176,12 @@ def forecast(job: Job, work_name: str = "batched", *, gpu_price: float | None = 
     )
 
 
-def _work(job: Job) -> Work:
+def _work(job: Job, queues: Sequence[Queue]) -> Work:
     """The job's examples; prompts are encoded with the model's own tokenizer, a sample of each trait."""
     from extraction.models import max_positions, read_tokenizer
 
     settings, tokenizer = job.experiment, read_tokenizer(job.spec)
-    shards = [shard for trait in job.traits for shard in job.own_shards(trait).values()]
+    shards = [shard.examples for queue in queues for shard in queue]
     sampled = [example for shard in shards for example in shard[:N_SAMPLED]]
     room = max_positions(job.model_config)
     lengths = [len(prompt.token_ids) for prompt in job.prompts(tokenizer, sampled, max_tokens=room)]
@@ -256,8 +260,7 @@ def auto_batch_size(lm: LanguageModel, prompt_lengths: Sequence[int], max_new_to
 
     Of several devices, the one with the least room decides; layers in main memory have their cache on the first.
     """
-    shape = shape_of(lm.model.config.get_text_config(), lm.dtype)
-    work = Work(len(prompt_lengths), 0.0, max(prompt_lengths, default=1), max_new_tokens, shape.n_layers)
+    shape, work = _loaded(lm, prompt_lengths, max_new_tokens)
     places = lm.spread or {str(lm.device): lm.n_layers}
     fetched = places.pop(MAIN_MEMORY, 0)
     places = {str(lm.device): 0, **places}
@@ -266,6 +269,26 @@ def auto_batch_size(lm: LanguageModel, prompt_lengths: Sequence[int], max_new_to
         fitting(replace(shape, n_layers=n_layers), work, place, free_memory((place,)), loaded=True)
         for place, n_layers in places.items()
     )
+
+
+def _loaded(lm: LanguageModel, prompt_lengths: Sequence[int], max_new_tokens: int) -> tuple[Shape, Work]:
+    shape = shape_of(lm.model.config.get_text_config(), lm.dtype)
+    return shape, Work(len(prompt_lengths), 0.0, max(prompt_lengths, default=1), max_new_tokens, shape.n_layers)
+
+
+def beyond_weights(lm: LanguageModel, prompt_lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> int:
+    """Bytes that a loaded model should take besides its weights, as `auto_batch_size` counts them."""
+    parts = memory_by_part(*_loaded(lm, prompt_lengths, max_new_tokens), batch_size, str(lm.device))
+    return sum(parts.values()) - parts["weights"] - parts["libraries"]
+
+
+def corrected(batch_size: int, expected: int, seen: int, room: int) -> int:
+    """The batch size for what follows, from the bytes that one of it was expected to take, took, and could take.
+
+    Half of it, where more was taken than expected by a tenth, and hardly anything was left.
+    """
+    is_tight = seen > TOLERATED * expected and seen > FULL_SHARE * room
+    return max(1, batch_size // 2) if is_tight else batch_size
 
 
 def fitting(shape: Shape, work: Work, device: str, free: int | None, *, loaded: bool = False) -> int:

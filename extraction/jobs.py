@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,18 @@ MODES = {
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Examples of one trait that are committed together, and their number among the trait's shards."""
+
+    trait: Trait
+    index: int
+    examples: tuple[Example, ...]
+
+
+Queue = tuple[Shard, ...]  # what runs in one running batch, from a clean state
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that is known before a model is loaded: checked, and the same on every start."""
 
@@ -63,6 +75,7 @@ class Job:
     notes: tuple[str, ...] = ()
     self_check: int = 2
     slice: tuple[int, int] = (0, 1)
+    unqueued: frozenset[str] = frozenset()  # traits whose runs were begun before there were queues
 
     def folder(self, trait: Trait) -> RunFolder:
         """The run's folder of one trait."""
@@ -71,6 +84,8 @@ class Job:
     def config(self, trait: Trait) -> dict[str, Any]:
         """What run.json pins: all that decides the bytes of the result."""
         fields = experiment_to_dict(replace(self.experiment, traits=()))
+        if trait.name in self.unqueued:
+            del fields["queue_size"]
         named = {"name": trait.name, "sha256": trait_fingerprint(trait)}
         return {**fields, "model": pinned_model(self.spec), "trait": named}
 
@@ -79,10 +94,41 @@ class Job:
         examples, size = make_examples(trait, self.experiment.n_examples), self.experiment.shard_size
         return [examples[i : i + size] for i in range(0, len(examples), size)]
 
-    def own_shards(self, trait: Trait) -> dict[int, tuple[Example, ...]]:
-        """The shards that this slice of the job makes, by number."""
+    def queues(self, mode: Mode) -> list[Queue]:
+        """All shards, in order, cut into what runs together: as many as `queue_size` examples hold, at least one.
+
+        Where a mode makes one example at a time nothing is gained by more than one; and a run that was begun before
+        there were queues goes on as it began.
+        """
+        queues: list[list[Shard]] = []
+        room = 0
+        for shard in self._all_shards():
+            alone = mode.serial or shard.trait.name in self.unqueued
+            if alone or len(shard.examples) > room:
+                queues.append([])
+                room = 0 if alone else self.experiment.queue_size
+            queues[-1].append(shard)
+            room -= len(shard.examples)
+        return [tuple(queue) for queue in queues]
+
+    def _all_shards(self) -> Iterator[Shard]:
+        return (Shard(trait, i, shard) for trait in self.traits for i, shard in enumerate(self.shards(trait)))
+
+    def own_queues(self, mode: Mode) -> list[Queue]:
+        """The queues that this slice of the job makes.
+
+        One at a time they go by the shard's number, so that stage 2, which works trait by trait, takes the same.
+        """
         index, count = self.slice
-        return {i: shard for i, shard in enumerate(self.shards(trait)) if i % count == index}
+        numbered = (
+            (queue[0].index if mode.serial else number, queue) for number, queue in enumerate(self.queues(mode))
+        )
+        return [queue for number, queue in numbered if number % count == index]
+
+    def own_shards(self, trait: Trait, mode: Mode) -> dict[int, tuple[Example, ...]]:
+        """The shards of a trait that this slice of the job makes, by number."""
+        shards = (shard for queue in self.own_queues(mode) for shard in queue)
+        return {shard.index: shard.examples for shard in shards if shard.trait.name == trait.name}
 
     @property
     def is_whole(self) -> bool:
@@ -119,6 +165,18 @@ class Job:
     def layers(self) -> tuple[int, ...]:
         """The layers to capture. Raises ConfigError for one that the model lacks, before its weights are loaded."""
         return parse_layers(self.experiment.capture.layers, int(self.model_config.num_hidden_layers))
+
+
+def names_of(shards: Iterable[Shard]) -> list[str]:
+    """The names of shards, those that follow one another as one: `calm/0-9`, `warm/3`."""
+    spans: list[tuple[str, int, int]] = []
+    for shard in shards:
+        name, index = shard.trait.name, shard.index
+        if spans and spans[-1][0] == name and spans[-1][2] == index - 1:
+            spans[-1] = (name, spans[-1][1], index)
+        else:
+            spans.append((name, index, index))
+    return [f"{name}/{first}" if first == last else f"{name}/{first}-{last}" for name, first, last in spans]
 
 
 def pinned_model(spec: ModelSpec) -> dict[str, Any]:
@@ -166,7 +224,18 @@ def plan(
         notes=notes + said,
         self_check=self_check,
         slice=_parse_slice(slice_text),
+        unqueued=_unqueued(folder, settings, loaded),
     )
+
+
+def _unqueued(root: Path, settings: Experiment, traits: Iterable[Trait]) -> frozenset[str]:
+    """Traits whose runs were begun before there were queues. Where a size is asked for, they are refused instead."""
+    if settings.queue_size != Experiment.queue_size:
+        return frozenset()
+    stored = {
+        trait.name: run_folder(root / "experiments", settings.name, trait.name).stored_config() for trait in traits
+    }
+    return frozenset(name for name, config in stored.items() if config is not None and "queue_size" not in config)
 
 
 def _split(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -230,7 +299,8 @@ def _stored_job(
         spec = ModelSpec(model["name"], model["source"], **{key: model.get(key) for key in PINNED_MODEL_OPTIONS})
     else:
         spec = resolve_model(_model_again(settings.model, root, given), root, model_options)
-    return Job(root=root, experiment=settings, spec=spec, traits=(trait,))
+    unqueued = _unqueued(root, settings, (trait,))
+    return Job(root=root, experiment=settings, spec=spec, traits=(trait,), unqueued=unqueued)
 
 
 def _model_again(name: str, root: Path, given: Mapping[str, Any]) -> str:

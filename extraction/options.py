@@ -77,6 +77,7 @@ GENERATION: tuple[Decorator, ...] = (
         "--instruction-as", metavar="ROLE", help="system, user, or auto: system where the chat template has it."
     ),
     click.option("--shard-size", metavar="N", help="Examples that are committed together."),
+    click.option("--queue-size", metavar="N", help="Examples that share a running batch, shard after shard."),
 )
 LOADING: tuple[Decorator, ...] = (
     click.option("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16."),
@@ -117,7 +118,7 @@ THREADS: tuple[Decorator, ...] = (
 )
 RUN: tuple[Decorator, ...] = (
     click.option(
-        "--slice", "slice_text", metavar="K/N", default="1/1", help="Do every N-th shard, from the K-th: for clusters."
+        "--slice", "slice_text", metavar="K/N", default="1/1", help="Do every N-th queue, from the K-th: for clusters."
     ),
     *THREADS,
     click.option("--dry-run", is_flag=True, help="Print the plan and the forecast, and stop."),
@@ -353,7 +354,8 @@ def listed(text: str | None) -> tuple[str, ...] | None:
 
 LISTS = ("sites", "poolings")
 NUMBERS: dict[str, Callable[[str], int | float | list[float]]] = {
-    **dict.fromkeys(("n_examples", "max_new_tokens", "top_k", "seed", "shard_size", "judge_concurrency"), int),
+    **dict.fromkeys(("n_examples", "max_new_tokens", "top_k", "seed", "judge_concurrency"), int),
+    **dict.fromkeys(("shard_size", "queue_size"), int),
     **dict.fromkeys(("temperature", "top_p", "threshold", "coherence_threshold"), float),
     "judge_price": lambda text: [float(price) for price in text.split(",")],
 }

@@ -1,6 +1,6 @@
-"""Who makes the shards: this process, one after the other, each from a clean state.
+"""What makes shards: a model that is loaded when the first one is due, a batch size that fits, stored responses read.
 
-A shard is the unit of work, of commit and of resume. The model is loaded when the first one is due.
+A shard is the unit of commit. Those that are made together, in one batch, are a queue (`queues`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
     from extraction.capture import Capture
     from extraction.configs import Experiment, ModelSpec
-    from extraction.decoding.sample import Sample
     from extraction.models import LanguageModel
-    from extraction.utils_batch import Completion, Request
-
-Row = dict[str, Any]
+    from extraction.utils_batch import Completion
 
 
 class Listener(Protocol):
@@ -166,44 +163,6 @@ def is_done(folder: RunFolder, index: int, mode: Mode) -> bool:
     return folder.shard_done("responses", index) and (not mode.captures or folder.shard_done("activations", index))
 
 
-def make_shard(
-    engine: Engine, examples: Sequence[Example], index: int, folder: RunFolder, mode: Mode, listener: Listener
-) -> None:
-    """One shard from a clean state: responses first, activations after them, each with its receipt."""
-    from extraction.utils_batch import generate
-
-    job, lm, prompts = engine.job, engine.lm, engine.prompts(examples)
-    done: dict[str, Completion] = {}
-
-    def run(batch_size: int) -> None:
-        done.clear()
-        requests = [_request(job, prompt) for prompt in prompts]
-        settings = job.experiment.generation
-        for completion in generate(
-            lm,
-            requests,
-            batch_size=batch_size,
-            strategy=_strategy(job),
-            capture=engine.capture if mode.captures else None,
-            stop_strings=settings.stop_strings,
-            on_progress=lambda n_tokens: listener.advance(0, n_tokens),
-        ):
-            done[completion.id] = completion
-            listener.advance(1, 0)
-
-    started = time.perf_counter()
-    asked = engine.batch_size(mode, [len(prompt.token_ids) for prompt in prompts])
-    batch_size = halving(run, asked, engine, listener, lambda: listener.advance(-len(done), 0))
-    engine.note_work(done.values(), batch_size, time.perf_counter() - started)
-    ordered = [done[_request_id(prompt)] for prompt in prompts]
-    meta = {**_meta(engine, batch_size), "captured": mode.captures}
-    rows = [_row(lm, prompt, completion) for prompt, completion in zip(prompts, ordered, strict=True)]
-    folder.write_responses_shard(index, rows, meta)
-    if mode.captures:
-        kept = {p.example.id: c.activations for p, c in zip(prompts, ordered, strict=True) if c.activations}
-        _write_activations(engine, folder, index, kept, {**meta, "captured": "while generating"})
-
-
 def halving(
     run: Callable[[int], None], batch_size: int, engine: Loading, listener: Listener, undo: Callable[[], None]
 ) -> int:
@@ -231,42 +190,7 @@ def halving(
         give_back()
 
 
-def _request_id(prompt: Prompt) -> str:
-    return f"{prompt.example.trait}/{prompt.example.id}"
-
-
-def _request(job: Job, prompt: Prompt) -> Request:
-    from extraction.utils_batch import Request
-
-    settings = job.experiment
-    return Request(_request_id(prompt), prompt.token_ids, settings.generation.max_new_tokens, settings.seed)
-
-
-def _strategy(job: Job) -> Sample:
-    from extraction.decoding.sample import Sample
-
-    settings = job.experiment.generation
-    return Sample(settings.temperature, settings.top_k, settings.top_p)
-
-
-def _row(lm: LanguageModel, prompt: Prompt, completion: Completion) -> Row:
-    example = prompt.example
-    assert lm.tokenizer is not None
-    return {
-        "id": example.id,
-        "polarity": example.polarity,
-        "instruction_id": example.instruction_id,
-        "question_id": example.question_id,
-        "question": example.question,
-        "prompt": prompt.text,
-        "prompt_token_ids": list(prompt.token_ids),
-        "response": lm.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-    }
-
-
-def _meta(engine: Engine, batch_size: int) -> dict[str, Any]:
+def meta_of(engine: Engine, batch_size: int) -> dict[str, Any]:
     """What a receipt tells of how a shard was made."""
     import torch
     import transformers
@@ -299,16 +223,11 @@ def _policy(engine: Engine) -> str:
     return instruction_policy(engine.lm.tokenizer) if asked == "auto" and engine.lm.tokenizer else asked
 
 
-def _write_activations(
-    engine: Engine,
-    folder: RunFolder,
-    index: int,
-    kept: Mapping[str, Mapping[str, Tensor]],
-    meta: Mapping[str, Any],
-    *,
-    stage: str = "activations",
-) -> None:
-    """Rows of every pooling, in the examples' order, in the capture's dtype."""
+def tensors_of(engine: Engine, kept: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What a shard's file holds: rows of every pooling, in the examples' order, in the capture's dtype.
+
+    Raises ActivationError where that type can't hold one.
+    """
     tensors: dict[str, Tensor] = {}
     for name in (f"{site}.{pooling}" for pooling in engine.capture.poolings for site in engine.capture.sites):
         stored = {i: _stored(engine, activations[name], f"{i}: {name}") for i, activations in kept.items()}
@@ -316,11 +235,11 @@ def _write_activations(
             tensors.update({f"{name}/{i}": rows for i, rows in stored.items()})
         else:
             tensors[name] = _stacked(engine, list(stored.values()))
-    folder.write_activations_shard(index, list(kept), tensors, meta, stage=stage)
+    return tensors
 
 
 def _stored(engine: Engine, hidden_LD: Tensor, place: str) -> Tensor:
-    """In the type that the run stores. Raises ActivationError where that type can't hold it."""
+    """In the type that the run stores."""
     import torch
 
     name = engine.job.experiment.capture.dtype
@@ -371,4 +290,5 @@ def capture_shard(
     kept = {row["id"]: done[row["id"]].activations for row in rows}
     how = "from stored ids" if stripped is None else "from stored ids, without the instruction"
     stage = "activations" if stripped is None else "stripped"
-    _write_activations(engine, folder, index, kept, {**_meta(engine, batch_size), "captured": how}, stage=stage)
+    meta = {**meta_of(engine, batch_size), "captured": how}
+    folder.write_activations_shard(index, list(kept), tensors_of(engine, kept), meta, stage=stage)

@@ -8,18 +8,21 @@ nothing behind that another start would have to agree with.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from extraction.errors import MissingPackage, StoreError, TraitError
 from extraction.fitting import Vectors, chosen_tensor, make_vectors
-from extraction.jobs import MODES, Job, Mode
+from extraction.jobs import MODES, Job, Mode, Queue
 from extraction.judging import assemble, check_reader
+from extraction.pace import Pace
+from extraction.queues import ahead_of, make_queue, pending_of
 from extraction.records import Example, Trait
 from extraction.reporting import index, report
-from extraction.runners import Engine, Listener, capture_shard, is_done, load_once, make_shard, working_in
+from extraction.runners import Engine, Listener, capture_shard, load_once, working_in
 from extraction.schema import show_path
-from extraction.store import RunFolder
 from extraction.validating import Checks, validate_trait
 
 Row = dict[str, Any]
@@ -29,44 +32,89 @@ def generate(job: Job, mode: Mode, listener: Listener) -> Engine:
     """Make the responses of every trait (and, as the mode says, their activations); judge them; write both."""
     engine = Engine(job)
     check_reader(job)
-    for trait in job.traits:
-        folder = job.folder(trait)
-        with working_in(folder, job, trait):
-            _make_shards(engine, trait, folder, mode, listener)
-            if job.is_whole:
-                assemble(job, trait, folder, listener)
+    with ExitStack() as held:
+        for trait in job.traits:
+            held.enter_context(working_in(job.folder(trait), job, trait))
+        _make_queues(engine, mode, listener)
     return engine
 
 
-def _make_shards(engine: Engine, trait: Trait, folder: RunFolder, mode: Mode, listener: Listener) -> None:
-    job, mine = engine.job, engine.job.own_shards(trait)
-    pending = {i: shard for i, shard in mine.items() if not is_done(folder, i, mode)}
+def _make_queues(engine: Engine, mode: Mode, listener: Listener) -> None:
+    """Queue after queue; a trait is judged as soon as the last queue that has some of it is there."""
+    job = engine.job
+    queues = job.own_queues(mode)
+    if not queues:
+        listener.note(_nothing_for(job, mode))
+    pending = [queue for queue in queues if pending_of(job, queue, mode)]
+    pace = _make_ready(engine, pending, mode, listener) if pending else None
+    for stretch in _stretches(job, queues):
+        if pace is not None:
+            _make_stretch(engine, stretch, mode, pace, listener)
+        for trait in stretch.ended if job.is_whole else ():
+            assemble(job, trait, job.folder(trait), listener)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Queues of the same traits, one after the other; those that begin with them, and those that end."""
+
+    title: str
+    queues: Sequence[Queue]
+    begun: Sequence[Trait]
+    ended: Sequence[Trait]
+
+
+def _stretches(job: Job, queues: Sequence[Queue]) -> Iterator[_Stretch]:
+    found = [(names, list(stretch)) for names, stretch in groupby(queues, _names_in)]
+    last = {name: i for i, (names, _) in enumerate(found) for name in names}
+    first = {name: i for i, (names, _) in reversed(list(enumerate(found))) for name in names}
+    for i, (names, stretch) in enumerate(found):
+        title = names[0] if len(names) == 1 else f"{len(names)} traits"
+        begun, ended = ([trait for trait in job.traits if place.get(trait.name) == i] for place in (first, last))
+        yield _Stretch(title, stretch, begun, ended)
+
+
+def _names_in(queue: Queue) -> tuple[str, ...]:
+    """The names of the traits in a queue."""
+    return tuple(dict.fromkeys(shard.trait.name for shard in queue))
+
+
+def _nothing_for(job: Job, mode: Mode) -> str:
+    index, count = job.slice
+    size = "shard" if mode.serial else "queue"
+    return (
+        f"--slice {index + 1}/{count}: nothing to do, since the job has {len(job.queues(mode))} {size}s: take fewer "
+        f"slices or, for a run that has not begun, give all of them a lower --{size}-size"
+    )
+
+
+def _make_ready(engine: Engine, pending: Sequence[Queue], mode: Mode, listener: Listener) -> Pace:
+    """The model in memory, and every prompt checked before the first is answered."""
+    _ = engine.job.layers  # refused before the weights are loaded
+    load_once(engine, listener)
+    ahead = [shard for queue in pending for shard in ahead_of(engine.job, queue, mode)]
+    lengths = [len(prompt.token_ids) for shard in ahead for prompt in engine.prompts(shard.examples)]
+    first = pending_of(engine.job, pending[0], mode)[0]
+    _self_check_once(engine, first.examples, listener)
+    return Pace(len(lengths), sum(lengths), engine.lm.device.type)
+
+
+def _make_stretch(engine: Engine, stretch: _Stretch, mode: Mode, pace: Pace, listener: Listener) -> None:
+    """Some queues under one bar."""
+    job, shards = engine.job, [shard for queue in stretch.queues for shard in queue]
+    pending = pending_of(job, shards, mode)
     if not pending:
         return
-    _ = job.layers  # refused before the weights are loaded
-    load_once(engine, listener)
-    for shard in pending.values():
-        engine.prompts(shard)  # every prompt is checked before the first is answered
-    _self_check_once(engine, next(iter(pending.values())), listener)
-    folder.open(job.config(trait))
-    with _progress(listener, f"{trait.name}: {mode.title}", mine, pending):
-        for i, shard in pending.items():
-            if mode.captures and _lacks_activations_alone(folder, i):
-                capture_shard(engine, folder, i, listener)
-            else:
-                make_shard(engine, shard, i, folder, mode, listener)
-
-
-def _lacks_activations_alone(folder: RunFolder, index: int) -> bool:
-    """True for responses that were made without a capture: they are not made again, but read."""
-    return folder.shard_done("responses", index) and not folder.shard_facts("responses", index)["meta"]["captured"]
+    for trait in stretch.begun:
+        job.folder(trait).open(job.config(trait))
+    n_examples, n_pending = (sum(len(shard.examples) for shard in some) for some in (shards, pending))
+    with _progress(listener, f"{stretch.title}: {mode.title}", n_examples, n_pending):
+        for queue in stretch.queues:
+            make_queue(engine, queue, mode, pace, listener)
 
 
 @contextmanager
-def _progress(
-    listener: Listener, title: str, mine: Mapping[int, Sequence[Example]], pending: Mapping[int, Sequence[Example]]
-) -> Iterator[None]:
-    n_examples, n_pending = (sum(map(len, shards.values())) for shards in (mine, pending))
+def _progress(listener: Listener, title: str, n_examples: int, n_pending: int) -> Iterator[None]:
     listener.begin(title, n_examples, n_examples - n_pending)
     try:
         yield
@@ -94,7 +142,7 @@ def capture(job: Job, listener: Listener, engine: Engine) -> Engine:
     for trait in job.traits:
         folder = job.folder(trait)
         with working_in(folder, job, trait):
-            mine = job.own_shards(trait)
+            mine = job.own_shards(trait, MODES["responses"])  # which made them
             absent = [i for i in mine if not folder.shard_done("responses", i)]
             if absent:
                 raise StoreError(
@@ -103,18 +151,23 @@ def capture(job: Job, listener: Listener, engine: Engine) -> Engine:
                 )
             pending = {i: shard for i, shard in mine.items() if not folder.shard_done("activations", i)}
             if pending:
-                _capture_shards(engine, trait, folder, pending, listener)
+                _capture_shards(engine, trait, mine, pending, listener)
     return engine
 
 
 def _capture_shards(
-    engine: Engine, trait: Trait, folder: RunFolder, pending: Mapping[int, Sequence[Example]], listener: Listener
+    engine: Engine,
+    trait: Trait,
+    mine: Mapping[int, Sequence[Example]],
+    pending: Mapping[int, Sequence[Example]],
+    listener: Listener,
 ) -> None:
     _ = engine.job.layers  # refused before the weights are loaded
     load_once(engine, listener)
-    with _progress(listener, f"{trait.name}: capturing stored responses", engine.job.own_shards(trait), pending):
+    n_examples, n_pending = (sum(map(len, some.values())) for some in (mine, pending))
+    with _progress(listener, f"{trait.name}: capturing stored responses", n_examples, n_pending):
         for i in pending:
-            capture_shard(engine, folder, i, listener)
+            capture_shard(engine, engine.job.folder(trait), i, listener)
 
 
 # --- the whole job --------------------------------------------------------------------------------------------------

@@ -34,9 +34,9 @@ def of_plan(job: Job, forecast: Forecast, *, steered: int | None = None) -> Iter
     yield f"Plan for {settings.name}"
     yield from item("model", f"{job.spec.name} ({size_of_model}) on {forecast.device}")
     yield from item("traits", f"{len(job.traits)}: {', '.join(trait.name for trait in job.traits)}")
-    yield from item(
-        "examples", f"{forecast.n_examples:,} in shards of {settings.shard_size}, batch size {forecast.batch_size}"
-    )
+    queues = f"{forecast.n_queues:,} queue{'s' * (forecast.n_queues != 1)}"
+    shards = f"{forecast.n_examples:,} in shards of {settings.shard_size}"
+    yield from item("examples", f"{shards}, {queues}, batch size {forecast.batch_size}")
     yield from item("layers", capture)
     yield "Forecast, with every response at its full length"
     new = f", {forecast.new_tokens:,} new" if forecast.new_tokens else ""

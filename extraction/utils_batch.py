@@ -47,8 +47,9 @@ def generate(
     capture: Recording | None = None,
     stop_strings: Sequence[str] = (),
     on_progress: Progress | None = None,
+    in_order: bool = False,
 ) -> Iterator[Completion]:
-    """Continue every request; yield completions as they end.
+    """Continue every request, longest prompt first or `in_order`; yield completions as they end.
 
     `strategy`: Sample (greedy without one), Amplify or Speculate. `on_progress` is told the number of new response
     tokens after each step. Activations are those of the steered stream. Raises PromptError for a request that the
@@ -63,7 +64,7 @@ def generate(
         stop_strings=tuple(stop_strings),
         steerings=[request.steering for request in requests if request.steering is not None],
     )
-    batch.add(sorted(requests, key=lambda request: len(request.token_ids), reverse=True))
+    batch.add(requests if in_order else sorted(requests, key=lambda request: len(request.token_ids), reverse=True))
     with batch.watching():
         while batch.has_work:
             news = batch.advance()

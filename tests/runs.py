@@ -43,6 +43,7 @@ EXPERIMENT = {
     "generation": {"max_new_tokens": 10, "temperature": 1.0},
     "batch_size": 4,
     "shard_size": 20,
+    "queue_size": 40,
 }
 
 

@@ -163,6 +163,7 @@ NUMBERS = [
     ("--batch-size", "0"),
     ("--batch-size", "many"),
     ("--shard-size", "0"),
+    ("--queue-size", "0"),
     ("--seed", "-1"),
     ("--threshold", "101"),
     ("--judge", "lexial"),

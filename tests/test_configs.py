@@ -173,6 +173,7 @@ BAD_FIELDS = {
     "batch_size: 0": ("0 is not a batch size",),
     "batch_size: many": ("'many' is not a batch size",),
     "shard_size: 0": ("0 is out of range",),
+    "queue_size: 0": ("0 is out of range",),
     "threshold: 101": ("101 is out of range",),
     "seed: -1": ("-1 is out of range",),
     "judge: lexcial": ("did you mean 'lexical'?",),
@@ -206,7 +207,7 @@ def test_a_full_experiment_reads_as_written(root):
         "model: small\ntraits: [b, a]\nn_examples: 7\nseed: 3\n"
         "generation: {max_new_tokens: 5, temperature: 0, top_k: 4, top_p: 0.5, stop_strings: ['no', \"\\n\\n.\"]}\n"
         "capture: {layers: [3, 5, 8-10], sites: [mlp], poolings: ['response_first:4', all], dtype: float16}\n"
-        "judge: none\nthreshold: 60\nbatch_size: auto\nshard_size: 9\ninstruction_as: user\n",
+        "judge: none\nthreshold: 60\nbatch_size: auto\nshard_size: 9\nqueue_size: 30\ninstruction_as: user\n",
     )
     experiment, notes = load_experiment("e", root)
     assert notes == ()
@@ -238,6 +239,7 @@ def test_a_full_experiment_reads_as_written(root):
         "coherence_threshold": 50.0,
         "batch_size": "auto",
         "shard_size": 9,
+        "queue_size": 30,
         "instruction_as": "user",
     }
 

@@ -128,7 +128,8 @@ def test_the_forecast_of_a_job_adds_up(tmp_path: Path):
     assert capture.new_tokens == 0
     assert serial.disk < whole.disk
     half = forecast(plan("demo", root=str(root), slice_text="1/2"))
-    assert half.n_examples == 28  # shards of 20, 20 and 8: the first and the third
+    assert (whole.n_queues, half.n_queues) == (2, 1)
+    assert half.n_examples == 40  # shards of 20, 20 and 8: the first queue has two
 
 
 def test_more_work_takes_more(tmp_path: Path):

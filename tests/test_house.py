@@ -22,7 +22,7 @@ ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name 
 
 # A module imports from lower floors only; `decoding`, `vectors` and `report` are one room each.
 FLOORS = [
-    ("errors", "records", "proportions", "cores"),
+    ("errors", "records", "proportions", "cores", "background", "pace"),
     ("schema", "hooks", "atomic", "slots", "devices", "pooling", "rubrics", "phrases"),
     ("payloads", "pinned", "slices", "adapters", "detectors", "http_client"),
     ("configs", "store"),
@@ -46,7 +46,7 @@ FLOORS = [
     ("running",),
     ("utils_batch", "likelihood", "exchange"),
     ("runners", "self_check", "steered", "local_judge", "openai_judge", "lda", "helix"),
-    ("judging", "sweep", "trials", "serving"),
+    ("judging", "sweep", "trials", "serving", "queues"),
     ("evidence", "preview", "fitting", "study"),
     ("validating", "reporting", "monitoring"),
     ("stages",),

@@ -15,8 +15,9 @@ import pytest
 from tests.forks import Forked, Forks, forks
 from tests.runs import contents, make_root, refused, succeed
 
-COMMAND = ("extract", "--experiment", "demo", "--n-examples", "24", "--max-new-tokens", "40", "--shard-size", "4")
-SHARDS = 12
+COMMAND = ("extract", "--experiment", "demo", "--n-examples", "24", "--max-new-tokens", "40")
+COMMAND = (*COMMAND, "--shard-size", "4", "--queue-size", "12")
+SHARDS = 12  # in four queues
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,35 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(server, root):
     assert "run the same command again" in last
     assert "Traceback" not in process.stderr
     assert not run_of(root).exists()
+
+
+TOGETHER = (*COMMAND[:-2], "--traits", "calm,warm", "--queue-size", "60", "--judge", "none", "--self-check", "0")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quiet run of two traits: all of one and a part of the other are one queue."""
+    root = make_root(tmp_path_factory.mktemp("together"))
+    succeed("batched", *TOGETHER[1:], "--root", root)
+    return root / "experiments/demo"
+
+
+@pytest.mark.parametrize("count", [1, 8, 13, 20])
+def test_a_queue_of_several_traits_that_is_killed_midway_ends_with_the_same_bytes(server, root, together, count):
+    """Of 24 shards the first 15 are one queue, 12 of them the first trait's."""
+    process = server.start("batched", *TOGETHER[1:], "--root", root)
+    receipts = "*/activations/*.receipt.json"
+    end = time.monotonic() + 100
+    while len(list((root / "experiments/demo").glob(receipts))) < count:
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    there = sorted((root / "experiments/demo").glob(receipts))
+    stamps = {path: path.stat().st_mtime_ns for path in there}
+    assert count <= len(there) < 24
+    succeed("batched", *TOGETHER[1:], "--root", root)
+    assert {path: path.stat().st_mtime_ns for path in there} == stamps
+    for trait in ("calm", "warm"):
+        assert contents(root / "experiments/demo" / trait) == contents(together / trait)

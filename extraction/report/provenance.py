@@ -31,6 +31,7 @@ OPTIONS = {
     "--coherence-threshold": "coherence_threshold",
     "--threshold": "threshold",
     "--shard-size": "shard_size",
+    "--queue-size": "queue_size",
 }
 LABELS = {  # of the counts that are known; others go by their own names
     "judge": "Judge: who scores the responses",
@@ -82,7 +83,8 @@ def provenance(facts: Facts) -> Html:
 
 def commands(facts: Facts) -> Iterator[str]:
     """The commands that make this run again, each with every setting that decides its bytes."""
-    config, name = facts.config, shlex.quote(facts.trait.name)
+    config = {"queue_size": 1, **facts.config}  # a run that does not know queues has its shards one by one
+    name = shlex.quote(facts.trait.name)
     where = f"--experiment {shlex.quote(str(config['name']))} --traits {name}"
     values = {option: value_at(config, path) for option, path in OPTIONS.items()}
     given = [

@@ -1,0 +1,313 @@
+"""Queues: whole shards in order, known from the job alone; resumed, sliced and grown without a trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import extraction.queues
+from extraction.forecast import CPU_AUTO_BATCH, corrected
+from extraction.jobs import MODES, Job, names_of, plan
+from extraction.store import RunFolder, run_folder
+from tests.runs import contents, make_root, payloads, refused, succeed
+
+BOTH = ("--experiment", "demo", "--traits", "calm,warm", "--judge", "none", "--n-examples", "12")
+SHORT = (*BOTH, "--max-new-tokens", "16", "--shard-size", "8", "--self-check", "0")
+TRAITS = ("calm", "warm")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two traits, three shards each, in one queue: for tests that only read."""
+    root = make_root(tmp_path_factory.mktemp("whole"))
+    succeed("batched", "--root", root, *SHORT, "--queue-size", "100")
+    return root / "experiments/demo"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A fresh root."""
+    return make_root(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job of both traits."""
+    return plan("demo", "calm,warm", root=str(make_root(tmp_path_factory.mktemp("job"))))
+
+
+def sized(job: Job, n_examples: int, shard_size: int, queue_size: int) -> Job:
+    settings = replace(job.experiment, n_examples=n_examples, shard_size=shard_size, queue_size=queue_size)
+    return replace(job, experiment=settings)
+
+
+def keys(queues: Iterable[tuple]) -> list[tuple[str, int]]:
+    return [(shard.trait.name, shard.index) for queue in queues for shard in queue]
+
+
+def meta_of(experiment: Path, trait: str, index: int, stage: str = "activations") -> dict:
+    return json.loads((experiment / trait / stage / f"{index:04d}.receipt.json").read_text())["meta"]
+
+
+def rows_of(run: Path) -> list[dict]:
+    paths = sorted((run / "responses/shards").glob("*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def forget(experiment: Path, *names: str) -> None:
+    """As if a run had ended before these shards: `calm/2`."""
+    for name in names:
+        trait, _, index = name.partition("/")
+        for path in (experiment / trait).rglob(f"{int(index):04d}.*"):
+            path.unlink()
+        for path in (experiment / trait / "responses").glob("*.*"):
+            path.unlink()
+
+
+# --- the cut --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 90), st.integers(1, 5))
+def test_queues_are_whole_shards_in_order_and_slices_part_them(job, n_examples, shard_size, queue_size, n_slices):
+    job = sized(job, n_examples, shard_size, queue_size)
+    queues = job.queues(MODES["batched"])
+    assert keys(queues) == [(trait.name, i) for trait in job.traits for i in range(len(job.shards(trait)))]
+    assert [shard.examples for queue in queues for shard in queue if shard.trait == job.traits[1]] == job.shards(
+        job.traits[1]
+    )
+    sizes = [[len(shard.examples) for shard in queue] for queue in queues]
+    assert all(sum(size) <= queue_size or len(size) == 1 for size in sizes)
+    assert all(sum(size) + after[0] > queue_size for size, after in pairwise(sizes))
+    for mode in MODES.values():
+        parts = [replace(job, slice=(k, n_slices)).own_queues(mode) for k in range(n_slices)]
+        assert sorted(keys(queue for part in parts for queue in part)) == sorted(keys(job.queues(mode)))
+        mine = [replace(job, slice=(0, n_slices)).own_shards(trait, mode) for trait in job.traits]
+        assert sum(map(len, mine)) == sum(map(len, parts[0]))
+
+
+def test_one_at_a_time_each_shard_is_alone_and_its_slice_is_that_of_stage_2(job):
+    job = replace(sized(job, 20, 8, 100), slice=(1, 2))
+    assert len(job.queues(MODES["batched"])) == 1
+    for name in ("responses", "combined"):
+        queues = job.own_queues(MODES[name])
+        assert [len(queue) for queue in queues] == [1] * 4
+        alone = [replace(job, traits=(trait,)) for trait in job.traits]
+        assert keys(queues) == [key for each in alone for key in keys(each.own_queues(MODES[name]))]
+
+
+def test_names_of_shards_that_follow_one_another_are_one(job):
+    shards = [shard for queue in sized(job, 20, 8, 100).queues(MODES["batched"]) for shard in queue]
+    assert names_of(shards) == ["calm/0-4", "warm/0-4"]
+    assert names_of([*shards[:2], shards[3], *shards[6:]]) == ["calm/0-1", "calm/3", "warm/1-4"]
+    assert names_of([]) == []
+
+
+# --- what runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_queue_gives_every_trait_the_responses_that_it_has_alone(whole, root):
+    for trait in TRAITS:
+        succeed("batched", "--root", root, *SHORT, "--trait", trait, "--queue-size", "1")
+        alone, together = (payloads(path / trait, "responses") for path in (root / "experiments/demo", whole))
+        assert alone == together
+        assert [meta_of(whole, trait, i)["queue"] for i in range(3)] == [["calm/0-2", "warm/0-2"]] * 3
+        assert [meta_of(root / "experiments/demo", trait, i)["queue"] for i in range(3)] == [
+            [f"{trait}/{i}"] for i in range(3)
+        ]
+
+
+def test_a_queue_that_lacks_shards_runs_again_whole_and_writes_those_alone(whole, root):
+    command = ("batched", "--root", root, *SHORT, "--queue-size", "100")
+    succeed(*command)
+    experiment = root / "experiments/demo"
+    assert {trait: contents(experiment / trait) for trait in TRAITS} == {t: contents(whole / t) for t in TRAITS}
+    forget(experiment, "calm/1", "warm/1")
+    (experiment / "warm/activations/0002.receipt.json").unlink()  # killed between the two receipts
+    kept = {path: path.stat().st_mtime_ns for path in experiment.rglob("0000.*")}
+    said = succeed(*command).stderr
+    assert "2 traits: generating and capturing: 48 examples, 24 of them done before" in said
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {trait: contents(experiment / trait) for trait in TRAITS} == {t: contents(whole / t) for t in TRAITS}
+
+
+def test_a_queue_of_what_is_missing_alone_has_other_bytes(whole, root, monkeypatch):
+    """The control: without its company a shard has the same tokens, but activations that round otherwise."""
+    command = ("batched", "--root", root, *SHORT, "--queue-size", "100")
+    succeed(*command)
+    forget(root / "experiments/demo", "calm/2", "warm/1", "warm/2")
+    monkeypatch.setattr(extraction.queues, "together_of", extraction.queues.pending_of)
+    succeed(*command)
+    now, then = (payloads(path / "warm") for path in (root / "experiments/demo", whole))
+    assert {name for name in then if now[name] != then[name]} == {f"activations/000{i}.safetensors" for i in (1, 2)}
+    assert meta_of(root / "experiments/demo", "warm", 1)["together"] == ["calm/2", "warm/1-2"]
+    assert "together" not in meta_of(whole, "warm", 1)
+
+
+def test_a_trait_that_is_added_later_finds_the_others_done(root):
+    def tokens(said: str) -> int:
+        return int(said.rpartition("Took ")[2].split(": ")[1].split(" tokens")[0].replace(",", ""))
+
+    command = ("batched", "--root", root, *SHORT, "--queue-size", "100")
+    first = tokens(succeed(*command, "--trait", "calm").stdout)
+    calm = contents(root / "experiments/demo/calm")
+    second = tokens(succeed(*command).stdout)
+    assert contents(root / "experiments/demo/calm") == calm
+    assert meta_of(root / "experiments/demo", "warm", 0)["queue"] == ["calm/0-2", "warm/0-2"]
+    assert meta_of(root / "experiments/demo", "warm", 0)["together"] == ["warm/0-2"]
+    warm = contents(root / "experiments/demo/warm")
+    assert first + second == sum(
+        len(row["token_ids"]) for trait in TRAITS for row in rows_of(root / "experiments/demo" / trait)
+    )
+    forget(root / "experiments/demo", "warm/1")
+    assert tokens(succeed(*command).stdout) <= second
+    assert contents(root / "experiments/demo/warm") == warm
+
+
+def test_stored_responses_are_read_before_their_queue_and_take_no_part_in_it(root):
+    succeed("generate", "--root", root, *SHORT, "--slice", "1/2")  # shards 0 and 2 of each
+    generated = contents(root / "experiments/demo/calm/responses/shards")
+    succeed("batched", "--root", root, *SHORT)
+    experiment = root / "experiments/demo"
+    now = contents(experiment / "calm/responses/shards")
+    assert {name: now[name] for name in generated} == generated
+    how = {i: meta_of(experiment, "warm", i) for i in range(3)}
+    assert [how[i]["captured"] for i in range(3)] == ["from stored ids", "while generating", "from stored ids"]
+    assert how[1]["together"] == ["calm/1", "warm/1"]
+    before = contents(experiment / "warm")
+    forget(experiment, "warm/1")
+    succeed("batched", "--root", root, *SHORT)
+    assert contents(experiment / "warm") == before
+
+
+def test_memory_that_runs_out_in_a_queue_redoes_what_is_not_committed(whole, root):
+    command = ("batched", "--root", root, *SHORT, "--queue-size", "100")
+    with RoomUntil(root / "experiments/demo", "calm/0"):
+        said = succeed(*command).stderr
+    assert said.count("out of memory: again with batch size") == 1
+    experiment = root / "experiments/demo"
+    first, later = meta_of(experiment, "calm", 0), meta_of(experiment, "calm", 1)
+    assert (first["batch_size"], "together" in first) == (4, False)
+    assert (later["batch_size"], later["together"]) == (2, ["calm/1-2", "warm/0-2"])
+    for trait in TRAITS:
+        assert payloads(experiment / trait, "responses") == payloads(whole / trait, "responses")
+
+
+class RoomUntil:
+    """Once a shard is there, more than two rows of a prompt are too many."""
+
+    def __init__(self, experiment: Path, name: str) -> None:
+        trait, _, index = name.partition("/")
+        self.receipt = experiment / trait / f"activations/{int(index):04d}.receipt.json"
+
+    def __enter__(self) -> None:
+        import torch
+
+        def hook(module: torch.nn.Module, _args: object, output: object) -> None:
+            shape = output.shape if module.__class__.__name__ == "LlamaDecoderLayer" else (0, 0)
+            if shape[0] > 2 and self.receipt.exists():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        self.handle = torch.nn.modules.module.register_module_forward_hook(hook)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+def test_slices_take_queues_and_one_without_any_says_what_helps(whole, root):
+    sized = ("--queue-size", "16")
+    succeed("batched", "--root", make_root(root / "one"), *SHORT, *sized)
+    for part in ("2/4", "1/4", "3/4"):
+        assert "nothing to do" not in succeed("batched", "--root", root, *SHORT, *sized, "--slice", part).stderr
+    idle = succeed("batched", "--root", root, *SHORT, *sized, "--slice", "4/4")
+    assert "--slice 4/4: nothing to do, since the job has 3 queues: take fewer slices or, for a" in idle.stderr
+    assert "lower --queue-size" in idle.stderr
+    serial = succeed("generate", "--root", root, *SHORT, *sized, "--slice", "4/4")
+    assert "lower --shard-size" in serial.stderr
+    succeed("batched", "--root", root, *SHORT, *sized)
+    assert contents(root / "experiments") == contents(root / "one/experiments")
+    assert "1 queue" in succeed("batched", "--root", root, *SHORT, *sized, "--slice", "1/4", "--dry-run").stdout
+    assert "0 queues" in succeed("batched", "--root", root, *SHORT, *sized, "--slice", "4/4", "--dry-run").stdout
+
+
+# --- what is refused, and what goes on ------------------------------------------------------------------------------
+
+
+def test_a_trait_that_is_locked_or_pinned_to_another_config_stops_all_before_anything_is_written(root):
+    with run_folder(root / "experiments", "demo", "warm").lock():
+        line = refused("batched", "--root", root, *SHORT, notes=("trait",))
+    assert "is working on this run" in line
+    assert [path.name for path in (root / "experiments").rglob("*") if path.is_file()] == [".lock", ".lock"]
+    succeed("batched", "--root", root, *SHORT, "--trait", "warm", "--seed", "3")
+    line = refused("batched", "--root", root, *SHORT, notes=("trait",))
+    assert "seed was 3 and is now 0" in line
+    assert not list((root / "experiments/demo/calm").rglob("*.json"))
+
+
+def test_queue_size_is_pinned(root):
+    succeed("batched", "--root", root, *SHORT)
+    line = refused("batched", "--root", root, *SHORT, "--queue-size", "24", notes=("trait",))
+    assert "queue_size was 40 and is now 24" in line
+
+
+def begin_as_before(root: Path, *traits: str) -> None:
+    """Runs as they were begun before there were queues: their run.json does not know them."""
+    options = {"n_examples": 12, "max_new_tokens": 16, "shard_size": 8, "queue_size": 1000, "judge": "none"}
+    job = plan("demo", ",".join(traits), root=str(root), options=options)
+    for trait in job.traits:
+        config = job.config(trait)
+        del config["queue_size"]
+        job.folder(trait).open(config)
+
+
+def test_a_run_from_before_queues_goes_on_with_each_shard_alone(root):
+    experiment = (root / "configs/experiments/demo.yaml").read_text()
+    (root / "configs/experiments/demo.yaml").write_text(experiment.replace("queue_size: 40\n", ""))
+    begin_as_before(root, "calm")
+    pinned = (root / "experiments/demo/calm/run.json").read_bytes()
+    line = refused("batched", "--root", root, *SHORT, "--queue-size", "500", notes=("trait",))
+    assert "queue_size was absent and is now 500" in line
+    succeed("batched", "--root", root, *SHORT)
+    assert (root / "experiments/demo/calm/run.json").read_bytes() == pinned
+    assert [meta_of(root / "experiments/demo", "calm", i)["queue"] for i in range(3)] == [
+        [f"calm/{i}"] for i in range(3)
+    ]
+    assert meta_of(root / "experiments/demo", "warm", 0)["queue"] == ["warm/0-2"]
+    alone = make_root(root / "alone")
+    succeed("batched", "--root", alone, *SHORT, "--trait", "calm", "--queue-size", "1")
+    for stage in ("responses/shards", "activations"):
+        now, then = (contents(path / "experiments/demo/calm" / stage) for path in (root, alone))
+        assert now == then
+    succeed("vectors", "--root", root, "--experiment", "demo", "--trait", "calm", "--method", "mean_diff")
+    assert RunFolder(root / "experiments/demo/calm").verify() == []
+
+
+# --- the batch size, corrected --------------------------------------------------------------------------------------
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("expected", "seen", "room", "wanted"),
+    [
+        (8 * GB, 8 * GB, 10 * GB, 64),  # as forecast
+        (8 * GB, int(9.5 * GB), 10 * GB, 32),  # too low, and hardly anything left
+        (4 * GB, 6 * GB, 10 * GB, 64),  # too low, with room
+        (9 * GB, int(9.5 * GB), 10 * GB, 64),  # near enough
+    ],
+)
+def test_a_batch_that_took_more_than_was_forecast_is_halved_where_little_was_left(expected, seen, room, wanted):
+    assert corrected(64, expected, seen, room) == wanted
+    assert corrected(1, expected, seen, room) == 1
+
+
+def test_on_a_processor_nothing_is_corrected(root, monkeypatch):
+    monkeypatch.setattr("extraction.forecast.corrected", lambda *_: pytest.fail("asked"))
+    said = succeed("batched", "--root", root, *SHORT, "--batch-size", "auto", "--queue-size", "8")
+    assert f"batch size {min(CPU_AUTO_BATCH, 32)}," in said.stdout
