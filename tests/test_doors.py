@@ -182,8 +182,8 @@ def test_a_dry_run_prints_plan_and_forecast_and_writes_nothing(root, command):
     assert not (root / "experiments").exists()
     for label in ("model", "traits", "examples", "layers", "tokens", "time", "disk", "memory", "cost"):
         assert re.search(rf"^  {label} +\S", out, re.MULTILINE), out
-    size = 1 if command in ("generate", "combined") else 4
-    assert f"48 in shards of 20, batch size {size}" in out
+    size, queues = (1, 3) if command in ("generate", "combined") else (4, 2)
+    assert f"48 in shards of 20, {queues} queues, batch size {size}" in out
     assert "480 new" in out
     assert all(len(line) <= 80 for line in out.splitlines())
 

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 import extraction.queues
 from extraction.forecast import CPU_AUTO_BATCH, corrected
 from extraction.jobs import MODES, Job, names_of, plan
+from extraction.models import wrap
 from extraction.store import RunFolder, run_folder
+from extraction.utils_batch import Capture, Request, generate
 from tests.runs import contents, make_root, payloads, refused, succeed
+from tests.tiny import deviation, prompts, shared_model
 
 BOTH = ("--experiment", "demo", "--traits", "calm,warm", "--judge", "none", "--n-examples", "12")
 SHORT = (*BOTH, "--max-new-tokens", "16", "--shard-size", "8", "--self-check", "0")
@@ -107,6 +110,30 @@ def test_names_of_shards_that_follow_one_another_are_one(job):
     assert names_of(shards) == ["calm/0-4", "warm/0-4"]
     assert names_of([*shards[:2], shards[3], *shards[6:]]) == ["calm/0-1", "calm/3", "warm/1-4"]
     assert names_of([]) == []
+
+
+# --- in the engine --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom"])
+def test_requests_in_any_order_give_the_same(name):
+    """Shortest prompt first: each one that enters is longer than what lies left of the cursor."""
+    lm = wrap(shared_model(name))
+    ids = sorted(prompts(11), key=len)
+    requests = [Request(str(i), ids_T, 12) for i, ids_T in enumerate(ids)]
+    capture = Capture((0, 1, 2))
+    found = [
+        {c.id: c for c in generate(lm, requests, batch_size=3, capture=capture, in_order=in_order)}
+        for in_order in (True, False)
+    ]
+    for id, wanted in found[1].items():
+        got = found[0][id]
+        assert got.token_ids == wanted.token_ids
+        for key, rows in wanted.activations.items():
+            assert deviation(got.activations[key], rows) < 1e-5
+    alone = [[c.id for c in generate(lm, requests, batch_size=1, in_order=in_order)] for in_order in (True, False)]
+    assert alone[0] == [request.id for request in requests]
+    assert alone[1] != alone[0]
 
 
 # --- what runs ------------------------------------------------------------------------------------------------------
