@@ -143,7 +143,7 @@ def load_once(engine: Loading, listener: Listener) -> None:
     """Load the model, saying so, unless it is loaded."""
     if not engine.is_loaded:
         listener.note(f"loading {engine.spec.name}")
-        for note in notes_of_places(engine.lm.spread):
+        for note in (*notes_of_places(engine.lm.spread), *notes_of_steps(engine.lm)):
             listener.note(note)
 
 
@@ -156,6 +156,15 @@ def notes_of_places(spread: Mapping[str, int]) -> Iterator[str]:
             "layers in main memory are fetched for every pass, which is slow: use --quantize 4bit, --dtype bfloat16, "
             "more GPUs or a smaller model"
         )
+
+
+def notes_of_steps(lm: LanguageModel) -> Iterator[str]:
+    """Why the decode steps of a model on a GPU are not recorded as a graph, which costs speed and nothing else."""
+    from extraction.bursts import recording, why_not
+
+    recording([lm])
+    if why_not(lm):
+        yield f"decode steps run one by one: this model's can't be recorded as a graph ({why_not(lm)})"
 
 
 def is_done(folder: RunFolder, index: int, mode: Mode) -> bool:

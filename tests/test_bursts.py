@@ -23,6 +23,7 @@ from extraction.decoding.amplify import Amplify
 from extraction.decoding.sample import Sample
 from extraction.decoding.speculate import Speculate
 from extraction.models import LanguageModel, wrap
+from extraction.runners import notes_of_steps
 from extraction.running import RunningBatch
 from extraction.seats import Limits
 from extraction.slots import Recorded
@@ -172,6 +173,13 @@ def test_what_can_not_be_recorded_runs_step_by_step(
     assert why_not(lm, recorder) == ""
     recorder.n_replayed = 0
     assert agree(*twice(recorder, monkeypatch, lambda: run(lm, mixed, len(mixed), **options), replays=False))
+
+
+def test_a_run_says_why_a_model_is_not_recorded(recorder: Recorder) -> None:
+    (said,) = notes_of_steps(case_of("mpt").lm)
+    assert said.startswith("decode steps run one by one")
+    assert "not permitted while recording" in said
+    assert not list(notes_of_steps(case_of("llama").lm))
 
 
 # --- what a recording may count on ----------------------------------------------------------------------------------
