@@ -229,8 +229,11 @@ def plan(
 
 
 def _unqueued(root: Path, settings: Experiment, traits: Iterable[Trait]) -> frozenset[str]:
-    """Traits whose runs were begun before there were queues. Where a size is asked for, they are refused instead."""
-    if settings.queue_size != Experiment.queue_size:
+    """Traits whose runs were begun before there were queues: what they do is that of a size of 1.
+
+    Where another size is asked for, they are refused, as for any setting that is not theirs.
+    """
+    if settings.queue_size not in (1, Experiment.queue_size):
         return frozenset()
     stored = {
         trait.name: run_folder(root / "experiments", settings.name, trait.name).stored_config() for trait in traits

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -234,8 +235,6 @@ class RoomUntil:
         self.receipt = experiment / trait / f"activations/{int(index):04d}.receipt.json"
 
     def __enter__(self) -> None:
-        import torch
-
         def hook(module: torch.nn.Module, _args: object, output: object) -> None:
             shape = output.shape if module.__class__.__name__ == "LlamaDecoderLayer" else (0, 0)
             if shape[0] > 2 and self.receipt.exists():
@@ -300,6 +299,7 @@ def test_a_run_from_before_queues_goes_on_with_each_shard_alone(root):
     pinned = (root / "experiments/demo/calm/run.json").read_bytes()
     line = refused("batched", "--root", root, *SHORT, "--queue-size", "500", notes=("trait",))
     assert "queue_size was absent and is now 500" in line
+    succeed("batched", "--root", root, *SHORT, "--trait", "calm", "--queue-size", "1", "--slice", "1/2")
     succeed("batched", "--root", root, *SHORT)
     assert (root / "experiments/demo/calm/run.json").read_bytes() == pinned
     assert [meta_of(root / "experiments/demo", "calm", i)["queue"] for i in range(3)] == [
@@ -338,3 +338,11 @@ def test_on_a_processor_nothing_is_corrected(root, monkeypatch):
     monkeypatch.setattr("extraction.forecast.corrected", lambda *_: pytest.fail("asked"))
     said = succeed("batched", "--root", root, *SHORT, "--batch-size", "auto", "--queue-size", "8")
     assert f"batch size {min(CPU_AUTO_BATCH, 32)}," in said.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_right_forecast_is_not_corrected(root):
+    said = succeed("batched", "--root", root, *SHORT, "--batch-size", "auto", "--queue-size", "8", "--device", "cuda")
+    assert "left little memory" not in said.stderr
+    assert meta_of(root / "experiments/demo", "warm", 2)["device"] == "cuda"
