@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -227,7 +227,7 @@ def _names_of(known: Sequence[str]) -> Callable[[click.Context, click.Parameter,
 @click.option("--with", "guests", default="", callback=_names_of(GUESTS), metavar="NAME,...",
               help=f"Of `peers`: who runs in an environment of its own, made once: {', '.join(GUESTS)}.")  # fmt: skip
 @click.option("--only", default="", callback=_names_of((*RACERS, *GUESTS)), metavar="NAME,...",
-              help="Of `peers`: who races besides traitline and serial, the reference; guests among them are invited.")  # fmt: skip
+              help="Of `peers`: who races besides traitline and serial; guests may be among them.")  # fmt: skip
 @click.option("--static", is_flag=True, help="Of `gpu`: transformers' compiled step, too; compiling takes minutes.")
 def main(what: str, threads: int, out: Path, shapes: tuple[str, ...], **counts: Any) -> None:
     """Measure the engine beside its peers and its floor, how time grows, what capture and reading cost, and the rest.
