@@ -24,6 +24,7 @@ CARD_SHAPES = ("pocket", "2b")
 N_TRAITS = 11  # as many as are shipped
 N_PLACEBOS = 200
 MEMORY_COUNTS = (2_000, 20_000)
+MANY_LAYERS = 4
 Named = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # a measurement's name, and how it is made
 
 
@@ -42,6 +43,7 @@ class Asked:
     guests: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     static: bool = False
+    rows: int = 20_000
 
     @property
     def place(self) -> str:
@@ -88,9 +90,15 @@ def _speculation(asked: Asked) -> Named:
 
 
 def _memory(asked: Asked) -> Named:
-    from benchmarks.memory import memory_growth
+    from benchmarks.memory import many_rows, memory_growth
+    from benchmarks.shapes import sizes_of
 
-    yield "memory", partial(memory_growth, counts=MEMORY_COUNTS, threads=asked.threads, say=_say)
+    def both() -> dict[str, Any]:
+        shape = (asked.rows, MANY_LAYERS, sizes_of(asked.shapes[0])["hidden_size"])
+        many = many_rows(shape, threads=asked.threads, say=_say)
+        return {**memory_growth(counts=MEMORY_COUNTS, threads=asked.threads, say=_say), "many_rows": many}
+
+    yield "memory", both
 
 
 def _validation(_: Asked) -> Named:
@@ -228,6 +236,8 @@ def _names_of(known: Sequence[str]) -> Callable[[click.Context, click.Parameter,
               help=f"Of `peers`: who runs in an environment of its own, made once: {', '.join(GUESTS)}.")  # fmt: skip
 @click.option("--only", default="", callback=_names_of((*RACERS, *GUESTS)), metavar="NAME,...",
               help="Of `peers`: who races besides traitline and serial; guests may be among them.")  # fmt: skip
+@click.option("--rows", default=20_000, type=click.IntRange(40), show_default=True,
+              help="Of `memory`: examples that vectors are made of, as wide as the shape.")  # fmt: skip
 @click.option("--static", is_flag=True, help="Of `gpu`: transformers' compiled step, too; compiling takes minutes.")
 def main(what: str, threads: int, out: Path, shapes: tuple[str, ...], **counts: Any) -> None:
     """Measure the engine beside its peers and its floor, how time grows, what capture and reading cost, and the rest.

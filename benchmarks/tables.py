@@ -148,10 +148,23 @@ def memory_table(result: dict[str, Any]) -> str:
         for step, by_count in result["peak_mib"].items()
     ]
     head = ["peak resident memory", *[f"{int(count):,} examples" for count in counts], "growth"]
+    many = _many_rows_words(result["many_rows"]) if "many_rows" in result else ""
     return (
         "## How memory grows\n\nThe commands themselves, each in a fresh process, on a tiny model and with responses "
         "of 4 tokens; where layers are named, on random activations of that shape, written through the store. The "
-        f"vectors are mean differences.\n\n{table(head, rows)}"
+        f"vectors are mean differences.\n\n{table(head, rows)}{many}"
+    )
+
+
+def _many_rows_words(found: dict[str, Any]) -> str:
+    """What a command holds of many rows, by method."""
+    n, n_layers, hidden = found["shape"]
+    rows = [[name, f"{cell['peak_mib']:.0f} MiB", f"{cell['seconds']:.1f}"] for name, cell in found["cells"].items()]
+    return (
+        f"\n{n:,} examples, {n_layers} layers of {hidden}: a layer is {4 * n * hidden / 2**20:.0f} MiB in float32, all "
+        f"are {4 * n * n_layers * hidden / 2**20:.0f}. Where not several traits are named, there is one; methods but "
+        "mean_diff are fitted at the first layer alone.\n\n"
+        f"{table(['', 'peak resident memory', 'seconds'], rows)}"
     )
 
 

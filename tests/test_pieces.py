@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.processes import PEAK
 from extraction.errors import ActivationError
-from extraction.vectors import bootstrap, layered
+from extraction.vectors import bootstrap, layered, sides
 from extraction.vectors.bootstrap import resample_questions, resampled_auroc
 from extraction.vectors.figures import project
 from extraction.vectors.layered import mean_row, row_norms, row_pieces
@@ -29,7 +29,9 @@ POSITIVE, NEGATIVE = gaussian(230, 2, 24, seed=1) + 0.4, gaussian(171, 2, 24, se
 @pytest.fixture(params=[7, 30, 230, 400])
 def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Room for so many rows of a layer at a time (half of that for both layers): sides begin anywhere in a piece."""
-    monkeypatch.setattr(layered, "PIECE_BYTES", request.param * 24 * 8)
+    for name in ("PIECE_BYTES", "ROW_BYTES"):
+        monkeypatch.setattr(layered, name, request.param * 24 * 8)
+    monkeypatch.setattr(sides, "ROW_BYTES", request.param * 24 * 8)
     return int(request.param)
 
 
@@ -37,8 +39,8 @@ def test_pieces_are_the_rows_in_order(few_rows: int):
     pieces = row_pieces(POSITIVE)
     assert torch.equal(torch.cat(pieces), POSITIVE)
     assert max(map(len, pieces)) == min(few_rows // 2, 230)
-    sides = span(POSITIVE, NEGATIVE)
-    assert torch.equal(torch.cat(sides.pieces(), 1), sides.rows_LnR)
+    both = span(POSITIVE, NEGATIVE)
+    assert torch.equal(torch.cat(both.pieces(), 1), both.rows_LnR)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -54,10 +56,10 @@ def test_a_method_finds_in_pieces_what_it_finds_at_once(name: str, few_rows: int
 
 
 def test_rows_around_their_sides_means_are_the_same_in_pieces(few_rows: int, monkeypatch: pytest.MonkeyPatch):
-    sides = span(POSITIVE, NEGATIVE)
-    some_LnR = torch.cat(list(sides.within()), 1)
+    both = span(POSITIVE, NEGATIVE)
+    some_LnR = torch.cat(list(both.within()), 1)
     monkeypatch.undo()
-    (all_LnR,) = sides.within()
+    (all_LnR,) = both.within()
     assert torch.equal(some_LnR, all_LnR)
     assert float(all_LnR[:, :230].sum(1).abs().max()) < 1e-12 > float(all_LnR[:, 230:].sum(1).abs().max())
 

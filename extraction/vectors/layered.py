@@ -17,6 +17,7 @@ from torch import Tensor
 
 BLOCK_BYTES = 2**28
 PIECE_BYTES = 2**28
+ROW_BYTES = 2**24  # of pieces for what a row gives by itself: small enough for the allocator to use them again
 FEATURES = 64  # at a time, or a multiple
 
 
@@ -69,15 +70,18 @@ def blocks_of(shape: tuple[int, int, int]) -> Iterator[Block]:
     return (Block(start, min(start + step, n_layers), n_layers) for start in range(0, n_layers, step))
 
 
-def rows_a_piece(shape: Sequence[int]) -> int:
-    """How many rows of [n, L, D] are worked on at a time: as many as fit into PIECE_BYTES of float64, one at least."""
+def rows_a_piece(shape: Sequence[int], n_bytes: int | None = None) -> int:
+    """How many rows of [n, L, D] are worked on at a time: as many as fit into `n_bytes` of float64, one at least.
+
+    PIECE_BYTES of them, unless given.
+    """
     _, n_layers, hidden_size = shape
-    return max(1, PIECE_BYTES // max(1, 8 * n_layers * hidden_size))
+    return max(1, (n_bytes or PIECE_BYTES) // max(1, 8 * n_layers * hidden_size))
 
 
-def row_pieces(rows_nLD: Tensor) -> tuple[Tensor, ...]:
+def row_pieces(rows_nLD: Tensor, n_bytes: int | None = None) -> tuple[Tensor, ...]:
     """Views of the rows, some at a time: [b, L, D]."""
-    pieces: tuple[Tensor, ...] = rows_nLD.split(rows_a_piece(rows_nLD.shape))
+    pieces: tuple[Tensor, ...] = rows_nLD.split(rows_a_piece(rows_nLD.shape, n_bytes))
     return pieces
 
 
@@ -90,7 +94,7 @@ def mean_row(rows_nLD: Tensor) -> Tensor:
 
 def row_norms(rows_nLD: Tensor) -> Tensor:
     """Each row's norm at each layer, float64 [n, L]."""
-    return torch.cat([piece_bLD.norm(dim=-1, dtype=torch.float64) for piece_bLD in row_pieces(rows_nLD)])
+    return torch.cat([piece_bLD.norm(dim=-1, dtype=torch.float64) for piece_bLD in row_pieces(rows_nLD, ROW_BYTES)])
 
 
 def typical_norms(rows: Layered) -> Tensor:

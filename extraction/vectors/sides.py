@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from extraction.errors import ActivationError, TraitError
-from extraction.vectors.layered import mean_row, row_norms, row_pieces, rows_a_piece
+from extraction.vectors.layered import ROW_BYTES, mean_row, row_norms, row_pieces, rows_a_piece
 
 CHUNK_BYTES = 2**28
 FLOAT32_STEP = 2.0**-23
@@ -170,7 +170,7 @@ def _check_count(side: str, rows_NLD: Tensor, least: int) -> None:
 
 def check_finite(side: str, rows_NLD: Tensor, layers: Sequence[int], ids: Sequence[str] | None) -> None:
     """ActivationError for NaN or Inf; names the layer and the example."""
-    if all(torch.isfinite(piece_bLD).all() for piece_bLD in row_pieces(rows_NLD)):
+    if all(torch.isfinite(piece_bLD).all() for piece_bLD in row_pieces(rows_NLD, ROW_BYTES)):
         return
     row, layer, feature = (~torch.isfinite(rows_NLD)).nonzero()[0].tolist()
     example = f"row {row} of the {side} side" if ids is None else f"example {ids[row]}"
