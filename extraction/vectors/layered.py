@@ -93,8 +93,15 @@ def mean_row(rows_nLD: Tensor) -> Tensor:
 
 
 def row_norms(rows_nLD: Tensor) -> Tensor:
-    """Each row's norm at each layer, float64 [n, L]."""
-    return torch.cat([piece_bLD.norm(dim=-1, dtype=torch.float64) for piece_bLD in row_pieces(rows_nLD, ROW_BYTES)])
+    """Each row's norm at each layer, float64 [n, L].
+
+    Written into one tensor: small ones, kept, would each lie in the room that a piece leaves to the next.
+    """
+    norms_nL = rows_nLD.new_empty(rows_nLD.shape[:2], dtype=torch.float64)
+    pieces = row_pieces(rows_nLD, ROW_BYTES)
+    for piece_bLD, norms_bL in zip(pieces, norms_nL.split(len(pieces[0]) or 1), strict=True):
+        norms_bL.copy_(piece_bLD.norm(dim=-1, dtype=torch.float64))
+    return norms_nL
 
 
 def typical_norms(rows: Layered) -> Tensor:

@@ -53,7 +53,9 @@ class Sides:
 
     def pieces(self) -> tuple[Tensor, ...]:
         """Views of the rows, of b at a time: [L, b, R]. What is worked out from a piece takes little room."""
-        return self.rows_LnR.split(rows_a_piece(self.rows_LnR.transpose(0, 1).shape), dim=1)
+        n_layers, n, width = self.rows_LnR.shape
+        pieces: tuple[Tensor, ...] = self.rows_LnR.split(rows_a_piece((n, n_layers, width)), dim=1)
+        return pieces
 
     def within(self) -> Iterator[Tensor]:
         """Pieces [L, b, R] of every row minus its own side's mean, so weighted that the sum of their A^T A is the
