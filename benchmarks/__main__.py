@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import click
 
 SHAPES = ("tiny", "tiny-gemma", "pocket", "15m", "135m", "2b", "8b")
 GUESTS = ("vllm", "nnsight", "transformer_lens")
+RACERS = ("traitline", "serial", "batched", "continuous")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 USUAL_SHAPES = {"gpu": ("2b",), "roofline": ("pocket", "135m")}  # where none is asked for; else pocket
 ALONE = {"gpu"}  # not among `all`
@@ -23,6 +24,7 @@ CARD_SHAPES = ("pocket", "2b")
 N_TRAITS = 11  # as many as are shipped
 N_PLACEBOS = 200
 MEMORY_COUNTS = (2_000, 20_000)
+MANY_LAYERS = 4
 Named = Iterator[tuple[str, Callable[[], dict[str, Any]]]]  # a measurement's name, and how it is made
 
 
@@ -39,7 +41,9 @@ class Asked:
     device: str = "cpu"
     dtype: str = "auto"
     guests: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     static: bool = False
+    rows: int = 20_000
 
     @property
     def place(self) -> str:
@@ -51,9 +55,10 @@ def _peers(asked: Asked) -> Named:
     from benchmarks.race import race
 
     counts = {"n_examples": asked.examples, "n_serial": asked.serial_examples}
+    field = {"guests": asked.guests, "only": asked.only}
     for shape in asked.shapes:
         rounds = {"repeats": asked.repeats, "scouts": asked.scouts}
-        yield f"peers-{shape}", partial(race, shape, **counts, **rounds, guests=asked.guests, say=_say)
+        yield f"peers-{shape}", partial(race, shape, **counts, **rounds, **field, say=_say)
 
 
 def _capture(asked: Asked) -> Named:
@@ -85,9 +90,15 @@ def _speculation(asked: Asked) -> Named:
 
 
 def _memory(asked: Asked) -> Named:
-    from benchmarks.memory import memory_growth
+    from benchmarks.memory import many_rows, memory_growth
+    from benchmarks.shapes import sizes_of
 
-    yield "memory", partial(memory_growth, counts=MEMORY_COUNTS, threads=asked.threads, say=_say)
+    def both() -> dict[str, Any]:
+        shape = (asked.rows, MANY_LAYERS, sizes_of(asked.shapes[0])["hidden_size"])
+        many = many_rows(shape, threads=asked.threads, say=_say)
+        return {**memory_growth(counts=MEMORY_COUNTS, threads=asked.threads, say=_say), "many_rows": many}
+
+    yield "memory", both
 
 
 def _validation(_: Asked) -> Named:
@@ -142,7 +153,8 @@ def _scaling(asked: Asked) -> Named:
     from benchmarks.scaling import scaling
 
     for shape, options in _fitting(asked):
-        yield f"scaling-{shape}{asked.place}", partial(scaling, shape, **options, repeats=asked.repeats, say=_say)
+        counts = {"repeats": asked.repeats, "threads": asked.threads}
+        yield f"scaling-{shape}{asked.place}", partial(scaling, shape, **options, **counts, say=_say)
 
 
 def _gpu(asked: Asked) -> Named:
@@ -187,13 +199,17 @@ JOBS: dict[str, Callable[[Asked], Named]] = {
 WHATS = tuple(JOBS)
 
 
-def _guests(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
-    """A list of outsiders."""
-    names = tuple(name for name in text.split(",") if name)
-    for name in names:
-        if name not in GUESTS:
-            raise click.BadParameter(f"no such peer: {name!r}; there are {', '.join(GUESTS)}")
-    return names
+def _names_of(known: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    """How an option reads a list of names, all of which must be known."""
+
+    def read(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in text.split(",") if name.strip())
+        strange = [name for name in names if name not in known]
+        if strange:
+            raise click.BadParameter(f"no such peer: {', '.join(map(repr, strange))}; there are {', '.join(known)}")
+        return names
+
+    return read
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -216,8 +232,12 @@ def _guests(_context: click.Context, _option: click.Parameter, text: str) -> tup
               help="Of `reading`, `roofline`, `scaling` and `gpu`.")  # fmt: skip
 @click.option("--dtype", default="auto", type=click.Choice(DTYPES), show_default=True,
               help="Of `roofline`, `scaling` and `gpu`: auto is bfloat16 for 2b and 8b, else float32.")  # fmt: skip
-@click.option("--with", "guests", default="", callback=_guests, metavar="NAME,...",
+@click.option("--with", "guests", default="", callback=_names_of(GUESTS), metavar="NAME,...",
               help=f"Of `peers`: who runs in an environment of its own, made once: {', '.join(GUESTS)}.")  # fmt: skip
+@click.option("--only", default="", callback=_names_of((*RACERS, *GUESTS)), metavar="NAME,...",
+              help="Of `peers`: who races besides traitline and serial; guests may be among them.")  # fmt: skip
+@click.option("--rows", default=20_000, type=click.IntRange(40), show_default=True,
+              help="Of `memory`: examples that vectors are made of, as wide as the shape.")  # fmt: skip
 @click.option("--static", is_flag=True, help="Of `gpu`: transformers' compiled step, too; compiling takes minutes.")
 def main(what: str, threads: int, out: Path, shapes: tuple[str, ...], **counts: Any) -> None:
     """Measure the engine beside its peers and its floor, how time grows, what capture and reading cost, and the rest.

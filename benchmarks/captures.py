@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.duos import in_turn, spread
-from benchmarks.memory import run_measured
+from benchmarks.processes import run_measured
 from extraction.capture_store import CaptureFolder
 from extraction.configs import find_root, resolve_model
 from extraction.models import read_config

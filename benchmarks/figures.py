@@ -209,18 +209,28 @@ def _roofline(figure: Figure, result: dict[str, Any]) -> None:
 
 
 def _scaling(figure: Figure, result: dict[str, Any]) -> None:
-    figure.set_figwidth(12.0)
-    figure.suptitle(f"{result['shape']}, {result['device']}: how time grows")
-    for axes, axis in zip(figure.subplots(1, len(result["axes"])), result["axes"].values(), strict=True):
+    axes = result["axes"]
+    figure.set_figwidth(14.0)
+    figure.suptitle(f"{result['shape']}, {result['device']}: how time and memory grow")
+    memory, *times = figure.subplots(1, 1 + len(axes))
+    for panel, axis in zip(times, axes.values(), strict=True):
         points = axis["points"]
-        axes.plot(points, [axis["start"] + axis["slope"] * point for point in points], "-", color=THEIRS)
-        axes.plot(points, axis["seconds"], "o", color=OURS)
-        axes.set_title(f"within {axis['largest_deviation']:.0%} of a line")
-        axes.set_xlabel(axis["title"])
-        axes.set_ylabel("seconds" if axis["of"] == "job" else "seconds a step")
-        axes.set_ylim(0, 1.1 * max(axis["seconds"]))
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
+        panel.plot(points, [axis["start"] + axis["slope"] * point for point in points], "-", color=THEIRS)
+        panel.plot(points, axis["seconds"], "o", color=OURS)
+        panel.set_title(f"within {axis['largest_deviation']:.1%} of a line")
+        panel.set_ylabel("seconds a step" if axis["of"] == "step" else "seconds")
+        _from_zero(panel, axis["title"], axis["seconds"])
+    memory.plot(axes["examples"]["points"], axes["examples"]["peak_mib"], "o-", color=OURS)
+    memory.set_title("memory")
+    memory.set_ylabel("peak resident memory, MiB")
+    _from_zero(memory, "examples", axes["examples"]["peak_mib"])
+
+
+def _from_zero(axes: Axes, title: str, values: list[float]) -> None:
+    axes.set_xlabel(title)
+    axes.set_ylim(0, 1.1 * max(values))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _gpu(figure: Figure, result: dict[str, Any]) -> None:

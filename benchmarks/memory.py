@@ -1,63 +1,40 @@
 """How memory grows with the number of examples: the real commands, in fresh processes, on a tiny model.
 
-And on activations of a large model's shape, drawn at random and written through the store. Shapes: n rows, L layers,
-D hidden.
+And on activations of a large model's shape, drawn at random and written through the store; and what each method holds
+when a layer has many rows. Shapes: n rows, L layers, D hidden.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-import extraction
-from benchmarks.shapes import random_model
+from benchmarks.processes import ROOT, TRAIT, run_measured, save_model, words_of
 from extraction.jobs import Job, plan
-from extraction.records import Example
-from extraction.traits import load_trait
+from extraction.records import Example, Trait
+from extraction.traits import list_traits
+from extraction.vectors.methods import DEFAULT_METHODS
 
-TRAIT = "retrieval_construction"
 EXPERIMENT = "memory"
-# The command tells its own peak. What the system tells the parent (wait4, and ru_maxrss on Linux) counts the parent,
-# too: a child begins as its copy, and one that has torch loaded is larger than many a command gets.
-PEAK = """
-def peak():
-    import resource, sys
-    if sys.platform == "linux":
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) / 2**10 for line in status if line.startswith("VmHWM:"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-"""
-PROGRAM = (
-    PEAK
-    + """
-import sys
-path = sys.argv.pop(1)
-from extraction.cli import main
-try:
-    main()
-finally:
-    with open(path, "w") as file:
-        file.write(str(peak()))
-"""
-)
 STEPS = {  # the second finds the first one's work done, and goes on from there
     "responses and activations": ("batched",),
     "vectors and validation": ("extract", "--quick", "--methods", "mean_diff"),
 }
 LARGE = (26, 2304)  # layers and hidden size of a model with 2 billion parameters
-ROOT = Path(extraction.__file__).resolve().parent.parent
+N_TRAITS = 11  # as many as are shipped
+
+Say = Callable[[str], None]
+Options = dict[str, Any]
 
 
-def memory_growth(
-    *, counts: Sequence[int], threads: int, say: Callable[[str], None], large: tuple[int, int] = LARGE
-) -> dict[str, Any]:
+def memory_growth(*, counts: Sequence[int], threads: int, say: Say, large: tuple[int, int] = LARGE) -> dict[str, Any]:
     """Peak resident memory, in MiB, of each step of the job at each number of examples (both polarities together).
 
     The last step reads activations of the `large` shape, with room for those of the largest count on the disk.
@@ -67,14 +44,12 @@ def memory_growth(
     peaks: dict[str, dict[str, float]] = {name: {} for name in (*STEPS, of_large)}
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
-            model = _save_model(Path(folder) / "model")
-            options = _options(folder, model, count, threads)
-            found = {name: run_measured([*command, *options], Path(folder)) for name, command in STEPS.items()}
+            options = _options(Path(folder), count, threads)
+            found = {name: _peak(command, options) for name, command in STEPS.items()}
         with tempfile.TemporaryDirectory() as folder:
-            model = _save_model(Path(folder) / "model")
-            options = _options(folder, model, count, threads)
-            _write_activations(options, large)
-            found[of_large] = run_measured([*STEPS["vectors and validation"], *options], Path(folder))
+            options = _options(Path(folder), count, threads)
+            _write_activations(options, large, [TRAIT])
+            found[of_large] = _peak(STEPS["vectors and validation"], options)
         for name, peak in found.items():
             peaks[name][str(count)] = peak
             say(f"  {count} examples, {name}: {peak:.0f} MiB")
@@ -82,89 +57,99 @@ def memory_growth(
     return {"trait": TRAIT, "counts": list(counts), "peak_mib": peaks, "growth": growth}
 
 
-def _options(folder: str, model: Path, count: int, threads: int) -> list[str]:
-    options = {
-        "--experiment": EXPERIMENT,
-        "--root": folder,
-        "--model": str(model),
-        "--trait": TRAIT,
-        "--n-examples": str(count // 2),
-        "--max-new-tokens": "4",
-        "--batch-size": "64",
-        "--judge": "none",
-        "--threads": str(threads),
-        "--self-check": "0",
-    }
-    return [word for pair in options.items() for word in pair] + ["--raw"]
+def many_rows(shape: tuple[int, int, int], *, threads: int, say: Say, n_traits: int = N_TRAITS) -> dict[str, Any]:
+    """Peak (MiB) and seconds of the commands that read [n, L, D] activations: the vectors of each method, those of
+    `n_traits` traits, and a card.
 
-
-def _write_activations(options: Sequence[str], shape: tuple[int, int]) -> None:
-    """A run that is done but for its vectors: what `_options` ask for, with random activations of a shape."""
-    given = dict(zip(options[:-1:2], options[1:-1:2], strict=True))
-    settings = {
-        "model": given["--model"],
-        "n_examples": int(given["--n-examples"]),
-        "max_new_tokens": int(given["--max-new-tokens"]),
-        "judge": given["--judge"],
-        "raw": True,
-    }
-    job = plan(EXPERIMENT, TRAIT, root=given["--root"], options=settings)
-    folder, generator = job.folder(job.traits[0]), torch.Generator().manual_seed(0)
-    with folder.lock():
-        folder.open(job.config(job.traits[0]))
-        for i, shard in enumerate(job.shards(job.traits[0])):
-            _write_shard(job, i, shard, torch.randn(len(shard), *shape, generator=generator))
-
-
-def _write_shard(job: Job, index: int, shard: Sequence[Example], rows_nLD: torch.Tensor) -> None:
-    """Rows of the positive side lie apart."""
-    positive_n11 = torch.tensor([example.polarity == "pos" for example in shard])[:, None, None]
-    meta = {"layers": list(range(rows_nLD.shape[1])), "captured": True, "instruction_as": "raw", "batch_size": 1}
-    rows = [
-        {
-            **vars(example),
-            "prompt": "",
-            "prompt_token_ids": [1],
-            "response": "a",
-            "token_ids": [1, 1, 1, 1],
-            "finish_reason": "length",
+    The traits share one set of files on the disk, which needs room for n L D numbers of 4 bytes.
+    """
+    names = [TRAIT, *(name for name in list_traits(ROOT) if name != TRAIT)][:n_traits]
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(Path(folder), shape[0], threads)
+        _write_activations(options, shape[1:], names)
+        stored = {name: value for name, value in options.items() if name in ("--experiment", "--root", "--judge")}
+        one, all_ = {**stored, "--trait": TRAIT}, {**stored, "--traits": ",".join(names)}
+        card = {**one, "--methods": "mean_diff", "--quick": True, "--threads": threads}
+        cells = {
+            **{f"{name} vectors": (("vectors",), {**one, **_asking(name)}) for name in DEFAULT_METHODS},
+            f"mean_diff vectors of {len(names)} traits": (("vectors",), {**all_, "--methods": "mean_diff"}),
+            "mean_diff card": (("validate",), card),
         }
-        for example in shard
-    ]
-    folder = job.folder(job.traits[0])
-    folder.write_responses_shard(index, rows, meta)
-    tensors = {"residual.response_mean": rows_nLD + 0.1 * positive_n11}
-    folder.write_activations_shard(index, [example.id for example in shard], tensors, meta)
+        return {"shape": list(shape), "cells": {name: _timed(name, *cell, say) for name, cell in cells.items()}}
 
 
-def run_measured(arguments: Sequence[str], folder: Path) -> float:
-    """Run a command of traitline; its peak resident memory in MiB. Raises RuntimeError when it fails."""
-    log, peak = folder / "log.txt", folder / "peak.txt"
-    with log.open("wb") as output:
-        command = [sys.executable, "-c", PROGRAM, str(peak), *arguments]
-        child = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
-    if child.returncode:
-        raise RuntimeError(f"traitline {arguments[0]} ended with {child.returncode}: {log.read_text()[-500:]}")
-    return float(peak.read_text())
+def _asking(method: str) -> Options:
+    """mean_diff of all layers; of the others one, since what they hold is one's, and some take long."""
+    return {"--methods": method} | ({} if method == "mean_diff" else {"--layers": "0"})
 
 
-def _save_model(folder: Path) -> Path:
-    """A tiny model with a tokenizer of its own, as a user would have it on disk."""
-    trait = load_trait(TRAIT, ROOT)
-    words = [*trait.questions, *(side for pair in trait.instructions for side in (pair.positive, pair.negative))]
-    lm = random_model("tiny")
-    _tokenizer(words, lm.vocab_size).save_pretrained(folder)
-    lm.model.save_pretrained(folder)
-    return folder
+def _timed(name: str, command: Sequence[str], options: Options, say: Say) -> dict[str, float]:
+    started = time.perf_counter()
+    peak = _peak(command, options)
+    seconds = time.perf_counter() - started
+    say(f"  {name}: {peak:.0f} MiB, {seconds:.1f} s")
+    return {"peak_mib": peak, "seconds": seconds}
 
 
-def _tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte pairs, learned from a few texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def _peak(command: Sequence[str], options: Options) -> float:
+    return run_measured([*command, *words_of(options)], Path(options["--root"]))
 
-    inner = Tokenizer(models.BPE(unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    inner.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<pad>"], show_progress=False)
-    inner.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>")
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def _options(folder: Path, count: int, threads: int) -> Options:
+    """Of a run on a tiny model, which is saved in the folder."""
+    return {
+        "--experiment": EXPERIMENT,
+        "--root": str(folder),
+        "--model": str(save_model(folder / "model")),
+        "--trait": TRAIT,
+        "--n-examples": count // 2,
+        "--max-new-tokens": 4,
+        "--batch-size": 64,
+        "--judge": "none",
+        "--threads": threads,
+        "--self-check": 0,
+        "--raw": True,
+    }
+
+
+def _write_activations(options: Options, shape: tuple[int, int], traits: Sequence[str]) -> None:
+    """Runs that are done but for their vectors: what `_options` ask for, with random activations of a shape.
+
+    All traits have the same, in the same files.
+    """
+    given = {name.removeprefix("--").replace("-", "_"): value for name, value in options.items()}
+    settings = {name: given[name] for name in ("model", "n_examples", "max_new_tokens", "judge", "raw")}
+    job = plan(EXPERIMENT, ",".join(traits), root=given["root"], options=settings)
+    first, *others = job.traits
+    _write_run(job, first, shape)
+    for trait in others:
+        _write_run(job, trait, None)
+        shutil.copytree(job.folder(first).path / "activations", job.folder(trait).path / "activations",
+                        copy_function=os.link, dirs_exist_ok=True)  # fmt: skip
+
+
+def _write_run(job: Job, trait: Trait, shape: tuple[int, int] | None) -> None:
+    folder, generator = job.folder(trait), torch.Generator().manual_seed(0)
+    with folder.lock():
+        folder.open(job.config(trait))
+        for i, shard in enumerate(job.shards(trait)):
+            meta = {"captured": True, "instruction_as": "raw", "batch_size": 1}
+            folder.write_responses_shard(i, [_row(example) for example in shard], meta)
+            if shape is not None:
+                tensors = {"residual.response_mean": _activations(shard, shape, generator)}
+                layers = list(range(shape[0]))
+                folder.write_activations_shard(i, [e.id for e in shard], tensors, {**meta, "layers": layers})
+
+
+def _row(example: Example) -> dict[str, Any]:
+    said = {"prompt": "", "prompt_token_ids": [1], "response": "a", "token_ids": [1] * 4, "finish_reason": "length"}
+    return {**vars(example), **said}
+
+
+def _activations(shard: Sequence[Example], shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """[n, L, D]; rows of the positive side lie apart."""
+    positive_n11 = torch.tensor([example.polarity == "pos" for example in shard])[:, None, None]
+    return torch.randn(len(shard), *shape, generator=generator) + 0.1 * positive_n11

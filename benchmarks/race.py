@@ -18,6 +18,8 @@ from extraction.models import LanguageModel
 from extraction.utils_batch import Request
 
 Say = Callable[[str], None]
+ALWAYS = ("traitline", "serial")  # who is raced against, and whose answers are the right ones
+REFERENCES = ("serial", "batched")
 
 
 @dataclass(frozen=True)
@@ -51,36 +53,57 @@ class Track:
 
 
 def race(
-    shape: str, *, n_examples: int, n_serial: int, repeats: int, scouts: int = 1, say: Say, guests: Sequence[str] = ()
+    shape: str,
+    *,
+    n_examples: int,
+    n_serial: int,
+    repeats: int,
+    scouts: int = 1,
+    say: Say,
+    guests: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Every batch size `scouts` times, to find each peer's best; then the best ones `repeats` times, in turn.
 
-    `guests` are outsiders, which run in processes of their own beside the peers of this one.
+    `guests` are outsiders, which run in processes of their own beside the peers of this one. `only`: who races besides
+    those of ALWAYS; everybody where none is named.
     """
     lm = random_model(shape)
     requests = make_requests(n_examples, lm.vocab_size)
-    with outsiders(guests, lm, requests, say) as found:
-        peers = PEERS | {name: peer for name, (peer, _) in found.items()}
+    at_home, invited = field_of(only, guests)
+    with outsiders(invited, lm, requests, say) as found:
+        peers = {name: PEERS[name] for name in at_home} | {name: peer for name, (peer, _) in found.items()}
         measured = run_all(Track(peers, lm, requests, n_serial), repeats=repeats, scouts=scouts, say=say)
     return {
         "shape": shape,
         **measured,
         "floor": max(linear_rate(lm, size) for size in PEERS["traitline"].batch_sizes),
         "versions": {name: installed for name, (_, installed) in found.items()},
-        "left_out": [name for name in guests if name not in measured["peers"]],
+        "left_out": [name for name in invited if name not in measured["peers"]],
+        "not_asked": [name for name in PEERS if name not in at_home],
     }
 
 
+def field_of(only: Sequence[str], guests: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Which peers of this process race, and which outsiders: those of `only` where it names any, and all `guests`."""
+    at_home = [name for name in PEERS if not only or name in only or name in ALWAYS]
+    return at_home, list(dict.fromkeys((*guests, *(name for name in only if name not in PEERS))))
+
+
 def run_all(track: Track, *, repeats: int, scouts: int, say: Say) -> dict[str, Any]:
-    """Scouts, then rounds in turn: the figures of every peer."""
+    """Scouts, then rounds in turn: the figures of every peer that lasts to the end."""
     n_examples, present = len(track.requests), dict(track.peers)
     tried: list[Run] = []
     for _ in range(scouts):
         for name in list(present):
-            tried += _scouted(track, present, name, say)
+            tried += _runs(track, present, name, present[name].sizes_for(n_examples), say)
     tried = [run for run in tried if run.peer in present]
     best = {run.peer: run.batch_size for run in sorted(tried, key=lambda run: run.tokens_per_second)}
-    rounds = [{name: track.run(name, best[name], say) for name in order} for order in in_turn(list(best), repeats)]
+    raced = [
+        [run for name in order if name in present for run in _runs(track, present, name, [best[name]], say)]
+        for order in in_turn(list(best), repeats)
+    ]
+    rounds = [{run.peer: run for run in runs if run.peer in present} for runs in raced]
     return {
         "parameters": sum(weights.numel() for weights in track.lm.model.parameters()),
         "examples": n_examples,
@@ -92,10 +115,10 @@ def run_all(track: Track, *, repeats: int, scouts: int, say: Say) -> dict[str, A
     }
 
 
-def _scouted(track: Track, present: dict[str, Peer], name: str, say: Say) -> list[Run]:
-    """One peer at every batch size. An outsider whose process ends is present no longer, with a line."""
+def _runs(track: Track, present: dict[str, Peer], name: str, sizes: Sequence[int], say: Say) -> list[Run]:
+    """One peer at some batch sizes. An outsider whose process ends is present no longer, with a line."""
     try:
-        return [track.run(name, size, say) for size in present[name].sizes_for(len(track.requests))]
+        return [track.run(name, size, say) for size in sizes]
     except AbsentError as reason:
         say(f"  left out: {reason}")
         del present[name]
@@ -115,7 +138,8 @@ def _ratio(rates: Mapping[str, float]) -> float:
 def _figures(title: str, tried: Sequence[Run], rounds: Sequence[Mapping[str, Run]], name: str) -> dict[str, Any]:
     """What one peer's row tells. `ratio`: the engine's tokens per second over its own, in the same round."""
     runs = [run for run in tried if run.peer == name] + [each[name] for each in rounds]
-    references = {other: next(run.answers for run in tried if run.peer == other) for other in ("serial", "batched")}
+    answered = {run.peer: run.answers for run in reversed(tried)}
+    references = {other: answered[other] for other in REFERENCES if other in answered}
     rates = [rates_of(each) for each in rounds]
     return {
         "title": title,

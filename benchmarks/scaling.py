@@ -1,6 +1,7 @@
-"""How the time grows: with the examples, the batch size, the layers captured, and the length of the answers.
+"""How time and memory grow: with the examples, the batch size, the layers captured, and the length of the answers.
 
-Along every axis the rest stays as it is. A line is laid through the medians; the largest deviation from it says how
+Along every axis the rest stays as it is. With the examples it is a whole run that grows, as a user starts it; along the
+other axes, a job of the engine alone. A line is laid through the medians; the largest deviation from it says how
 straight the growth is. All points of an axis take turns.
 """
 
@@ -13,11 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.duos import in_turn
 from benchmarks.jobs import make_even_requests
 from benchmarks.reading_cost import device_name
 from benchmarks.shapes import random_model
+from benchmarks.whole_runs import COUNTS, whole_runs
 from extraction.capture import Capture
 from extraction.models import LanguageModel
 from extraction.utils_batch import generate
@@ -48,7 +51,6 @@ class Axis:
 
 
 AXES = {
-    "examples": Axis("examples", Job(prompt_tokens=16, new_tokens=8), "n_examples", (200, 1000, 5000, 10000, 20000)),
     "batch": Axis("batch size", Job(), "batch_size", (1, 2, 4, 8, 16, 32, 64, 128), of="step"),
     "layers": Axis("layers captured", Job(), "n_layers", ()),
     "length": Axis("response tokens", Job(), "new_tokens", (10, 20, 40, 80, 160, 320)),
@@ -56,11 +58,20 @@ AXES = {
 
 
 def scaling(
-    shape: str, *, repeats: int, say: Say, device: str = "cpu", dtype: Any = None, most: int = 20_000
+    shape: str,
+    *,
+    repeats: int,
+    threads: int,
+    say: Say,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    most: int = COUNTS[-1],
 ) -> dict[str, Any]:
     """Every axis, each point `repeats` times in turn. `most`: examples, at most."""
-    options = {"device": device} if dtype is None else {"device": device, "dtype": dtype}
-    lm = random_model(shape, **options)
+    counts = (*(count for count in COUNTS if count < most), most)
+    place: dict[str, Any] = {"device": device, "dtype": dtype}
+    runs = whole_runs(shape, counts=counts, repeats=repeats, threads=threads, say=say, **place)
+    lm = random_model(shape, **place)
     seconds(lm, Job(n_examples=8, new_tokens=4))  # warm
     return {
         "shape": shape,
@@ -69,7 +80,10 @@ def scaling(
         "parameters": sum(weights.numel() for weights in lm.model.parameters()),
         "layers": lm.n_layers,
         "repeats": repeats,
-        "axes": {name: _measured(lm, fitted(axis, lm, most), repeats, say) for name, axis in AXES.items()},
+        "axes": {
+            "examples": {**runs, **straight(runs["points"], runs["seconds"])},
+            **{name: _measured(lm, fitted(axis, lm, most), repeats, say) for name, axis in AXES.items()},
+        },
     }
 
 
@@ -77,7 +91,6 @@ def fitted(axis: Axis, lm: LanguageModel, most: int) -> Axis:
     """An axis whose points this model and this much patience allow."""
     n_examples = min(axis.job.n_examples, most)
     points = {
-        "n_examples": (*(point for point in axis.points if point < most), most),
         "n_layers": tuple(sorted({0, 1, lm.n_layers // 2, lm.n_layers})),
         "batch_size": tuple(point for point in axis.points if point <= n_examples),
     }

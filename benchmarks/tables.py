@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = "README.md"
-AGREED = ("equal to one at a time", "equal to batches", "deviation")
+AGREED = {"serial": "equal to one at a time", "batched": "equal to batches"}
 INTRODUCTION = """# Measurements
 
 Made by `python -m benchmarks`; the figures behind every table are in the JSON file beside it.
@@ -35,7 +35,8 @@ value of that answer. **Captures.** The commands themselves, in fresh processes,
 operations over the peak, both measured just before. A decode step reads every weight once and each row's cache; a
 teacher-forced pass reads the weights once. The step is the engine's own, with every layer captured. "Its matrices
 alone" are the linear layers called in turn, without anything between. **How time grows.** One thing changes, the rest
-stays; a line is laid through the medians, small points counting as much as large ones.
+stays; a line is laid through the medians, small points counting as much as large ones. With the examples, a whole run
+grows: the command in a fresh process, with start, load and writing; its answers all have the same length.
 """
 
 
@@ -77,7 +78,7 @@ def peers_table(result: dict[str, Any]) -> str:
     n_serial, ratio = result["serial_examples"], result["ratio"]
     rows = [_peer_row(name, peer) for name, peer in result["peers"].items()]
     rows.append(["floor: the matrices alone", "", f"{result['floor']:.0f}", "", "", "", "", ""])
-    head = ["", "batch", "tokens/s", "min to max", "Traitline over it", *AGREED]
+    head = ["", "batch", "tokens/s", "min to max", "Traitline over it", *AGREED.values(), "deviation"]
     return (
         f"## Peers, {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters\n\n"
         f"{result['examples']} examples, {result['tokens']} response tokens, {result['repeats']} rounds. "
@@ -94,8 +95,8 @@ def _guest_words(result: dict[str, Any]) -> str:
         for name, found in result.get("versions", {}).items()
     ]
     words = f"In environments of their own: {'; '.join(installed)}.\n" if installed else ""
-    absent = result.get("left_out", [])
-    return words + (f"Could not be had here: {', '.join(absent)}.\n" if absent else "")
+    said = {"Could not be had here": "left_out", "Not asked to race": "not_asked"}
+    return words + "".join(f"{text}: {', '.join(result[key])}.\n" for text, key in said.items() if result.get(key))
 
 
 def _ratio_text(ratio: dict[str, float] | None) -> str:
@@ -103,9 +104,14 @@ def _ratio_text(ratio: dict[str, float] | None) -> str:
     return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
+def _equal_text(found: dict[str, Any] | None) -> str:
+    """How many are equal; nothing where that reference did not run."""
+    return "" if found is None else f"{found['n_equal']} of {found['n_compared']}"
+
+
 def _peer_row(name: str, peer: dict[str, Any]) -> list[str]:
     rate, agreement = peer["tokens_per_second"], peer["agreement"]
-    equal = [f"{each['n_equal']} of {each['n_compared']}" for each in agreement.values()]
+    equal = [_equal_text(agreement.get(other)) for other in AGREED]
     deviation = max(each["deviation"] for each in agreement.values())
     return [
         peer["title"],
@@ -142,10 +148,23 @@ def memory_table(result: dict[str, Any]) -> str:
         for step, by_count in result["peak_mib"].items()
     ]
     head = ["peak resident memory", *[f"{int(count):,} examples" for count in counts], "growth"]
+    many = _many_rows_words(result["many_rows"]) if "many_rows" in result else ""
     return (
         "## How memory grows\n\nThe commands themselves, each in a fresh process, on a tiny model and with responses "
         "of 4 tokens; where layers are named, on random activations of that shape, written through the store. The "
-        f"vectors are mean differences.\n\n{table(head, rows)}"
+        f"vectors are mean differences.\n\n{table(head, rows)}{many}"
+    )
+
+
+def _many_rows_words(found: dict[str, Any]) -> str:
+    """What a command holds of many rows, by method."""
+    n, n_layers, hidden = found["shape"]
+    rows = [[name, f"{cell['peak_mib']:.0f} MiB", f"{cell['seconds']:.1f}"] for name, cell in found["cells"].items()]
+    return (
+        f"\n{n:,} examples, {n_layers} layers of {hidden}: a layer is {4 * n * hidden / 2**20:.0f} MiB in float32, all "
+        f"are {4 * n * n_layers * hidden / 2**20:.0f}. Where not several traits are named, there is one; methods but "
+        "mean_diff are fitted at the first layer alone.\n\n"
+        f"{table(['', 'peak resident memory', 'seconds'], rows)}"
     )
 
 
@@ -391,32 +410,52 @@ def scaling_table(result: dict[str, Any]) -> str:
     """Every axis: its points, and the line through them."""
     return (
         f"## How time grows, {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, {result['device']}, "
-        f"{result['dtype']}\n\nMedians of {result['repeats']} rounds.\n\n"
+        f"{result['dtype']}\n\nMedians of {result['repeats']} rounds; of memory, the highest.\n\n"
         + "\n".join(_axis_table(axis) for axis in result["axes"].values())
     )
 
 
 def _axis_table(axis: dict[str, Any]) -> str:
-    rows = [
-        [str(point), f"{seconds:.3g}", f"{rate:.0f}"]
-        for point, seconds, rate in zip(axis["points"], axis["seconds"], axis["tokens_per_second"], strict=True)
-    ]
+    columns = {
+        axis["title"]: [str(point) for point in axis["points"]],
+        "seconds a step" if axis["of"] == "step" else "seconds": [f"{seconds:.3g}" for seconds in axis["seconds"]],
+        "tokens/s": [f"{rate:.0f}" for rate in axis["tokens_per_second"]],
+        **_run_columns(axis),
+    }
     kept = ", ".join(
         f"{key.removeprefix('n_').replace('_', ' ')} {'all' if value is None else value}"
         for key, value in axis["job"].items()
     )
-    head = [axis["title"], "seconds" if axis["of"] == "job" else "seconds a step", "tokens/s"]
     return (
         f"{axis['title'].capitalize()} ({kept}): {axis['start']:.3g} s and {axis['slope']:.3g} s for each; the largest "
-        f"deviation from that line is **{axis['largest_deviation']:.0%}**.\n\n{table(head, rows)}"
+        f"deviation from that line is **{axis['largest_deviation']:.1%}**.{_memory_words(axis)}\n\n"
+        f"{table(list(columns), list(zip(*columns.values(), strict=True)))}"
     )
+
+
+def _run_columns(axis: dict[str, Any]) -> dict[str, list[str]]:
+    """What only whole runs have."""
+    if axis["of"] != "run":
+        return {}
+    pairs = zip(axis["points"], axis["seconds"], strict=True)
+    return {
+        "ms an example, start left out": [f"{1e3 * (seconds - axis['start']) / point:.3g}" for point, seconds in pairs],
+        "peak resident memory": [f"{peak:.0f} MiB" for peak in axis["peak_mib"]],
+    }
+
+
+def _memory_words(axis: dict[str, Any]) -> str:
+    if axis["of"] != "run":
+        return ""
+    first, last = axis["peak_mib"][0], axis["peak_mib"][-1]
+    return f" From the fewest to the most, the peak of memory changes by **{last - first:+.0f} MiB**."
 
 
 def gpu_table(result: dict[str, Any]) -> str:
     """The race, the step over its floor, and what capture costs."""
     step, cost = result["step"], result["capture"]["ratio"]
     rows = [_peer_row(name, peer) for name, peer in result["peers"].items()]
-    head = ["", "batch", "tokens/s", "min to max", "Traitline over it", *AGREED]
+    head = ["", "batch", "tokens/s", "min to max", "Traitline over it", *AGREED.values(), "deviation"]
     serial = result["tokens"] / result["peers"]["serial"]["tokens_per_second"]["median"]
     return (
         f"## {result['shape']} on {result['device']}: {result['parameters'] / 1e6:.0f}M parameters, "

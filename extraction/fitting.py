@@ -212,6 +212,7 @@ def _find_directions(plan: Fit, methods: Sequence[str]) -> dict[str, Tensor | Tr
                 found[name].append(_fit(plan, name, sides, block))
             except TraitError as failure:
                 failed[name] = failure
+        del rows_nkD, sides  # before the next ones are read
     return {name: failed[name] if name in failed else torch.cat(parts) for name, parts in found.items()}
 
 

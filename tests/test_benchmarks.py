@@ -24,7 +24,7 @@ from benchmarks.duos import ask, bundled, in_turn
 from benchmarks.floor import linear_rate
 from benchmarks.hardware import describe
 from benchmarks.jobs import PROMPT_TOKENS, RESPONSE_TOKENS, Answer, compare, make_requests, n_tokens
-from benchmarks.memory import memory_growth
+from benchmarks.memory import many_rows, memory_growth
 from benchmarks.peers import PEERS, Answers
 from benchmarks.race import race
 from benchmarks.reading_cost import agreement, reading_cost
@@ -34,6 +34,7 @@ from benchmarks.speculation import speculation
 from benchmarks.tables import TABLES, save
 from benchmarks.validation import card_cost
 from extraction.utils_batch import generate
+from extraction.vectors.methods import DEFAULT_METHODS
 from tests.runs import succeed
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -172,6 +173,24 @@ def test_memory_is_measured_in_fresh_processes() -> None:
     assert all(peak > 50 for by_count in found["peak_mib"].values() for peak in by_count.values())
     assert all(growth == 1.0 for growth in found["growth"].values())
     assert "8 examples" in TABLES["memory"](found)
+
+
+def test_what_methods_and_traits_hold_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here all commands run in this process."""
+
+    def run_here(words: Sequence[str], _folder: Path) -> float:
+        said = succeed(*words).output
+        assert "0 new" not in said
+        return 10.0 * len(words)
+
+    monkeypatch.setattr("benchmarks.memory.run_measured", run_here)
+    found = many_rows((60, 2, 16), threads=1, say=say, n_traits=3)
+    assert [name for name in found["cells"] if name.endswith(" vectors")] == [f"{m} vectors" for m in DEFAULT_METHODS]
+    assert {"mean_diff vectors of 3 traits", "mean_diff card"} < set(found["cells"])
+    memory = {"counts": [20], "peak_mib": {"a": {"20": 1.0}}, "growth": {"a": 1.0}, "many_rows": found}
+    said = TABLES["memory"](memory)
+    assert "60 examples, 2 layers of 16" in said
+    assert "| mean_diff vectors of 3 traits |" in said
 
 
 def test_amplification_is_measured_and_its_answers_equal_those_by_hand(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,22 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import outside
-from benchmarks.__main__ import DTYPES, GUESTS, JOBS, SHAPES, main
+from benchmarks.__main__ import DTYPES, GUESTS, JOBS, RACERS, SHAPES, main
 from benchmarks.gpu import Plan, gpu_job
 from benchmarks.hardware import describe
 from benchmarks.jobs import compare, make_even_requests, make_requests
 from benchmarks.limits import Limits, limits, threads
 from benchmarks.peers import PEERS, Peer, static
 from benchmarks.published import forecast_table
-from benchmarks.race import Track, run_all
+from benchmarks.race import Track, field_of, race, run_all
 from benchmarks.roofline import Sizes, decode_seconds, forced_seconds, roofline
 from benchmarks.scaling import AXES, Job, fitted, job_at, scaling, straight
 from benchmarks.shapes import HALF, config_of, dtype_of, lacking, random_model
 from benchmarks.shapes import SHAPES as KNOWN
 from benchmarks.tables import TABLES, TITLES, page, save
+from benchmarks.whole_runs import whole_runs
 from extraction.forecast import shape_of
+from tests.runs import succeed
 
 N = 5
 QUICK = Limits(bytes_per_second=1e10, flops_per_second=1e11)
@@ -213,18 +216,49 @@ def test_every_axis_changes_one_thing() -> None:
         assert changed == {axis.field}
         assert max(job["n_examples"] for job in jobs) <= 300
     assert fitted(AXES["layers"], lm, most=100).points == (0, 1, 3)
-    assert fitted(AXES["examples"], lm, most=20_000).points[-1] == 20_000
+
+
+def run_here(words: Sequence[str], _folder: Path) -> float:
+    """A command in this process, with a peak that grows; `test_benchmarks` has one in a process of its own."""
+    succeed(*words)
+    return 100.0 + int(words[words.index("--n-examples") + 1])
 
 
 def test_growth_is_measured_and_tabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = {name: replace(axis, job=Job(4, 6, 3, 2)) for name, axis in AXES.items()}
     short["length"] = replace(short["length"], points=(2, 4, 8))
-    short["examples"] = replace(short["examples"], points=(2, 4, 8))
     monkeypatch.setattr("benchmarks.scaling.AXES", short)
-    found = scaling("tiny", repeats=1, say=say, most=4)
+    monkeypatch.setattr("benchmarks.scaling.COUNTS", (2, 6))
+    monkeypatch.setattr("benchmarks.whole_runs.run_measured", run_here)
+    found = scaling("tiny", repeats=2, threads=1, say=say, most=4)
     assert found["axes"]["batch"]["points"] == [1, 2, 4]
-    assert found["axes"]["examples"]["points"] == [2, 4]
-    assert "Layers captured" in written("scaling", found, tmp_path)
+    examples = found["axes"]["examples"]
+    assert (examples["points"], examples["peak_mib"]) == ([2, 4], [101.0, 102.0])
+    assert all(seconds > 0 for seconds in examples["seconds"])
+    page = written("scaling", found, tmp_path)
+    assert "Layers captured" in page
+    assert "the peak of memory changes by **+1 MiB**" in page
+
+
+def test_a_whole_run_answers_every_example_at_full_length_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, set[int]]] = []
+
+    def look(words: Sequence[str], folder: Path) -> float:
+        assert not (folder / "experiments").exists()
+        succeed(*words)
+        rows = [
+            json.loads(line)
+            for path in (folder / "experiments").rglob("responses/shards/*.jsonl")
+            for line in path.read_text().splitlines()
+        ]
+        seen.append((len(rows), {len(row["token_ids"]) for row in rows}))
+        return 1.0
+
+    monkeypatch.setattr("benchmarks.whole_runs.run_measured", look)
+    whole_runs("tiny", counts=(2, 6), repeats=1, threads=1, say=say)
+    assert seen == [(2, {40}), (6, {40})]
 
 
 # --- the GPU's job --------------------------------------------------------------------------------------------------
@@ -351,6 +385,51 @@ def test_what_the_command_offers_is_what_there_is() -> None:
     assert "no such peer: 'lens'" in result.stderr
 
 
+def test_a_choice_of_peers_races_and_the_page_says_who_was_not_asked(tmp_path: Path) -> None:
+    found = race("tiny", n_examples=4, n_serial=2, repeats=1, say=say, only=("continuous",))
+    assert list(found["peers"]) == ["traitline", "serial", "continuous"]
+    assert all(set(peer["agreement"]) == {"serial"} for peer in found["peers"].values())
+    assert found["peers"]["continuous"]["agreement"]["serial"]["n_equal"] == 2
+    text = written("peers", found, tmp_path)
+    assert "Not asked to race: batched." in text
+    assert "| 2 of 2 |  | " in text
+
+
+def test_who_is_chosen_and_who_is_invited() -> None:
+    everybody = list(PEERS)
+    assert tuple(everybody) == RACERS
+    assert field_of((), ()) == (everybody, [])
+    assert field_of((), ("vllm",)) == (everybody, ["vllm"])
+    assert field_of(("batched", "vllm"), ()) == (["traitline", "serial", "batched"], ["vllm"])
+    assert field_of(("traitline", "vllm"), ("nnsight", "vllm")) == (["traitline", "serial"], ["nnsight", "vllm"])
+
+
+def test_names_that_are_not_known_are_all_refused() -> None:
+    result = CliRunner().invoke(main, ["peers", "--only", "batched,lens,vllm,torch"])
+    assert result.exit_code == 2
+    assert "no such peer: 'lens', 'torch'; there are traitline, serial, batched, continuous, vllm" in result.stderr
+
+
+def test_vllm_is_started_again_with_its_threads_bound_and_once_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(outside.SCRIPTS))
+    script = importlib.import_module("with_vllm")
+    monkeypatch.setattr(script, "OPENMP", tmp_path / "libiomp5.so")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    assert script.prepared() == {}  # no such library
+    script.OPENMP.touch()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {7, 5}, raising=False)
+    added = script.prepared()
+    assert added["LD_PRELOAD"] == str(script.OPENMP)
+    assert added["KMP_AFFINITY"].endswith("proclist=[5]")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert "KMP_AFFINITY" not in script.prepared()
+    monkeypatch.setenv("LD_PRELOAD", str(script.OPENMP))
+    assert script.prepared() == {}
+
+
 def test_a_peer_whose_process_ends_is_left_out_and_the_race_goes_on() -> None:
     lm = random_model("tiny")
     said: list[str] = []
@@ -362,3 +441,18 @@ def test_a_peer_whose_process_ends_is_left_out_and_the_race_goes_on() -> None:
     found = run_all(Track(peers, lm, make_requests(4, lm.vocab_size), 2), repeats=1, scouts=2, say=said.append)
     assert set(found["peers"]) == {"traitline", "serial", "batched"}
     assert [line for line in said if "left out" in line] == ["  left out: the guest ended: it said nothing"]
+
+
+def test_a_peer_whose_process_ends_in_a_round_is_left_out_of_the_rounds_before() -> None:
+    lm = random_model("tiny")
+    runs: list[int] = []
+
+    def tires(*given: Any) -> Any:
+        runs.append(1)
+        if len(runs) > 2:
+            raise outside.AbsentError("the guest ended: tired")
+        return PEERS["batched"].run(*given)
+
+    peers = {name: PEERS[name] for name in ("traitline", "serial", "batched")} | {"guest": Peer("A guest", tires, (2,))}
+    found = run_all(Track(peers, lm, make_requests(4, lm.vocab_size), 2), repeats=3, scouts=1, say=say)
+    assert (len(runs), set(found["peers"])) == (3, {"traitline", "serial", "batched"})

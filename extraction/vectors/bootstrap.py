@@ -18,6 +18,7 @@ from extraction.vectors.figures import NO_SPREAD, accuracy_at, cohens_d
 INTERVAL = (0.025, 0.975)
 MOST_UNDEFINED = 0.5  # share of the resamples that may lack a figure (a side, or any spread) before it has no interval
 CHUNK_NUMBERS = 2**20
+PAIRS_A_ROW = 32  # of questions: with more, adding up along the sorted rows is quicker than a matrix of pairs
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,32 @@ def _interval(figures_BC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resampled_auroc(scores_nC: Tensor, resamples: Resamples) -> Tensor:
-    """[n, C] -> [B, C]: c W c / c N c over questions' positive and negative rows, c how often each was drawn.
+    """[n, C] -> [B, C]: each resample's wins of positive rows over negative ones (ties one half) over what it compares.
 
-    W [P, R] are the wins between questions' rows (ties one half), N [P, R] how many of them are compared. All are
-    whole numbers and halves, so the order in which they are added changes nothing.
+    All are whole numbers and halves, so the order in which they are added changes nothing. Few questions take the
+    matrix of their wins; many, as natural prompts are, the rows in the order of their scores.
     """
+    drawn_BP, drawn_BR = (_drawn(resamples, side)[0] for side in (True, False))
+    many = drawn_BP.shape[1] * drawn_BR.shape[1] > PAIRS_A_ROW * len(scores_nC)
+    wins_BC = (_wins_by_rank if many else _wins_by_question)(scores_nC, resamples)
+    return wins_BC / _or_nan(_compared(resamples))
+
+
+def _compared(resamples: Resamples) -> Tensor:
+    """How many pairs of rows each resample compares, [B, 1]: in each stratum, all positive rows with all others."""
+    stratum_nS = torch.nn.functional.one_hot(resamples.stratum_n).double()
+    pairs_BS = resamples.sums(stratum_nS, True) * resamples.sums(stratum_nS, False)
+    return pairs_BS.sum(1, keepdim=True)
+
+
+def _drawn(resamples: Resamples, side: bool) -> tuple[Tensor, Tensor]:
+    """How often [B, P] each question with rows of a side was drawn, and the place of each row's question there [N]."""
+    questions_P, place_N = resamples.question_n[resamples.positive_n == side].unique(return_inverse=True)
+    return resamples.counts_BQ[:, questions_P], place_N
+
+
+def _wins_by_question(scores_nC: Tensor, resamples: Resamples) -> Tensor:
+    """c W c, [B, C]: W [P, R] are the wins between questions' rows, c how often each was drawn."""
     (drawn_BP, place_N), (drawn_BR, place_M) = (_drawn(resamples, side) for side in (True, False))
     shape_PR = (drawn_BP.shape[1], drawn_BR.shape[1])
     step = max(1, CHUNK_NUMBERS // max(1, drawn_BR.numel(), shape_PR[0] * shape_PR[1]))
@@ -126,15 +148,7 @@ def resampled_auroc(scores_nC: Tensor, resamples: Resamples) -> Tensor:
         wins_CPR = torch.zeros(len(chunk), *shape_PR, dtype=torch.float64)
         _add_wins(wins_CPR, scores_nC[:, chunk], resamples, place_N, place_M)
         columns.append(torch.einsum("cbr,br->bc", drawn_BP @ wins_CPR, drawn_BR))
-    pairs_PR = _pairs(resamples, place_N, place_M, shape_PR)
-    pairs_B1 = ((drawn_BP @ pairs_PR) * drawn_BR).sum(-1, keepdim=True)
-    return torch.cat(columns, -1) / _or_nan(pairs_B1)
-
-
-def _drawn(resamples: Resamples, side: bool) -> tuple[Tensor, Tensor]:
-    """How often [B, P] each question with rows of a side was drawn, and the place of each row's question there [N]."""
-    questions_P, place_N = resamples.question_n[resamples.positive_n == side].unique(return_inverse=True)
-    return resamples.counts_BQ[:, questions_P], place_N
+    return torch.cat(columns, -1)
 
 
 def _add_wins(wins_CPR: Tensor, scores_nC: Tensor, resamples: Resamples, place_N: Tensor, place_M: Tensor) -> None:
@@ -150,14 +164,25 @@ def _add_wins(wins_CPR: Tensor, scores_nC: Tensor, resamples: Resamples, place_N
             wins_CPR[..., question].index_add_(1, place_N[here_N], twice_CS.double() / 2)
 
 
-def _pairs(resamples: Resamples, place_N: Tensor, place_M: Tensor, shape_PR: tuple[int, int]) -> Tensor:
-    """N [P, R]: in each stratum, all of a question's positive rows with all of a question's negative ones."""
-    counts = []
-    for side, place, n_questions in ((True, place_N, shape_PR[0]), (False, place_M, shape_PR[1])):
-        stratum = resamples.stratum_n[resamples.positive_n == side]
-        counts_SQ = torch.zeros(int(resamples.stratum_n.max()) + 1, n_questions, dtype=torch.float64)
-        counts.append(counts_SQ.index_put_((stratum, place), torch.ones_like(place).double(), accumulate=True))
-    return counts[0].mT @ counts[1]
+def _wins_by_rank(scores_nC: Tensor, resamples: Resamples) -> Tensor:
+    """[B, C]: along the scores, how many negative rows each resample has below each positive one. B n steps a column,
+    however many questions there are."""
+    wins_BC = torch.zeros(len(resamples.counts_BQ), scores_nC.shape[1], dtype=torch.float64)
+    for stratum in resamples.stratum_n.unique():
+        here_n = resamples.stratum_n == stratum
+        question_s, positive_s = resamples.question_n[here_n], resamples.positive_n[here_n]
+        for column, scores_s in enumerate(scores_nC[here_n].unbind(-1)):
+            ranks_G, rank_s = scores_s.unique(return_inverse=True)
+            step, start = max(1, CHUNK_NUMBERS // len(scores_s)), 0
+            for counts_bQ in resamples.counts_BQ.split(step):
+                counts_bs = counts_bQ[:, question_s]
+                drawn_bG = torch.zeros(len(counts_bs), len(ranks_G), dtype=torch.float64)
+                drawn_bG.index_add_(1, rank_s[~positive_s], counts_bs[:, ~positive_s])
+                below_bG = drawn_bG.cumsum(1) - drawn_bG / 2
+                won_b = (below_bG[:, rank_s[positive_s]] * counts_bs[:, positive_s]).sum(1)
+                wins_BC[start : start + len(won_b), column] += won_b
+                start += len(won_b)
+    return wins_BC
 
 
 def resampled_accuracy(scores_nC: Tensor, resamples: Resamples) -> Tensor:

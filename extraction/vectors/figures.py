@@ -9,16 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from extraction.vectors.layered import row_pieces
+
 NO_SPREAD = 1e-10  # of the largest score: a smaller standard deviation is rounding
 
 
 def project(rows_nLD: Tensor, direction_KLD: Tensor) -> Tensor:
     """Scores of rows on their layer's directions, in float64, a layer at a time: [n, L, D], [K, L, D] -> [n, K, L]."""
-    scores = [
-        torch.einsum("nd,kd->nk", rows_nD.double(), direction_KD.double())
-        for rows_nD, direction_KD in zip(rows_nLD.unbind(1), direction_KLD.unbind(1), strict=True)
-    ]
-    return torch.stack(scores, -1)
+    layers = zip(rows_nLD.split(1, 1), direction_KLD.unbind(1), strict=True)
+    return torch.stack([_project_layer(rows_n1D, direction_KD.double()) for rows_n1D, direction_KD in layers], -1)
+
+
+def _project_layer(rows_n1D: Tensor, direction_KD: Tensor) -> Tensor:
+    pieces = (piece_b1D[:, 0].double() for piece_b1D in row_pieces(rows_n1D))
+    return torch.cat([torch.einsum("nd,kd->nk", piece_bD, direction_KD) for piece_bD in pieces])
 
 
 def auroc(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ x_i are rows, m+ and m- the sides' means, S+ and S- their covariances (1/N, 1/M)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Protocol
 
@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from extraction.errors import ConfigError
-from extraction.vectors.layered import Block, Layered, blocks_of
-from extraction.vectors.sides import Sides, by_layers, check_sides, towards
+from extraction.vectors.layered import Block, Layered, blocks_of, mean_row
+from extraction.vectors.sides import Sides, added, by_layers, check_sides, towards
 
 PROBE_C = 1.0
 NEWTON_STEPS = 100
@@ -147,12 +147,14 @@ def fit_block(name: str, positive_NkD: Tensor, negative_MkD: Tensor, block: Bloc
 
 def fit_layers(names: Sequence[str], rows: Layered, n_positive: int, *, seed: int) -> dict[str, Tensor]:
     """Methods' directions [L, D] for rows that are read some layers at a time, the positive ones first."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for block in blocks_of(rows.shape):
-        rows_nkD = rows.at(block.layers)
-        for name, parts in found.items():
-            parts.append(fit_block(name, rows_nkD[:n_positive], rows_nkD[n_positive:], block, seed=seed))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def found_at(block: Block) -> list[Tensor]:
+        rows_nkD = rows.at(block.layers)  # let go before the next ones are read
+        sides = rows_nkD[:n_positive], rows_nkD[n_positive:]
+        return [fit_block(name, *sides, block, seed=seed) for name in names]
+
+    parts = zip(*map(found_at, blocks_of(rows.shape)), strict=True)
+    return {name: torch.cat(found) for name, found in zip(names, parts, strict=True)}
 
 
 def normalised(direction_LD: Tensor) -> Tensor:
@@ -165,25 +167,32 @@ def normalised(direction_LD: Tensor) -> Tensor:
 
 
 def _difference(positive_NLD: Tensor, negative_MLD: Tensor) -> Tensor:
-    return positive_NLD.mean(0, dtype=torch.float64) - negative_MLD.mean(0, dtype=torch.float64)
+    return mean_row(positive_NLD) - mean_row(negative_MLD)
 
 
 def _logistic(sides: Sides, c: float) -> Tensor:
-    rows = torch.cat([sides.rows_LnR, torch.ones_like(sides.rows_LnR[..., :1])], -1)  # the last weight is b
-    penalty = torch.ones_like(rows[0, 0])
-    penalty[-1] = 0
-    sign_n = torch.ones_like(rows[0, :, 0])
+    n_layers, n, width = sides.rows_LnR.shape
+    penalty, sign_n = sides.rows_LnR.new_ones(width + 1), sides.rows_LnR.new_ones(n)
+    penalty[-1] = 0  # the last weight is b
     sign_n[sides.n_positive :] = -1
 
-    def loss(weights: Tensor) -> Tensor:
-        margin = sign_n * torch.einsum("lnr,lr->ln", rows, weights)
-        return (penalty * weights.square()).sum(-1) / 2 + c * softplus(-margin).sum(-1)
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows with a feature for b [L, b, R + 1], and their signs [b]."""
+        views = sides.pieces()
+        for rows_LbR, sign_b in zip(views, sign_n.split(views[0].shape[1]), strict=True):
+            yield torch.cat([rows_LbR, torch.ones_like(rows_LbR[..., :1])], -1), sign_b
 
-    weights = torch.zeros_like(rows[:, 0])
+    def loss(weights: Tensor) -> Tensor:
+        margins = (sign_b * torch.einsum("lnr,lr->ln", rows, weights) for rows, sign_b in pieces())
+        return (penalty * weights.square()).sum(-1) / 2 + c * added(softplus(-margin).sum(-1) for margin in margins)
+
+    weights = sides.rows_LnR.new_zeros(n_layers, width + 1)
     for _ in range(NEWTON_STEPS):
-        chance = torch.sigmoid(torch.einsum("lnr,lr->ln", rows, weights))
-        slope = penalty * weights + c * torch.einsum("lnr,ln->lr", rows, chance - (sign_n > 0).double())
-        curvature = c * (rows * (chance * (1 - chance)).unsqueeze(-1)).mT @ rows + torch.diag(penalty)
+        slope, curvature = penalty * weights, torch.diag(penalty)
+        for rows, sign_b in pieces():
+            chance = torch.sigmoid(torch.einsum("lnr,lr->ln", rows, weights))
+            slope = slope + c * torch.einsum("lnr,ln->lr", rows, chance - (sign_b > 0).double())
+            curvature = c * (rows * (chance * (1 - chance)).unsqueeze(-1)).mT @ rows + curvature
         step = torch.linalg.solve(curvature, slope)
         weights, before = _descend(loss, weights, step), weights
         if (weights - before).abs().max() <= 1e-12 * weights.abs().max():
@@ -204,8 +213,9 @@ def _descend(loss: Callable[[Tensor], Tensor], weights: Tensor, step: Tensor) ->
 
 
 def _first_axis(sides: Sides) -> Tensor:
-    within_LnR, half_LR = sides.within_LnR(), sides.difference_LR / 2
-    spread_LRR = within_LnR.mT @ within_LnR + half_LR.unsqueeze(-1) * half_LR.unsqueeze(-2)
+    half_LR = sides.difference_LR / 2
+    within_LRR = added(rows_LbR.mT @ rows_LbR for rows_LbR in sides.within())
+    spread_LRR = within_LRR + half_LR.unsqueeze(-1) * half_LR.unsqueeze(-2)
     axes_LRR: Tensor = torch.linalg.eigh(spread_LRR).eigenvectors
     return axes_LRR[..., -1]
 
@@ -224,14 +234,25 @@ def _whiten(sides: Sides, components: int) -> tuple[Tensor, Tensor, Tensor]:
 
     An axis is signed towards the positive side, so that neither the order of rows nor the basis changes the start.
     """
-    n = sides.rows_LnR.shape[1]
-    _, size_LR, axes_LRR = torch.linalg.svd(sides.rows_LnR, full_matrices=False)
+    n, (size_LR, axes_LRR) = sides.rows_LnR.shape[1], _principal(sides)
     size_LK, axes_LRK = size_LR[:, :components], axes_LRR[:, :components].mT
     live_LK = size_LK > 1e-7 * size_LK[:, :1]
     side_LK = torch.einsum("lrk,lr->lk", axes_LRK, sides.difference_LR)
     factor_LK = torch.where(live_LK, n**0.5 / size_LK, 0) * torch.where(side_LK < 0, -1, 1)
     to_white_LRK = axes_LRK * factor_LK.unsqueeze(1)
     return sides.rows_LnR @ to_white_LRK, to_white_LRK, live_LK
+
+
+def _principal(sides: Sides) -> tuple[Tensor, Tensor]:
+    """Singular values and axes of the rows; of several pieces, those of their triangle, which QR makes of one more
+    piece at a time (Demmel et al. 2012, arXiv 0808.2664, sequential TSQR)."""
+    rows_LnR, *others = sides.pieces()
+    if others:
+        rows_LnR = torch.linalg.qr(rows_LnR, mode="r").R
+    for more_LbR in others:
+        rows_LnR = torch.linalg.qr(torch.cat([rows_LnR, more_LbR], 1), mode="r").R
+    _, size_LR, axes_LRR = torch.linalg.svd(rows_LnR, full_matrices=False)
+    return size_LR, axes_LRR
 
 
 def _fast_ica(white_LnK: Tensor, live_LK: Tensor, seed: int) -> Tensor:
@@ -264,12 +285,12 @@ def _decorrelate(unmixing_LKK: Tensor) -> Tensor:
 
 
 def _most_separating(sides: Sides, shrinkage: float) -> Tensor:
-    within_LnR = sides.within_LnR()
-    floor_L = within_LnR.square().sum((1, 2)) / sides.hidden_size
+    floor_L = added(rows_LbR.square().sum((1, 2)) for rows_LbR in sides.within()) / sides.hidden_size
     spread_L = floor_L > 1e-20  # of an average feature's 1: anything less is rounding
     floor_L11 = torch.where(spread_L, shrinkage * floor_L, 1).view(-1, 1, 1)
-    identity = torch.eye(within_LnR.shape[-1]).to(within_LnR)
-    return _ascend((1 - shrinkage) * within_LnR.mT @ within_LnR + floor_L11 * identity, sides.difference_LR)
+    identity = torch.eye(sides.rows_LnR.shape[-1]).to(sides.rows_LnR)
+    within_LRR = added((1 - shrinkage) * rows_LbR.mT @ rows_LbR for rows_LbR in sides.within())
+    return _ascend(within_LRR + floor_L11 * identity, sides.difference_LR)
 
 
 def _ascend(metric_LRR: Tensor, target_LR: Tensor) -> Tensor:

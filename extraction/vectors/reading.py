@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from extraction.vectors.figures import fit_threshold, pooled_spread, project
-from extraction.vectors.layered import Block
+from extraction.vectors.layered import Block, mean_row
 from extraction.vectors.methods import fit_block
 from extraction.vectors.sides import towards
 from extraction.vectors.splits import Rows, Split
@@ -78,7 +78,7 @@ def by_draws(draws_KLD: Tensor) -> Fit:
     """The same random directions whatever the rows, but turned towards the positive side."""
 
     def fit(positive_NLD: Tensor, negative_MLD: Tensor) -> Tensor:
-        means = (side.mean(0, dtype=torch.float64) for side in (positive_NLD, negative_MLD))
-        return towards(draws_KLD, next(means) - next(means))
+        difference_LD = mean_row(positive_NLD) - mean_row(negative_MLD)
+        return towards(draws_KLD, difference_LD)
 
     return fit

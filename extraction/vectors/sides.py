@@ -8,14 +8,16 @@ own span: R coordinates instead of D, which is what makes 200 rows of a 2304-wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from extraction.errors import ActivationError, TraitError
+from extraction.vectors.layered import ROW_BYTES, mean_row, row_norms, row_pieces, rows_a_piece
 
 CHUNK_BYTES = 2**28
 FLOAT32_STEP = 2.0**-23
@@ -49,16 +51,36 @@ class Sides:
         """Mean of the positive rows minus mean of the negative rows."""
         return self.positive_LNR.mean(1) - self.negative_LMR.mean(1)
 
-    def within_LnR(self) -> Tensor:
-        """Every row minus its own side's mean, weighted so that A^T A is the average of the sides' covariances."""
-        sides = (self.positive_LNR, self.negative_LMR)
-        return torch.cat([(side - side.mean(1, keepdim=True)).div_((2 * side.shape[1]) ** 0.5) for side in sides], 1)
+    def pieces(self) -> tuple[Tensor, ...]:
+        """Views of the rows, of b at a time: [L, b, R]. What is worked out from a piece takes little room."""
+        n_layers, n, width = self.rows_LnR.shape
+        pieces: tuple[Tensor, ...] = self.rows_LnR.split(rows_a_piece((n, n_layers, width)), dim=1)
+        return pieces
+
+    def within(self) -> Iterator[Tensor]:
+        """Pieces [L, b, R] of every row minus its own side's mean, so weighted that the sum of their A^T A is the
+        average of the sides' covariances."""
+        means = [side.mean(1, keepdim=True) for side in (self.positive_LNR, self.negative_LMR)]
+        counts, start = (self.n_positive, self.rows_LnR.shape[1] - self.n_positive), 0
+        for rows_LbR in self.pieces():
+            piece_LbR = rows_LbR.clone(memory_format=torch.contiguous_format)
+            n_positive = min(max(0, self.n_positive - start), rows_LbR.shape[1])
+            sides = piece_LbR[:, :n_positive], piece_LbR[:, n_positive:]
+            for side, mean_L1R, count in zip(sides, means, counts, strict=True):
+                side.sub_(mean_L1R).div_((2 * count) ** 0.5)
+            start += rows_LbR.shape[1]
+            yield piece_LbR
 
     def to_hidden(self, direction_LR: Tensor) -> Tensor:
         """[L, R] -> [L, D]: unit norm, oriented from negative to positive."""
         unit_LR = direction_LR / direction_LR.norm(dim=-1, keepdim=True)
         unit_LR = towards(unit_LR, self.difference_LR)
         return unit_LR if self.basis_LDR is None else torch.einsum("ldr,lr->ld", self.basis_LDR, unit_LR)
+
+
+def added(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of what pieces come to; of one piece, what it is."""
+    return reduce(torch.add, parts)
 
 
 def towards(direction_LD: Tensor, difference_LD: Tensor) -> Tensor:
@@ -68,10 +90,14 @@ def towards(direction_LD: Tensor, difference_LD: Tensor) -> Tensor:
 
 def span(positive_NLD: Tensor, negative_MLD: Tensor) -> Sides:
     """Centre, scale and, where there are fewer rows than features, rotate into the rows' span (QR)."""
-    rows_LnD = torch.cat([positive_NLD, negative_MLD]).double().transpose(0, 1)
-    rows_LnD -= rows_LnD.mean(1, keepdim=True)  # in place: the rows are ours, and may be most of the memory
-    rows_LnD /= rows_LnD.square().mean((1, 2), keepdim=True).sqrt()
-    n_positive, (_, n, hidden_size) = len(positive_NLD), rows_LnD.shape
+    n_positive, (n_layers, hidden_size) = len(positive_NLD), positive_NLD.shape[1:]
+    n = n_positive + len(negative_MLD)
+    rows_nLD = torch.empty((n, n_layers, hidden_size), dtype=torch.float64, device=positive_NLD.device)
+    rows_nLD[:n_positive], rows_nLD[n_positive:] = positive_NLD, negative_MLD
+    rows_LnD = rows_nLD.transpose(0, 1)  # ours, and most of the memory: all is done in place
+    rows_LnD -= rows_LnD.mean(1, keepdim=True)
+    squares_L = added(piece_bLD.transpose(0, 1).square().sum((1, 2)) for piece_bLD in row_pieces(rows_nLD))
+    rows_LnD /= (squares_L / (n * hidden_size)).sqrt().view(-1, 1, 1)
     if n >= hidden_size:
         return Sides(rows_LnD, None, n_positive, hidden_size)
     basis_LDR, rows_LRn = torch.linalg.qr(rows_LnD.mT)
@@ -86,12 +112,15 @@ def by_layers(fit: Callable[[Sides], Tensor], positive_NLD: Tensor, negative_MLD
     check_sides(positive_NLD, negative_MLD, least=2)
     n, (n_layers, hidden_size) = len(positive_NLD) + len(negative_MLD), positive_NLD.shape[1:]
     step = max(1, CHUNK_BYTES // (8 * 4 * n * (hidden_size + min(n, hidden_size))))
-    done = []
+    some = (slice(start, start + step) for start in range(0, n_layers, step))
     with one_thread():
-        for start in range(0, n_layers, step):
-            sides = span(positive_NLD[:, start : start + step], negative_MLD[:, start : start + step])
-            done.append(sides.to_hidden(fit(sides)).float())
-    return torch.cat(done)
+        return torch.cat([_fitted(fit, positive_NLD[:, layers], negative_MLD[:, layers]) for layers in some])
+
+
+def _fitted(fit: Callable[[Sides], Tensor], positive_NkD: Tensor, negative_MkD: Tensor) -> Tensor:
+    """Of some layers, whose rows are let go before the next ones' are made."""
+    sides = span(positive_NkD, negative_MkD)
+    return sides.to_hidden(fit(sides)).float()
 
 
 @contextmanager
@@ -143,10 +172,9 @@ def _check_count(side: str, rows_NLD: Tensor, least: int) -> None:
 
 def check_finite(side: str, rows_NLD: Tensor, layers: Sequence[int], ids: Sequence[str] | None) -> None:
     """ActivationError for NaN or Inf; names the layer and the example."""
-    finite_NLD = torch.isfinite(rows_NLD)
-    if finite_NLD.all():
+    if all(torch.isfinite(piece_bLD).all() for piece_bLD in row_pieces(rows_NLD, ROW_BYTES)):
         return
-    row, layer, feature = (~finite_NLD).nonzero()[0].tolist()
+    row, layer, feature = (~torch.isfinite(rows_NLD)).nonzero()[0].tolist()
     example = f"row {row} of the {side} side" if ids is None else f"example {ids[row]}"
     raise ActivationError(
         f"layer {layers[layer]}, {example}: activation {feature} is {rows_NLD[row, layer, feature].item()}"
@@ -156,8 +184,8 @@ def check_finite(side: str, rows_NLD: Tensor, layers: Sequence[int], ids: Sequen
 
 
 def _check_difference(positive_NLD: Tensor, negative_MLD: Tensor, layers: Sequence[int]) -> None:
-    difference_L = (positive_NLD.mean(0, dtype=torch.float64) - negative_MLD.mean(0, dtype=torch.float64)).norm(dim=-1)
-    size_L = torch.stack([side.norm(dim=-1, dtype=torch.float64).mean(0) for side in (positive_NLD, negative_MLD)])
+    difference_L = (mean_row(positive_NLD) - mean_row(negative_MLD)).norm(dim=-1)
+    size_L = torch.stack([row_norms(side).mean(0) for side in (positive_NLD, negative_MLD)])
     same_L = difference_L <= FLOAT32_STEP * size_L.amax(0)
     if same_L.any():
         layer = int(same_L.nonzero()[0])

@@ -39,7 +39,10 @@ class Rows:
 
     @property
     def sides(self) -> tuple[Tensor, Tensor]:
-        """Positive rows [N, L, D] and negative rows [M, L, D]."""
+        """Positive rows [N, L, D] and negative rows [M, L, D]; views where the positive ones come first, as in runs."""
+        n_positive, _ = self.counts
+        if self.positive_n[:n_positive].all():
+            return self.activations_nLD[:n_positive], self.activations_nLD[n_positive:]
         return self.activations_nLD[self.positive_n], self.activations_nLD[~self.positive_n]
 
     @cached_property

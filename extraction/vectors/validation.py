@@ -28,7 +28,7 @@ from extraction.vectors.controls import (
     split_half_cosine,
 )
 from extraction.vectors.figures import auroc, top_1_percent, wrong_side
-from extraction.vectors.layered import Block, Held, Layered, blocks_of
+from extraction.vectors.layered import Block, Held, Layered, blocks_of, row_pieces
 from extraction.vectors.methods import CONTROL, DEFAULT_METHODS, fit_block
 from extraction.vectors.reading import by_methods, held_out_scores
 from extraction.vectors.sides import check_finite, check_sides, one_thread
@@ -154,9 +154,10 @@ def _measure(
                 **_measure_methods(rows, split, stripped_nkD, methods, block, seed),
                 **_measure_placebos(rows, split, methods, block, [seed + 1 + i for i in range(counts["placebos"])]),
                 "random": random_figures(rows, split, unit_KLD[:, block.layers]),
-                "norms": rows.activations_nLD.double().norm(dim=-1),
+                "norms": torch.cat([piece.double().norm(dim=-1) for piece in row_pieces(rows.activations_nLD)]),
             }
         )
+        del rows, stripped_nkD  # before the next ones are read
     assert split is not None
     everywhere = [name for name in found[0] if all(name in here for here in found)]
     return split, {name: torch.cat([here[name] for here in found], -1) for name in everywhere}

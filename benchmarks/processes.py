@@ -1,0 +1,79 @@
+"""The real commands in fresh processes, on models with random weights: how much memory each takes at most."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+import extraction
+from benchmarks.shapes import random_model
+from extraction.traits import load_trait
+
+TRAIT = "retrieval_construction"
+# The command tells its own peak. What the system tells the parent (wait4, and ru_maxrss on Linux) counts the parent,
+# too: a child begins as its copy, and one that has torch loaded is larger than many a command gets.
+PEAK = """
+def peak():
+    import resource, sys
+    if sys.platform == "linux":
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) / 2**10 for line in status if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+"""
+PROGRAM = (
+    PEAK
+    + """
+import sys
+path = sys.argv.pop(1)
+from extraction.cli import main
+try:
+    main()
+finally:
+    with open(path, "w") as file:
+        file.write(str(peak()))
+"""
+)
+ROOT = Path(extraction.__file__).resolve().parent.parent
+
+
+def run_measured(arguments: Sequence[str], folder: Path) -> float:
+    """Run a command of traitline; its peak resident memory in MiB. Raises RuntimeError when it fails."""
+    log, peak = folder / "log.txt", folder / "peak.txt"
+    with log.open("wb") as output:
+        command = [sys.executable, "-c", PROGRAM, str(peak), *arguments]
+        child = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
+    if child.returncode:
+        raise RuntimeError(f"traitline {arguments[0]} ended with {child.returncode}: {log.read_text()[-500:]}")
+    return float(peak.read_text())
+
+
+def words_of(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command; a value of True is a flag."""
+    return [word for name, value in options.items() for word in ([name] if value is True else [name, str(value)])]
+
+
+def save_model(folder: Path, shape: str = "tiny", **options: Any) -> Path:
+    """A shape's model with a tokenizer of its own, as a user would have it on disk. It never stops by itself."""
+    trait = load_trait(TRAIT, ROOT)
+    words = [*trait.questions, *(side for pair in trait.instructions for side in (pair.positive, pair.negative))]
+    lm = random_model(shape, **options)
+    _tokenizer(words, lm.vocab_size).save_pretrained(folder)
+    lm.model.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte pairs, learned from a few texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<pad>"], show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>")
