@@ -42,6 +42,7 @@ class Asked:
     dtype: str = "auto"
     guests: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
     static: bool = False
     rows: int = 20_000
 
@@ -55,7 +56,7 @@ def _peers(asked: Asked) -> Named:
     from benchmarks.race import race
 
     counts = {"n_examples": asked.examples, "n_serial": asked.serial_examples}
-    field = {"guests": asked.guests, "only": asked.only}
+    field = {"guests": asked.guests, "only": asked.only, "sizes": asked.batch_sizes}
     for shape in asked.shapes:
         rounds = {"repeats": asked.repeats, "scouts": asked.scouts}
         yield f"peers-{shape}", partial(race, shape, **counts, **rounds, **field, say=_say)
@@ -236,6 +237,8 @@ def _names_of(known: Sequence[str]) -> Callable[[click.Context, click.Parameter,
               help=f"Of `peers`: who runs in an environment of its own, made once: {', '.join(GUESTS)}.")  # fmt: skip
 @click.option("--only", default="", callback=_names_of((*RACERS, *GUESTS)), metavar="NAME,...",
               help="Of `peers`: who races besides traitline and serial; guests may be among them.")  # fmt: skip
+@click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(2),
+              help="Of `peers`: to be tried instead of each peer's own; may be given several times.")  # fmt: skip
 @click.option("--rows", default=20_000, type=click.IntRange(40), show_default=True,
               help="Of `memory`: examples that vectors are made of, as wide as the shape.")  # fmt: skip
 @click.option("--static", is_flag=True, help="Of `gpu`: transformers' compiled step, too; compiling takes minutes.")

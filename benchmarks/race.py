@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.duos import in_turn, spread
@@ -62,17 +62,20 @@ def race(
     say: Say,
     guests: Sequence[str] = (),
     only: Sequence[str] = (),
+    sizes: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Every batch size `scouts` times, to find each peer's best; then the best ones `repeats` times, in turn.
 
     `guests` are outsiders, which run in processes of their own beside the peers of this one. `only`: who races besides
-    those of ALWAYS; everybody where none is named.
+    those of ALWAYS; everybody where none is named. `sizes`: batch sizes to try, for those that have more than one.
     """
     lm = random_model(shape)
     requests = make_requests(n_examples, lm.vocab_size)
     at_home, invited = field_of(only, guests)
     with outsiders(invited, lm, requests, say) as found:
         peers = {name: PEERS[name] for name in at_home} | {name: peer for name, (peer, _) in found.items()}
+        if sizes:
+            peers = {n: replace(p, batch_sizes=sizes) if len(p.batch_sizes) > 1 else p for n, p in peers.items()}
         measured = run_all(Track(peers, lm, requests, n_serial), repeats=repeats, scouts=scouts, say=say)
     return {
         "shape": shape,

@@ -386,8 +386,9 @@ def test_what_the_command_offers_is_what_there_is() -> None:
 
 
 def test_a_choice_of_peers_races_and_the_page_says_who_was_not_asked(tmp_path: Path) -> None:
-    found = race("tiny", n_examples=4, n_serial=2, repeats=1, say=say, only=("continuous",))
+    found = race("tiny", n_examples=4, n_serial=2, repeats=1, say=say, only=("continuous",), sizes=(3,))
     assert list(found["peers"]) == ["traitline", "serial", "continuous"]
+    assert [peer["batch_size"] for peer in found["peers"].values()] == [3, 1, 3]
     assert all(set(peer["agreement"]) == {"serial"} for peer in found["peers"].values())
     assert found["peers"]["continuous"]["agreement"]["serial"]["n_equal"] == 2
     text = written("peers", found, tmp_path)
