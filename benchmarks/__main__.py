@@ -53,13 +53,13 @@ class Asked:
 
 
 def _peers(asked: Asked) -> Named:
-    from benchmarks.race import race
+    from benchmarks.race import Entry, race
 
     counts = {"n_examples": asked.examples, "n_serial": asked.serial_examples}
-    field = {"guests": asked.guests, "only": asked.only, "sizes": asked.batch_sizes}
+    entry = Entry(asked.guests, asked.only, asked.batch_sizes)
     for shape in asked.shapes:
         rounds = {"repeats": asked.repeats, "scouts": asked.scouts}
-        yield f"peers-{shape}", partial(race, shape, **counts, **rounds, **field, say=_say)
+        yield f"peers-{shape}", partial(race, shape, **counts, **rounds, entry=entry, say=_say)
 
 
 def _capture(asked: Asked) -> Named:

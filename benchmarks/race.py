@@ -52,6 +52,22 @@ class Track:
         return Run(name, batch_size, rate, answers)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Who races. `guests` are outsiders, which run in processes of their own beside the peers of this one.
+
+    `only`: who races besides those of ALWAYS; everybody where none is named. `sizes`: batch sizes to try, for those
+    that have more than one; else each peer's own.
+    """
+
+    guests: Sequence[str] = ()
+    only: Sequence[str] = ()
+    sizes: tuple[int, ...] = ()
+
+
+ENTRY = Entry()
+
+
 def race(
     shape: str,
     *,
@@ -60,22 +76,16 @@ def race(
     repeats: int,
     scouts: int = 1,
     say: Say,
-    guests: Sequence[str] = (),
-    only: Sequence[str] = (),
-    sizes: tuple[int, ...] = (),
+    entry: Entry = ENTRY,
 ) -> dict[str, Any]:
-    """Every batch size `scouts` times, to find each peer's best; then the best ones `repeats` times, in turn.
-
-    `guests` are outsiders, which run in processes of their own beside the peers of this one. `only`: who races besides
-    those of ALWAYS; everybody where none is named. `sizes`: batch sizes to try, for those that have more than one.
-    """
+    """Every batch size `scouts` times, to find each peer's best; then the best ones `repeats` times, in turn."""
     lm = random_model(shape)
     requests = make_requests(n_examples, lm.vocab_size)
-    at_home, invited = field_of(only, guests)
+    at_home, invited = field_of(entry.only, entry.guests)
     with outsiders(invited, lm, requests, say) as found:
         peers = {name: PEERS[name] for name in at_home} | {name: peer for name, (peer, _) in found.items()}
-        if sizes:
-            peers = {n: replace(p, batch_sizes=sizes) if len(p.batch_sizes) > 1 else p for n, p in peers.items()}
+        if entry.sizes:
+            peers = {n: replace(p, batch_sizes=entry.sizes) if len(p.batch_sizes) > 1 else p for n, p in peers.items()}
         measured = run_all(Track(peers, lm, requests, n_serial), repeats=repeats, scouts=scouts, say=say)
     return {
         "shape": shape,

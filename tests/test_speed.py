@@ -22,7 +22,7 @@ from benchmarks.jobs import compare, make_even_requests, make_requests
 from benchmarks.limits import Limits, limits, threads
 from benchmarks.peers import PEERS, Peer, static
 from benchmarks.published import forecast_table
-from benchmarks.race import Track, field_of, race, run_all
+from benchmarks.race import Entry, Track, field_of, race, run_all
 from benchmarks.roofline import Sizes, decode_seconds, forced_seconds, roofline
 from benchmarks.scaling import AXES, Job, fitted, job_at, scaling, straight
 from benchmarks.shapes import HALF, config_of, dtype_of, lacking, random_model
@@ -386,7 +386,7 @@ def test_what_the_command_offers_is_what_there_is() -> None:
 
 
 def test_a_choice_of_peers_races_and_the_page_says_who_was_not_asked(tmp_path: Path) -> None:
-    found = race("tiny", n_examples=4, n_serial=2, repeats=1, say=say, only=("continuous",), sizes=(3,))
+    found = race("tiny", n_examples=4, n_serial=2, repeats=1, say=say, entry=Entry(only=("continuous",), sizes=(3,)))
     assert list(found["peers"]) == ["traitline", "serial", "continuous"]
     assert [peer["batch_size"] for peer in found["peers"].values()] == [3, 1, 3]
     assert all(set(peer["agreement"]) == {"serial"} for peer in found["peers"].values())
