@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from extraction.decoding.sample import Sample, Sampler
 from extraction.devices import Record, recorder_for
+from extraction.forecast import is_out_of_memory
 from extraction.grouped import ShortText, decoded
 from extraction.rows import DRAW, Rows
 from extraction.slots import Recorded, Window
@@ -44,6 +45,11 @@ class Burst:
     tokens: list[list[int]]
     sound: list[int]
 
+    @property
+    def n_steps(self) -> int:
+        """How many steps it had; fewer than asked for where no recording could be made."""
+        return len(self.tokens[0])
+
 
 class Bursts:
     """The recorded steps of a running batch. `read` is one pass over the rows' newest tokens: mask -> logits [B, V]."""
@@ -53,6 +59,7 @@ class Bursts:
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=rows.device)
         self.arange_S = torch.arange(window.columns, device=rows.device)
         self.cursor_1, self.step_1 = (torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(2))
+        self.broken = ""  # why a step could not be recorded after all
         self._replays: dict[tuple[int, Sampler], Callable[[], None]] = {}
         self._make(0)
 
@@ -108,7 +115,13 @@ class Bursts:
         if replay is None:
             step()  # the first one as it is, which warms up the device
             n_done = 1
-            replay = self._replays[columns, sampler] = self.record(step)
+            try:
+                replay = self._replays[columns, sampler] = self.record(step)
+            except RuntimeError as failure:
+                if is_out_of_memory(failure):
+                    raise
+                self.broken = _words_of(failure)
+                return self._outcome(n_done)
         for _ in range(n_steps - n_done):
             replay()
         return self._outcome(n_steps)
@@ -162,12 +175,21 @@ def why_not(lm: LanguageModel, record: Record | None = None) -> str:
         try:
             found_TV = _replayed(lm, record)
         except Exception as failure:  # an architecture may object in any way
-            _refused[lm.model] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+            refuse(lm, _words_of(failure))
         else:
             error = float((found_TV - wanted_TV).abs().max() / wanted_TV.abs().max())
             differs = not error <= (1e-4 if lm.is_exact else 3e-2)
-            _refused[lm.model] = f"a replayed step differs by {error:.0e}" if differs else ""
+            refuse(lm, f"a replayed step differs by {error:.0e}" if differs else "")
     return _refused.get(lm.model, "")
+
+
+def refuse(lm: LanguageModel, reason: str) -> None:
+    """From now on this model's steps are not recorded; are, where there is no reason."""
+    _refused[lm.model] = reason
+
+
+def _words_of(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
 
 
 @torch.inference_mode()

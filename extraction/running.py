@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from extraction.bursts import STEPS, Bursts, in_whole, recording
+from extraction.bursts import STEPS, Bursts, in_whole, recording, refuse
 from extraction.capture import Observer, Recording, first_overflow
 from extraction.continuations import Completion, Request
 from extraction.decoding import speculate
@@ -264,10 +264,13 @@ class RunningBatch:
             self._roll()
         observer = self.observer if isinstance(self.observer, Observer) else None
         burst = bursts.run(n_steps, self.slots, self.mask_BS, self.sampler, observer)
-        self.window.cursor += n_steps
+        self.window.cursor += burst.n_steps
+        if bursts.broken:
+            refuse(self.lm, bursts.broken)
+            self.bursts = None
         said = {row: burst.tokens[row][: burst.sound[row]] for row, slot in enumerate(self.slots) if slot is not None}
         self._extend_all(said, news)
-        self._fail([row for row, sound in enumerate(burst.sound) if sound < n_steps])
+        self._fail([row for row, sound in enumerate(burst.sound) if sound < burst.n_steps])
         self._let_go(news)
 
     def _one_more(self, logits_BTV: Tensor) -> list[list[int]]:

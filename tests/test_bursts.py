@@ -175,6 +175,23 @@ def test_what_can_not_be_recorded_runs_step_by_step(
     assert agree(*twice(recorder, monkeypatch, lambda: run(lm, mixed, len(mixed), **options), replays=False))
 
 
+def test_a_step_that_can_not_be_recorded_after_all_is_no_loss(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = wrap(deepcopy(shared_model("llama")), stop_ids=())
+    assert why_not(lm, recorder) == ""
+    record = Recorder.__call__
+
+    def once(self: Recorder, work: Callable[[], None]) -> Callable[[], None]:
+        if self.n_recorded > 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return record(self, work)
+
+    monkeypatch.setattr(Recorder, "__call__", once)
+    assert agree(*twice(recorder, monkeypatch, lambda: run(lm, many(lm), 4, Capture(ALL_LAYERS))))
+    assert "stream is capturing" in why_not(lm)
+
+
 def test_a_run_says_why_a_model_is_not_recorded(recorder: Recorder) -> None:
     (said,) = notes_of_steps(case_of("mpt").lm)
     assert said.startswith("decode steps run one by one")
