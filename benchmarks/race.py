@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.jobs import Agreement, compare, make_requests, n_tokens
 from benchmarks.outside import AbsentError, outsiders
 from benchmarks.peers import PEERS, Answers, Peer
 from benchmarks.shapes import random_model
+from extraction.linears import as_it_was
 from extraction.models import LanguageModel
 from extraction.utils_batch import Request
 
@@ -46,7 +48,8 @@ class Track:
         requests = self.requests[: self.n_serial] if name == "serial" else self.requests
         gc.collect(1)  # what the last run left; all of it would take a second
         started = time.perf_counter()
-        answers = self.peers[name].run(self.lm, requests, batch_size)
+        with as_it_was(self.lm.model) if name != "traitline" else nullcontext():
+            answers = self.peers[name].run(self.lm, requests, batch_size)
         rate = n_tokens(requests) / (time.perf_counter() - started)
         say(f"  {name}, batch {batch_size}: {rate:.0f} tokens/s")
         return Run(name, batch_size, rate, answers)

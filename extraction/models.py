@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from extraction.adapters import Adapter, find_adapter, merge_into, put_on, twin
 from extraction.devices import placing, runs_on
 from extraction.errors import ModelError
+from extraction.linears import quicken
 from extraction.slots import SlotCache, Window
 
 if TYPE_CHECKING:
@@ -285,6 +286,7 @@ def wrap(
         max_positions=max_positions(config),
         keeps_last_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
+    quicken(lm.model)
     _prove_cached_decoding(lm)
     return lm
 

@@ -72,9 +72,10 @@ def test_watched_weights_are_transformers_own_and_the_model_is_as_before(name: s
     model = tiny_model(name)
     if name in CAPPED:
         model.set_attn_implementation("eager")
+    lm = wrap(model)  # whose linear layers are what they will be
     implementation, before_TV = model.config._attn_implementation, logits_of(model, LONG)
     try:
-        with noting(wrap(model)) as seen:
+        with noting(lm) as seen:
             during_TV = logits_of(model, LONG)
     except ModelError as refusal:
         if name not in LATER:

@@ -26,7 +26,7 @@ from extraction.models import LanguageModel, wrap
 from extraction.runners import notes_of_steps
 from extraction.running import RunningBatch
 from extraction.seats import Limits
-from extraction.slots import Recorded
+from extraction.slots import Recorded, Window
 from extraction.steering import Steering
 from extraction.utils_batch import Capture, Request
 from tests.recorder import Recorder
@@ -250,8 +250,12 @@ def test_a_recording_is_forgotten_when_the_rows_change(recorder: Recorder) -> No
 
 def stuck_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number that the cursor had when it was recorded."""
-    init = Recorded.__init__
-    monkeypatch.setattr(Recorded, "__init__", lambda self, cursor_1, n: init(self, torch.tensor([int(cursor_1)]), n))
+    recording = Window.recording
+
+    def stuck(self: Window, recorded: Recorded) -> Any:
+        return recording(self, Recorded(torch.full_like(recorded.cursor_1, self.cursor), recorded.columns))
+
+    monkeypatch.setattr(Window, "recording", stuck)
 
 
 def everybody_lives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from extraction.steering import Steering
 from extraction.utils_batch import Capture, Request, generate, teacher_force
 from tests.labelled import Labelled, TwoDevices, labelled_devices, place
 from tests.runs import saved_model
-from tests.tiny import HIDDEN, LAYERS, blocks, prompts, shared_model, tiny_model
+from tests.tiny import HIDDEN, LAYERS, blocks, deviation, prompts, shared_model, tiny_model
 
 FIRST, SECOND = "meta:0", "meta:1"
 ALL = tuple(range(LAYERS))
@@ -107,7 +107,7 @@ def assert_same(split_up: Any, whole: Any) -> None:
     assert split_up.keys() == whole.keys()
     for name, value in whole.items():
         if isinstance(value, Tensor):
-            torch.testing.assert_close(split_up[name].cpu(), value, atol=1e-6, rtol=1e-5)
+            assert deviation(split_up[name].cpu(), value) < 1e-5
         else:
             assert_same(split_up[name], value)
 

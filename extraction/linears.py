@@ -1,0 +1,97 @@
+"""Linear layers on a processor that the matrix library is slow on: the same product by oneDNN, which torch brings.
+
+torch's builds for x86 multiply float32 matrices with Intel's MKL, which does not use an AMD processor's wide registers
+as it does Intel's. oneDNN does, on the weights as they lie in memory. Neither rounds more than float32 does; the last
+bits differ.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SMALL = 2**19  # weights: for one row of so few, asking oneDNN costs more than it saves
+TOLERANCE = 1e-5
+
+
+class OneDnnLinear(nn.Linear):
+    """A linear layer whose product oneDNN works out, where nobody wants a gradient."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input W^T + b; any shape [..., D]."""
+        one_row = input.numel() == self.in_features and self.weight.numel() < SMALL
+        if one_row or torch.is_grad_enabled() or not is_suited(self) or input.dtype != torch.float32:
+            return functional.linear(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)
+
+
+def product(input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input W^T + b, by oneDNN; the weights are not copied."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(input_, weight, bias, "none", [], "")
+    return found
+
+
+def is_suited(module: nn.Linear) -> bool:
+    """Whether a layer's weights are float32 and in main memory."""
+    return module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
+
+
+def quicken(model: nn.Module) -> None:
+    """Where it pays, let oneDNN work out a model's linear layers; nothing else of them changes."""
+    if pays():
+        _turn(model, nn.Linear, OneDnnLinear)
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """The model's own linear layers while the block lasts."""
+    quick = any(type(module) is OneDnnLinear for module in model.modules())
+    _turn(model, OneDnnLinear, nn.Linear)
+    try:
+        yield
+    finally:
+        if quick:
+            _turn(model, nn.Linear, OneDnnLinear)
+
+
+def _turn(model: nn.Module, kind: type[nn.Linear], other: type[nn.Linear]) -> None:
+    for module in model.modules():
+        if type(module) is kind and is_suited(module):
+            module.__class__ = other
+
+
+@cache
+def pays() -> bool:
+    """Whether this is an AMD processor, torch multiplies by MKL on it, and oneDNN gives the same numbers."""
+    return is_amd() and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and is_proven()
+
+
+def is_amd() -> bool:
+    """By what the processor says of itself."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "AuthenticAMD" in platform.processor()  # as Windows has it
+
+
+@torch.inference_mode()
+def is_proven() -> bool:
+    """One product, with and without a bias, against torch's own."""
+    made = torch.Generator().manual_seed(0)
+    input_BTD, weight_ED = torch.randn(3, 5, 64, generator=made), torch.randn(96, 64, generator=made)
+    bias_E = torch.randn(96, generator=made)
+    try:
+        errors = [
+            (product(input_BTD, weight_ED, bias) - functional.linear(input_BTD, weight_ED, bias)).abs().max()
+            for bias in (None, bias_E)
+        ]
+    except (RuntimeError, AttributeError):  # the operation is torch's compiler's, and may change
+        return False
+    return bool(max(errors) <= TOLERANCE * 64)

@@ -1,0 +1,115 @@
+"""Linear layers by oneDNN: the same product, for any shape, with gradients as before, and only where it is proven.
+
+Shapes: B rows, T tokens, D and E features.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from extraction import linears
+from extraction.linears import OneDnnLinear, as_it_was, is_proven, pays, quicken
+from extraction.models import wrap
+from extraction.utils_batch import Capture, Request, generate
+from tests.tiny import deviation, prompts, tiny_model
+
+needs_op = pytest.mark.skipif(not is_proven(), reason="this torch has no such operation")
+
+
+@pytest.fixture
+def paying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an AMD processor."""
+    monkeypatch.setattr(linears, "pays", lambda: True)
+
+
+def layer(n_in: int = 64, n_out: int = 96, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(n_in, n_out, bias=bias)
+
+
+@needs_op
+@pytest.mark.usefixtures("paying")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 64), (3, 5, 64), (2, 3, 4, 64), (0, 64), (300, 64)], ids=str)
+def test_the_product_is_that_of_float64(shape: tuple[int, ...], bias: bool) -> None:
+    module = layer(bias=bias)
+    quicken(module)
+    assert type(module) is OneDnnLinear
+    given = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+    wanted = functional.linear(given.double(), module.weight.double(), None if not bias else module.bias.double())
+    with torch.inference_mode():
+        assert module(given).shape == wanted.shape
+        if not given.numel():
+            return
+        assert deviation(module(given), wanted) < 2e-6
+        assert deviation(module(given[..., torch.arange(63, -1, -1)].flip(-1)), wanted) < 2e-6
+        assert deviation(module(given.roll(1, -1)), wanted) > 1e-2  # another product is another number
+
+
+@needs_op
+@pytest.mark.usefixtures("paying")
+def test_gradients_and_other_types_are_as_before() -> None:
+    module, given = layer(), torch.randn(4, 64, requires_grad=True)
+    plain = deepcopy(module)
+    quicken(module)
+    for each in (module, plain):
+        each(given).square().sum().backward()
+    assert torch.equal(module.weight.grad, plain.weight.grad)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        assert torch.equal(module.double()(given.double()), plain.double()(given.double()))
+    halves = layer().bfloat16()
+    quicken(halves)
+    assert type(halves) is nn.Linear
+
+
+@needs_op
+@pytest.mark.usefixtures("paying")
+def test_a_model_says_the_same_and_gets_its_own_layers_back() -> None:
+    model = tiny_model("llama")
+    plain = deepcopy(model)
+    requests = [Request(f"e{i}", row, 12) for i, row in enumerate(prompts(6))]
+    quick = wrap(model, stop_ids=())
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {OneDnnLinear}
+    assert type(deepcopy(model).lm_head) is OneDnnLinear
+
+    def said() -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        done = generate(quick, requests, batch_size=3, capture=Capture((0, 1, 2)))
+        return {c.id: (c.token_ids, c.activations["residual.response_mean"]) for c in done}
+
+    by_onednn = said()
+    with as_it_was(model):
+        assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+        own = said()
+    assert type(model.lm_head) is OneDnnLinear
+    assert {key: tokens for key, (tokens, _) in by_onednn.items()} == {key: tokens for key, (tokens, _) in own.items()}
+    assert all(deviation(mean_LD, own[key][1]) < 1e-5 for key, (_, mean_LD) in by_onednn.items())
+    with as_it_was(plain):  # what was not quick stays so
+        pass
+    assert {type(m) for m in plain.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+
+
+def test_without_a_proof_nothing_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "is_amd", lambda: True)
+    monkeypatch.setattr(linears, "product", lambda given, weight, bias: functional.linear(given, weight, bias) * 1.01)
+    pays.cache_clear()
+    try:
+        assert not pays()
+        module = layer()
+        quicken(module)
+        assert type(module) is nn.Linear
+    finally:
+        pays.cache_clear()
+
+
+def test_other_processors_keep_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "is_amd", lambda: False)
+    pays.cache_clear()
+    try:
+        assert not pays()
+    finally:
+        pays.cache_clear()
