@@ -7,6 +7,7 @@ import time
 import torch
 from torch import nn
 
+from extraction.devices import wait_for
 from extraction.models import LanguageModel
 
 
@@ -19,12 +20,6 @@ def linear_rate(lm: LanguageModel, batch_size: int, seconds: float = 0.5) -> flo
     while steps < 3 or time.perf_counter() - started < seconds:
         for module, rows in zip(linear, given, strict=True):
             module(rows)
-        finish(lm.device)
+        wait_for(str(lm.device))
         steps += 1
     return steps * batch_size / (time.perf_counter() - started)
-
-
-def finish(device: torch.device | str) -> None:
-    """Wait for what a GPU still has to do."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.floor import finish
-from extraction.linears import pays, product
+from extraction.forecast import best_seconds
+from extraction.linears import multiplied
 
 READ_BYTES = {"cpu": 2**29, "cuda": 2**31}  # many times the caches
 SQUARE = {"cpu": 2048, "cuda": 8192}  # of the large product
-SECONDS = 1.0  # for each kind of try
+SECONDS, LEAST = 1.0, 3  # for each kind of try; how often at least
 
 
 @dataclass(frozen=True)
@@ -54,30 +53,13 @@ def _bandwidth(device: str, dtype: torch.dtype, n_bytes: int, seconds: float) ->
         (matrix.sum, matrix.nbytes),
         (lambda: other.copy_(matrix), 2 * matrix.nbytes),
     ]
-    return max(moved / best_seconds(work, device, seconds) for work, moved in tries)
+    return max(moved / best_seconds(work, device, seconds, LEAST) for work, moved in tries)
 
 
 def _peak(device: str, dtype: torch.dtype, size: int, seconds: float) -> float:
-    """A large product of square matrices, by the quicker library where the engine has two."""
+    """A large product of square matrices, by the library that the engine's linear layers use."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    tries: list[Callable[[], object]] = [lambda: left @ right]
-    if pays() and device == "cpu" and dtype == torch.float32:
-        tries.append(lambda: product(left, right, None))
-    with torch.inference_mode():
-        return float(2 * size**3 / min(best_seconds(work, device, seconds) for work in tries))
-
-
-def best_seconds(work: Callable[[], object], device: str, seconds: float) -> float:
-    """The quickest of repeated tries, the first of which doesn't count."""
-    work()
-    finish(device)
-    took: list[float] = []
-    while len(took) < 3 or sum(took) < seconds:
-        started = time.perf_counter()
-        work()
-        finish(device)
-        took.append(time.perf_counter() - started)
-    return min(took)
+    return float(2 * size**3 / best_seconds(lambda: multiplied(left, right), device, seconds, LEAST))
 
 
 @contextmanager

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from benchmarks.duos import spread
-from benchmarks.floor import finish, linear_rate
+from benchmarks.floor import linear_rate
 from benchmarks.jobs import make_even_requests
 from benchmarks.limits import Limits, limits, threads
 from benchmarks.reading_cost import device_name
 from benchmarks.shapes import random_model
 from extraction.capture import Capture
+from extraction.devices import wait_for
 from extraction.forecast import shape_of
 from extraction.models import LanguageModel
 from extraction.utils_batch import generate, teacher_force
@@ -195,7 +196,7 @@ def forced_seconds(lm: LanguageModel, rows: int, tokens: int = FORCED_TOKENS) ->
         started = time.perf_counter()
         for _ in teacher_force(lm, texts, capture=Capture(tuple(range(lm.n_layers))), batch_size=rows):
             pass
-        finish(lm.device)
+        wait_for(str(lm.device))
         return time.perf_counter() - started
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from extraction.devices import all_of, free_memory, is_cuda, wait_for
+from extraction.linears import multiplied
 from extraction.models import MAIN_MEMORY
 
 if TYPE_CHECKING:
@@ -230,8 +231,8 @@ class Place:
         """Of a product of so many rows with a matrix that, for few rows, is larger than the caches."""
         width = max(1, PROBE_BYTES // (max(rows, hidden) * self.dtype.itemsize))
         left = torch.randn(rows, hidden, device=self.device).to(self.dtype)
-        right = torch.zeros(width, hidden, device=self.device, dtype=self.dtype).T
-        return _best_seconds(lambda: left @ right, self.device, PROBE_SECONDS) / (hidden * width)
+        weight = torch.zeros(width, hidden, device=self.device, dtype=self.dtype)
+        return best_seconds(lambda: multiplied(left, weight), self.device, PROBE_SECONDS) / (hidden * width)
 
     def seconds_to_sample(self, settings: GenerationSpec, rows: int, vocabulary: int) -> float:
         """Of one step's choices."""
@@ -240,19 +241,21 @@ class Place:
         choose = Sample(settings.temperature, settings.top_k, settings.top_p)
         logits_BV = torch.randn(rows, vocabulary, device=self.device).to(self.dtype)
         uniform_B = torch.full((rows,), 0.5, device=self.device)
-        return _best_seconds(lambda: choose(logits_BV, uniform_B), self.device, PROBE_SECONDS)
+        return best_seconds(lambda: choose(logits_BV, uniform_B), self.device, PROBE_SECONDS)
 
 
-def _best_seconds(work: Callable[[], object], device: str, seconds: float) -> float:
-    """Of repeated tries, the first of which doesn't count."""
+@torch.inference_mode()
+def best_seconds(work: Callable[[], object], device: str, seconds: float, least: int = 1) -> float:
+    """The quickest of `least` tries or more, until so many seconds are over; the first does not count."""
     work()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
+    wait_for(device)
+    took: list[float] = []
+    while len(took) < least or sum(took) < seconds:
         started = time.perf_counter()
         work()
         wait_for(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+        took.append(time.perf_counter() - started)
+    return min(took)
 
 
 def auto_batch_size(lm: LanguageModel, prompt_lengths: Sequence[int], max_new_tokens: int) -> int:

@@ -116,6 +116,7 @@ def number_weights(lm: LanguageModel, prompts: Sequence[Sequence[int]], spelling
     weights_BN = torch.zeros(len(prompts), len(NUMBERS), device=lm.device)
 
     def walk(prefix: TokenIds, log_p_B: Tensor, next_BV: Tensor) -> None:
+        """Down the tree from a prefix, which is said with probability exp(log_p)."""
         tokens = spellings.after[prefix]
         if prefix in spellings.numbers:  # it ends here where none of them follows
             goes_on_B = next_BV[:, list(tokens)].exp().sum(1)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 PROMPT_SHARE = {"cpu": 0.3}  # what reading a token of a prompt takes of what making one of a response does; measured
-OTHER_PROMPT_SHARE = 0.03
+OTHER_PROMPT_SHARE = 0.03  # a guess: a GPU reads the tokens of a prompt side by side
 ENOUGH = 30  # examples of whole shards, before anything is said
 WORTH_SAYING = 60.0  # seconds
 

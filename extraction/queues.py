@@ -17,7 +17,7 @@ from extraction.background import Background
 from extraction.jobs import Job, Mode, Queue, Shard, names_of
 from extraction.pace import Pace
 from extraction.records import Prompt
-from extraction.runners import Engine, Listener, capture_shard, halving, is_done, meta_of, tensors_of
+from extraction.runners import Engine, Listener, capture_shard, halving, is_done, meta_of, notes_of_steps, tensors_of
 
 if TYPE_CHECKING:
     from extraction.decoding.sample import Sample
@@ -67,8 +67,11 @@ def make_queue(engine: Engine, queue: Queue, mode: Mode, pace: Pace, listener: L
         opened = [_Open(shard, engine.prompts(shard.examples), shard in pending) for shard in together]
         batch = _Batch(engine, names_of(queue), mode, pace, listener, opened)
         lengths = [_length(prompt) for each in opened for prompt in each.prompts]
-        room = _room(engine)
+        room, said = _room(engine), [*notes_of_steps(engine.lm)]
         batch_size = halving(batch.run, engine.batch_size(mode, lengths), engine, listener, batch.give_up)
+        for note in notes_of_steps(engine.lm):
+            if note not in said:  # a step that could not be recorded after all
+                listener.note(note)
         if room is not None and engine.fits is None:
             _correct(engine, batch_size, lengths, room, listener)
 

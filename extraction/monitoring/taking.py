@@ -166,6 +166,7 @@ def _take_shard(taking: Taking, each: SetPlan, prompts: Sequence[Prompt], listen
     done: list[int] = []
 
     def run(batch_size: int) -> None:
+        """All prompts, from a clean state."""
         done.clear()
         for completion in generate(
             lm,
