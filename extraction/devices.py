@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from extraction.errors import ModelError
 
 SPREADS = ("balanced", "balanced_low_0", "sequential")  # accelerate's words for a model over all GPUs
+# tokens of a prefill, padding counted: a processor is quickest where what a layer makes stays in its caches
+PREFILL_TOKENS, PREFILL_ELSEWHERE = {"cpu": 1024}, 8192
 WEIGHTS_SHARE = 0.8  # of a GPU's free memory, of a model over several; the rest is for caches and activations
 
 
@@ -46,6 +48,11 @@ def _refuse_absent(device: str) -> None:
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if int(index or 0) >= count.get(kind, 1):
         raise ModelError(f"--device {device!r}: this machine has no such device; give auto or cpu")
+
+
+def prefill_tokens(device: str | torch.device) -> int:
+    """How many tokens, padding counted, a prefill of several prompts has at most."""
+    return PREFILL_TOKENS.get(str(device).partition(":")[0], PREFILL_ELSEWHERE)
 
 
 def is_cuda(device: str | torch.device) -> bool:

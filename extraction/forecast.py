@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from extraction.devices import all_of, free_memory, is_cuda, wait_for
+from extraction.devices import all_of, free_memory, is_cuda, prefill_tokens, wait_for
 from extraction.linears import multiplied
 from extraction.models import MAIN_MEMORY
 
@@ -131,16 +131,17 @@ class Work:
 
 
 def memory_by_part(shape: Shape, work: Work, batch_size: int, device: str) -> dict[str, int]:
-    """Bytes of weights, cache, running sums, workspace (the first prefill, logits in float32) and the libraries."""
+    """Bytes of weights, cache, running sums, workspace (a prefill, logits in float32) and the libraries."""
     kind, width = device.partition(":")[0], work.prompt_longest
     scores = SCORE_COPIES * shape.heads * width if shape.keeps_scores else MASK_COPIES * width
     token = HIDDEN_COPIES * shape.hidden + INNER_COPIES * shape.inner + scores
+    n_read = min(batch_size * width, max(width, prefill_tokens(device)))
     logits = 4 * LOGIT_COPIES * batch_size * shape.vocabulary
     return {
         "weights": shape.weights,
         "cache": batch_size * work.columns * shape.n_layers * shape.kv_width * shape.n_bytes,
         "running sums": work.n_points * batch_size * shape.hidden * (4 + shape.n_bytes),
-        "workspace": batch_size * width * token * shape.n_bytes + logits,
+        "workspace": n_read * token * shape.n_bytes + logits,
         "libraries": LIBRARY_BYTES.get(kind, 0),
     }
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from extraction import linears
 from extraction.attention import eager_of, implementations
+from extraction.ragged import be_quiet, columns_of, ragged_attention, suits
 from extraction.slots import SlotCache, Window
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def decoding_grouped(lm: LanguageModel) -> Iterator[None]:
     decoder: Any = lm.model.get_decoder() if hasattr(lm.model, "get_decoder") else lm.model
     before = implementations(decoder.config)
     name = NAMES.get(str(before[""]))
-    if name is None or not _copies(lm, str(before[""])) or not _is_of_this_form(lm, decoder, name, before):
+    if name is None or not _pays(lm, str(before[""])) or not _is_of_this_form(lm, decoder, name, before):
         yield
         return
     decoder.set_attn_implementation(name)
@@ -79,20 +81,25 @@ def decoding_grouped(lm: LanguageModel) -> Iterator[None]:
         decoder.set_attn_implementation(before)
 
 
-def _copies(lm: LanguageModel, implementation: str) -> bool:
-    """Whether the model's own attention, which can be another one, repeats keys and values for a step of one token."""
+def _pays(lm: LanguageModel, implementation: str) -> bool:
+    """Whether the model's own attention repeats keys and values for a step of one token, or begins too often.
+
+    The model's own can be another one than it is made with.
+    """
     from transformers.integrations import sdpa_attention
 
     modules: list[Any] = [module for module in lm.layers[0].modules() if eager_of(module) is not None]
     groups = [int(getattr(module, "num_key_value_groups", 1)) for module in modules]
-    packs = implementation == "sdpa" and hasattr(sdpa_attention, "pack_gqa")
-    return max(groups, default=1) > 1 and not packs
+    if max(groups, default=1) > 1:
+        return implementation != "sdpa" or not hasattr(sdpa_attention, "pack_gqa")
+    return implementation == "sdpa" and lm.device.type == "cpu" and lm.dtype == torch.float32 and linears.pays()
 
 
 def _is_of_this_form(lm: LanguageModel, decoder: Any, name: str, before: dict[str, Any]) -> bool:
     """Proven once a model: the same logits of a text decoded token by token, within rounding."""
     if lm.model not in _proven:
         _register()
+        be_quiet()
         wanted_TV = decoded(lm)
         decoder.set_attn_implementation(name)
         try:
@@ -128,6 +135,9 @@ def _attend_as(
             return found
         scaling, softcap = settings.get("scaling"), settings.get("softcap")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if softcap is None and attention_mask is not None and suits(query, key, value, attention_mask):
+            columns = columns_of(attention_mask, key)
+            return ragged_attention(query, key, value, columns, scaling=scaling).transpose(1, 2), None
         added = grouped_attention(query, key, value, attention_mask, scaling=scaling, softcap=softcap)
         return added.transpose(1, 2).contiguous(), None
 
@@ -151,15 +161,15 @@ _ATTEND = {"eager": _attend_as(_own_eager), "sdpa": _attend_as(_own_sdpa)}
 
 
 class ShortText:
-    """Two rows of eight tokens, one of them padded, and a cache of slots to decode them through: for proofs."""
+    """Two rows of eight tokens, one of them mostly padded, and a cache of slots to decode them through: for proofs."""
 
-    n_prompt, n_tokens = 3, 8
+    n_prompt, n_tokens = 4, 8
 
     def __init__(self, lm: LanguageModel, columns: int = n_tokens) -> None:
         self.lm = lm
         self.ids_BT = torch.arange(1, self.n_tokens + 1, device=lm.device).remainder(lm.vocab_size).repeat(2, 1)
         self.mask_BT = torch.ones_like(self.ids_BT, dtype=torch.bool)
-        self.mask_BT[1, :2] = False
+        self.mask_BT[1, : self.n_prompt - 1] = False
         self.position_BT = (self.mask_BT.cumsum(1) - 1).clamp(min=0)
         self.cache = SlotCache(lm.n_layers, Window(slots=2, columns=columns))
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SMALL = 2**19  # weights: for one row of so few, asking oneDNN costs more than it saves
+SMALL = 2**21  # multiplications: for fewer, asking oneDNN costs more than it saves
+STEPS = 8  # numbers of rows an octave that a product is prepared for
 TOLERANCE = 1e-5  # of the largest number of a product
 
 
@@ -26,14 +27,35 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input W^T + b; any shape [..., D]."""
-        one_row = input.numel() == self.in_features and self.weight.numel() < SMALL
-        if one_row or torch.is_grad_enabled() or not is_suited(self.weight) or input.dtype != torch.float32:
+        if torch.is_grad_enabled() or not is_suited(self.weight) or input.dtype != torch.float32:
             return functional.linear(input, self.weight, self.bias)
         return product(input, self.weight, self.bias)
 
 
 def product(input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """input W^T + b, by oneDNN; the weights are not copied."""
+    """input W^T + b, by oneDNN where that is quicker; the weights are not copied.
+
+    oneDNN writes and keeps a program for every number of rows, in a millisecond and up to a megabyte: so rows of zeros
+    fill the input up to the next of few numbers.
+    """
+    n_rows = input_.numel() // weight.shape[1]
+    if n_rows * weight.numel() < SMALL:
+        return functional.linear(input_, weight, bias)
+    more = rounded_up(n_rows) - n_rows
+    if not more:
+        return by_onednn(input_, weight, bias)
+    filled = functional.pad(input_.reshape(n_rows, -1), (0, 0, 0, more))
+    return by_onednn(filled, weight, bias)[:n_rows].view(*input_.shape[:-1], len(weight))
+
+
+def rounded_up(n_rows: int) -> int:
+    """The next number of rows that products are prepared for: in steps of an eighth of a power of two, at least 8."""
+    step = max(8, (1 << n_rows.bit_length()) // (2 * STEPS))
+    return n_rows if n_rows == 1 else -(-n_rows // step) * step
+
+
+def by_onednn(input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input W^T + b, by oneDNN."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(input_, weight, bias, "none", [], "")
     return found
 
@@ -96,7 +118,7 @@ def is_proven() -> bool:
         for bias in (None, bias_E):
             wanted = functional.linear(input_BTD, weight_ED, bias)
             torch.testing.assert_close(
-                product(input_BTD, weight_ED, bias), wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max())
+                by_onednn(input_BTD, weight_ED, bias), wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max())
             )
     except (RuntimeError, AttributeError, AssertionError):  # the operation is torch's compiler's, and may change
         return False

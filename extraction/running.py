@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from extraction.models import LanguageModel
 from extraction.pairs import refuse_different
 from extraction.partners import Front, Lane, Strategy, minds_holes, partner_of
 from extraction.rows import DRAW, Rows
-from extraction.seats import Advance, Limits, Slot, left_padded
+from extraction.seats import Advance, Limits, Slot, left_padded, quickest_together
 from extraction.slots import Move, Window
 from extraction.steering import NOTHING, Steerer, Steering, check_steering
 
@@ -149,8 +150,16 @@ class RunningBatch:
         return bool(self.queue) and (free == n_slots or free >= min(len(self.queue), enough))
 
     def _refill(self, news: Advance) -> None:
-        """Prefill the next requests straight into free slots, and choose their first tokens."""
-        rows = [i for i, slot in enumerate(self.slots) if slot is None][: len(self.queue)]
+        """Fill the free slots, in prefills of as many prompts as are quickest together."""
+        free = min(self.slots.count(None), len(self.queue))
+        while free:
+            lengths = [len(request.token_ids) for request in islice(self.queue, free)]
+            n_rows = quickest_together(lengths, self.lm.device)
+            self._enter([i for i, slot in enumerate(self.slots) if slot is None][:n_rows], news)
+            free -= n_rows
+
+    def _enter(self, rows: list[int], news: Advance) -> None:
+        """Prefill the next requests straight into these slots, and choose their first tokens."""
         entering = [self.queue.popleft() for _ in rows]
         ids_RP, mask_RP = left_padded([r.token_ids for r in entering], self.lm.pad_id, self.lm.device)
         self._make_room(ids_RP.shape[1])
@@ -394,7 +403,8 @@ class RunningBatch:
 
     def _free(self, row: int) -> None:
         self.slots[row] = None
-        self.mask_BS[row] = True  # an idle row with nothing to attend to would come out as NaN
+        # an idle row costs least with little to attend to; with nothing, it would come out as NaN
+        self.mask_BS[row, : self.window.cursor] = False
         self._sampler = None
 
     # -- the window ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction import bursts
+from extraction import bursts, linears
 from extraction.bursts import STEPS, Bursts, why_not
 from extraction.capture import Observer
 from extraction.decoding.amplify import Amplify
@@ -39,9 +39,10 @@ WARPED = Sample(0.8, top_k=20, top_p=0.9)
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Processors can record, in this test."""
+    """Processors can record, in this test; and nothing is chosen for their sake."""
     recorder = Recorder()
     monkeypatch.setattr(bursts, "recorder_for", lambda _device: recorder)
+    monkeypatch.setattr(linears, "pays", lambda: False)
     monkeypatch.setattr(bursts, "COLUMNS", 16)  # so that short texts have several recordings
     return recorder
 

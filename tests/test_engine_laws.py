@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from extraction import linears
 from extraction.decoding.sample import Sample, uniforms
 from extraction.errors import ModelError, PromptError, TraitlineError
 from extraction.models import LanguageModel, wrap
@@ -55,6 +56,14 @@ SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mix
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Others compute attention in float32 whatever the weights are (GPT-J), or mask with what float32 can't hold (Bloom).
 IN_FLOAT64 = ("llama", "mistral", "gemma3", "qwen3", "olmo2", "gpt2", "opt", "gpt_neox", "falcon_alibi")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _layers_of_any_size() -> Iterator[None]:
+    """Where linear layers go through oneDNN, those of tiny models do too, as a real model's would."""
+    small, linears.SMALL = linears.SMALL, 0
+    yield
+    linears.SMALL = small
 
 
 @dataclass(frozen=True)

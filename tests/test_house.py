@@ -22,7 +22,7 @@ ROOMS = [path for path in SOURCES if path not in [*DOORS, *MAINS] and path.name 
 
 # A module imports from lower floors only; `decoding`, `vectors` and `report` are one room each.
 FLOORS = [
-    ("errors", "records", "proportions", "cores", "background", "pace"),
+    ("errors", "records", "proportions", "cores", "background", "pace", "ragged"),
     ("schema", "hooks", "atomic", "slots", "devices", "linears", "pooling", "rubrics", "phrases"),
     ("payloads", "pinned", "slices", "adapters", "detectors", "http_client"),
     ("configs", "store"),

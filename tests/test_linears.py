@@ -23,8 +23,9 @@ needs_op = pytest.mark.skipif(not is_proven(), reason="this torch has no such op
 
 @pytest.fixture
 def paying(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on an AMD processor."""
+    """As on an AMD processor, and for layers of any size."""
     monkeypatch.setattr(linears, "pays", lambda: True)
+    monkeypatch.setattr(linears, "SMALL", 0)
 
 
 def layer(n_in: int = 64, n_out: int = 96, *, bias: bool = True) -> nn.Linear:
@@ -93,9 +94,39 @@ def test_a_model_says_the_same_and_gets_its_own_layers_back() -> None:
     assert {type(m) for m in plain.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
 
 
+@needs_op
+@pytest.mark.usefixtures("paying")
+def test_few_programs_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, own = set(), linears.by_onednn
+
+    def counted(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        asked.add(given.numel() // given.shape[-1])
+        return own(given, weight, bias)
+
+    monkeypatch.setattr(linears, "by_onednn", counted)
+    module = layer()
+    quicken(module)
+    with torch.inference_mode():
+        for n_rows in range(1, 1025):
+            given = torch.randn(n_rows, 64)
+            assert deviation(module(given), functional.linear(given, module.weight, module.bias)) < 1e-5
+    assert len(asked) < 50
+    assert {1, 16, 32, 64, 96, 128, 256, 512, 1024} < asked  # what a batch usually has is taken as it is
+    assert all(linears.rounded_up(n) <= n + max(7, n // 8) for n in range(1, 5000))
+
+
+def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "by_onednn", lambda *_: pytest.fail("asked oneDNN"))
+    weight = torch.randn(96, 64)
+    n_small = linears.SMALL // weight.numel()
+    linears.product(torch.randn(n_small, 64), weight, None)
+    with pytest.raises(pytest.fail.Exception, match="asked oneDNN"):
+        linears.product(torch.randn(n_small + 1, 64), weight, None)
+
+
 def test_without_a_proof_nothing_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linears, "is_amd", lambda: True)
-    monkeypatch.setattr(linears, "product", lambda given, weight, bias: functional.linear(given, weight, bias) * 1.01)
+    monkeypatch.setattr(linears, "by_onednn", lambda given, weight, bias: functional.linear(given, weight, bias) * 1.01)
     pays.cache_clear()
     try:
         assert not pays()

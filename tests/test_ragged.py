@@ -1,0 +1,226 @@
+"""Attention over listed columns is the plain formula, reads no more than rows need, and only where it was proven.
+
+Shapes: B rows, G heads, S columns of a step, W columns of the cache, C head dimension.
+"""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from extraction import grouped, linears, ragged
+from extraction.grouped import decoding_grouped
+from extraction.models import LanguageModel, wrap
+from extraction.ragged import Columns, columns_of, lies_in_rows, ragged_attention, suits
+from extraction.utils_batch import Capture, Request, generate
+from tests.tiny import deviation, prompts, reference_greedy, shared_model, tiny_model
+
+B, G, S, W, C = 3, 2, 11, 40, 8
+ONE_EACH = {"num_key_value_heads": 4}  # as many key heads as query heads
+MODELS = {"llama": ONE_EACH, "olmo3": ONE_EACH, "phi": {}, "gpt2": {}, "opt": {}, "gpt_neox": {}}
+
+
+def _works() -> bool:
+    query, key, value, mask = drawn()
+    ragged.be_quiet()
+    try:
+        ragged_attention(query, key, value, Columns.of(mask, key), scaling=1.0)
+    except RuntimeError:
+        return False
+    return True
+
+
+def drawn(start: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A step's queries; keys and values as columns of larger caches; a mask [B, 1, 1, S] with holes, one row short."""
+    generator = torch.Generator().manual_seed(start)
+    query_BG1C = torch.randn(B, G, 1, C, generator=generator)
+    key, value = (torch.randn(B, G, W, C, generator=generator)[:, :, start : start + S] for _ in range(2))
+    mask = torch.rand(B, 1, 1, S, generator=generator) > 0.4
+    mask[..., -1] = True
+    mask[1, ..., :-1] = False
+    return query_BG1C, key, value, mask
+
+
+needs_op = pytest.mark.skipif(not _works(), reason="this torch has no sampled product for processors")
+
+
+@pytest.fixture
+def paying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on an AMD processor; what is proven here is forgotten."""
+    monkeypatch.setattr(linears, "pays", lambda: True)
+    grouped._proven.clear()
+    yield
+    grouped._proven.clear()
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    score = query.double() @ key.double().transpose(2, 3) * scaling
+    return score.masked_fill(~mask, -torch.inf).softmax(-1) @ value.double()
+
+
+def implementation(lm: LanguageModel) -> str:
+    return str(lm.model.get_decoder().config._attn_implementation)
+
+
+@needs_op
+@pytest.mark.parametrize("start", [0, 7, W - S])
+def test_it_is_the_plain_formula(start: int) -> None:
+    query, key, value, mask = drawn(start)
+    wanted = plain(query, key, value, mask, 0.3)
+    with torch.inference_mode():
+        columns = Columns.of(mask, key)
+        for _ in range(2):  # the room for scores is used again
+            assert deviation(ragged_attention(query, key, value, columns, scaling=0.3), wanted) < 1e-6
+        assert deviation(ragged_attention(query, key, value, columns, scaling=0.4), wanted) > 1e-2
+        others = Columns.of(mask.roll(1, 0), key)
+        assert deviation(ragged_attention(query, key, value, others, scaling=0.3), wanted) > 1e-2
+        assert deviation(ragged_attention(query, value, key, columns, scaling=0.3), wanted) > 1e-2
+
+
+@needs_op
+def test_large_scores_do_not_overflow_and_what_is_masked_does_not_count() -> None:
+    query, key, value, mask = drawn()
+    query = query * 1e3
+    hidden = ~mask.expand(B, G, 1, S)[:, :, 0]
+    key[hidden], value[hidden] = torch.nan, torch.nan
+    with torch.inference_mode():
+        found = ragged_attention(query, key, value, Columns.of(mask, key), scaling=1.0)
+    zeroed = (states.masked_fill(hidden.unsqueeze(-1), 0.0) for states in (key, value))
+    assert deviation(found, plain(query, *zeroed, mask, 1.0)) < 1e-5
+
+
+def test_a_mask_is_listed_once_and_forgotten() -> None:
+    _, key, value, mask = drawn()
+    other = mask.clone()
+    found = columns_of(mask, key)
+    assert columns_of(mask, value) is found
+    assert columns_of(other, key) is not found
+    narrow = torch.randn(B, G, S, C)
+    assert columns_of(mask, narrow).n_keys != found.n_keys  # keys that lie otherwise
+    n_listed = len(ragged._listed)
+    del mask, other, found
+    gc.collect()
+    assert len(ragged._listed) == n_listed - 2
+
+
+def test_what_does_not_suit_is_refused() -> None:
+    query, key, value, mask = drawn()
+    with torch.inference_mode():
+        assert suits(query, key, value, mask)
+        assert suits(query, key.contiguous(), value, mask)
+        assert not suits(query.repeat(1, 1, 2, 1), key, value, mask)  # two tokens
+        assert not suits(query.repeat(1, 2, 1, 1), key, value, mask)  # heads that share keys
+        assert not suits(query, key, value[..., :4], mask)
+        assert not suits(query, key, value, None)
+        assert not suits(query, key, value, torch.zeros(mask.shape))  # added to scores: may be ALiBi
+        assert not suits(query, key, value, mask.repeat(1, G, 1, 1))
+    assert not suits(query, key, value, mask)  # somebody wants a gradient
+
+
+def test_only_neighbouring_columns_of_one_cache_will_do() -> None:
+    cache = torch.randn(B, G, W, C)
+    assert lies_in_rows(cache[:, :, 3:9])
+    assert not lies_in_rows(cache.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 3:9])
+    assert not lies_in_rows(cache[:, :, 3:20:2])
+    assert not lies_in_rows(cache[..., :4])
+    assert not lies_in_rows(cache[:, :1, 3:9].expand(B, G, 6, C))
+    assert not lies_in_rows(cache.double()[:, :, 3:9])
+    assert not lies_in_rows(cache.bfloat16()[:, :, 3:9])
+
+
+@needs_op
+@pytest.mark.usefixtures("paying")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_engine_answers_as_the_model_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = wrap(tiny_model(name, **MODELS[name]))
+    n_calls, own = [0], grouped.ragged_attention
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, columns: Columns, *, scaling: float) -> Tensor:
+        n_calls[0] += 1
+        return own(query, key, value, columns, scaling=scaling)
+
+    monkeypatch.setattr(grouped, "ragged_attention", counted)
+    requests = [Request(str(i), ids, 4 + 3 * (i % 5)) for i, ids in enumerate(prompts(11))]
+    wanted = {r.id: reference_greedy(lm.model, r.token_ids, r.max_new_tokens, lm.stop_ids) for r in requests}
+    with decoding_grouped(lm):
+        assert implementation(lm) == grouped.NAMES["sdpa"]
+    n_calls[0] = 0
+    found = {c.id: c for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers))))}
+    assert {key: c.token_ids for key, c in found.items()} == wanted
+    assert n_calls[0] > 8 * lm.n_layers
+    monkeypatch.setattr(grouped, "_pays", lambda *_: False)
+    for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers)))):
+        key = "residual.response_mean"
+        assert deviation(found[c.id].activations[key], c.activations[key]) < 1e-5
+
+
+@needs_op
+@pytest.mark.usefixtures("paying")
+def test_no_more_columns_are_read_than_rows_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle row reads the columns that passed since it ended; every other one its own tokens."""
+    lm = wrap(tiny_model("llama", **ONE_EACH), stop_ids=())
+    budgets = (30, 2, 2, 30, 12, 4)
+    requests = [Request(str(i), ids, n) for i, (ids, n) in enumerate(zip(prompts(6), budgets, strict=True))]
+    with decoding_grouped(lm):
+        pass  # proven here
+    listed, own = [], Columns.of
+
+    def counted(mask: Tensor, key: Tensor) -> Columns:
+        listed.append((mask.shape[0], int(mask.sum()), mask.numel()))
+        return own(mask, key)
+
+    monkeypatch.setattr(Columns, "of", staticmethod(counted))
+    list(generate(lm, requests, batch_size=6))
+    # one list a step; tokens that were read, the newest with those before it
+    needed = sum(sum(len(r.token_ids) + t for t in range(1, r.max_new_tokens)) for r in requests)
+    read, dense = sum(n for _, n, _ in listed), sum(n for *_, n in listed)
+    idle = sum(n for n, *_ in listed) * max(budgets)
+    assert len(listed) == max(budgets) - 1
+    assert needed <= read < needed + idle
+    assert read < 0.8 * dense
+
+
+@needs_op
+@pytest.mark.usefixtures("paying")
+def test_without_a_proof_the_models_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = grouped.ragged_attention
+    monkeypatch.setattr(grouped, "ragged_attention", lambda *given, **settings: own(*given, **settings) * 1.01)
+    lm = wrap(tiny_model("llama", **ONE_EACH))
+    before = implementation(lm)
+    with decoding_grouped(lm):
+        assert implementation(lm) == before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_other_processors_and_precisions_keep_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "pays", lambda: False)
+    lm = wrap(tiny_model(name, **MODELS[name]))
+    before = implementation(lm)
+    with decoding_grouped(lm):
+        assert implementation(lm) == before
+    monkeypatch.setattr(linears, "pays", lambda: True)
+    doubled = wrap(shared_model(name, torch.float64) if name == "gpt2" else tiny_model(name, dtype=torch.float64))
+    with decoding_grouped(doubled):
+        assert implementation(doubled) == (before if name == "gpt2" else implementation(doubled))
+
+
+@needs_op
+@pytest.mark.parametrize("first", ["ragged.be_quiet()", "pass"])
+def test_torch_says_nothing_of_its_sparse_matrices(first: str) -> None:
+    script = f"""
+import torch
+from extraction import ragged
+{first}
+states = torch.zeros(2, 2, 3, 4)
+with torch.inference_mode():
+    columns = ragged.Columns.of(torch.ones(2, 1, 1, 3, dtype=torch.bool), states)
+    ragged.ragged_attention(states[:, :, :1], states, states, columns, scaling=1.0)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (first != "pass"), done.stderr
