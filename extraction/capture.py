@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from extraction.devices import to_host
 from extraction.errors import ActivationError, ModelError
 from extraction.hooks import Enough, watch
 from extraction.pooling import parse_pooling, pool_mean
@@ -42,11 +43,20 @@ class Recorder(Protocol):
     def credit(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
         """Count the first `counts[slot]` tokens of the step (None: the only one), the first of them aged `age_B`."""
 
-    def emit(self, slot: int, n_tokens: int, example_id: str) -> dict[str, Tensor]:
-        """What is kept of a slot that has ended, by name. ActivationError on NaN or Inf."""
+    def emit(self, ended: Sequence[Ended]) -> list[dict[str, Tensor] | ActivationError]:
+        """What is kept of each slot that has ended, by name; of one that has NaN or Inf, the error that says so."""
 
     def repack(self, rows_B: Tensor) -> None:
         """Keep only these slots; one that is named again is an empty one."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A slot whose response has ended, with so many tokens."""
+
+    slot: int
+    n_tokens: int
+    example_id: str
 
 
 class Recording(Protocol):
@@ -281,10 +291,23 @@ class Observer:
         """Whether a step does no more than to write buffers that stay where they are."""
         return all(accumulator.in_place for accumulator in self.poolings.values())
 
-    def emit(self, slot: int, n_tokens: int, example_id: str) -> dict[str, Tensor]:
-        """`site.pooling` -> [L, D] (`all`: [T, L, D]) of a slot that has ended. ActivationError on NaN or Inf."""
-        pooled = {name: acc.emit(slot, n_tokens).cpu() for name, acc in self.poolings.items()} if n_tokens else {}
-        return self.capture.by_site(pooled, example_id, self.dtype)
+    def emit(self, ended: Sequence[Ended]) -> list[dict[str, Tensor] | ActivationError]:
+        """`site.pooling` -> [L, D] (`all`: [T, L, D]) of each slot that has ended, or what is wrong with it."""
+        pooled = [
+            {name: acc.emit(each.slot, each.n_tokens) for name, acc in self.poolings.items()} if each.n_tokens else {}
+            for each in ended
+        ]
+        copies = iter(to_host([kept for by_name in pooled for kept in by_name.values()]))
+        return [
+            self._checked({name: next(copies) for name in by_name}, each.example_id)
+            for by_name, each in zip(pooled, ended, strict=True)
+        ]
+
+    def _checked(self, pooled: dict[str, Tensor], example_id: str) -> dict[str, Tensor] | ActivationError:
+        try:
+            return self.capture.by_site(pooled, example_id, self.dtype)
+        except ActivationError as fault:
+            return fault
 
     def repack(self, rows_B: Tensor) -> None:
         """Keep only these slots."""

@@ -6,8 +6,9 @@ ROCm goes by CUDA's name in torch; Apple's device is `mps`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from extraction.errors import ModelError
 
 SPREADS = ("balanced", "balanced_low_0", "sequential")  # accelerate's words for a model over all GPUs
-# tokens of a prefill, padding counted: a processor is quickest where what a layer makes stays in its caches
+# tokens that are read at once, padding counted: a processor is quickest where what a layer makes stays in its caches
 PREFILL_TOKENS, PREFILL_ELSEWHERE = {"cpu": 1024}, 8192
 WEIGHTS_SHARE = 0.8  # of a GPU's free memory, of a model over several; the rest is for caches and activations
 
@@ -51,8 +52,14 @@ def _refuse_absent(device: str) -> None:
 
 
 def prefill_tokens(device: str | torch.device) -> int:
-    """How many tokens, padding counted, a prefill of several prompts has at most."""
+    """How many tokens, padding counted, are read at once at most, where they are several texts'."""
     return PREFILL_TOKENS.get(str(device).partition(":")[0], PREFILL_ELSEWHERE)
+
+
+def quickest_together(lengths: Sequence[int], device: str | torch.device) -> int:
+    """How many of the first of these texts are best read at once, padded to the longest: one at least."""
+    padded = [n_rows * longest for n_rows, longest in enumerate(accumulate(lengths, max), start=1)]
+    return max(1, sum(n_tokens <= prefill_tokens(device) for n_tokens in padded))
 
 
 def is_cuda(device: str | torch.device) -> bool:
@@ -141,3 +148,13 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize(device)
     elif device.startswith("mps"):
         torch.mps.synchronize()
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same in main memory: from a GPU all at once, through pages that the system holds in place, and one wait."""
+    if not any(is_cuda(tensor.device) for tensor in tensors):
+        return [tensor.cpu() for tensor in tensors]
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    for device in {tensor.device for tensor in tensors if is_cuda(tensor.device)}:
+        torch.cuda.current_stream(device).synchronize()
+    return [copy.clone() for copy in copies]  # pages that are held in place are few

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from extraction.models import LanguageModel
 
 MAX_AUTO_BATCH = 256
-CPU_AUTO_BATCH = 32
+CPU_AUTO_BATCH = 64
 SAFE_SHARE = 0.8  # of the free memory
 TOLERATED, FULL_SHARE = 1.1, 0.9  # of the forecast, and of the free memory: what the first queue may have taken
 ROW_BYTES = 20  # of a response's line, per token of prompt and response

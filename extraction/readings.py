@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from extraction.attention import Attended, watching_attention
-from extraction.capture import shaped
+from extraction.capture import Ended, shaped
 from extraction.errors import ActivationError, ConfigError
 from extraction.internals import parts_of
 from extraction.records import POINTS
@@ -361,18 +361,24 @@ class TokenObserver:
                 text.n_read += 1
         self.given = []
 
-    def emit(self, slot: int, n_tokens: int, example_id: str) -> Kept:
-        """All of a slot that has ended, with the response's first `n_tokens`. ActivationError where not finite."""
-        text, self.texts[slot] = self.texts[slot], _Text()
-        kept: Kept = {}
-        for stream, parts in zip(self.streams, text.parts, strict=True):
+    def emit(self, ended: Sequence[Ended]) -> list[Kept | ActivationError]:
+        """All of each slot that has ended, with the response's tokens that count, or what is wrong with it."""
+        found: list[Kept | ActivationError] = []
+        for each in ended:
             try:
-                kept |= stream.finish(parts[: n_tokens + int(stream.reads_prompts)], text.n_prompt + n_tokens)
+                found.append(self._finished(each))
             except ActivationError as fault:
                 short = str(self.dtype).removeprefix("torch.")
-                raise ActivationError(
-                    f"{example_id}: {fault} in {short}: load the model with --dtype bfloat16 or float32"
-                ) from None
+                remedy = "load the model with --dtype bfloat16 or float32"
+                found.append(ActivationError(f"{each.example_id}: {fault} in {short}: {remedy}"))
+        return found
+
+    def _finished(self, ended: Ended) -> Kept:
+        text, self.texts[ended.slot] = self.texts[ended.slot], _Text()
+        kept: Kept = {}
+        for stream, parts in zip(self.streams, text.parts, strict=True):
+            counted = parts[: ended.n_tokens + int(stream.reads_prompts)]
+            kept |= stream.finish(counted, text.n_prompt + ended.n_tokens)
         return kept
 
     def repack(self, rows_B: Tensor) -> None:

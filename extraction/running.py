@@ -19,19 +19,20 @@ import torch
 from torch import Tensor
 
 from extraction.bursts import STEPS, Bursts, in_whole, recording, refuse
-from extraction.capture import Observer, Recording, first_overflow
+from extraction.capture import Ended, Observer, Recording, first_overflow
 from extraction.continuations import Completion, Request
 from extraction.decoding import speculate
 from extraction.decoding.amplify import check_alpha
 from extraction.decoding.sample import Sample, Sampler, sampler_of
 from extraction.decoding.speculate import Proposal
+from extraction.devices import quickest_together
 from extraction.errors import ActivationError, ConfigError, LogitsError, PromptError
 from extraction.grouped import decoding_grouped
 from extraction.models import LanguageModel
 from extraction.pairs import refuse_different
 from extraction.partners import Front, Lane, Strategy, minds_holes, partner_of
 from extraction.rows import DRAW, Rows
-from extraction.seats import Advance, Limits, Slot, left_padded, quickest_together
+from extraction.seats import Advance, Limits, Slot, left_padded
 from extraction.slots import Move, Window
 from extraction.steering import NOTHING, Steerer, Steering, check_steering
 
@@ -383,20 +384,21 @@ class RunningBatch:
     def _let_go(self, news: Advance) -> None:
         """Emit the rows that are done."""
         captured = self.observer is not None
-        done = [row for row, slot in enumerate(self.slots) if slot is not None and slot.is_done(captured=captured)]
-        news.done.extend(self._leave(row) for row in done)
-        if done:
-            self._find_start()
+        done = {row: s for row, s in enumerate(self.slots) if s is not None and s.is_done(captured=captured)}
+        if not done:
+            return
+        sound = [Ended(row, len(s.tokens), s.request.id) for row, s in done.items() if s.fault is None]
+        emitted = self.observer.emit(sound) if self.observer is not None else [{} for _ in sound]
+        kept: dict[int, dict[str, Tensor]] = {}
+        for ended, found in zip(sound, emitted, strict=True):
+            if isinstance(found, ActivationError):
+                done[ended.slot].fault = found
+            else:
+                kept[ended.slot] = found
+        news.done.extend(self._leave(row, slot, kept.get(row, {})) for row, slot in done.items())
+        self._find_start()
 
-    def _leave(self, row: int) -> Completion:
-        slot = self.slots[row]
-        assert slot is not None
-        kept: dict[str, Tensor] = {}
-        if self.observer is not None and slot.fault is None:
-            try:
-                kept = self.observer.emit(row, len(slot.tokens), slot.request.id)
-            except ActivationError as fault:
-                slot.fault = fault
+    def _leave(self, row: int, slot: Slot, kept: dict[str, Tensor]) -> Completion:
         reason = "failed" if slot.fault is not None else slot.ending or "length"
         self._free(row)
         return Completion(slot.request.id, tuple(slot.tokens), reason, kept, self.partner.account(row), slot.fault)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from extraction.continuations import Completion, Request
 from extraction.decoding.sample import Sample
-from extraction.devices import prefill_tokens
 from extraction.errors import ActivationError
 
 if TYPE_CHECKING:
@@ -94,12 +92,6 @@ class Slot:
     def is_done(self, *, captured: bool) -> bool:
         """With capture, a response's last token is fed once more, so that it has an activation."""
         return self.ending is not None and (not captured or self.fault is not None or self.fed >= len(self.tokens))
-
-
-def quickest_together(lengths: Sequence[int], device: torch.device) -> int:
-    """How many of the first of these prompts share a prefill: one at least."""
-    padded = [n_rows * longest for n_rows, longest in enumerate(accumulate(lengths, max), start=1)]
-    return max(1, sum(n_tokens <= prefill_tokens(device) for n_tokens in padded))
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

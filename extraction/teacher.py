@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from extraction.capture import Capture, shaped
+from extraction.devices import quickest_together
 from extraction.errors import PromptError
 from extraction.hooks import Enough
 from extraction.pooling import parse_pooling
@@ -33,14 +34,18 @@ def forced_activations(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (id, `site.pooling` -> [L, D] on the CPU; `all`: [T, L, D]) of every text with a response, longest first.
 
+    At most `batch_size` rows are read at once, and no more than are quickest together.
+
     Raises PromptError for a text past the model's positions, ActivationError where an activation is not finite.
     """
     for text in texts:
         _check(text, lm)
     taps = taps_of(lm, capture.sites, capture.layers)
-    longest_first = sorted(texts, key=lambda text: -len(text[1]) - len(text[2]))
-    for i in range(0, len(longest_first), batch_size):
-        rows = longest_first[i : i + batch_size]
+    left = sorted(texts, key=lambda text: -len(text[1]) - len(text[2]))
+    while left:
+        lengths = [len(prompt) + len(response) for _, prompt, response in left[:batch_size]]
+        n_rows = quickest_together(lengths, lm.device)
+        rows, left = left[:n_rows], left[n_rows:]
         pooled = _forced(lm, rows, taps, capture)
         for row, (example_id, _, _) in enumerate(rows):
             kept = {name: points[row] for name, points in pooled.items()}

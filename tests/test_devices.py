@@ -20,7 +20,7 @@ from extraction.adapters import twin
 from extraction.configs import ModelSpec
 from extraction.decoding.amplify import Amplify
 from extraction.decoding.speculate import Speculate
-from extraction.devices import all_of, pick_device, placing
+from extraction.devices import all_of, pick_device, placing, to_host
 from extraction.errors import ModelError
 from extraction.forecast import CPU_AUTO_BATCH, auto_batch_size
 from extraction.likelihood import divergences
@@ -219,3 +219,24 @@ def test_two_gpus_give_what_one_gives(way: str) -> None:
 def places_of_gpus() -> dict[str, int]:
     first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1")
     return dict.fromkeys(first, 0) | dict.fromkeys(("model.layers.2", "model.norm", "lm_head"), 1)
+
+
+LACKS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, LACKS_CUDA])])
+def test_tensors_come_to_main_memory_as_they_are(device: str) -> None:
+    given = [
+        torch.randn(n, 3, device=device, dtype=dtype) for n in (0, 1, 900) for dtype in (torch.float32, torch.half)
+    ]
+    wanted = [tensor.clone() for tensor in given]
+    found = to_host(given)
+    if device == "cuda":
+        for tensor in given:
+            tensor.zero_()  # what came is a copy
+    for tensor, same in zip(found, wanted, strict=True):
+        assert tensor.device.type == "cpu"
+        assert not tensor.is_pinned()
+        assert tensor.dtype == same.dtype
+        assert torch.equal(tensor, same.cpu())
+    assert to_host([]) == []

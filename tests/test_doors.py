@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from extraction.forecast import CPU_AUTO_BATCH
 from tests.forks import Forks, forks
 from tests.runs import (
     REPOSITORY,
@@ -124,7 +125,7 @@ def test_an_experiment_without_a_file_takes_its_model_from_its_name_and_says_so(
 
 def test_batch_size_auto_is_measured(root):
     result = succeed("batched", "--root", root, "--experiment", "demo", "--batch_size", "auto")
-    assert "batch size 32" in result.stdout
+    assert f"batch size {CPU_AUTO_BATCH}" in result.stdout
 
 
 def test_traits_are_listed():

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extraction import devices, running
+from extraction.devices import quickest_together
 from extraction.models import wrap
-from extraction.seats import quickest_together
 from extraction.utils_batch import Capture, Completion, Request, generate
 from tests.tiny import deviation, prompts, reference_greedy, shared_model
 

@@ -337,7 +337,7 @@ def test_a_batch_that_took_more_than_was_forecast_is_halved_where_little_was_lef
 def test_on_a_processor_nothing_is_corrected(root, monkeypatch):
     monkeypatch.setattr("extraction.forecast.corrected", lambda *_: pytest.fail("asked"))
     said = succeed("batched", "--root", root, *SHORT, "--batch-size", "auto", "--queue-size", "8")
-    assert f"batch size {min(CPU_AUTO_BATCH, 32)}," in said.stdout
+    assert f"batch size {CPU_AUTO_BATCH}," in said.stdout
 
 
 @pytest.mark.gpu
