@@ -274,7 +274,12 @@ def test_a_signal_is_handed_on_and_ends_the_night(
     ready = checkout.elsewhere / "ready"
     fake += f"; touch '{ready}'; while :; do sleep 0.02; done"
     command = checkout.command(script, FAKE=fake)
-    with subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    before = signal.signal(number, signal.SIG_DFL)  # what is ignored here, as under nohup, no child could hear
+    try:
+        process = subprocess.Popen(**command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(number, before)
+    with process:
         until(ready.exists)
         process.send_signal(number)
         out, _ = process.communicate(timeout=30)
