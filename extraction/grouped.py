@@ -3,7 +3,8 @@
 A model's eager attention repeats keys and values for every query head, at every step, over the whole cache: with
 Gemma-2's 8 query heads on 4 key heads that is most of a step on a processor. Here the heads of a group take the place
 of query tokens, so keys and values are read once, as they lie in the cache. A pass of many tokens (a prefill) is left
-to the model's own function. A short proof decides whether a model's attention is one of this form.
+to the model's own function. Where every query head has a key head of its own, a step may go by listed columns instead
+(`ragged.py`). A short proof decides whether a model's attention is one of this form.
 
 Shapes: B rows, H heads, G key heads, R = H / G queries a key head, T new tokens, S columns, C head dimension.
 """

@@ -79,8 +79,10 @@ def suits(query_BGTC: Tensor, key_BGSC: Tensor, value_BGSC: Tensor, mask_B1TS: T
     """Whether a step is of the kind that this module is for."""
     one_each = query_BGTC.shape[2] == 1 and query_BGTC.shape[1] == key_BGSC.shape[1]
     masked = mask_B1TS is not None and mask_B1TS.dtype == torch.bool and mask_B1TS.shape[1] == 1
-    alike = key_BGSC.shape == value_BGSC.shape and lies_in_rows(key_BGSC) and lies_in_rows(value_BGSC)
-    return one_each and masked and alike and not torch.is_grad_enabled()
+    # one list of columns serves both, so values must lie as keys do
+    alike = key_BGSC.shape == value_BGSC.shape and key_BGSC.stride() == value_BGSC.stride()
+    lie = alike and lies_in_rows(key_BGSC) and lies_in_rows(value_BGSC)
+    return one_each and masked and lie and not torch.is_grad_enabled()
 
 
 def ragged_attention(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from extraction.capture import Capture, shaped
-from extraction.devices import quickest_together
+from extraction.devices import quickest_together, to_host
 from extraction.errors import PromptError
 from extraction.hooks import Enough
 from extraction.pooling import parse_pooling
@@ -97,7 +97,7 @@ def _pooled(pooling: str, hidden_BTD: Tensor, prompt_BT: Tensor, response_BT: Te
 def _by_row(points: dict[int, list[Tensor]]) -> Sequence[Tensor]:
     """From point -> row -> [.., D] to row -> [.., K, D] on the CPU."""
     by_point = [points[point] for point in range(len(points))]
-    return [torch.stack(row, dim=-2).cpu() for row in zip(*by_point, strict=True)]
+    return to_host([torch.stack(row, dim=-2) for row in zip(*by_point, strict=True)])
 
 
 def right_padded(rows: Sequence[Text], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from extraction.grouped import decoding_grouped
 from extraction.models import LanguageModel, wrap
 from extraction.ragged import Columns, columns_of, lies_in_rows, ragged_attention, suits
 from extraction.utils_batch import Capture, Request, generate
-from tests.tiny import deviation, prompts, reference_greedy, shared_model, tiny_model
+from tests.tiny import deviation, prompts, reference_greedy, tiny_model
 
 B, G, S, W, C = 3, 2, 11, 40, 8
 ONE_EACH = {"num_key_value_heads": 4}  # as many key heads as query heads
@@ -113,7 +113,9 @@ def test_what_does_not_suit_is_refused() -> None:
     query, key, value, mask = drawn()
     with torch.inference_mode():
         assert suits(query, key, value, mask)
-        assert suits(query, key.contiguous(), value, mask)
+        assert suits(query, key.contiguous(), value.contiguous(), mask)
+        assert not suits(query, key.contiguous(), value, mask)  # values that lie otherwise than keys
+        assert not suits(query, key, value.contiguous(), mask)
         assert not suits(query.repeat(1, 1, 2, 1), key, value, mask)  # two tokens
         assert not suits(query.repeat(1, 2, 1, 1), key, value, mask)  # heads that share keys
         assert not suits(query, key, value[..., :4], mask)
@@ -205,9 +207,9 @@ def test_other_processors_and_precisions_keep_the_models_own(name: str, monkeypa
     with decoding_grouped(lm):
         assert implementation(lm) == before
     monkeypatch.setattr(linears, "pays", lambda: True)
-    doubled = wrap(shared_model(name, torch.float64) if name == "gpt2" else tiny_model(name, dtype=torch.float64))
+    doubled = wrap(tiny_model(name, dtype=torch.float64, **MODELS[name]))
     with decoding_grouped(doubled):
-        assert implementation(doubled) == (before if name == "gpt2" else implementation(doubled))
+        assert implementation(doubled) == before
 
 
 @needs_op
