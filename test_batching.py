@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from extraction.terminal import Command
+from extraction.cli.terminal import Command
 
 if TYPE_CHECKING:
-    from extraction.models import LanguageModel
+    from extraction.model.loading import LanguageModel
     from extraction.utils_batch import Request
 
 Texts = dict[str, str]
@@ -73,8 +73,8 @@ def load_model(name: str, threads: int | None) -> LanguageModel:
     import torch
     from transformers.utils import logging
 
-    from extraction.configs import find_root, resolve_model
-    from extraction.models import load
+    from extraction.config.experiments import find_root, resolve_model
+    from extraction.model.loading import load
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -85,9 +85,9 @@ def load_model(name: str, threads: int | None) -> LanguageModel:
 
 def make_requests(lm: LanguageModel, trait: str, n_prompts: int, max_new_tokens: int) -> list[Request]:
     """Prompts from a trait's instructions and questions."""
-    from extraction.configs import find_root
-    from extraction.prompts import encode_example
-    from extraction.traits import load_trait, make_examples
+    from extraction.config.experiments import find_root
+    from extraction.config.traits import load_trait, make_examples
+    from extraction.model.chat_template import encode_example
     from extraction.utils_batch import Request
 
     assert lm.tokenizer is not None

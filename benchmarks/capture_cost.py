@@ -10,9 +10,10 @@ from typing import Any
 
 from benchmarks.jobs import make_requests, n_tokens
 from benchmarks.shapes import random_model
-from extraction.capture import Capture
-from extraction.models import LanguageModel
-from extraction.utils_batch import Request, generate
+from extraction.activations.pooled import Capture
+from extraction.engine.generate import generate
+from extraction.model.loading import LanguageModel
+from extraction.utils_batch import Request
 
 PAIRS_PER_REPEAT = 5
 

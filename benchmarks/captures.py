@@ -17,13 +17,13 @@ import torch
 
 from benchmarks.duos import in_turn, spread
 from benchmarks.processes import run_measured
-from extraction.capture_store import CaptureFolder
-from extraction.configs import find_root, resolve_model
-from extraction.models import read_config
-from extraction.prompt_sets import read_prompt_set
-from extraction.shelf import capture_sets
-from extraction.store import run_folder
-from extraction.traits import list_traits, load_trait
+from extraction.config.experiments import find_root, resolve_model
+from extraction.config.prompt_files import read_prompt_set
+from extraction.config.traits import list_traits, load_trait
+from extraction.model.loading import read_config
+from extraction.storage.experiment_dir import capture_sets
+from extraction.storage.token_captures import CaptureSet
+from extraction.storage.trait_run import trait_run
 
 MODEL, EXPERIMENT, METHOD = "pocket", "studies", "mean_diff"
 MAX_NEW_TOKENS = 50
@@ -76,7 +76,7 @@ def place_vectors(root: Path, *names: Sequence[str] | Mapping[str, str]) -> None
     shape = (int(config.num_hidden_layers), int(config.hidden_size))
     generator = torch.Generator().manual_seed(0)
     for name in sorted({name for each in names for name in each}):
-        run = run_folder(root / "experiments", EXPERIMENT, name)
+        run = trait_run(root / "experiments", EXPERIMENT, name)
         header = {"trait": name, "model": MODEL, "method": METHOD, "layers": list(range(shape[0]))}
         with run.lock():
             run.open({"imported": name})
@@ -169,7 +169,7 @@ def _timed(root: Path, common: Command, commands: Sequence[Command]) -> tuple[fl
         return seconds, {key: ids for each in _sets(root) for key, ids in _answers(each).items()}
 
 
-def _answers(folder: CaptureFolder) -> dict[str, tuple[int, ...]]:
+def _answers(folder: CaptureSet) -> dict[str, tuple[int, ...]]:
     headers = [folder.prompt_header(id) for id in folder.prompt_ids()]
     return {f"{h['tier']}: {h['prompt']}": tuple(h["token_ids"][h["n_prompt"] :]) for h in headers}
 
@@ -189,7 +189,7 @@ def _cut(name: str, root: Path, most: int | None) -> Path:
     return short
 
 
-def _sets(root: Path) -> list[CaptureFolder]:
+def _sets(root: Path) -> list[CaptureSet]:
     return list(capture_sets(root / "experiments", EXPERIMENT))
 
 
@@ -231,7 +231,7 @@ def _questions(names: Sequence[str], n: int) -> list[str]:
     return [questions[i % len(questions)] for i in range(n)]
 
 
-def _mib_kept(folder: CaptureFolder) -> dict[str, float]:
+def _mib_kept(folder: CaptureSet) -> dict[str, float]:
     """What lies in a set's files, by kind."""
     total = dict.fromkeys(("projections_mib", "attention_mib"), 0.0)
     for id in folder.prompt_ids():

@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.jobs import make_requests
 from benchmarks.shapes import random_model
-from extraction.configs import find_root, resolve_model
-from extraction.models import LanguageModel, load
-from extraction.prompts import encode_example
-from extraction.traits import list_traits, load_trait, make_examples
+from extraction.config.experiments import find_root, resolve_model
+from extraction.config.traits import list_traits, load_trait, make_examples
+from extraction.model.chat_template import encode_example
+from extraction.model.loading import LanguageModel, load
 from extraction.utils_batch import Request
 
 NOISE = 0.05  # of a random model's weights, to have another one of nearly the same mind

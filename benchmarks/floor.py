@@ -7,8 +7,8 @@ import time
 import torch
 from torch import nn
 
-from extraction.devices import wait_for
-from extraction.models import LanguageModel
+from extraction.model.devices import synchronize
+from extraction.model.loading import LanguageModel
 
 
 @torch.inference_mode()
@@ -20,6 +20,6 @@ def linear_rate(lm: LanguageModel, batch_size: int, seconds: float = 0.5) -> flo
     while steps < 3 or time.perf_counter() - started < seconds:
         for module, rows in zip(linear, given, strict=True):
             module(rows)
-        wait_for(str(lm.device))
+        synchronize(str(lm.device))
         steps += 1
     return steps * batch_size / (time.perf_counter() - started)

@@ -22,7 +22,7 @@ from benchmarks.race import Track, run_all
 from benchmarks.reading_cost import device_name
 from benchmarks.roofline import PROMPT_TOKENS, Sizes, decode_seconds
 from benchmarks.shapes import random_model
-from extraction.models import LanguageModel
+from extraction.model.loading import LanguageModel
 from extraction.utils_batch import Request
 
 STATIC = Peer("transformers, padded batches, static cache, compiled + second pass", static, (64,))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from extraction.forecast import best_seconds
-from extraction.linears import multiplied
+from extraction.model.onednn_linear import matmul
+from extraction.pipeline.forecast import best_seconds
 
 READ_BYTES = {"cpu": 2**29, "cuda": 2**31}  # many times the caches
 SQUARE = {"cpu": 2048, "cuda": 8192}  # of the large product
@@ -59,7 +59,7 @@ def _bandwidth(device: str, dtype: torch.dtype, n_bytes: int, seconds: float) ->
 def _peak(device: str, dtype: torch.dtype, size: int, seconds: float) -> float:
     """A large product of square matrices, by the library that the engine's linear layers use."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return float(2 * size**3 / best_seconds(lambda: multiplied(left, right), device, seconds, LEAST))
+    return float(2 * size**3 / best_seconds(lambda: matmul(left, right), device, seconds, LEAST))
 
 
 @contextmanager

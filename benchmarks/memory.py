@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.processes import ROOT, TRAIT, run_measured, save_model, words_of
-from extraction.jobs import Job, plan
-from extraction.records import Example, Trait
-from extraction.traits import list_traits
+from extraction.config.traits import list_traits
+from extraction.core.records import Example, Trait
+from extraction.pipeline.plan import RunPlan, make_plan
 from extraction.vectors.methods import DEFAULT_METHODS
 
 EXPERIMENT = "memory"
@@ -122,7 +122,7 @@ def _write_activations(options: Options, shape: tuple[int, int], traits: Sequenc
     """
     given = {name.removeprefix("--").replace("-", "_"): value for name, value in options.items()}
     settings = {name: given[name] for name in ("model", "n_examples", "max_new_tokens", "judge", "raw")}
-    job = plan(EXPERIMENT, ",".join(traits), root=given["root"], options=settings)
+    job = make_plan(EXPERIMENT, ",".join(traits), root=given["root"], options=settings)
     first, *others = job.traits
     _write_run(job, first, shape)
     for trait in others:
@@ -131,7 +131,7 @@ def _write_activations(options: Options, shape: tuple[int, int], traits: Sequenc
                         copy_function=os.link, dirs_exist_ok=True)  # fmt: skip
 
 
-def _write_run(job: Job, trait: Trait, shape: tuple[int, int] | None) -> None:
+def _write_run(job: RunPlan, trait: Trait, shape: tuple[int, int] | None) -> None:
     folder, generator = job.folder(trait), torch.Generator().manual_seed(0)
     with folder.lock():
         folder.open(job.config(trait))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from benchmarks.jobs import Answer
 from benchmarks.peers import Answers, Peer, second_pass
-from extraction.models import LanguageModel
+from extraction.model.loading import LanguageModel
 from extraction.utils_batch import Request
 
 SCRIPTS = Path(__file__).parent / "outsiders"

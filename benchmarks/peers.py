@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.jobs import Answer, cut
-from extraction.capture import Capture
-from extraction.hooks import watch
-from extraction.models import LanguageModel
-from extraction.seats import left_padded
-from extraction.utils_batch import Request, generate
+from extraction.activations.pooled import Capture
+from extraction.engine.generate import generate
+from extraction.engine.sequence import left_pad
+from extraction.model.hooks import watch
+from extraction.model.loading import LanguageModel
+from extraction.utils_batch import Request
 
 Answers = dict[str, Answer]
 Tokens = Mapping[str, tuple[int, ...]]
@@ -111,7 +112,7 @@ class Budgets(StoppingCriteria):
 @torch.inference_mode()
 def _generated(lm: LanguageModel, rows: Sequence[Request], cache: str | None = None) -> Tokens:
     """One left-padded batch through `model.generate`, with a kind of cache (None: transformers' choice)."""
-    ids_BT, mask_BT = left_padded([request.token_ids for request in rows], 0, lm.device)
+    ids_BT, mask_BT = left_pad([request.token_ids for request in rows], 0, lm.device)
     width = ids_BT.shape[1]
     most = max(request.max_new_tokens for request in rows)
     config = GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=0, cache_implementation=cache)

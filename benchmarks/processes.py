@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import extraction
 from benchmarks.shapes import random_model
-from extraction.traits import load_trait
+from extraction.config.traits import load_trait
 
 TRAIT = "retrieval_construction"
 # The command tells its own peak. What the system tells the parent (wait4, and ru_maxrss on Linux) counts the parent,

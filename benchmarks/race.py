@@ -15,8 +15,8 @@ from benchmarks.jobs import Agreement, compare, make_requests, n_tokens
 from benchmarks.outside import AbsentError, outsiders
 from benchmarks.peers import PEERS, Answers, Peer
 from benchmarks.shapes import random_model
-from extraction.linears import as_it_was
-from extraction.models import LanguageModel
+from extraction.model.loading import LanguageModel
+from extraction.model.onednn_linear import without_onednn
 from extraction.utils_batch import Request
 
 Say = Callable[[str], None]
@@ -48,7 +48,7 @@ class Track:
         requests = self.requests[: self.n_serial] if name == "serial" else self.requests
         gc.collect(1)  # what the last run left; all of it would take a second
         started = time.perf_counter()
-        with as_it_was(self.lm.model) if name != "traitline" else nullcontext():
+        with without_onednn(self.lm.model) if name != "traitline" else nullcontext():
             answers = self.peers[name].run(self.lm, requests, batch_size)
         rate = n_tokens(requests) / (time.perf_counter() - started)
         say(f"  {name}, batch {batch_size}: {rate:.0f} tokens/s")

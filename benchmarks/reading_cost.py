@@ -20,9 +20,10 @@ from transformers import GenerationConfig
 from benchmarks.duos import in_turn, spread, timed
 from benchmarks.jobs import make_requests, n_tokens
 from benchmarks.shapes import random_model
-from extraction.models import LanguageModel, wrap
-from extraction.readings import Projecting
-from extraction.utils_batch import Completion, Request, generate
+from extraction.activations.per_token import TokenProjections
+from extraction.engine.generate import generate
+from extraction.model.loading import LanguageModel, wrap
+from extraction.utils_batch import Completion, Request
 
 N_TRAITS = 4
 SIDES = {
@@ -59,7 +60,7 @@ def reading_cost(
     requests = make_requests(n_examples, lm.vocab_size)
     few, unit_LDK = requests[:n_serial], directions(lm)
     layers = tuple(range(lm.n_layers))
-    reads = {attention: Projecting(layers, unit_LDK, attention) for attention in (False, True)}
+    reads = {attention: TokenProjections(layers, unit_LDK, attention) for attention in (False, True)}
     jobs: dict[str, Callable[[], Readings]] = {
         "plain": lambda: by_engine(lm, requests, batch_size, None),
         "projections": lambda: by_engine(lm, requests, batch_size, reads[False]),
@@ -109,7 +110,9 @@ def directions(lm: LanguageModel) -> Tensor:
     return unit_LDK
 
 
-def by_engine(lm: LanguageModel, requests: Sequence[Request], batch_size: int, reads: Projecting | None) -> Readings:
+def by_engine(
+    lm: LanguageModel, requests: Sequence[Request], batch_size: int, reads: TokenProjections | None
+) -> Readings:
     """This engine, reading in the same pass."""
     done: Iterator[Completion] = generate(lm, requests, batch_size=batch_size, capture=reads)
     return {completion.id: (completion.token_ids, completion.activations) for completion in done}

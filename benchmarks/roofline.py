@@ -26,11 +26,11 @@ from benchmarks.jobs import make_even_requests
 from benchmarks.limits import Limits, limits, threads
 from benchmarks.reading_cost import device_name
 from benchmarks.shapes import random_model
-from extraction.capture import Capture
-from extraction.devices import wait_for
-from extraction.forecast import shape_of
-from extraction.models import LanguageModel
-from extraction.utils_batch import generate, teacher_force
+from extraction.activations.pooled import Capture
+from extraction.engine.generate import generate, teacher_force
+from extraction.model.devices import synchronize
+from extraction.model.loading import LanguageModel
+from extraction.model.memory import shape_of
 
 PROMPT_TOKENS = 60
 BATCH_SIZES = {"cpu": (1, 8, 32, 64), "cuda": (1, 8, 32, 64, 128)}
@@ -196,7 +196,7 @@ def forced_seconds(lm: LanguageModel, rows: int, tokens: int = FORCED_TOKENS) ->
         started = time.perf_counter()
         for _ in teacher_force(lm, texts, capture=Capture(tuple(range(lm.n_layers))), batch_size=rows):
             pass
-        wait_for(str(lm.device))
+        synchronize(str(lm.device))
         return time.perf_counter() - started
 
 

@@ -21,9 +21,9 @@ from benchmarks.jobs import make_even_requests
 from benchmarks.reading_cost import device_name
 from benchmarks.shapes import random_model
 from benchmarks.whole_runs import COUNTS, whole_runs
-from extraction.capture import Capture
-from extraction.models import LanguageModel
-from extraction.utils_batch import generate
+from extraction.activations.pooled import Capture
+from extraction.engine.generate import generate
+from extraction.model.loading import LanguageModel
 
 Say = Callable[[str], None]
 

@@ -17,21 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from extraction.decoding.sample import Sample
-from extraction.fitting import Vectors, plan_vectors
-from extraction.jobs import MODES, plan
-from extraction.judges import lexical_score
-from extraction.models import LanguageModel
+from extraction.activations.per_token import TokenProjections
+from extraction.config.prompt_files import read_prompt_set
+from extraction.core.progress import ProgressReporter
+from extraction.engine.generate import generate
+from extraction.engine.sampler import Sample
+from extraction.judging.registry import lexical_score
+from extraction.model.chat_template import encode_conversation
+from extraction.model.loading import LanguageModel
 from extraction.monitoring.dynamics import smoothed
-from extraction.monitoring.labels import pieces_of
-from extraction.prompt_sets import read_prompt_set
-from extraction.prompts import encode_conversation
-from extraction.readings import Projecting
-from extraction.runners import Engine, Listener
-from extraction.stages import generate as make_responses
-from extraction.utils_batch import Request, generate
-from extraction.vectors.figures import auroc, cohens_d
+from extraction.monitoring.token_text import pieces_of
+from extraction.pipeline.fit import VectorOptions, fit_inputs
+from extraction.pipeline.plan import MODES, make_plan
+from extraction.pipeline.session import ModelSession
+from extraction.pipeline.stages import generate as make_responses
+from extraction.utils_batch import Request
 from extraction.vectors.methods import find_method
+from extraction.vectors.metrics import auroc, cohens_d
 
 TRAIT, METHOD = "uncertainty_calibration", "mean_diff"
 PROMPTS = Path(__file__).resolve().parent.parent / "configs" / "prompts"
@@ -101,9 +103,9 @@ def _told_apart_best(positive_NLD: Tensor, negative_MLD: Tensor, unit_LDK: Tenso
 def _sides(folder: str, n_examples: int) -> tuple[LanguageModel, tuple[Tensor, Tensor]]:
     """The model, and the activations [N, L, D] and [M, L, D] that the trait's vectors are made from."""
     options = {"n_examples": n_examples, "batch_size": 32}
-    job = plan("pocket", TRAIT, root=folder, options=options, self_check=0)
-    engine: Engine = make_responses(job, MODES["batched"], _Silent())
-    fit = plan_vectors(job, job.traits[0], job.folder(job.traits[0]), Vectors(), _Silent())
+    job = make_plan("pocket", TRAIT, root=folder, options=options, self_check=0)
+    engine: ModelSession = make_responses(job, MODES["batched"], _Silent())
+    fit = fit_inputs(job, job.traits[0], job.folder(job.traits[0]), VectorOptions(), _Silent())
     rows_nLD = fit.rows.at(slice(None))
     return engine.lm, (rows_nLD[: fit.n_positive], rows_nLD[fit.n_positive :])
 
@@ -121,8 +123,8 @@ def units(positive_NLD: Tensor, negative_MLD: Tensor, n_placebos: int) -> Tensor
 
 def _answers(lm: LanguageModel, unit_LDK: Tensor) -> Iterator[Answer]:
     """Every prompt of the files, answered as the guide does, read along all vectors at once."""
-    from extraction.configs import find_root
-    from extraction.traits import load_trait
+    from extraction.config.experiments import find_root
+    from extraction.config.traits import load_trait
 
     markers = load_trait(TRAIT, find_root()).markers
     assert markers is not None
@@ -130,7 +132,7 @@ def _answers(lm: LanguageModel, unit_LDK: Tensor) -> Iterator[Answer]:
     asked = {f"{name}/{i}": each.prompt for name in FILES for i, each in enumerate(_prompts(name))}
     encoded = {id: encode_conversation(lm.tokenizer, (("user", words),))[1] for id, words in asked.items()}
     requests = [Request(id, token_ids, 50) for id, token_ids in encoded.items()]
-    capture = Projecting(tuple(range(lm.n_layers)), unit_LDK, attention=False)
+    capture = TokenProjections(tuple(range(lm.n_layers)), unit_LDK, attention=False)
     done = {c.id: c for c in generate(lm, requests, batch_size=32, strategy=Sample(0.7), capture=capture)}
     for id, words in asked.items():
         completion, n_prompt = done[id], len(encoded[id])
@@ -150,7 +152,7 @@ def _course(answer: Answer, layer: int) -> dict[str, Any]:
     return {"prompt": answer.prompt, "side": answer.side, "trait": trait_T.tolist(), "placebo": placebo_T.tolist()}
 
 
-class _Silent(Listener):
+class _Silent(ProgressReporter):
     """Nobody listens."""
 
     def note(self, text: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import extraction
-from extraction.traits import list_traits, load_trait
+from extraction.config.traits import list_traits, load_trait
 
 ROOT = Path(extraction.__file__).resolve().parent.parent
 PATHS = ("/generate", "/generate_lda", "/generate/batch")
@@ -125,7 +125,7 @@ def _send(address: str, path: str, bodies: Sequence[dict[str, Any]], clients: in
 @contextmanager
 def serving(options: Sequence[str]) -> Iterator[str]:
     """`traitline serve` in a process of its own; its address."""
-    words = [sys.executable, "-m", "extraction.serving", "--port", "0", *options]
+    words = [sys.executable, "-m", "extraction", "serve", "--port", "0", *options]
     child = subprocess.Popen(
         words, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )

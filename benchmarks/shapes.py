@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, L
 from transformers.initialization import no_init_weights
 
 import extraction
-from extraction.forecast import free_memory
-from extraction.forecast import shape_of as counted
-from extraction.models import LanguageModel, wrap
+from extraction.model.loading import LanguageModel, wrap
+from extraction.model.memory import shape_of as counted
+from extraction.pipeline.forecast import free_memory
 
 POCKET = Path(extraction.__file__).parent / "pocket" / "pocket" / "config.json"
 SIZES = (

@@ -9,10 +9,11 @@ from typing import Any
 
 from benchmarks.duos import ask, bundled, in_turn, random_twin, spread, timed
 from benchmarks.shapes import random_model
-from extraction.decoding.sample import Sample
-from extraction.decoding.speculate import Speculate
-from extraction.models import LanguageModel
-from extraction.utils_batch import Completion, Request, generate
+from extraction.engine.generate import generate
+from extraction.engine.sampler import Sample
+from extraction.engine.speculation import Speculate
+from extraction.model.loading import LanguageModel
+from extraction.utils_batch import Completion, Request
 
 BATCH_SIZES = (1, 4, 16)
 TEMPERATURES = (0.0, 0.7)

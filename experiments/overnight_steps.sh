@@ -26,7 +26,7 @@ TIER_3_FILES=(prompts_tier3_uncertainty.txt prompts_tier3_cognitive.txt)
 GRACE=5 # seconds that a step has to end by itself when the night is stopped
 
 CHECKOUT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P) || exit 2
-TRAITLINE='from extraction.cli import main; main(prog_name="traitline")' # needs no installed command
+TRAITLINE='from extraction.cli.commands import main; main(prog_name="traitline")' # needs no installed command
 CHILD=
 N_FAILED=0
 TABLE=

@@ -6,7 +6,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run by path: import the package of this checkout
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from extraction.cli import amplify_command
+from extraction.cli.commands import amplify_command
 
 if __name__ == "__main__":
     amplify_command()

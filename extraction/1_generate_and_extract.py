@@ -6,7 +6,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run by path: import the package, not this folder's files
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from extraction.cli import combined_command
+from extraction.cli.commands import combined_command
 
 if __name__ == "__main__":
     combined_command()

@@ -1,6 +1,6 @@
 """THE ENGINE: left-padded continuous batching, with activations captured in the same pass.
 
-One loop (`extraction.running`) serves plain sampling, amplification and speculation. Here are its ways in: `generate`,
+One loop (`extraction.engine.batch`) serves plain sampling, amplification and speculation. Here are its ways in: `generate`,
 `teacher_force`, and two functions for people who script.
 
 Shapes: T tokens, L layers, D hidden.
@@ -8,17 +8,14 @@ Shapes: T tokens, L layers, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from extraction.capture import Capture, Recording
-from extraction.continuations import Completion, Request
-from extraction.decoding.sample import Sample
-from extraction.models import LanguageModel, wrap
-from extraction.partners import Strategy
-from extraction.running import RunningBatch
-from extraction.seats import Limits
-from extraction.teacher import Text, forced_activations
+from extraction.activations.pooled import Capture
+from extraction.engine.generate import Progress, encode_text, generate, teacher_force
+from extraction.engine.requests import Completion, Request
+from extraction.engine.sampler import Sample
+from extraction.model.loading import wrap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,64 +32,6 @@ __all__ = [
     "get_activations_from_texts",
     "teacher_force",
 ]
-Progress = Callable[[int], None]
-
-
-def generate(
-    lm: LanguageModel,
-    requests: Sequence[Request],
-    *,
-    batch_size: int,
-    strategy: Strategy | None = None,
-    capture: Recording | None = None,
-    stop_strings: Sequence[str] = (),
-    on_progress: Progress | None = None,
-    in_order: bool = False,
-) -> Iterator[Completion]:
-    """Continue every request, longest prompt first or `in_order`; yield completions as they end.
-
-    `strategy`: Sample (greedy without one), Amplify or Speculate. `on_progress` is told the number of new response
-    tokens after each step. Activations are those of the steered stream. Raises PromptError for a request that the
-    model can't hold, ConfigError for a steering or an alpha that does not fit, ModelError for a second model of another
-    vocabulary, ActivationError where an activation or a logit is not finite.
-    """
-    batch = RunningBatch(
-        lm,
-        Limits.of(requests, batch_size),
-        strategy=strategy,
-        capture=capture,
-        stop_strings=tuple(stop_strings),
-        steerings=[request.steering for request in requests if request.steering is not None],
-    )
-    batch.add(requests if in_order else sorted(requests, key=lambda request: len(request.token_ids), reverse=True))
-    with batch.watching():
-        while batch.has_work:
-            news = batch.advance()
-            if on_progress is not None:
-                on_progress(sum(map(len, news.fresh.values())))
-            for completion in news.done:
-                if completion.fault is not None:
-                    raise completion.fault
-                yield completion
-
-
-def teacher_force(
-    lm: LanguageModel,
-    texts: Sequence[Text],
-    *,
-    capture: Capture,
-    batch_size: int = 16,
-    on_progress: Progress | None = None,
-) -> Iterator[Completion]:
-    """Activations of responses that exist already: `texts` are (id, prompt ids, response ids), never re-tokenised.
-
-    Yields completions, longest first; `finish_reason` is `given`. Errors as in `generate`.
-    """
-    responses = {example_id: tuple(response) for example_id, _, response in texts}
-    for example_id, kept in forced_activations(lm, texts, capture=capture, batch_size=batch_size):
-        if on_progress is not None:
-            on_progress(len(responses[example_id]))
-        yield Completion(example_id, responses[example_id], "given", kept)
 
 
 def generate_batch_with_activations(  # noqa: PLR0913 (a script's one call)
@@ -154,9 +93,3 @@ def get_activations_from_texts(
     capture = Capture(tuple(range(lm.n_layers)) if layers is None else tuple(layers), tuple(sites), tuple(poolings))
     done = {c.id: c.activations for c in teacher_force(lm, forced, capture=capture, batch_size=batch_size)}
     return [done[str(i)] for i in range(len(texts))]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text, with exactly one BOS if the tokenizer has one of its own accord."""
-    bos = tokenizer.bos_token
-    return list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])

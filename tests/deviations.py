@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 
-from extraction.utils_batch import Capture, Completion, teacher_force
+from extraction.engine.generate import teacher_force
+from extraction.utils_batch import Capture, Completion
 from tests.test_engine_laws import ALL_LAYERS, POOLINGS, Case, case_of, deviation, run, tokens_of, worst
 from tests.tiny import ARCHITECTURES
 

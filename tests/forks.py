@@ -102,11 +102,11 @@ def _serve() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import extraction.cli.summaries
+    import extraction.pipeline.stages
     import extraction.serving.server
-    import extraction.stages
-    import extraction.summary
     import extraction.utils_batch
-    import extraction.vectors.validation  # noqa: F401
+    import extraction.vectors.card  # noqa: F401
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -132,7 +132,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _run(folder: Path) -> None:
-    from extraction.cli import main
+    from extraction.cli.commands import main
 
     code: object = 70
     for number, name in ((1, "stdout"), (2, "stderr")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from extraction.vectors.splits import Rows
+from extraction.vectors.splits import LabelledRows
 
 
 def gaussian(*shape: int, seed: int) -> Tensor:
@@ -20,7 +20,7 @@ def ways(layers: int, hidden: int, seed: int) -> Tensor:
 
 def trait_rows(
     questions: int = 20, instructions: int = 5, layers: int = 4, hidden: int = 24, effect: float = 1.0, seed: int = 0
-) -> Rows:
+) -> LabelledRows:
     """An instructed trait: every question and instruction on both sides, a trait direction stronger at layer 2."""
     n = 2 * questions * instructions
     positive_n = torch.arange(n) < n // 2
@@ -34,10 +34,12 @@ def trait_rows(
     activations = (
         by_question + by_instruction + noise + effect * sign_n11 * strength_L1 * ways(layers, hidden, seed + 2)
     )
-    return Rows(activations.float(), positive_n, tuple(question_n.tolist()), tuple(instruction_n.tolist()))
+    return LabelledRows(activations.float(), positive_n, tuple(question_n.tolist()), tuple(instruction_n.tolist()))
 
 
-def natural_rows(each: int = 15, repeats: int = 2, hidden: int = 24, effect: float = 0.0, seed: int = 0) -> Rows:
+def natural_rows(
+    each: int = 15, repeats: int = 2, hidden: int = 24, effect: float = 0.0, seed: int = 0
+) -> LabelledRows:
     """Natural prompts: every question lies on one side, and its rows share nearly all of their activation."""
     question_n = torch.arange(2 * each * repeats) % (2 * each)
     positive_n = question_n % 2 == 0
@@ -45,10 +47,12 @@ def natural_rows(each: int = 15, repeats: int = 2, hidden: int = 24, effect: flo
     sign_n11 = torch.where(positive_n, 1.0, -1.0).double()[:, None, None]
     noise = 0.1 * gaussian(len(question_n), 1, hidden, seed=seed + 1)
     activations = shared + noise + effect * sign_n11 * ways(1, hidden, seed + 2)
-    return Rows(activations, positive_n, tuple(question_n.tolist()), (0,) * len(question_n))
+    return LabelledRows(activations, positive_n, tuple(question_n.tolist()), (0,) * len(question_n))
 
 
-def memorised_instructions(seed: int = 0, hidden: int = 64, questions: int = 20, instructions: int = 10) -> Rows:
+def memorised_instructions(
+    seed: int = 0, hidden: int = 64, questions: int = 20, instructions: int = 10
+) -> LabelledRows:
     """No trait: each instruction pair moves its sides apart along a direction of its own, the same for all questions.
 
     A direction that has met the instruction reads it perfectly on any question; one that has not reads nothing.
@@ -56,6 +60,6 @@ def memorised_instructions(seed: int = 0, hidden: int = 64, questions: int = 20,
     rows = trait_rows(questions, instructions, layers=2, hidden=hidden, effect=0.0, seed=seed)
     own = 6 * ways(instructions, hidden, seed + 3)[torch.tensor(rows.instruction_ids)].unsqueeze(1)
     sign_n11 = torch.where(rows.positive_n, 1.0, -1.0)[:, None, None]
-    return Rows(
+    return LabelledRows(
         (rows.activations_nLD + sign_n11 * own).float(), rows.positive_n, rows.question_ids, rows.instruction_ids
     )

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from extraction.core.records import POINTS
 from extraction.monitoring.dynamics import dynamics
-from extraction.monitoring.facts import Reading, SetFacts, TraitFacts
-from extraction.records import POINTS
+from extraction.monitoring.page_data import CaptureSetData, TextReading, TraitData
 
 TEMPLATE = ("<bos>", "<start_of_turn>", "user", "\n")
 TURN = ("<end_of_turn>", "\n", "<start_of_turn>", "model", "\n")
@@ -25,7 +25,7 @@ NAMES = ("uncertainty_calibration", "sycophancy", "commitment_strength", "cognit
 
 def make_reading(
     index: int, n_tokens: int = 60, n_layers: int = 6, n_traits: int = 1, *, texts: Sequence[str] = ()
-) -> Reading:
+) -> TextReading:
     """One prompt; `texts` stand as pieces at the response's start."""
     generator = np.random.default_rng(index)
     words = [f" {ASKED[(index + i) % len(ASKED)]}" for i in range(5 + index % 9)]
@@ -35,7 +35,7 @@ def make_reading(
     pieces = [*prompt, *(word if word in texts or "\n" in word else f" {word}" for word in said)]
     x_TLPK = _trajectories(generator, len(pieces), n_layers, n_traits, len(prompt))
     names = [name_of(k) for k in range(n_traits)]
-    return Reading(
+    return TextReading(
         id=f"p{index:04d}",
         prompt="".join(words).strip(),
         response="".join(pieces[len(prompt) :]),
@@ -72,11 +72,11 @@ def name_of(k: int) -> str:
     return NAMES[k] if k < len(NAMES) else f"trait_{k}"
 
 
-def make_trait(k: int, n_layers: int) -> TraitFacts:
+def make_trait(k: int, n_layers: int) -> TraitData:
     """Every other trait has levels; the second layer has none."""
     levels_L2 = np.array([[-1.5, 2.5 + 0.1 * layer] for layer in range(n_layers)])
     levels_L2[1:2] = np.nan
-    return TraitFacts(
+    return TraitData(
         name=name_of(k),
         description="How openly the answer says what it does not know. Positive: hedges. Negative: asserts.",
         method=("probe", "mean_diff")[k % 2],
@@ -88,7 +88,7 @@ def make_trait(k: int, n_layers: int) -> TraitFacts:
 def make_set(
     n_prompts: int = 8, n_tokens: int = 60, n_layers: int = 6, n_traits: int = 1, *, texts: Sequence[str] = (),
     **changes: Any,
-) -> SetFacts:  # fmt: skip
+) -> CaptureSetData:  # fmt: skip
     """A whole set."""
     given: dict[str, Any] = {
         "title": "prompts_uncertainty",
@@ -101,4 +101,4 @@ def make_set(
         "readings": [make_reading(i, n_tokens, n_layers, n_traits, texts=texts) for i in range(n_prompts)],
         "settings": {"generation": {"max_new_tokens": 50, "temperature": 0.7}, "seed": 0, "dtype": "float32"},
     }
-    return SetFacts(**{**given, **changes})
+    return CaptureSetData(**{**given, **changes})

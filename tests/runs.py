@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from click.testing import CliRunner, Result
 
-from extraction.cli import main
+from extraction.cli.commands import main
 from tests.tiny import tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

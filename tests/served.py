@@ -14,9 +14,9 @@ import httpx2
 import torch
 from torch import Tensor, nn
 
-from extraction.models import LanguageModel, wrap
-from extraction.serving.served import Served
-from extraction.serving.server import Server
+from extraction.model.loading import LanguageModel, wrap
+from extraction.serving.models import ServedModels
+from extraction.serving.server import HttpService
 from extraction.serving.settings import Settings, address_of, bind
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -28,7 +28,7 @@ POISON = "$$"  # twice in a row, which no model that looks itself over with sing
 class Running:
     """A server that answers, and a client of it."""
 
-    server: Server
+    server: HttpService
     url: str
     client: httpx2.Client
     said: list[str]
@@ -75,7 +75,7 @@ def language_model(seed: int = 0, **changes: Any) -> LanguageModel:
     return wrap(tiny_model("llama", seed=seed, max_position_embeddings=512, **changes), tiny_tokenizer())
 
 
-def served(**replaced: Any) -> Served:
+def served(**replaced: Any) -> ServedModels:
     """All kinds of requests."""
     models = {
         "target": language_model(0),
@@ -83,16 +83,16 @@ def served(**replaced: Any) -> Served:
         "after": language_model(1),
         "before": language_model(2),
     }
-    return Served(**(models | {"names": NAMES} | replaced))
+    return ServedModels(**(models | {"names": NAMES} | replaced))
 
 
 @contextmanager
-def running(what: Served | None = None, **settings: Any) -> Iterator[Running]:
+def running(what: ServedModels | None = None, **settings: Any) -> Iterator[Running]:
     """A server in a thread, until the end of the block."""
     limits = {"port": 0, "batch_size": 8, "max_total_tokens": 256, "max_new_tokens": 120, "grace": 5.0}
     chosen = Settings(**(limits | settings))
     taken, said = bind(chosen), []
-    server = Server(what or served(), chosen, taken, said.append)
+    server = HttpService(what or served(), chosen, taken, said.append)
     thread = threading.Thread(target=server.run)
     thread.start()
     headers = {"authorization": f"Bearer {chosen.token}"} if chosen.token else {}

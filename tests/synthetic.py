@@ -7,8 +7,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from extraction.records import InstructionPair, Trait
-from extraction.report.facts import Facts
+from extraction.core.records import InstructionPair, Trait
+from extraction.report.data import ReportData
 
 FIGURES = ("auroc", "accuracy", "cohens_d")
 METHODS = ("mean_diff", "probe", "pca", "ica", "gradient", "random")
@@ -210,7 +210,7 @@ def make_rows(count: int, tokens: int = 30, *, texts: Sequence[str] = ()) -> lis
     return made
 
 
-def make_facts(**changes: Any) -> Facts:
+def make_facts(**changes: Any) -> ReportData:
     """Everything that a page is made from."""
     rows = changes.pop("rows", make_rows(120))
     given: dict[str, Any] = {
@@ -243,4 +243,4 @@ def make_facts(**changes: Any) -> Facts:
         "hashes": {"trait": "7" * 64, "responses, shard 0": "a" * 64},
         "made_with": {"device": "cpu", "batch_size": 32, "torch": "2.13.0", "transformers": "5.23.0"},
     }
-    return Facts(**{**given, **changes})
+    return ReportData(**{**given, **changes})

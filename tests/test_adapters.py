@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from extraction.configs import ModelSpec
-from extraction.errors import ModelError
-from extraction.models import LanguageModel, load, load_over, read_config, read_tokenizer
-from extraction.steering import Steering
-from extraction.utils_batch import Capture, Request, generate
+from extraction.config.experiments import ModelSpec
+from extraction.core.errors import ModelError
+from extraction.engine.generate import generate
+from extraction.engine.steering import Steering
+from extraction.model.loading import LanguageModel, load, load_over, read_config, read_tokenizer
+from extraction.utils_batch import Capture, Request
 from tests.lora import CONFIG, WEIGHTS, as_peft_has_it, change_config, saved_adapter, saved_base
 from tests.runs import environment
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY, deviation, prompts, tiny_tokenizer

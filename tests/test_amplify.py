@@ -18,14 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from extraction.decoding.amplify import Amplify, amplified
-from extraction.decoding.sample import Sample
-from extraction.errors import ConfigError, ModelError, TraitlineError
-from extraction.models import LanguageModel, wrap
-from extraction.running import RunningBatch
-from extraction.seats import Limits
-from extraction.steering import Steering
-from extraction.utils_batch import Capture, Completion, Request, generate
+from extraction.core.errors import ConfigError, ModelError, TraitlineError
+from extraction.engine.batch import ContinuousBatch
+from extraction.engine.generate import generate
+from extraction.engine.logit_diff import Amplify, amplify_logits
+from extraction.engine.sampler import Sample
+from extraction.engine.sequence import BatchLimits
+from extraction.engine.steering import Steering
+from extraction.model.loading import LanguageModel, wrap
+from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     ARCHITECTURES,
     HIDDEN,
@@ -73,7 +74,9 @@ def pairs(draw: Any) -> tuple[list[list[float]], list[list[float]], list[float],
 @given(pairs())
 def test_the_formula_is_what_it_says_one_number_at_a_time(arguments: Any) -> None:
     after, before, alphas, plausibility = arguments
-    got_BV = amplified(*(torch.tensor(each, dtype=torch.float64) for each in (after, before, alphas)), plausibility)
+    got_BV = amplify_logits(
+        *(torch.tensor(each, dtype=torch.float64) for each in (after, before, alphas)), plausibility
+    )
     for row in range(len(after)):
         wanted = plain_amplified(after[row], before[row], alphas[row], plausibility)
         assert got_BV[row].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
@@ -84,8 +87,8 @@ def test_the_formula_is_what_it_says_one_number_at_a_time(arguments: Any) -> Non
 def test_a_shift_of_either_models_logits_changes_no_probability(arguments: Any, a: float, b: float) -> None:
     """Logits have no zero of their own."""
     after_BV, before_BV, alpha_B = (torch.tensor(each, dtype=torch.float64) for each in arguments[:3])
-    plain_BV = amplified(after_BV, before_BV, alpha_B).softmax(-1)
-    shifted_BV = amplified(after_BV + a, before_BV + b, alpha_B).softmax(-1)
+    plain_BV = amplify_logits(after_BV, before_BV, alpha_B).softmax(-1)
+    shifted_BV = amplify_logits(after_BV + a, before_BV + b, alpha_B).softmax(-1)
     assert torch.allclose(plain_BV, shifted_BV, atol=1e-9)
 
 
@@ -93,11 +96,11 @@ def test_a_shift_of_either_models_logits_changes_no_probability(arguments: Any, 
 @given(pairs())
 def test_alpha_minus_one_is_the_model_before_and_rows_are_their_own(arguments: Any) -> None:
     after_BV, before_BV, alpha_B = (torch.tensor(each, dtype=torch.float64) for each in arguments[:3])
-    assert torch.allclose(amplified(after_BV, before_BV, torch.full_like(alpha_B, -1.0)), before_BV, atol=1e-12)
-    whole_BV = amplified(after_BV, before_BV, alpha_B)
+    assert torch.allclose(amplify_logits(after_BV, before_BV, torch.full_like(alpha_B, -1.0)), before_BV, atol=1e-12)
+    whole_BV = amplify_logits(after_BV, before_BV, alpha_B)
     for row in range(len(alpha_B)):
         one = slice(row, row + 1)
-        assert torch.equal(whole_BV[one], amplified(after_BV[one], before_BV[one], alpha_B[one]))
+        assert torch.equal(whole_BV[one], amplify_logits(after_BV[one], before_BV[one], alpha_B[one]))
 
 
 def random_logits(*, seed: int, dtype: torch.dtype = torch.float32, scale: float = 5.0) -> Tensor:
@@ -110,8 +113,8 @@ def test_alpha_0_is_the_model_after_bit_for_bit(dtype: torch.dtype) -> None:
     after_BV, before_BV = random_logits(seed=0, dtype=dtype), random_logits(seed=1, dtype=dtype, scale=80)
     after_BV[0, 3], before_BV[1, 3], after_BV[2, 4], before_BV[2, 4] = (-INFINITY,) * 4
     wide_BV = after_BV.to(torch.promote_types(dtype, torch.float32))
-    assert torch.equal(amplified(after_BV, before_BV, torch.zeros(6)), wide_BV)
-    mixed_BV = amplified(after_BV, before_BV, torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 0.0]))
+    assert torch.equal(amplify_logits(after_BV, before_BV, torch.zeros(6)), wide_BV)
+    mixed_BV = amplify_logits(after_BV, before_BV, torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 0.0]))
     assert torch.equal(mixed_BV[[0, 1, 2, 5]], wide_BV[[0, 1, 2, 5]])
     assert not torch.equal(mixed_BV[3:5], wide_BV[3:5])
 
@@ -122,14 +125,14 @@ def test_a_model_against_itself_is_unchanged_for_every_alpha(alpha: float, dtype
     after_BV = random_logits(seed=0, dtype=dtype, scale=300)
     after_BV[1, 3] = -INFINITY
     wide_BV = after_BV.to(torch.promote_types(dtype, torch.float32))
-    assert torch.equal(amplified(after_BV, after_BV.clone(), torch.full((6,), alpha)), wide_BV)
+    assert torch.equal(amplify_logits(after_BV, after_BV.clone(), torch.full((6,), alpha)), wide_BV)
 
 
 @HALVES
 def test_half_precision_is_widened_before_anything_is_subtracted(dtype: torch.dtype) -> None:
     after_BV, before_BV = random_logits(seed=0, dtype=dtype, scale=30), random_logits(seed=1, dtype=dtype, scale=30)
     alpha_B = torch.linspace(0.1, 3.3, 6)
-    got_BV = amplified(after_BV, before_BV, alpha_B)
+    got_BV = amplify_logits(after_BV, before_BV, alpha_B)
     assert got_BV.dtype == torch.float32
     wanted_BV = after_BV.float() + alpha_B[:, None] * (after_BV.float() - before_BV.float())
     assert torch.equal(got_BV, wanted_BV)
@@ -141,14 +144,14 @@ def test_half_precision_is_widened_before_anything_is_subtracted(dtype: torch.dt
 def test_what_overflows_in_half_precision_does_not(dtype: torch.dtype) -> None:
     """1000 + 100 * 2000 is past float16's 65504."""
     after_BV, before_BV = torch.tensor([[1000.0, 0.0]], dtype=dtype), torch.tensor([[-1000.0, 0.0]], dtype=dtype)
-    assert amplified(after_BV, before_BV, torch.tensor([100.0])).tolist() == [[201000.0, 0.0]]
+    assert amplify_logits(after_BV, before_BV, torch.tensor([100.0])).tolist() == [[201000.0, 0.0]]
 
 
 @pytest.mark.parametrize("alpha", [-2.0, 0.0, 1.0, 1e6])
 def test_minus_infinity_never_makes_nan_and_what_after_rules_out_stays_out(alpha: float) -> None:
     some = torch.tensor([1.0, 2.0, -INFINITY, -INFINITY, 0.5])
     other = torch.tensor([3.0, -INFINITY, 1.0, -INFINITY, -0.5])
-    got_V = amplified(some[None], other[None], torch.tensor([alpha]))[0]
+    got_V = amplify_logits(some[None], other[None], torch.tensor([alpha]))[0]
     assert not got_V.isnan().any()
     assert (got_V == -INFINITY).tolist()[2:4] == [True, True]
     assert got_V[[0, 4]].tolist() == pytest.approx([1 + alpha * -2.0, 0.5 + alpha * 1.0])
@@ -161,7 +164,7 @@ def test_minus_infinity_never_makes_nan_and_what_after_rules_out_stays_out(alpha
 
 def test_a_row_of_large_gaps_and_a_large_alpha_can_still_be_drawn_from() -> None:
     after_BV, before_BV = random_logits(seed=0, scale=3e3), random_logits(seed=1, scale=3e3)
-    got_BV = amplified(after_BV, before_BV, torch.full((6,), 1e6))
+    got_BV = amplify_logits(after_BV, before_BV, torch.full((6,), 1e6))
     assert got_BV.isfinite().all()
     assert len(Sample(1.0)(got_BV, torch.full((6,), 0.5))) == 6
 
@@ -172,19 +175,19 @@ def test_plausibility_is_li_and_others_equation_2() -> None:
     before_1V = torch.tensor([[0.1, 0.1, 0.7, 0.1]], dtype=torch.float64)
     arguments = chances_1V.log(), before_1V.log(), torch.ones(1, dtype=torch.float64)
     for plausibility, kept in ((0.0, 3), (1e-9, 3), (0.4799, 3), (0.4801, 2), (0.5201, 1), (1.0, 1)):
-        got_V = amplified(*arguments, plausibility)[0]
+        got_V = amplify_logits(*arguments, plausibility)[0]
         assert int(got_V.isfinite().sum()) == kept, plausibility
         assert got_V[:kept].tolist() == pytest.approx((arguments[0] * 2 - arguments[1])[0, :kept].tolist()), (
             "those that stay keep their scores"
         )
     ties_1V = torch.tensor([[2.0, 2.0, 1.0]])
-    assert amplified(ties_1V, torch.zeros(1, 3), torch.ones(1), 1.0).isfinite().tolist() == [[True, True, False]]
+    assert amplify_logits(ties_1V, torch.zeros(1, 3), torch.ones(1), 1.0).isfinite().tolist() == [[True, True, False]]
 
 
 def test_the_formula_changes_none_of_its_arguments() -> None:
     arguments = random_logits(seed=0), random_logits(seed=1), torch.ones(6)
     before = [each.clone() for each in arguments]
-    amplified(*arguments, 0.1)
+    amplify_logits(*arguments, 0.1)
     assert all(torch.equal(each, was) for each, was in zip(arguments, before, strict=True))
 
 
@@ -392,8 +395,8 @@ def test_rows_that_come_and_go_leave_the_others_as_they_are(name: str) -> None:
     n_dropped = 0
     for seed in range(8):
         rng = random.Random(seed)
-        limits = Limits(slots=rng.randint(1, 5), longest=40, budget=9)
-        batch = RunningBatch(after, limits, strategy=Amplify(before, alpha=RUN_ALPHA))
+        limits = BatchLimits(slots=rng.randint(1, 5), longest=40, budget=9)
+        batch = ContinuousBatch(after, limits, strategy=Amplify(before, alpha=RUN_ALPHA))
         done, dropped = fed_at_random(batch, rng.sample(asked(name, 9), 9), rng)
         assert done == {key: said for key, said in wanted.items() if key not in dropped}, seed
         n_dropped += len(dropped)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction.adapters import twin
-from extraction.attention import NAME, Attended, watching_attention
-from extraction.errors import ModelError
-from extraction.models import LanguageModel, wrap
-from extraction.utils_batch import Request, generate
+from extraction.core.errors import ModelError
+from extraction.engine.generate import generate
+from extraction.model.attention_weights import NAME, AttentionReading, watch_attention
+from extraction.model.loading import LanguageModel, wrap
+from extraction.model.lora import share_weights
+from extraction.utils_batch import Request
 from tests.tiny import ARCHITECTURES, WINDOW, blocks, deviation, prompts, shared_model, taps, tiny_model
 
 OWN = ("gptj", "codegen", "falcon", "falcon_new", "falcon_alibi", "xglm", "bloom", "mpt", "gpt_neo")
@@ -27,14 +28,16 @@ LONG = prompts(1)[0]  # longer than the window of those that have one
 
 
 @contextmanager
-def noting(lm: LanguageModel, layers: Sequence[int] | None = None) -> Iterator[dict[int, list[Attended]]]:
+def noting(lm: LanguageModel, layers: Sequence[int] | None = None) -> Iterator[dict[int, list[AttentionReading]]]:
     """Copies of what is seen, by layer."""
-    seen: dict[int, list[Attended]] = {layer: [] for layer in (range(lm.n_layers) if layers is None else layers)}
+    seen: dict[int, list[AttentionReading]] = {
+        layer: [] for layer in (range(lm.n_layers) if layers is None else layers)
+    }
 
-    def note(layer: int, a: Attended) -> None:
-        seen[layer].append(Attended(*(x.clone() for x in (a.q_BTHC, a.k_BTGC, a.v_BTGC, a.weights_BHTS))))
+    def note(layer: int, a: AttentionReading) -> None:
+        seen[layer].append(AttentionReading(*(x.clone() for x in (a.q_BTHC, a.k_BTGC, a.v_BTGC, a.weights_BHTS))))
 
-    with watching_attention(lm, tuple(seen), note):
+    with watch_attention(lm, tuple(seen), note):
         yield seen
 
 
@@ -43,7 +46,7 @@ def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
     return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
 
 
-def watched(name: str, ids: Sequence[int] = LONG, dtype: torch.dtype = torch.float32) -> list[Attended]:
+def watched(name: str, ids: Sequence[int] = LONG, dtype: torch.dtype = torch.float32) -> list[AttentionReading]:
     """What every layer of a model attends to in one text."""
     with noting(wrap(shared_model(name, dtype))) as seen:
         logits_of(shared_model(name, dtype), ids)
@@ -55,7 +58,9 @@ def expand(states_BTGC: Tensor, heads: int) -> Tensor:
     return states_BTGC.repeat_interleave(heads // states_BTGC.shape[2], dim=2)
 
 
-def softmax_by_hand(a: Attended, scale: float, *, window: int = 10**6, cap: float = 0.0, causal: bool = True) -> Tensor:
+def softmax_by_hand(
+    a: AttentionReading, scale: float, *, window: int = 10**6, cap: float = 0.0, causal: bool = True
+) -> Tensor:
     """softmax(q . k * scale) under a causal mask, a window and a cap: [B, H, T, T]."""
     score_BHTS = torch.einsum("bthc,bshc->bhts", a.q_BTHC, expand(a.k_BTGC, a.q_BTHC.shape[2])) * scale
     score_BHTS = cap * torch.tanh(score_BHTS / cap) if cap else score_BHTS
@@ -229,7 +234,7 @@ def test_slots_that_empty_and_fill_again_change_no_token(name: str) -> None:
     requests = [Request(f"r{i}", text, 3 + 5 * (i % 3)) for i, text in enumerate(prompts(9))]
     plain = {c.id: c.token_ids for c in generate(lm, requests, batch_size=3)}
     finite: list[bool] = []
-    with watching_attention(lm, [0, 2], lambda _, a: finite.append(bool(a.weights_BHTS.isfinite().all()))):
+    with watch_attention(lm, [0, 2], lambda _, a: finite.append(bool(a.weights_BHTS.isfinite().all()))):
         assert {c.id: c.token_ids for c in generate(lm, requests, batch_size=3)} == plain
     assert finite
     assert all(finite)
@@ -273,10 +278,10 @@ def test_a_failure_inside_leaves_the_model_as_it_was(failure: type[BaseException
     model = tiny_model("llama")
     lm, before = wrap(model), model.config._attn_implementation
 
-    def fail(_layer: int, _attended: Attended) -> None:
+    def fail(_layer: int, _attended: AttentionReading) -> None:
         raise failure
 
-    with pytest.raises(failure), watching_attention(lm, [1], fail):
+    with pytest.raises(failure), watch_attention(lm, [1], fail):
         logits_of(model, LONG)
     assert model.config._attn_implementation == before
     with noting(lm) as seen:
@@ -311,7 +316,7 @@ def test_only_the_layers_asked_for_are_told_of() -> None:
 
 def test_two_models_on_the_same_tensors_are_watched_apart() -> None:
     first = tiny_model("llama")
-    second = twin(first)
+    second = share_weights(first)
     with noting(wrap(first)) as seen:
         logits_of(second, LONG)
         assert not any(seen.values())

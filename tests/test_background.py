@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from extraction.background import MOST_PENDING, Background
-from extraction.errors import StoreError
+from extraction.core.errors import StoreError
+from extraction.storage.background_writer import MAX_PENDING, BackgroundWriter
 
 
 def test_all_is_done_in_order_by_another_thread():
     done: list[tuple[int, int]] = []
-    with Background() as background:
+    with BackgroundWriter() as background:
         for i in range(20):
             background.put(lambda i=i: done.append((i, threading.get_ident())))
     assert [i for i, _ in done] == list(range(20))
@@ -26,8 +26,8 @@ def test_little_is_pending_and_the_caller_waits_for_more():
     handed = []
 
     def caller() -> None:
-        with Background() as background:
-            for i in range(MOST_PENDING + 3):
+        with BackgroundWriter() as background:
+            for i in range(MAX_PENDING + 3):
                 background.put(lambda: (started.set(), gate.wait(10)))
                 handed.append(i)
 
@@ -35,10 +35,10 @@ def test_little_is_pending_and_the_caller_waits_for_more():
     thread.start()
     assert started.wait(10)
     time.sleep(0.05)
-    assert len(handed) == MOST_PENDING
+    assert len(handed) == MAX_PENDING
     gate.set()
     thread.join(10)
-    assert len(handed) == MOST_PENDING + 3
+    assert len(handed) == MAX_PENDING + 3
 
 
 def fail() -> None:
@@ -47,7 +47,7 @@ def fail() -> None:
 
 def test_an_error_is_raised_by_the_next_put_and_nothing_follows_it():
     done: list[int] = []
-    with pytest.raises(StoreError, match="disk full"), Background() as background:  # noqa: PT012
+    with pytest.raises(StoreError, match="disk full"), BackgroundWriter() as background:  # noqa: PT012
         background.put(fail)
         while True:
             background.put(lambda: done.append(1))
@@ -55,23 +55,23 @@ def test_an_error_is_raised_by_the_next_put_and_nothing_follows_it():
 
 
 def test_an_error_of_the_last_work_is_raised_at_the_end():
-    with pytest.raises(StoreError, match="disk full"), Background() as background:  # noqa: PT012
+    with pytest.raises(StoreError, match="disk full"), BackgroundWriter() as background:  # noqa: PT012
         background.put(lambda: None)
         background.put(fail)
 
 
 def test_what_was_handed_over_is_finished_whatever_ends_the_block():
     done: list[int] = []
-    with pytest.raises(KeyboardInterrupt), Background() as background:  # noqa: PT012
-        for i in range(MOST_PENDING):
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter() as background:  # noqa: PT012
+        for i in range(MAX_PENDING):
             background.put(lambda i=i: (time.sleep(0.02), done.append(i)))
         raise KeyboardInterrupt
-    assert done == list(range(MOST_PENDING))
+    assert done == list(range(MAX_PENDING))
 
 
 def test_a_signal_while_it_waits_at_the_end_is_raised_when_all_is_done(monkeypatch):
     done: list[int] = []
-    background = Background()
+    background = BackgroundWriter()
     shut, calls = background._pool.shutdown, []
 
     def interrupted() -> None:

@@ -123,7 +123,7 @@ NAMES = ["../x", "/etc/x", "CON", "x" * 300, "a\0b", "", " ", "a/b", ".hidden", 
 
 @pytest.mark.parametrize("option", ["--experiment", "--trait"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_unsafe_name_is_refused_by_every_stage(root, option, name):
+def test_an_uncheck_name_is_refused_by_every_stage(root, option, name):
     given = {"--experiment": "demo", "--trait": "calm"} | {option: name}
     arguments = [word for pair in given.items() for word in pair]
     for command in ("generate", "extract", "capture", "vectors", "validate"):

@@ -33,7 +33,7 @@ from benchmarks.shapes import random_model
 from benchmarks.speculation import speculation
 from benchmarks.tables import TABLES, save
 from benchmarks.validation import card_cost
-from extraction.utils_batch import generate
+from extraction.engine.generate import generate
 from extraction.vectors.methods import DEFAULT_METHODS
 from tests.runs import succeed
 from tests.tiny import tiny_model, tiny_tokenizer

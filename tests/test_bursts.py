@@ -16,18 +16,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction import bursts, linears
-from extraction.bursts import STEPS, Bursts, why_not
-from extraction.capture import Observer
-from extraction.decoding.amplify import Amplify
-from extraction.decoding.sample import Sample
-from extraction.decoding.speculate import Speculate
-from extraction.models import LanguageModel, wrap
-from extraction.runners import notes_of_steps
-from extraction.running import RunningBatch
-from extraction.seats import Limits
-from extraction.slots import Recorded, Window
-from extraction.steering import Steering
+from extraction.activations.pooled import PooledCapture
+from extraction.engine import cuda_graphs
+from extraction.engine.batch import ContinuousBatch
+from extraction.engine.cuda_graphs import STEPS_PER_RUN, CudaGraphRunner, unsupported_reason
+from extraction.engine.lazy_model import cuda_graph_notes
+from extraction.engine.logit_diff import Amplify
+from extraction.engine.sampler import Sample
+from extraction.engine.sequence import BatchLimits
+from extraction.engine.speculation import Speculate
+from extraction.engine.steering import Steering
+from extraction.model import onednn_linear
+from extraction.model.kv_cache import CacheWindow, GraphCursor
+from extraction.model.loading import LanguageModel, wrap
 from extraction.utils_batch import Capture, Request
 from tests.recorder import Recorder
 from tests.test_engine_laws import ALL_LAYERS, EVERY, TOLERANCE, case_of, run, tokens_of, worst
@@ -41,9 +42,9 @@ WARPED = Sample(0.8, top_k=20, top_p=0.9)
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Processors can record, in this test; and nothing is chosen for their sake."""
     recorder = Recorder()
-    monkeypatch.setattr(bursts, "recorder_for", lambda _device: recorder)
-    monkeypatch.setattr(linears, "pays", lambda: False)
-    monkeypatch.setattr(bursts, "COLUMNS", 16)  # so that short texts have several recordings
+    monkeypatch.setattr(cuda_graphs, "recorder_for", lambda _device: recorder)
+    monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: False)
+    monkeypatch.setattr(cuda_graphs, "COLUMN_BUCKET", 16)  # so that short texts have several recordings
     return recorder
 
 
@@ -54,7 +55,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def test_tokens_and_activations_equal_transformers_in_any_batch_and_order(name: str, recorder: Recorder) -> None:
     case = case_of(name)
     reason = next((words for names, words in NOT_RECORDED.items() if name in names), "")
-    assert (reason in why_not(case.lm, recorder)) if reason else not why_not(case.lm, recorder)
+    assert (reason in unsupported_reason(case.lm, recorder)) if reason else not unsupported_reason(case.lm, recorder)
     recorder.n_replayed = 0
     for batch_size, lm, requests in case.orders()[1:3]:
         done = run(lm, requests, batch_size, Capture(ALL_LAYERS))
@@ -76,7 +77,7 @@ def twice(
     replayed = work()
     assert bool(recorder.n_replayed) == replays
     with monkeypatch.context() as patch:
-        patch.setattr(bursts, "recorder_for", lambda _device: None)
+        patch.setattr(cuda_graphs, "recorder_for", lambda _device: None)
         return replayed, work()
 
 
@@ -171,7 +172,7 @@ def test_what_can_not_be_recorded_runs_step_by_step(
     lm = wrap(shared_model("llama"), stop_ids=())
     requests = [replace(r, sample=samples[i % len(samples)]) for i, r in enumerate(many(lm, 6)) if r.max_new_tokens > 2]
     mixed = [replace(request, max_new_tokens=9) for request in requests]
-    assert why_not(lm, recorder) == ""
+    assert unsupported_reason(lm, recorder) == ""
     recorder.n_replayed = 0
     assert agree(*twice(recorder, monkeypatch, lambda: run(lm, mixed, len(mixed), **options), replays=False))
 
@@ -180,7 +181,7 @@ def test_a_step_that_can_not_be_recorded_after_all_is_no_loss(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = wrap(deepcopy(shared_model("llama")), stop_ids=())
-    assert why_not(lm, recorder) == ""
+    assert unsupported_reason(lm, recorder) == ""
     record = Recorder.__call__
 
     def once(self: Recorder, work: Callable[[], None]) -> Callable[[], None]:
@@ -190,14 +191,14 @@ def test_a_step_that_can_not_be_recorded_after_all_is_no_loss(
 
     monkeypatch.setattr(Recorder, "__call__", once)
     assert agree(*twice(recorder, monkeypatch, lambda: run(lm, many(lm), 4, Capture(ALL_LAYERS))))
-    assert "stream is capturing" in why_not(lm)
+    assert "stream is capturing" in unsupported_reason(lm)
 
 
 def test_a_run_says_why_a_model_is_not_recorded(recorder: Recorder) -> None:
-    (said,) = notes_of_steps(case_of("mpt").lm)
+    (said,) = cuda_graph_notes(case_of("mpt").lm)
     assert said.startswith("decode steps run one by one")
     assert "not permitted while recording" in said
-    assert not list(notes_of_steps(case_of("llama").lm))
+    assert not list(cuda_graph_notes(case_of("llama").lm))
 
 
 # --- what a recording may count on ----------------------------------------------------------------------------------
@@ -207,13 +208,15 @@ def test_buffers_stay_where_they_are_and_the_host_looks_once_a_burst(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = wrap(shared_model("llama"), stop_ids=())
-    assert why_not(lm, recorder) == ""
+    assert unsupported_reason(lm, recorder) == ""
     recorder.n_recorded = recorder.n_replayed = 0
     requests = [Request(f"e{i}", row, 24) for i, row in enumerate(prompts(4))]
-    batch = RunningBatch(lm, Limits.of(requests, 4), capture=Capture(ALL_LAYERS))
+    batch = ContinuousBatch(lm, BatchLimits.of(requests, 4), capture=Capture(ALL_LAYERS))
     looks: list[int] = []
-    look = Bursts._outcome
-    monkeypatch.setattr(Bursts, "_outcome", lambda self, n_steps: (looks.append(n_steps), look(self, n_steps))[1])
+    look = CudaGraphRunner._outcome
+    monkeypatch.setattr(
+        CudaGraphRunner, "_outcome", lambda self, n_steps: (looks.append(n_steps), look(self, n_steps))[1]
+    )
     batch.add(requests)
     seen: list[tuple[int, ...]] = []
     with batch.watching():
@@ -221,15 +224,15 @@ def test_buffers_stay_where_they_are_and_the_host_looks_once_a_burst(
             batch.advance()
             seen.append(tuple(tensor.data_ptr() for tensor in buffers(batch)))
     assert len(set(seen[:-1])) == 1
-    assert looks == [STEPS] * (24 // STEPS)
+    assert looks == [STEPS_PER_RUN] * (24 // STEPS_PER_RUN)
     assert recorder.n_recorded < 4  # one for every 16 columns
     assert recorder.n_replayed == sum(looks) - recorder.n_recorded
 
 
-def buffers(batch: RunningBatch) -> list[Tensor]:
+def buffers(batch: ContinuousBatch) -> list[Tensor]:
     """What a step reads and writes."""
     assert batch.bursts is not None
-    assert isinstance(batch.observer, Observer)
+    assert isinstance(batch.observer, PooledCapture)
     rows, layers = batch.rows, batch.lane.cache.slot_layers
     kept = [states for layer in layers for states in (layer.keys, layer.values) if states is not None]
     sums = [accumulator.sum_KBD for accumulator in batch.observer.poolings.values()]
@@ -251,23 +254,23 @@ def test_a_recording_is_forgotten_when_the_rows_change(recorder: Recorder) -> No
 
 def stuck_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number that the cursor had when it was recorded."""
-    recording = Window.recording
+    recording = CacheWindow.recording
 
-    def stuck(self: Window, recorded: Recorded) -> Any:
-        return recording(self, Recorded(torch.full_like(recorded.cursor_1, self.cursor), recorded.columns))
+    def stuck(self: CacheWindow, recorded: GraphCursor) -> Any:
+        return recording(self, GraphCursor(torch.full_like(recorded.cursor_1, self.cursor), recorded.columns))
 
-    monkeypatch.setattr(Window, "recording", stuck)
+    monkeypatch.setattr(CacheWindow, "recording", stuck)
 
 
 def everybody_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens past a stop are counted."""
-    tally = Observer.tally
-    monkeypatch.setattr(Observer, "tally", lambda self, age_B, live_B, t=0: tally(self, age_B, None, t))
+    tally = PooledCapture.tally
+    monkeypatch.setattr(PooledCapture, "tally", lambda self, age_B, live_B, t=0: tally(self, age_B, None, t))
 
 
 def nothing_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recordings of rows that are gone."""
-    monkeypatch.setattr(Bursts, "forget", lambda self: None)
+    monkeypatch.setattr(CudaGraphRunner, "forget", lambda self: None)
 
 
 @pytest.mark.parametrize("harm", [stuck_cursor, everybody_lives, nothing_is_forgotten])
@@ -275,8 +278,8 @@ def test_the_laws_see_what_goes_wrong(
     harm: Callable[[pytest.MonkeyPatch], None], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = case_of("llama")
-    assert why_not(case.lm, recorder) == ""
-    assert why_not(case.endless, recorder) == ""
+    assert unsupported_reason(case.lm, recorder) == ""
+    assert unsupported_reason(case.endless, recorder) == ""
     harm(monkeypatch)
     broken = False
     for batch_size, lm, requests in case.orders():
@@ -292,7 +295,7 @@ def test_the_laws_see_what_goes_wrong(
 def test_a_model_whose_replay_differs_is_not_recorded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = wrap(deepcopy(shared_model("llama")), stop_ids=())
     stuck_cursor(monkeypatch)
-    assert why_not(lm, recorder) != ""
+    assert unsupported_reason(lm, recorder) != ""
     monkeypatch.undo()
     requests = [Request("e0", prompts(1)[0], 8)]
     recorder.n_replayed = 0

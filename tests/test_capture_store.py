@@ -23,15 +23,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import extraction.atomic
-import extraction.capture_store
-from extraction.atomic import commit
-from extraction.capture_store import CaptureFolder, capture_folder, prompt_id, set_name
-from extraction.errors import ConfigError, RunMismatch, StoreError
-from extraction.payloads import safetensors_bytes
-from extraction.pinned import fingerprint, safe_name
-from extraction.shelf import capture_sets, runs_of, verify_tree, write_sets_index
-from extraction.store import run_folder
+import extraction.storage.atomic
+import extraction.storage.token_captures
+from extraction.core.errors import ConfigError, RunMismatch, StoreError
+from extraction.core.names import check_name
+from extraction.storage.atomic import commit
+from extraction.storage.experiment_dir import capture_sets, trait_runs, verify_tree, write_sets_index
+from extraction.storage.run_dir import fingerprint
+from extraction.storage.serialization import safetensors_bytes
+from extraction.storage.token_captures import CaptureSet, capture_set, prompt_id, set_name
+from extraction.storage.trait_run import trait_run
 from tests.runs import environment
 from tests.test_store import BAD_NAMES, QUICK, TEXT, contents, spoil, through_json
 from tests.test_store_kill import (
@@ -86,7 +87,7 @@ def tensors(tier: int = 2, n_prompt: int = N_PROMPT, n: int = N_PROMPT + N_RESPO
 
 def job(root: Path) -> None:
     """A set from start to end, that goes on where an earlier one stopped."""
-    folder = capture_folder(root, "exp", set_name(2, "prompts_few", CONFIG))
+    folder = capture_set(root, "exp", set_name(2, "prompts_few", CONFIG))
     with folder.lock():
         folder.open(CONFIG)
         for index in range(2):
@@ -100,19 +101,19 @@ def job(root: Path) -> None:
     write_sets_index(root, "exp", b"<html></html>")
 
 
-def filled(root: Path) -> CaptureFolder:
+def filled(root: Path) -> CaptureSet:
     job(root)
     return capture_sets(root, "exp")[0]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> CaptureFolder:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> CaptureSet:
     return filled(tmp_path_factory.mktemp("experiments"))
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> CaptureFolder:
-    folder = capture_folder(tmp_path / "experiments", "exp", "tier2-x-01234567")
+def folder(tmp_path: Path) -> CaptureSet:
+    folder = capture_set(tmp_path / "experiments", "exp", "tier2-x-01234567")
     folder.open(CONFIG)
     return folder
 
@@ -144,7 +145,7 @@ def test_prompts_read_back(folder, words, prompt, tier, index, dtype, data) -> N
     assert folder.verify() == []
 
 
-def test_tensors_and_json_have_one_order(folder: CaptureFolder) -> None:
+def test_tensors_and_json_have_one_order(folder: CaptureSet) -> None:
     names = [f"projections.{letter}" for letter in "hgfedcba"]
     axes = {name: ["token", "layer", "point"] for name in names}
     rows = tensors()["projections.calm"]
@@ -156,13 +157,13 @@ def test_tensors_and_json_have_one_order(folder: CaptureFolder) -> None:
     assert folder.write_json("p0000", {"values": {}, **dict(reversed(said.items()))}).read_bytes() == first
 
 
-def test_prompts_past_9999_stay_in_order(folder: CaptureFolder) -> None:
+def test_prompts_past_9999_stay_in_order(folder: CaptureSet) -> None:
     for index in (10_000, 9_999, 2):
         folder.write_prompt(prompt_id(index), tensors(), header(prompt_id(index)), META)
     assert folder.prompt_ids() == ["p0002", "p9999", "p10000"]
 
 
-def test_a_finished_set_is_as_the_page_says(finished: CaptureFolder) -> None:
+def test_a_finished_set_is_as_the_page_says(finished: CaptureSet) -> None:
     name = set_name(2, "prompts_few", CONFIG)
     assert finished.path.name == name
     assert name.startswith("tier2-prompts_few-")
@@ -181,7 +182,7 @@ def test_a_finished_set_is_as_the_page_says(finished: CaptureFolder) -> None:
     assert (finished.path.parent / "index.html").exists()
 
 
-def test_other_programs_can_read_the_files(finished: CaptureFolder) -> None:
+def test_other_programs_can_read_the_files(finished: CaptureSet) -> None:
     from safetensors import safe_open
 
     with safe_open(finished.prompt_path("p0001"), "pt") as file:
@@ -189,14 +190,14 @@ def test_other_programs_can_read_the_files(finished: CaptureFolder) -> None:
         assert file.get_slice("projections.calm").get_shape() == [5, 2, 3]
 
 
-def test_the_same_inputs_give_the_same_bytes(finished: CaptureFolder, tmp_path: Path) -> None:
+def test_the_same_inputs_give_the_same_bytes(finished: CaptureSet, tmp_path: Path) -> None:
     before = snapshot(filled(tmp_path).path)
     assert before == snapshot(finished.path)
     assert snapshot(filled(tmp_path).path) == before  # and again, over itself
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_never_enters_json(folder: CaptureFolder, value: float) -> None:
+def test_nan_never_enters_json(folder: CaptureSet, value: float) -> None:
     for write in (
         lambda: folder.write_json("p0000", [value]),
         lambda: folder.write_dynamics({"calm": value}),
@@ -215,7 +216,7 @@ def test_another_config_is_another_set_and_the_same_one_finds_it_again(tmp_path:
     first = filled(tmp_path)
     before = snapshot(first.path)
     for change in ({"seed": 2}, {"prompts": ["Why?", "Where?"]}, {"model": {"name": "other"}}, {"tier": 3}):
-        other = capture_folder(tmp_path, "exp", set_name(2, "prompts_few", {**CONFIG, **change}))
+        other = capture_set(tmp_path, "exp", set_name(2, "prompts_few", {**CONFIG, **change}))
         assert other.path != first.path
         assert other.open({**CONFIG, **change}) is False
     assert snapshot(first.path) == before
@@ -244,7 +245,7 @@ def test_a_harmed_config_stops_the_set(tmp_path: Path, harm: str) -> None:
 # Damage
 
 
-def test_a_sound_set_has_no_finding_and_needs_no_torch(finished: CaptureFolder) -> None:
+def test_a_sound_set_has_no_finding_and_needs_no_torch(finished: CaptureSet) -> None:
     assert finished.verify() == []
     code = "import sys; from extraction.shelf import verify_tree; print(verify_tree(sys.argv[1]), *sys.modules)"
     command = [sys.executable, "-c", code, str(finished.path)]
@@ -255,7 +256,7 @@ def test_a_sound_set_has_no_finding_and_needs_no_torch(finished: CaptureFolder) 
 
 @settings(QUICK, max_examples=250)
 @given(data=st.data())
-def test_verify_finds_any_flipped_bit_and_any_cut(finished: CaptureFolder, data: st.DataObject) -> None:
+def test_verify_finds_any_flipped_bit_and_any_cut(finished: CaptureSet, data: st.DataObject) -> None:
     sealed = [name for name in contents(finished.path) if name.endswith((".safetensors", ".receipt.json"))]
     name = data.draw(st.sampled_from(sorted([*sealed, "run.json", "dynamics.json"])))
     path = finished.path / name
@@ -330,7 +331,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "problem"), MISFITS.values(), ids=MISFITS.keys())
-def test_what_does_not_line_up_is_refused_and_found(folder: CaptureFolder, change: dict, problem: str) -> None:
+def test_what_does_not_line_up_is_refused_and_found(folder: CaptureSet, change: dict, problem: str) -> None:
     with pytest.raises(StoreError, match=problem):
         folder.write_prompt("p0000", tensors(), header() | change, META)
     assert not folder.prompt_done("p0000")
@@ -340,14 +341,14 @@ def test_what_does_not_line_up_is_refused_and_found(folder: CaptureFolder, chang
         raise StoreError(*folder.verify())
 
 
-def test_attention_of_tier_3_has_a_row_for_every_token(folder: CaptureFolder) -> None:
+def test_attention_of_tier_3_has_a_row_for_every_token(folder: CaptureSet) -> None:
     folder.write_prompt("p0000", tensors(3), header(tier=3), META)
     assert folder.verify() == []
     with pytest.raises(StoreError, match=r"'attention' of shape \[2, 2, 5\] .* \[5, 2, 5\] is due"):
         folder.write_prompt("p0001", tensors(3) | {"attention": tensors()["attention"]}, header("p0001", 3), META)
 
 
-def test_orphans_are_found_and_go(folder: CaptureFolder) -> None:
+def test_orphans_are_found_and_go(folder: CaptureSet) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     names = [f"{part}/.x.{int(dead.stdout)}.tmp" for part in (".", "prompts", "reports")]
     for name in names:
@@ -361,10 +362,10 @@ def test_verify_tree_finds_sets_wherever_it_is_pointed(tmp_path: Path) -> None:
     sets = [filled(tmp_path / "experiments")]
     for experiment, seed in (("exp", 2), ("other", 1)):
         config = {**CONFIG, "seed": seed}
-        sets.append(capture_folder(tmp_path / "experiments", experiment, set_name(2, "x", config)))
+        sets.append(capture_set(tmp_path / "experiments", experiment, set_name(2, "x", config)))
         sets[-1].open(config)
         sets[-1].write_prompt("p0000", tensors(), header(), META)
-    run_folder(tmp_path / "experiments", "exp", "calm").open({"seed": 1})
+    trait_run(tmp_path / "experiments", "exp", "calm").open({"seed": 1})
     assert verify_tree(tmp_path / "experiments") == []
     broken = [folder.prompt_path("p0000") for folder in sets]
     for path in broken:
@@ -374,7 +375,7 @@ def test_verify_tree_finds_sets_wherever_it_is_pointed(tmp_path: Path) -> None:
     assert seen == {top: broken, top / "exp": broken[:2], top / "exp/captures": broken[:2]}
     assert [finding.path for finding in verify_tree(sets[2].path)] == broken[2:]
     assert [folder.path for folder in capture_sets(top, "exp")] == [folder.path for folder in sets[:2]]
-    assert [folder.path.name for folder in runs_of(top, "exp")] == ["calm"]
+    assert [folder.path.name for folder in trait_runs(top, "exp")] == ["calm"]
 
 
 def test_a_set_that_lost_its_folders_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,8 +397,8 @@ def test_a_set_that_lost_its_folders_is_no_run(tmp_path: Path, monkeypatch: pyte
 def test_bad_names(tmp_path: Path, name: str) -> None:
     for experiment, set_ in ((name, "tier2-x-01234567"), ("exp", name)):
         with pytest.raises(ConfigError, match="can't be the name of a file"):
-            capture_folder(tmp_path, experiment, set_)
-    folder = CaptureFolder(tmp_path / "set")
+            capture_set(tmp_path, experiment, set_)
+    folder = CaptureSet(tmp_path / "set")
     folder.open(CONFIG)
     with pytest.raises(ConfigError):
         folder.write_report(name or "..", b"")
@@ -411,15 +412,15 @@ def test_bad_names(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("id", ["p1", "p00001", "p0000.receipt", "P0000", "p0000\n", "p٠٠٠٠", "p-001"])
 def test_an_id_is_a_number_of_four_digits_or_more(tmp_path: Path, id: str) -> None:
     with pytest.raises(ConfigError, match="use p0000, p0001"):
-        CaptureFolder(tmp_path).prompt_path(id)
+        CaptureSet(tmp_path).prompt_path(id)
 
 
 @QUICK
 @given(stem=TEXT | st.text(max_size=80) | st.text("aZ09._-/\\\0 ", max_size=80), tier=st.sampled_from([2, 3]))
 def test_any_prompt_file_has_a_folder_of_its_own(tmp_path: Path, stem: str, tier: int) -> None:
     name = set_name(tier, stem, CONFIG)
-    assert safe_name(name, "capture set") == name
-    path = capture_folder(tmp_path, "exp", name).path
+    assert check_name(name, "capture set") == name
+    path = capture_set(tmp_path, "exp", name).path
     assert path.resolve().parent == (tmp_path / "exp/captures").resolve()
     assert set_name(tier, stem, ELSEWHERE) == name
     assert set_name(tier, stem, {**CONFIG, "seed": 2}) != name
@@ -428,7 +429,7 @@ def test_any_prompt_file_has_a_folder_of_its_own(tmp_path: Path, stem: str, tier
 @pytest.mark.parametrize("name", ["captures", "Captures", "CAPTURES"])
 def test_no_trait_is_called_captures(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="captures lie there; give it another name"):
-        run_folder(tmp_path, "exp", name)
+        trait_run(tmp_path, "exp", name)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -438,10 +439,10 @@ def test_no_symbolic_link_leads_out(tmp_path: Path) -> None:
         path.mkdir(parents=True)
     (root / "exp/captures").symlink_to(outside)
     with pytest.raises(StoreError, match="symbolic link"):
-        capture_folder(root, "exp", "tier2-x-01234567")
+        capture_set(root, "exp", "tier2-x-01234567")
     with pytest.raises(StoreError, match="symbolic link"):
         write_sets_index(root, "exp", b"")
-    folder = capture_folder(root, "good", "tier2-x-01234567")
+    folder = capture_set(root, "good", "tier2-x-01234567")
     folder.path.mkdir(parents=True)
     (folder.path / "prompts").symlink_to(outside)
     with pytest.raises(StoreError, match="symbolic link"):
@@ -553,11 +554,11 @@ def task_read_only(scratch: Path) -> Any:
 
 
 def receipt_first() -> None:
-    extraction.capture_store.commit = commit_receipt_first  # type: ignore[assignment]
+    extraction.storage.token_captures.commit = commit_receipt_first  # type: ignore[assignment]
 
 
 def no_cleaning() -> None:
-    CaptureFolder.clean_orphans = lambda self: None  # type: ignore[method-assign]
+    CaptureSet.clean_orphans = lambda self: None  # type: ignore[method-assign]
 
 
 WRONG = {"in_place": STORES["in_place"], "receipt_first": receipt_first, "no_cleaning": no_cleaning}

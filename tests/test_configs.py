@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from extraction import configs
-from extraction.configs import (
+from extraction.config import experiments
+from extraction.config.experiments import (
     config_names,
     experiment_to_dict,
     find_config,
@@ -22,10 +22,10 @@ from extraction.configs import (
     parse_layers,
     resolve_model,
 )
-from extraction.errors import ConfigError
-from extraction.schema import read_yaml
+from extraction.config.yaml_loader import read_yaml
+from extraction.core.errors import ConfigError
 
-SHIPPED = Path(configs.__file__).resolve().parent.parent
+SHIPPED = Path(experiments.__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def root(tmp_path, monkeypatch):
         (tmp_path / "configs" / kind).mkdir(parents=True)
     (tmp_path / "configs/models/small.yaml").write_text("source: owner/small\n")
     (tmp_path / "configs/models/small_chat.yaml").write_text("source: owner/small-chat\ndtype: float32\n")
-    monkeypatch.setattr(configs, "PACKAGE", tmp_path / "elsewhere" / "extraction")
+    monkeypatch.setattr(experiments, "PACKAGE", tmp_path / "elsewhere" / "extraction")
     monkeypatch.delenv("TRAITLINE_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -293,7 +293,7 @@ def test_a_name_that_no_model_starts_is_refused(root, name):
     "name",
     ["../x", "/etc/x", "CON", "con.yaml", "LPT1", "x" * 300, "a\0b", "a/b", "", ".x", "-x", "a b", "\u00e9", "a\n"],
 )
-def test_unsafe_names_are_refused(root, name):
+def test_uncheck_names_are_refused(root, name):
     assert "not a name" in refusal(load_experiment, name, root)
 
 
@@ -351,12 +351,12 @@ def test_remote_code_is_trusted_by_the_command_line_alone(root):
     assert "--dtype: 'int8'" in refusal(resolve_model, "small", root, {"dtype": "int8"})
 
 
-def test_a_relative_path_is_the_packages_then_the_roots(root):
+def test_a_relative_path_is_looked_up_under_the_root_then_in_the_package(root):
     (root / "configs/models/mine.yaml").write_text("path: my/weights\n")
+    (experiments.PACKAGE / "my/weights").mkdir(parents=True)
+    assert resolve_model("mine", root).source == str(experiments.PACKAGE / "my/weights")
     (root / "my/weights").mkdir(parents=True)
     assert resolve_model("mine", root).source == str(root / "my/weights")
-    (configs.PACKAGE / "my/weights").mkdir(parents=True)
-    assert resolve_model("mine", root).source == str(configs.PACKAGE / "my/weights")
 
 
 # --- where things are -----------------------------------------------------------------------------------------------
@@ -371,13 +371,16 @@ def test_the_root_is_named_or_here_or_the_checkout(root, monkeypatch, tmp_path_f
     monkeypatch.delenv("TRAITLINE_ROOT")
     monkeypatch.chdir(bare)
     assert find_root() == bare
-    (configs.PACKAGE.parent / "configs").mkdir(parents=True)
-    assert find_root() == configs.PACKAGE.parent
+    (experiments.PACKAGE.parent / "configs").mkdir(parents=True)
+    assert find_root() == experiments.PACKAGE.parent
     assert "no such folder" in refusal(find_root, "/no/such/folder")
 
 
 def test_configs_are_looked_for_in_the_root_the_checkout_and_the_package(root):
-    for base, text in ((configs.PACKAGE / "_configs", "packaged"), (configs.PACKAGE.parent / "configs", "checkout")):
+    for base, text in (
+        (experiments.PACKAGE / "_configs", "packaged"),
+        (experiments.PACKAGE.parent / "configs", "checkout"),
+    ):
         (base / "models").mkdir(parents=True)
         for name in {"packaged": ["p", "c", "r"], "checkout": ["c", "r"]}[text]:
             (base / "models" / f"{name}.yaml").write_text(f"source: owner/{text}\n")
@@ -391,7 +394,7 @@ def test_configs_are_looked_for_in_the_root_the_checkout_and_the_package(root):
 def test_every_shipped_config_loads():
     models = config_names("models", SHIPPED)
     assert {"pocket", "gemma_2b", "gemma_9b", "llama_8b", "qwen_7b", "qwen3_4b", "mistral_7b"} <= set(models)
-    assert Path(resolve_model("pocket", SHIPPED).source) == configs.PACKAGE / "pocket" / "pocket"
+    assert Path(resolve_model("pocket", SHIPPED).source) == experiments.PACKAGE / "pocket" / "pocket"
     for name in models:
         assert resolve_model(name, SHIPPED).name == name
     for name in ("pocket", "gemma_2b_cognitive", "gemma_2b_cognitive_nov20"):
@@ -459,7 +462,7 @@ def test_any_layer_text_gives_increasing_layers_or_one_line(spec, n_layers):
 
 
 def test_the_input_rooms_import_neither_torch_nor_transformers():
-    rooms = "extraction.configs, extraction.traits, extraction.prompts"
+    rooms = "extraction.config.experiments, extraction.config.traits, extraction.model.chat_template"
     code = f"import sys, {rooms}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SHIPPED, check=True)
     assert done.stdout.strip() == "set()"

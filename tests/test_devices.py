@@ -16,21 +16,22 @@ from accelerate.hooks import attach_align_device_hook_on_blocks
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from extraction.adapters import twin
-from extraction.configs import ModelSpec
-from extraction.decoding.amplify import Amplify
-from extraction.decoding.speculate import Speculate
-from extraction.devices import all_of, pick_device, placing, to_host
-from extraction.errors import ModelError
-from extraction.forecast import CPU_AUTO_BATCH, auto_batch_size
-from extraction.likelihood import divergences
-from extraction.models import LanguageModel, load, wrap
-from extraction.readings import Internals, Projecting
-from extraction.records import Example, Prompt
-from extraction.runners import notes_of_places
-from extraction.self_check import self_check
-from extraction.steering import Steering
-from extraction.utils_batch import Capture, Request, generate, teacher_force
+from extraction.activations.per_token import TokenInternals, TokenProjections
+from extraction.config.experiments import ModelSpec
+from extraction.core.errors import ModelError
+from extraction.core.records import Example, Prompt
+from extraction.engine.generate import generate, teacher_force
+from extraction.engine.lazy_model import device_notes
+from extraction.engine.likelihood import divergences
+from extraction.engine.logit_diff import Amplify
+from extraction.engine.speculation import Speculate
+from extraction.engine.steering import Steering
+from extraction.model.devices import device_list, pick_device, placing, to_host
+from extraction.model.loading import LanguageModel, load, wrap
+from extraction.model.lora import share_weights
+from extraction.model.memory import CPU_AUTO_BATCH, auto_batch_size
+from extraction.pipeline.self_check import self_check
+from extraction.utils_batch import Capture, Request
 from tests.labelled import Labelled, TwoDevices, labelled_devices, place
 from tests.runs import saved_model
 from tests.tiny import HIDDEN, LAYERS, blocks, deviation, prompts, shared_model, tiny_model
@@ -93,8 +94,8 @@ ADDERS = ("residual", "attention", "mlp")  # blocks that run side by side have t
 WAYS: dict[str, Callable[[LanguageModel, LanguageModel], Any]] = {
     "poolings": lambda lm, _: completions(lm, capture=Capture(ALL, poolings=POOLINGS)),
     "sites": lambda lm, _: completions(lm, capture=Capture(ALL, ADDERS)),
-    "projections": lambda lm, _: completions(lm, capture=Projecting(ALL, units())),
-    "internals": lambda lm, _: completions(lm, capture=Internals(2)),
+    "projections": lambda lm, _: completions(lm, capture=TokenProjections(ALL, units())),
+    "internals": lambda lm, _: completions(lm, capture=TokenInternals(2)),
     "steering": lambda lm, _: completions(lm, steering=STEERING, capture=Capture(ALL)),
     "amplification": lambda lm, other: completions(lm, strategy=Amplify(other, alpha=1.5), capture=Capture(ALL)),
     "speculation": lambda lm, other: completions(lm, strategy=Speculate(other, depth=3), capture=Capture(ALL)),
@@ -142,7 +143,7 @@ def test_labels_are_told_apart(labels: None) -> None:
 
 def test_a_twin_of_a_model_over_two_devices_is_one_too(labels: None) -> None:
     model = split(tiny_model("llama"))
-    second = twin(model)
+    second = share_weights(model)
     pairs = zip(second.parameters(), model.parameters(), strict=True)
     assert all(one is other for one, other in pairs)
     assert_same(completions(wrap(second)), completions(wrap(model)))
@@ -179,7 +180,7 @@ def test_words_for_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     assert (pick_device("auto"), pick_device("cuda:1"), pick_device("balanced")) == ("cuda", "cuda:1", "cuda:0")
-    assert (all_of("auto"), all_of("sequential")) == (("cuda",), ("cuda:0", "cuda:1"))
+    assert (device_list("auto"), device_list("sequential")) == (("cuda",), ("cuda:0", "cuda:1"))
     assert placing("auto") == {"device_map": "cuda"}
     spread = placing("balanced")
     assert spread["device_map"] == "balanced"
@@ -196,9 +197,9 @@ def test_a_model_loads_by_those_words_where_there_is_one_device() -> None:
 
 
 def test_what_is_said_of_the_places() -> None:
-    assert list(notes_of_places({})) == []
-    assert list(notes_of_places({"cuda:0": 20, "cuda:1": 12})) == ["layers: 20 on cuda:0, 12 on cuda:1"]
-    said = list(notes_of_places({"cuda:0": 20, "main memory": 12}))
+    assert list(device_notes({})) == []
+    assert list(device_notes({"cuda:0": 20, "cuda:1": 12})) == ["layers: 20 on cuda:0, 12 on cuda:1"]
+    said = list(device_notes({"cuda:0": 20, "main memory": 12}))
     assert len(said) == 2
     assert "slow" in said[1]
 

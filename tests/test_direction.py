@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extraction.errors import VectorError
-from extraction.store import RunFolder
+from extraction.core.errors import VectorError
+from extraction.storage.trait_run import TraitRun
 from extraction.vectors.direction import Direction, spanned
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
@@ -170,7 +170,7 @@ def test_it_fits_a_model_or_not():
 
 
 def test_a_run_gives_its_vectors(tmp_path: Path):
-    run = RunFolder(tmp_path)
+    run = TraitRun(tmp_path)
     run.open({"model": {"name": "m"}})
     labels = {"trait": "calm", "method": "pca", "model": "m"}
     run.write_vectors("pca", {"direction": ONE.direction_LD}, {**labels, "layers": [2, 3, 7]})

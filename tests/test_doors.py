@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from extraction.forecast import CPU_AUTO_BATCH
+from extraction.model.memory import CPU_AUTO_BATCH
 from tests.forks import Forks, forks
 from tests.runs import (
     REPOSITORY,
@@ -73,7 +73,7 @@ def test_help_by_path_from_anywhere_imports_nothing_heavy(door):
 
 
 def test_help_of_the_group_imports_nothing_heavy():
-    code = "import sys; from extraction.cli import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
+    code = "import sys; from extraction.cli.commands import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
     result = python("-c", code, "--help", cwd=REPOSITORY)
     *_, last = result.stdout.splitlines()
     assert {name.split(".")[0] for name in last.split()}.isdisjoint(HEAVY)
@@ -92,7 +92,7 @@ def test_a_door_by_path_from_another_folder_does_the_work(root):
 
 
 def test_doors_are_the_commands_of_the_group():
-    from extraction.cli import main
+    from extraction.cli.commands import main
 
     for door, command in DOORS.items():
         text = (REPOSITORY / "extraction" / f"{door}.py").read_text()
@@ -150,10 +150,10 @@ def test_a_read_only_folder_is_refused_before_torch_is_imported():
         root = make_root(top)
         (root / "experiments").mkdir(mode=0o555)
         code = (
-            "import atexit, os, sys; import extraction.cli, extraction.stages, extraction.summary, click.testing\n"
+            "import atexit, os, sys; import extraction.cli.commands, extraction.pipeline.stages, extraction.cli.summaries, click.testing\n"
             "atexit.register(lambda: print('torch' in sys.modules))\n"
             "os.getuid() or os.setuid(65534)\n"
-            "extraction.cli.main(prog_name='traitline')"
+            "extraction.cli.commands.main(prog_name='traitline')"
         )
         result = python("-c", code, "extract", "--root", root, "--experiment", "demo", cwd=REPOSITORY)
     finally:
@@ -227,8 +227,8 @@ def test_a_wrong_option_is_one_line(arguments, fragment):
 def test_debug_shows_the_traceback(root):
     from click.testing import CliRunner
 
-    from extraction.cli import main
-    from extraction.errors import ConfigError
+    from extraction.cli.commands import main
+    from extraction.core.errors import ConfigError
 
     options = ["generate", "--root", str(root), "--experiment", "demo", "--temperature", "-1", "--debug"]
     assert isinstance(CliRunner().invoke(main, options).exception, ConfigError)
@@ -284,7 +284,7 @@ def test_no_terminal_gets_lines_without_control_characters(server, root):
 
 
 def test_a_closed_stdout_is_no_traceback():
-    many = "from extraction.cli import main\nfor _ in range(300): main(['traits'], standalone_mode=False)"
+    many = "from extraction.cli.commands import main\nfor _ in range(300): main(['traits'], standalone_mode=False)"
     shell = f'"{sys.executable}" -c "{many}" | head -1; exit ${{PIPESTATUS[0]}}'
     options = {"capture_output": True, "text": True, "env": environment(), "cwd": REPOSITORY}
     result = subprocess.run(["bash", "-c", shell], **options, check=False)

@@ -21,12 +21,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction import linears
-from extraction.decoding.sample import Sample, uniforms
-from extraction.errors import ModelError, PromptError, TraitlineError
-from extraction.models import LanguageModel, wrap
-from extraction.slots import SlotCache
-from extraction.utils_batch import Capture, Completion, Request, generate, teacher_force
+from extraction.core.errors import ModelError, PromptError, TraitlineError
+from extraction.engine.generate import generate, teacher_force
+from extraction.engine.sampler import Sample, uniforms
+from extraction.model import onednn_linear
+from extraction.model.kv_cache import SlotKVCache
+from extraction.model.loading import LanguageModel, wrap
+from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     ARCHITECTURES,
     LAYERS,
@@ -61,9 +62,9 @@ IN_FLOAT64 = ("llama", "mistral", "gemma3", "qwen3", "olmo2", "gpt2", "opt", "gp
 @pytest.fixture(scope="module", autouse=True)
 def _layers_of_any_size() -> Iterator[None]:
     """Where linear layers go through oneDNN, those of tiny models do too, as a real model's would."""
-    small, linears.SMALL = linears.SMALL, 0
+    small, onednn_linear.SMALL = onednn_linear.SMALL, 0
     yield
-    linears.SMALL = small
+    onednn_linear.SMALL = small
 
 
 @dataclass(frozen=True)
@@ -250,13 +251,13 @@ def test_the_references_agree_with_each_other_and_can_fail(name: str) -> None:
 def test_the_matrix_exercises_the_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refill beside live rows, a rolling window and a shrinking batch all happen in the runs above."""
     seen: Counter[str] = Counter()
-    repack = SlotCache.repack
+    repack = SlotKVCache.repack
 
-    def counting(self: SlotCache, rows: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+    def counting(self: SlotKVCache, rows: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
         seen["roll" if rows is None else "shrink"] += 1
         repack(self, rows, *args, **kwargs)
 
-    monkeypatch.setattr(SlotCache, "repack", counting)
+    monkeypatch.setattr(SlotKVCache, "repack", counting)
     case = case_of(name)
     with _calls(case.lm) as widths:
         for batch_size, lm, requests in case.orders():

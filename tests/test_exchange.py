@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from extraction.errors import VectorError
+from extraction.core.errors import VectorError
 from extraction.exchange.formats import ASKS_MODEL, OUTPUTS, READERS, WRITERS, load_direction, read_direction, recognise
-from extraction.exchange.rows import Facts
-from extraction.shelf import verify_tree
-from extraction.store import RunFolder, run_folder
+from extraction.exchange.layer_rows import VectorMetadata
+from extraction.storage.experiment_dir import verify_tree
+from extraction.storage.trait_run import TraitRun, trait_run
 from extraction.vectors.direction import Direction
 from tests.gguf_by_hand import INT32, STRING, UINT32, Rejected, load_as_llama_cpp, write_by_hand
 from tests.runs import make_root, refused, succeed
@@ -30,7 +30,7 @@ from tests.runs import make_root, refused, succeed
 QUICK = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-FACTS = Facts(model_type="llama", n_layers=5)
+FACTS = VectorMetadata(model_type="llama", n_layers=5)
 VALUES = {0: [0.5, -1.0, 2.0], 1: [1.5, 0.25, -8.0], 2: [0.0, 3.0, 1.0], 3: [7.0, -0.125, 4.0]}
 DIRECTION = Direction.from_layers(
     {k: torch.tensor(v) for k, v in VALUES.items()}, trait="calm", method="pca", model="m"
@@ -87,7 +87,7 @@ def test_repeng_is_the_file_made_by_hand():
         ("controlvector.layer_count", UINT32, 3),
     ]
     assert written("repeng") == write_by_hand(metadata, {f"direction.{k}": f32(VALUES[k]) for k in (1, 2, 3)})
-    untyped = WRITERS["repeng"](DIRECTION, Facts())
+    untyped = WRITERS["repeng"](DIRECTION, VectorMetadata())
     assert load_as_llama_cpp(untyped.data)[2]["controlvector.model_hint"] == "m"
     assert "model_hint is its name, m" in untyped.notes[-1]
 
@@ -191,12 +191,13 @@ ROWS = st.dictionaries(
 @given(rows=ROWS)
 def test_what_is_written_reads_back_exactly(name, rows, tmp_path):
     direction = Direction.from_layers({k: torch.tensor(v) for k, v in rows.items()}, model="m")
-    data = WRITERS[name](direction, Facts("llama", n_layers=10)).data
+    data = WRITERS[name](direction, VectorMetadata("llama", n_layers=10)).data
     path = put(tmp_path, data)
     assert load_direction(path, format=name, model="m") == direction
     assert load_direction(path, model="m") == direction  # by its content
     assert (
-        WRITERS[name](load_direction(path, model="m"), Facts("llama", n_layers=10)).data == data or name == "traitline"
+        WRITERS[name](load_direction(path, model="m"), VectorMetadata("llama", n_layers=10)).data == data
+        or name == "traitline"
     )
 
 
@@ -301,9 +302,9 @@ def test_numpy_archives_hold_no_pickles(tmp_path):
 
 def test_forms_that_hold_every_layer_need_the_model():
     for name in ("persona_vectors", "assistant_axis"):
-        assert "give --model NAME" in said(WRITERS[name], DIRECTION, Facts())
-        assert "layer 3: the model has 3 layers" in said(WRITERS[name], DIRECTION, Facts(n_layers=3))
-    assert "layer 0 alone" in said(WRITERS["gguf"], DIRECTION.select([0]), Facts())
+        assert "give --model NAME" in said(WRITERS[name], DIRECTION, VectorMetadata())
+        assert "layer 3: the model has 3 layers" in said(WRITERS[name], DIRECTION, VectorMetadata(n_layers=3))
+    assert "layer 0 alone" in said(WRITERS["gguf"], DIRECTION.select([0]), VectorMetadata())
 
 
 def test_without_its_package_gguf_says_what_to_install(monkeypatch):
@@ -320,7 +321,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = make_root(tmp_path)
     monkeypatch.chdir(root)
     hidden = json.loads((root / "model/config.json").read_text())["hidden_size"]
-    run = run_folder(root / "experiments", "demo", "calm")
+    run = trait_run(root / "experiments", "demo", "calm")
     run.open({"model": {"name": "tiny"}})
     values = torch.arange(2 * hidden).reshape(2, hidden) + 1.0
     run.write_vectors(
@@ -333,7 +334,7 @@ RUN = ("--experiment", "demo", "--trait", "calm", "--method", "pca")
 
 
 def vectors_of(root: Path) -> Direction:
-    return Direction.from_run(RunFolder(root / "experiments/demo/calm"), "pca")
+    return Direction.from_run(TraitRun(root / "experiments/demo/calm"), "pca")
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -342,7 +343,7 @@ def test_what_is_exported_can_be_imported_and_exported_again(name, root):
     path = root / OUTPUTS[name].format(trait="calm", method="pca")
     output = succeed("import", path, "--as", "back", "--model", "tiny").output
     assert "read as " in output
-    back = Direction.from_run(RunFolder(root / "experiments/imported/back"), "imported")
+    back = Direction.from_run(TraitRun(root / "experiments/imported/back"), "imported")
     assert back == vectors_of(root).select(back.layers)
     assert len(back.layers) == (1 if name in ("gguf", "repeng") else 2)
     again = ("--experiment", "imported", "--trait", "back", "--method", "imported")
@@ -354,7 +355,7 @@ def test_what_is_exported_can_be_imported_and_exported_again(name, root):
 
 def test_layers_length_and_scale(root):
     direction = vectors_of(root)
-    RunFolder(root / "experiments/demo/calm").write_card({"layers": [0, 1], "typical_norm": [2.0, 5.0]})
+    TraitRun(root / "experiments/demo/calm").write_card({"layers": [0, 1], "typical_norm": [2.0, 5.0]})
     for options, wanted in (
         (("--layers", "1"), direction.select([1])),
         (("--scale", "-0.5"), direction * -0.5),

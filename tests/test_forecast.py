@@ -9,22 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction.capture import Capture, Observer
-from extraction.forecast import (
+from extraction.activations.pooled import Capture, PooledCapture
+from extraction.engine.batch import ContinuousBatch
+from extraction.engine.sequence import BatchLimits
+from extraction.model.loading import wrap
+from extraction.model.memory import (
     CPU_AUTO_BATCH,
     MAX_AUTO_BATCH,
     Work,
     auto_batch_size,
     fitting,
-    forecast,
     is_out_of_memory,
     memory_by_part,
     shape_of,
 )
-from extraction.jobs import plan
-from extraction.models import wrap
-from extraction.running import RunningBatch
-from extraction.seats import Limits
+from extraction.pipeline.forecast import forecast
+from extraction.pipeline.plan import make_plan
 from extraction.utils_batch import Request
 from tests.runs import EXPERIMENT, make_root
 from tests.tiny import shared_model, tiny_tokenizer
@@ -42,7 +42,7 @@ def test_memory_by_part_is_what_the_engine_takes(name):
     model, work = shared_model(name), work_of()
     lm = wrap(model)
     requests = [Request(str(i), tuple(range(3, 33)), 20) for i in range(8)]
-    batch = RunningBatch(lm, Limits.of(requests, 4), capture=Capture((0, 1, 2)))
+    batch = ContinuousBatch(lm, BatchLimits.of(requests, 4), capture=Capture((0, 1, 2)))
     batch.add(requests)
     with batch.watching():
         batch.advance()
@@ -51,7 +51,7 @@ def test_memory_by_part_is_what_the_engine_takes(name):
     assert parts["weights"] == sum(p.numel() * 4 for p in model.parameters())
     assert parts["cache"] == sum(tensor.numel() * 4 for tensor in caches)
     observer = batch.observer
-    assert isinstance(observer, Observer)
+    assert isinstance(observer, PooledCapture)
     sums = [observer.fed_TKBD, *(accumulator.sum_KBD for accumulator in observer.poolings.values())]
     assert parts["running sums"] == sum(tensor.numel() * 4 for tensor in sums)
     assert batch.mask_BS.shape[1] == work.columns
@@ -110,7 +110,7 @@ def test_out_of_memory_is_known_by_its_signs(failure, yes):
 
 def test_the_forecast_of_a_job_adds_up(tmp_path: Path):
     root = make_root(tmp_path)
-    job = plan("demo", root=str(root))
+    job = make_plan("demo", root=str(root))
     whole = forecast(job, gpu_price=3.0)
     settings = EXPERIMENT["generation"]
     assert whole.n_examples == 48
@@ -127,14 +127,14 @@ def test_the_forecast_of_a_job_adds_up(tmp_path: Path):
     assert serial.cost is None
     assert capture.new_tokens == 0
     assert serial.disk < whole.disk
-    half = forecast(plan("demo", root=str(root), slice_text="1/2"))
+    half = forecast(make_plan("demo", root=str(root), slice_text="1/2"))
     assert (whole.n_queues, half.n_queues) == (2, 1)
     assert half.n_examples == 40  # shards of 20, 20 and 8: the first queue has two
 
 
 def test_more_work_takes_more(tmp_path: Path):
     root = str(make_root(tmp_path))
-    small, large = (forecast(plan("demo", root=root, options={"max_new_tokens": n})) for n in (4, 400))
+    small, large = (forecast(make_plan("demo", root=root, options={"max_new_tokens": n})) for n in (4, 400))
     assert large.seconds > small.seconds
     assert large.memory["cache"] > small.memory["cache"]
     assert large.disk > small.disk

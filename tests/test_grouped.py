@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction import grouped, running
-from extraction.attention import watching_attention
-from extraction.grouped import decoding_grouped, grouped_attention
-from extraction.models import LanguageModel, wrap
-from extraction.utils_batch import Request, generate
+from extraction.engine import batch
+from extraction.engine.generate import generate
+from extraction.model import gqa_decode
+from extraction.model.attention_weights import watch_attention
+from extraction.model.gqa_decode import gqa_attention, gqa_decoding
+from extraction.model.loading import LanguageModel, wrap
+from extraction.utils_batch import Request
 from tests.tiny import deviation, prompts, reference_greedy, shared_model, tiny_model
 
 B, H, G, S, C = 3, 6, 2, 11, 8
@@ -48,7 +50,7 @@ def repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: f
 def test_it_is_the_plain_formula(width: int, softcap: float | None, kind: str) -> None:
     query, key, value, mask = drawn(width)
     given = mask if kind == "boolean" else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    found = grouped_attention(query, key, value, given, scaling=C**-0.5, softcap=softcap)
+    found = gqa_attention(query, key, value, given, scaling=C**-0.5, softcap=softcap)
     assert deviation(found, repeated(query, key, value, mask, softcap)) < 1e-6
     others = query.view(B, H // G, G, width, C).transpose(1, 2).reshape(query.shape)  # heads dealt to groups in turn
     assert deviation(found, repeated(others, key, value, mask, softcap)) > 1e-2
@@ -60,8 +62,8 @@ def test_the_engine_answers_as_the_model_does(name: str) -> None:
     lm = wrap(shared_model(name))
     requests = [Request(str(i), ids, 14) for i, ids in enumerate(prompts(9))]
     wanted = {request.id: reference_greedy(lm.model, request.token_ids, 14, lm.stop_ids) for request in requests}
-    with decoding_grouped(lm):
-        assert implementation(lm) == grouped.NAMES["eager"]
+    with gqa_decoding(lm):
+        assert implementation(lm) == gqa_decode.NAMES["eager"]
     assert {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)} == wanted
 
 
@@ -78,12 +80,12 @@ def test_it_is_used_in_a_step_and_spares_the_copies(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", counted)
     requests = [Request("a", tuple(range(3, 90)), 6)]
-    with decoding_grouped(lm):
+    with gqa_decoding(lm):
         pass  # proven here
     seen.clear()
     list(generate(lm, requests, batch_size=1))
     assert set(seen) == {87}
-    monkeypatch.setattr(running, "decoding_grouped", lambda _: nullcontext())
+    monkeypatch.setattr(batch, "gqa_decoding", lambda _: nullcontext())
     seen.clear()
     list(generate(lm, requests, batch_size=1))
     assert set(seen) == {87, 1}
@@ -94,14 +96,14 @@ def test_what_is_of_another_form_stays_as_it_is(name: str) -> None:
     """gpt_oss has sinks; BLOOM has an attention of its own."""
     lm = wrap(shared_model(name))
     before = implementation(lm)
-    with decoding_grouped(lm):
+    with gqa_decoding(lm):
         assert implementation(lm) == before
 
 
 def test_the_former_implementation_comes_back_after_an_error_too() -> None:
     lm = wrap(shared_model("gemma2"))
     before = implementation(lm)
-    within = decoding_grouped(lm)
+    within = gqa_decoding(lm)
     within.__enter__()
     assert implementation(lm) != before
     assert within.__exit__(KeyError, KeyError(), None) is False
@@ -110,7 +112,7 @@ def test_the_former_implementation_comes_back_after_an_error_too() -> None:
 
 def test_attention_that_is_watched_stays_the_models_own() -> None:
     lm = wrap(shared_model("gemma2"))
-    with watching_attention(lm, (0,), lambda *_: None):
+    with watch_attention(lm, (0,), lambda *_: None):
         watched = implementation(lm)
-        with decoding_grouped(lm):
+        with gqa_decoding(lm):
             assert implementation(lm) == watched

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from extraction.errors import ActivationError
-from extraction.hooks import Enough, steer, watch, watch_inputs
-from extraction.models import wrap
-from extraction.utils_batch import Capture, Request, generate, teacher_force
+from extraction.core.errors import ActivationError
+from extraction.engine.generate import generate, teacher_force
+from extraction.model.hooks import StopForward, steer, watch, watch_inputs
+from extraction.model.loading import wrap
+from extraction.utils_batch import Capture, Request
 from tests.tiny import prompts, reference_greedy, shared_model, tiny_model
 
 EVERYWHERE = Capture((0, 1, 2), ("residual", "attention", "mlp", "residual_mid"), ("response_mean", "prompt_mean"))
@@ -53,7 +54,7 @@ def test_hooks_go_when_the_block_ends(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CONTEXTS)
-@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, Enough])
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, StopForward])
 def test_hooks_go_when_the_block_fails(kind: str, failure: type[BaseException]) -> None:
     model = chain()
     with pytest.raises(failure), CONTEXTS[kind]({0: model[0], 1: model[1]}, keep):

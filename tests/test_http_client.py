@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from extraction import http_client
-from extraction.errors import ConfigError, RequestError
-from extraction.http_client import TOKEN, Server, message_in
+from extraction.amplification import http_client
+from extraction.amplification.http_client import TOKEN, HttpServer, message_in
+from extraction.core.errors import ConfigError, RequestError
 from tests.doubles import Answer, Double
 
 
@@ -30,7 +30,7 @@ def told(status: int, body: Any, **headers: str) -> Answer:
 
 def test_json_goes_there_and_comes_back(double: Double) -> None:
     double.answers = [told(200, {"results": ["é"]})]
-    assert Server(double.address + "/").post("/generate", {"prompt": "naïve \ud83d"}) == {"results": ["é"]}
+    assert HttpServer(double.address + "/").post("/generate", {"prompt": "naïve \ud83d"}) == {"results": ["é"]}
     path, headers, body = double.asked[0]
     assert (path, body) == ("/generate", {"prompt": "naïve \ud83d"})
     assert headers["Content-Type"] == "application/json"
@@ -41,31 +41,31 @@ def test_the_token_goes_to_the_server_and_nowhere_else(double: Double, monkeypat
     monkeypatch.setenv(TOKEN, "geheim")
     with Double() as other:
         double.answers = [told(200, {}), told(302, {}, Location=other.address)]
-        Server(double.address).post("/a", {})
+        HttpServer(double.address).post("/a", {})
         assert double.asked[0][1]["Authorization"] == "Bearer geheim"
         with pytest.raises(RequestError, match="status 302") as caught:
-            Server(double.address).post("/a", {})
+            HttpServer(double.address).post("/a", {})
         assert other.asked == []
     assert "geheim" not in str(caught.value)
-    assert "geheim" not in repr(Server(double.address))
+    assert "geheim" not in repr(HttpServer(double.address))
 
 
 def test_a_proxy_is_no_way_to_this_machine(double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     double.answers = [told(200, {"a": 1})]
-    assert Server(double.address).post("/a", {}) == {"a": 1}
+    assert HttpServer(double.address).post("/a", {}) == {"a": 1}
 
 
 @pytest.mark.parametrize(("header", "seconds"), [("3", 3.0), ("900", 60.0), ("soon", 1.0), ("nan", 1.0), ("-1", 0.0)])
 def test_a_busy_server_is_asked_once_more_when_it_says(double: Double, header: str, seconds: float) -> None:
     waited: list[float] = []
     double.answers = [told(429, {"error": "full"}, **{"Retry-After": header}), told(200, {"a": 1})]
-    assert Server(double.address, wait=waited.append).post("/a", {}) == {"a": 1}
+    assert HttpServer(double.address, wait=waited.append).post("/a", {}) == {"a": 1}
     assert waited == [seconds]
     double.answers = [told(429, {"error": "full"}), told(429, {"error": "still full"})]
     with pytest.raises(RequestError, match="429: still full; ask less"):
-        Server(double.address, wait=waited.append).post("/a", {})
+        HttpServer(double.address, wait=waited.append).post("/a", {})
 
 
 def hang_up(handler: BaseHTTPRequestHandler) -> None:
@@ -103,7 +103,7 @@ def test_whatever_comes_is_one_line(double: Double, fault: str) -> None:
     answer, pattern = FAULTS[fault]
     double.answers = [answer]
     with pytest.raises(RequestError, match=pattern) as caught:
-        Server(double.address, timeout=5).post("/a", {})
+        HttpServer(double.address, timeout=5).post("/a", {})
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
 
@@ -112,14 +112,14 @@ def test_a_slow_or_an_absent_server_and_too_long_an_answer(double: Double, monke
     release = threading.Event()
     double.answers = [lambda _: release.wait(5)]
     with pytest.raises(RequestError, match="timed out"):
-        Server(double.address, timeout=0.2).post("/a", {})
+        HttpServer(double.address, timeout=0.2).post("/a", {})
     release.set()
     monkeypatch.setattr(http_client, "MAX_ANSWER_BYTES", 10)
     double.answers = [told(200, {"a": "x" * 100})]
     with pytest.raises(RequestError, match="more than 10 bytes"):
-        Server(double.address).post("/a", {})
+        HttpServer(double.address).post("/a", {})
     with pytest.raises(RequestError, match="is the server running"):
-        Server("http://127.0.0.1:9").post("/a", {})
+        HttpServer("http://127.0.0.1:9").post("/a", {})
 
 
 @pytest.mark.parametrize(
@@ -127,20 +127,20 @@ def test_a_slow_or_an_absent_server_and_too_long_an_answer(double: Double, monke
 )
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="write it as"):
-        Server(address)
+        HttpServer(address)
 
 
 @pytest.mark.parametrize("address", ["http://me:secret@host", "http://host/?key=secret", "http://host/#secret"])
 def test_an_address_with_a_secret_is_refused_unseen(address: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Server(address)
+        HttpServer(address)
     assert "secret" not in str(caught.value)
 
 
 def test_a_token_that_would_break_a_header_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN, "geheim\r\nX: 1")
     with pytest.raises(ConfigError) as caught:
-        Server("http://127.0.0.1:1")
+        HttpServer("http://127.0.0.1:1")
     assert "geheim" not in str(caught.value)
 
 

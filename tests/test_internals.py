@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from extraction.attention import watching_attention
-from extraction.errors import ModelError
-from extraction.internals import Part, parts_of, stream_of
-from extraction.mixture import find_mixture
-from extraction.models import LanguageModel, wrap
-from extraction.sites import watch_taps
-from extraction.utils_batch import Request, generate
+from extraction.activations.experts import find_mixture
+from extraction.activations.internals import Part, parts_of, stream_of
+from extraction.activations.sites import watch_taps
+from extraction.core.errors import ModelError
+from extraction.engine.generate import generate
+from extraction.model.attention_weights import watch_attention
+from extraction.model.loading import LanguageModel, wrap
+from extraction.utils_batch import Request
 from tests.tiny import ARCHITECTURES, HIDDEN, LAYERS, blocks, deviation, prompts, shared_model, taps, tiny_model
 
 LONG = prompts(1)[0]
@@ -269,7 +270,7 @@ def test_values_weighed_by_attention_are_what_attention_adds(name: str, attentio
     """The two are read in different ways, and have to agree: weights . v through the output projection."""
     model = shared_model(name, torch.float32)
     lm, parts, seen = wrap(model), found(name, 1), dict[str, Tensor]()
-    with watching_attention(lm, [1], lambda _, a: seen.update(weights=a.weights_BHTS[0].clone())):
+    with watch_attention(lm, [1], lambda _, a: seen.update(weights=a.weights_BHTS[0].clone())):
         v_TGC = read_alone(lm, parts, LONG)["v"]
     module: Any = blocks(model)[1].get_submodule(attention)
     with taps([module]) as gave, torch.no_grad():
@@ -377,7 +378,7 @@ def test_in_the_engine_every_token_reads_as_in_one_pass(name: str) -> None:
     requests = [Request(f"r{i}", text, n_new) for i, text in enumerate(sorted(prompts(4), key=len, reverse=True))]
     plain = {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)}
     parts = found(name, 1)
-    with watching_attention(lm, [1], lambda _layer, _attended: None), reading(parts, 4) as seen:
+    with watch_attention(lm, [1], lambda _layer, _attended: None), reading(parts, 4) as seen:
         done = {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)}
     assert done == plain
     for row, request in enumerate(requests):

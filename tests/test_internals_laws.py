@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction.errors import ActivationError, TraitlineError
-from extraction.models import wrap
-from extraction.readings import Internals, Projecting
-from extraction.utils_batch import Completion, Request, generate
+from extraction.activations.per_token import TokenInternals, TokenProjections
+from extraction.core.errors import ActivationError, TraitlineError
+from extraction.engine.generate import generate
+from extraction.model.loading import wrap
+from extraction.utils_batch import Completion, Request
 from tests.test_engine_laws import case_of, one_line, run, tokens_of
 from tests.test_readings_laws import (
     ALL_LAYERS,
@@ -112,7 +113,7 @@ def wanted(name: str, completion: Completion, key: str) -> Tensor:
 def test_internals_equal_transformers_in_any_batch_and_order(name: str, order: int) -> None:
     batch_size, lm, requests = orders(name)[order]
     case = case_of(name)
-    done = run(lm, requests, batch_size, Internals(LAYER))
+    done = run(lm, requests, batch_size, TokenInternals(LAYER))
     assert tokens_of(done) == case.said(done, lm)
     n_prompts = {r.id: len(r.token_ids) for r in requests}
     for completion in done.values():
@@ -127,8 +128,8 @@ def test_internals_equal_transformers_in_any_batch_and_order(name: str, order: i
 @SOME
 def test_off_by_one_or_of_another_layer_the_law_fails(name: str) -> None:
     case = case_of(name)
-    done = run(case.endless, case.requests[:3], 3, Internals(LAYER))
-    elsewhere = run(case.endless, case.requests[:3], 3, Internals(LAYER + 1))
+    done = run(case.endless, case.requests[:3], 3, TokenInternals(LAYER))
+    elsewhere = run(case.endless, case.requests[:3], 3, TokenInternals(LAYER + 1))
     for key in told(name)["e0"]:
         completion = done["e0"]
         right = wanted(name, completion, key)
@@ -144,7 +145,7 @@ def test_attention_is_the_softmax_of_what_is_compared(name: str) -> None:
     """rot_q . rot_k, scaled, capped and masked as the model does, gives back the weights of every head."""
     case = case_of(name)
     config = case.lm.model.config
-    done = run(case.endless, case.requests[:4], 2, Internals(LAYER))
+    done = run(case.endless, case.requests[:4], 2, TokenInternals(LAYER))
     for completion in done.values():
         q_THC, k_TGC, weights_THT = (completion.activations[key] for key in ("rot_q", "rot_k", "attention"))
         assert torch.allclose(weights_THT.sum(-1), torch.ones(weights_THT.shape[:2]), atol=1e-5)
@@ -163,8 +164,8 @@ def test_attention_is_the_softmax_of_what_is_compared(name: str) -> None:
 @SOME
 def test_both_tiers_read_one_stream_and_one_attention(name: str) -> None:
     case, unit_LDK = case_of(name), units_LDK()
-    inside = run(case.lm, case.requests, 3, Internals(LAYER))
-    along = run(case.lm, case.requests, 3, Projecting(ALL_LAYERS, unit_LDK))
+    inside = run(case.lm, case.requests, 3, TokenInternals(LAYER))
+    along = run(case.lm, case.requests, 3, TokenProjections(ALL_LAYERS, unit_LDK))
     assert tokens_of(inside) == tokens_of(along)
     for key, completion in inside.items():
         stream_T3D = torch.stack([completion.activations[point] for point in STREAM], dim=1)
@@ -179,8 +180,8 @@ def test_both_tiers_read_one_stream_and_one_attention(name: str) -> None:
 def test_without_attention_the_rest_is_the_same(name: str) -> None:
     """q, k and v go with it: attention's own q, k and v are what they are known by."""
     case = case_of(name)
-    whole = run(case.lm, case.requests, 3, Internals(LAYER))
-    bare = run(case.lm, case.requests, 3, Internals(LAYER, attention=False))
+    whole = run(case.lm, case.requests, 3, TokenInternals(LAYER))
+    bare = run(case.lm, case.requests, 3, TokenInternals(LAYER, attention=False))
     assert tokens_of(whole) == tokens_of(bare)
     for key, completion in bare.items():
         assert set(whole[key].activations) - set(completion.activations) == {"attention", "rot_q", "rot_k", *"qkv"}
@@ -191,8 +192,8 @@ def test_without_attention_the_rest_is_the_same(name: str) -> None:
 @SOME
 def test_an_empty_response_has_its_prompts_internals(name: str) -> None:
     lm, requests, empty = stopping_at_once(name)
-    alone = run(lm, requests[:1], 1, Internals(LAYER))
-    done = run(lm, requests, 4, Internals(LAYER)) | alone
+    alone = run(lm, requests[:1], 1, TokenInternals(LAYER))
+    done = run(lm, requests, 4, TokenInternals(LAYER)) | alone
     assert done[empty].token_ids == ()
     for completion in done.values():
         for key in told(name)["e0"]:
@@ -204,7 +205,7 @@ def test_what_is_not_finite_is_named_with_its_example(layer: int) -> None:
     model = tiny_model("llama")
     requests = [Request("well", (5, 6, 7), 4), Request("ex7", (5, POISON, 7), 4)]
     with broken_at(model, layer), pytest.raises(ActivationError, match="ex7") as caught:
-        list(generate(wrap(model, stop_ids=()), requests, batch_size=2, capture=Internals(layer)))
+        list(generate(wrap(model, stop_ids=()), requests, batch_size=2, capture=TokenInternals(layer)))
     assert f"layer {layer}" in one_line(caught.value)
     assert "float32" in one_line(caught.value)
 
@@ -213,14 +214,14 @@ def test_what_is_not_finite_is_named_with_its_example(layer: int) -> None:
 def test_a_layer_that_is_not_there_is_refused_in_one_line(layer: int) -> None:
     case = case_of("llama")
     with pytest.raises(TraitlineError, match=f"{layer}") as caught:
-        run(case.lm, case.requests, 2, Internals(layer))
+        run(case.lm, case.requests, 2, TokenInternals(layer))
     assert one_line(caught.value)
 
 
 def test_a_long_answer_does_not_keep_the_internals_of_its_neighbours() -> None:
     long = Request("long", (3, 4, 5), 60)
     short = [replace(long, id=f"s{i}", token_ids=(7, 8 + i), max_new_tokens=3) for i in range(40)]
-    alone = most_bytes(Internals(LAYER), [long], 1) - most_bytes(None, [long], 1)
-    beside = most_bytes(Internals(LAYER), [long, *short], 8) - most_bytes(None, [long, *short], 8)
+    alone = most_bytes(TokenInternals(LAYER), [long], 1) - most_bytes(None, [long], 1)
+    beside = most_bytes(TokenInternals(LAYER), [long, *short], 8) - most_bytes(None, [long, *short], 8)
     assert alone > 60 * 3 * HIDDEN * 4
     assert beside < 2 * alone

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction.errors import ConfigError, TraitError
-from extraction.jobs import plan
-from extraction.judges import judge_lexical, judge_none, keep, lexical_score, resolve_judge
-from extraction.judging import scorer
-from extraction.records import Markers, Trait
-from extraction.rubrics import expectation, fill, read_score, rubrics_of
-from extraction.traits import list_traits, load_trait
+from extraction.config.traits import list_traits, load_trait
+from extraction.core.errors import ConfigError, TraitError
+from extraction.core.records import Markers, Trait
+from extraction.judging.registry import judge_lexical, judge_none, keep, lexical_score, resolve_judge
+from extraction.judging.rubric import expectation, fill, read_score, rubrics_of
+from extraction.pipeline.plan import make_plan
+from extraction.pipeline.score import make_scorer
 from tests.runs import REPOSITORY, make_root
 
 MARKERS = Markers(positive=("perhaps", "not sure", r"re:\bmight\b"), negative=("certainly", "no doubt"))
@@ -228,8 +228,8 @@ class Silent:
 
 def test_a_scorer_judges_pairs_in_their_order(tmp_path: Path) -> None:
     root = make_root(tmp_path)
-    job = plan("demo", "calm", root=str(root))
-    score = scorer(job, job.traits[0], Silent())
+    job = make_plan("demo", "calm", root=str(root))
+    score = make_scorer(job, job.traits[0], Silent())
     found = score([("Why?", "aaa"), ("Who?", "zzz"), ("What?", "az"), ("How?", "")])
     assert [each.score for each in found] == [100.0, 0.0, 50.0, None]
     assert score([]) == []

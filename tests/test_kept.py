@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction.kept import Kept, kept_examples
-from extraction.records import POLARITIES
+from extraction.core.records import POLARITIES
+from extraction.judging.filtering import KeptResponses, filter_responses
 
 scores = st.one_of(st.none(), st.floats(0, 100))
 answers = st.lists(st.tuples(scores, st.booleans()), max_size=12)
@@ -26,31 +26,31 @@ def sides(positive: list, negative: list) -> dict:
 
 def test_each_reason_is_counted():
     positive = [(80.0, True), (50.0, True), (49.9, True), (None, True), (90.0, False), (None, False)]
-    kept = kept_examples(sides(positive, [(49.9, True), (50.0, True), (0.0, True)]), "lexical", 50.0)
+    kept = filter_responses(sides(positive, [(49.9, True), (50.0, True), (0.0, True)]), "lexical", 50.0)
     assert kept.ids == {"pos": ("pos-0", "pos-1"), "neg": ("neg-0", "neg-2")}
     assert (kept.total, kept.n_kept, kept.dropped) == (9, 4, {"empty": 2, "unscored": 1, "wrong_side": 2})
     assert kept.questions["neg-2"] == "q2"
 
 
 def test_a_missing_score_is_not_a_score_of_0():
-    kept = kept_examples(sides([], [(None, True), (0.0, True)]), "lexical", 50.0)
+    kept = filter_responses(sides([], [(None, True), (0.0, True)]), "lexical", 50.0)
     assert kept.ids["neg"] == ("neg-1",)
 
 
 def test_no_judge_keeps_all_but_the_empty():
-    kept = kept_examples(sides([(None, True), (10.0, True), (90.0, False)], [(99.0, True)]), "none", 50.0)
+    kept = filter_responses(sides([(None, True), (10.0, True), (90.0, False)], [(99.0, True)]), "none", 50.0)
     assert kept.ids == {"pos": ("pos-0", "pos-1"), "neg": ("neg-0",)}
     assert kept.facts()["threshold"] is None
 
 
 def test_another_judges_scores_do_not_count():
-    kept = kept_examples(sides([(90.0, True)], []), "other", 50.0)
+    kept = filter_responses(sides([(90.0, True)], []), "other", 50.0)
     assert (kept.n_kept, kept.dropped) == (0, {"unscored": 1})
 
 
 @given(answers, answers, st.floats(0, 100))
 def test_every_response_is_kept_or_dropped_for_one_reason(positive, negative, threshold):
-    kept = kept_examples(sides(positive, negative), "lexical", threshold)
+    kept = filter_responses(sides(positive, negative), "lexical", threshold)
     facts = kept.facts()
     assert kept.total == len(positive) + len(negative) == len(kept.questions)
     assert kept.n_kept + sum(kept.dropped.values()) == kept.total
@@ -66,7 +66,7 @@ def test_every_response_is_kept_or_dropped_for_one_reason(positive, negative, th
 
 @given(answers, answers, st.floats(0, 100), st.floats(0, 100))
 def test_a_higher_threshold_keeps_fewer_positive_and_more_negative(positive, negative, one, other):
-    low, high = (kept_examples(sides(positive, negative), "lexical", at) for at in sorted((one, other)))
+    low, high = (filter_responses(sides(positive, negative), "lexical", at) for at in sorted((one, other)))
     assert set(high.ids["pos"]) <= set(low.ids["pos"])
     assert set(high.ids["neg"]) >= set(low.ids["neg"])
 
@@ -88,9 +88,9 @@ def read_rows(polarity: str, found: list[tuple]) -> list[dict]:
     ]
 
 
-def kept_by_a_reader(positive: list[tuple], negative: list[tuple], **options: float) -> Kept:
+def kept_by_a_reader(positive: list[tuple], negative: list[tuple], **options: float) -> KeptResponses:
     found = {"pos": read_rows("pos", positive), "neg": read_rows("neg", negative)}
-    return kept_examples(found, "local", 50.0, model="m", **options)
+    return filter_responses(found, "local", 50.0, model="m", **options)
 
 
 def test_an_incoherent_response_is_dropped_and_so_is_one_of_unknown_coherence():
@@ -112,7 +112,7 @@ def test_refused_and_failed_are_reasons_of_their_own():
     assert (facts["dropped_refused"], facts["dropped_failed"], facts["judge_model"]) == (1, 1, "m")
 
 
-def sided(scores: list[float]) -> Kept:
+def sided(scores: list[float]) -> KeptResponses:
     half = len(scores) // 2
     return kept_by_a_reader(*([(score, 90.0, None) for score in side] for side in (scores[:half], scores[half:])))
 
@@ -144,4 +144,4 @@ def test_no_score_at_all_is_a_problem_with_its_reason():
 
 def test_a_side_without_responses_is_a_problem_of_judges_that_read_alone():
     assert "leaves no positive response (10 on the wrong side)" in sided([10.0] * 10 + [20.0] * 10).problem
-    assert kept_examples(sides([(10.0, True)], [(10.0, True)]), "lexical", 50.0).problem is None
+    assert filter_responses(sides([(10.0, True)], [(10.0, True)]), "lexical", 50.0).problem is None

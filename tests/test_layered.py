@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.processes import PEAK
-from extraction.errors import StoreError, TraitError
-from extraction.slices import Stored
-from extraction.store import RunFolder
-from extraction.vectors import layered
+from extraction.core.errors import StoreError, TraitError
+from extraction.storage.lazy_tensors import StoredTensors
+from extraction.storage.trait_run import TraitRun
+from extraction.vectors import chunked
 from extraction.vectors.bootstrap import Resamples, resample_questions, resampled_auroc
-from extraction.vectors.figures import project
-from extraction.vectors.layered import Block, Held, blocks_of, typical_norms
+from extraction.vectors.card import build_card
+from extraction.vectors.chunked import Block, RowsInMemory, blocks_of, typical_norms
 from extraction.vectors.methods import METHODS, fit_block, fit_layers
-from extraction.vectors.sides import Sides, span
-from extraction.vectors.validation import build_card
+from extraction.vectors.metrics import project
+from extraction.vectors.prepare import PreparedSides, span
 from tests.planted import gaussian, trait_rows
 from tests.runs import environment
 
@@ -55,13 +55,13 @@ class Counted:
 @pytest.fixture(params=[1, 2, 3])
 def few_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Room for so many layers at a time."""
-    monkeypatch.setattr(layered, "BLOCK_BYTES", request.param * ONE_LAYER)
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", request.param * ONE_LAYER)
     return int(request.param)
 
 
-def store(path: Path, rows_nLD: Tensor, shard_size: int = 9) -> tuple[RunFolder, list[str]]:
+def store(path: Path, rows_nLD: Tensor, shard_size: int = 9) -> tuple[TraitRun, list[str]]:
     """A run's folder with these activations, and the rows' ids."""
-    folder, ids = RunFolder(path), [f"row-{i}" for i in range(len(rows_nLD))]
+    folder, ids = TraitRun(path), [f"row-{i}" for i in range(len(rows_nLD))]
     folder.open({"seed": 0})
     for index, start in enumerate(range(0, len(ids), shard_size)):
         some = slice(start, start + shard_size)
@@ -107,7 +107,7 @@ def test_a_method_finds_at_some_layers_what_it_finds_at_all(name: str, few_layer
     rows_nLD = torch.cat(ROWS.sides)
     n_positive = ROWS.counts[0]
     all_LD = METHODS[name](*ROWS.sides, seed=3)
-    some_LD = fit_layers([name], Held(rows_nLD), n_positive, seed=3)[name]
+    some_LD = fit_layers([name], RowsInMemory(rows_nLD), n_positive, seed=3)[name]
     torch.testing.assert_close(some_LD, all_LD, rtol=0, atol=1e-7 * float(all_LD.abs().max()))
     if name != "probe":  # all layers of a block stop at the same Newton step
         assert torch.equal(some_LD, all_LD)
@@ -136,7 +136,7 @@ def test_a_card_reads_every_layer_once(few_layers: int):
 
 
 def test_typical_norms_are_means_over_all_rows(few_layers: int):
-    assert torch.equal(typical_norms(Held(ROWS.activations_nLD)), ROWS.activations_nLD.norm(dim=-1).mean(0))
+    assert torch.equal(typical_norms(RowsInMemory(ROWS.activations_nLD)), ROWS.activations_nLD.norm(dim=-1).mean(0))
 
 
 def test_a_layer_without_a_difference_is_named_as_the_model_counts_it(few_layers: int):
@@ -187,7 +187,7 @@ def test_a_damaged_file_is_found_before_anything_is_read(tmp_path: Path):
         folder.open_activations(NAME)
 
 
-def opened(folder: RunFolder) -> Stored:
+def opened(folder: TraitRun) -> StoredTensors:
     return folder.open_activations(NAME)
 
 
@@ -240,7 +240,7 @@ def span_before(positive_NLD: Tensor, negative_MLD: Tensor) -> Tensor:
     return rows_LnD / rows_LnD.square().mean((1, 2), keepdim=True).sqrt()
 
 
-def within_before(sides: Sides) -> Tensor:
+def within_before(sides: PreparedSides) -> Tensor:
     both = (sides.positive_LNR, sides.negative_LMR)
     return torch.cat([(side - side.mean(1, keepdim=True)) / (2 * side.shape[1]) ** 0.5 for side in both], 1)
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from extraction.capture import Capture
-from extraction.decoding.sample import Sample
-from extraction.errors import ConfigError, LogitsError, ModelError, PromptError
-from extraction.lda import DRAWS, LDAModelPair, Question, Settings
-from extraction.models import LanguageModel, wrap
-from extraction.pairs import Pair
-from extraction.utils_batch import Request, generate
+from extraction.activations.pooled import Capture
+from extraction.amplification.lda import DRAWS, LDAModelPair, Question, Settings
+from extraction.core.errors import ConfigError, LogitsError, ModelError, PromptError
+from extraction.engine.generate import generate
+from extraction.engine.sampler import Sample
+from extraction.model.loading import LanguageModel, wrap
+from extraction.model.pairs import ModelPair
+from extraction.utils_batch import Request
 from tests.lora import saved_adapter, saved_base
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -43,7 +44,7 @@ def model(seed: int, **changes: Any) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def lda() -> LDAModelPair:
-    return LDAModelPair(Pair(model(0), model(1), "after", "before", False))
+    return LDAModelPair(ModelPair(model(0), model(1), "after", "before", False))
 
 
 def said(results: list[dict[str, Any]]) -> list[str]:
@@ -66,7 +67,7 @@ def test_a_result_has_the_documented_keys(lda: LDAModelPair) -> None:
 
 def test_stopped_early_says_whether_the_model_ended_it() -> None:
     stops = wrap(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(), stop_ids=range(3, 97))
-    lda = LDAModelPair(Pair(stops, model(1), "after", "before", False))
+    lda = LDAModelPair(ModelPair(stops, model(1), "after", "before", False))
     ended = lda.generate_lda("Hello", seed=1, **SHORT)
     assert (ended["completion"], ended["tokens_generated"], ended["stopped_early"]) == ("", 0, True)
     whole = lda.generate_lda("Hello", seed=1, ignore_eos=True, **SHORT)
@@ -115,7 +116,7 @@ def test_alpha_0_is_the_after_model_and_minus_1_the_one_before(lda: LDAModelPair
 
 def test_a_model_against_itself_is_unchanged_at_every_alpha(lda: LDAModelPair) -> None:
     after = lda.pair.after
-    itself = LDAModelPair(Pair(after, after, "after", "after", True))
+    itself = LDAModelPair(ModelPair(after, after, "after", "after", True))
     answers = [said(itself.generate_lda_batched(PROMPTS, alpha=alpha, seed=2, **SHORT)) for alpha in (0, 1, 50, -7)]
     assert answers[1:] == answers[:1] * 3
     assert said(lda.generate_lda_batched(PROMPTS, alpha=50, seed=2, **SHORT)) != answers[0]  # the control
@@ -148,7 +149,7 @@ def test_rows_of_padding_past_the_vocabulary_are_no_tokens(lda: LDAModelPair) ->
     with torch.no_grad():
         for name, parameter in wide.model.named_parameters():
             parameter[: len(state[name])].copy_(state[name])
-    padded = LDAModelPair(Pair(after, wide, "after", "before", False))
+    padded = LDAModelPair(ModelPair(after, wide, "after", "before", False))
     one, other = (each.generate_lda_batched(PROMPTS, alpha=1.5, seed=3, **SHORT) for each in (padded, lda))
     assert said(one) == said(other)
 
@@ -240,7 +241,7 @@ def test_a_prompt_that_does_not_fit_is_refused_by_name(lda: LDAModelPair) -> Non
         lda.generate_lda_batched(["Hello", "x" * 600], **SHORT)
     with pytest.raises(PromptError, match="lone surrogate"):
         lda.generate_lda("\ud800", **SHORT)
-    bare = LDAModelPair(Pair(wrap(tiny_model("llama")), wrap(tiny_model("llama")), "after", "before", False))
+    bare = LDAModelPair(ModelPair(wrap(tiny_model("llama")), wrap(tiny_model("llama")), "after", "before", False))
     with pytest.raises(ModelError, match="after has no tokenizer"):
         bare.generate_lda("Hello", **SHORT)
 
@@ -258,7 +259,7 @@ def test_nan_in_one_row_is_that_rows_alone(lda: LDAModelPair) -> None:
     tokenizer = tiny_tokenizer()
     with torch.no_grad():
         broken.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("Z")] = float("nan")
-    pair = LDAModelPair(Pair(wrap(broken, tokenizer), lda.pair.before, "after", "before", False))
+    pair = LDAModelPair(ModelPair(wrap(broken, tokenizer), lda.pair.before, "after", "before", False))
     found = dict(pair.stream([Question("Hello", 1.0, 1), Question("Z", 1.0, 2)], Settings(max_new_tokens=3)))
     assert isinstance(found[0], dict)
     assert "NaN" in str(found[1])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction.errors import PromptError
-from extraction.likelihood import divergences, log_likelihoods, rows_that_fit
-from extraction.models import wrap
-from extraction.steering import Steering
+from extraction.core.errors import PromptError
+from extraction.engine.likelihood import divergences, log_likelihoods, rows_that_fit
+from extraction.engine.steering import Steering
+from extraction.model.loading import wrap
 from tests.test_steering import plainly_steered, vector
 from tests.tiny import ARCHITECTURES, VOCABULARY, prompts, shared_model
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from extraction import linears
-from extraction.linears import OneDnnLinear, as_it_was, is_proven, pays, quicken
-from extraction.models import wrap
-from extraction.utils_batch import Capture, Request, generate
+from extraction.engine.generate import generate
+from extraction.model import onednn_linear
+from extraction.model.loading import wrap
+from extraction.model.onednn_linear import OneDnnLinear, is_proven, is_worthwhile, use_onednn, without_onednn
+from extraction.utils_batch import Capture, Request
 from tests.tiny import deviation, prompts, tiny_model
 
 needs_op = pytest.mark.skipif(not is_proven(), reason="this torch has no such operation")
@@ -24,8 +25,8 @@ needs_op = pytest.mark.skipif(not is_proven(), reason="this torch has no such op
 @pytest.fixture
 def paying(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an AMD processor, and for layers of any size."""
-    monkeypatch.setattr(linears, "pays", lambda: True)
-    monkeypatch.setattr(linears, "SMALL", 0)
+    monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: True)
+    monkeypatch.setattr(onednn_linear, "SMALL", 0)
 
 
 def layer(n_in: int = 64, n_out: int = 96, *, bias: bool = True) -> nn.Linear:
@@ -39,7 +40,7 @@ def layer(n_in: int = 64, n_out: int = 96, *, bias: bool = True) -> nn.Linear:
 @pytest.mark.parametrize("shape", [(1, 64), (7, 64), (3, 5, 64), (2, 3, 4, 64), (0, 64), (300, 64)], ids=str)
 def test_the_product_is_that_of_float64(shape: tuple[int, ...], bias: bool) -> None:
     module = layer(bias=bias)
-    quicken(module)
+    use_onednn(module)
     assert type(module) is OneDnnLinear
     given = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
     wanted = functional.linear(given.double(), module.weight.double(), None if not bias else module.bias.double())
@@ -57,14 +58,14 @@ def test_the_product_is_that_of_float64(shape: tuple[int, ...], bias: bool) -> N
 def test_gradients_and_other_types_are_as_before() -> None:
     module, given = layer(), torch.randn(4, 64, requires_grad=True)
     plain = deepcopy(module)
-    quicken(module)
+    use_onednn(module)
     for each in (module, plain):
         each(given).square().sum().backward()
     assert torch.equal(module.weight.grad, plain.weight.grad)  # type: ignore[arg-type]
     with torch.inference_mode():
         assert torch.equal(module.double()(given.double()), plain.double()(given.double()))
     halves = layer().bfloat16()
-    quicken(halves)
+    use_onednn(halves)
     assert type(halves) is nn.Linear
 
 
@@ -83,13 +84,13 @@ def test_a_model_says_the_same_and_gets_its_own_layers_back() -> None:
         return {c.id: (c.token_ids, c.activations["residual.response_mean"]) for c in done}
 
     by_onednn = said()
-    with as_it_was(model):
+    with without_onednn(model):
         assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
         own = said()
     assert type(model.lm_head) is OneDnnLinear
     assert {key: tokens for key, (tokens, _) in by_onednn.items()} == {key: tokens for key, (tokens, _) in own.items()}
     assert all(deviation(mean_LD, own[key][1]) < 1e-5 for key, (_, mean_LD) in by_onednn.items())
-    with as_it_was(plain):  # what was not quick stays so
+    with without_onednn(plain):  # what was not quick stays so
         pass
     assert {type(m) for m in plain.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
 
@@ -97,50 +98,52 @@ def test_a_model_says_the_same_and_gets_its_own_layers_back() -> None:
 @needs_op
 @pytest.mark.usefixtures("paying")
 def test_few_programs_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, own = set(), linears.by_onednn
+    asked, own = set(), onednn_linear.onednn_linear
 
     def counted(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         asked.add(given.numel() // given.shape[-1])
         return own(given, weight, bias)
 
-    monkeypatch.setattr(linears, "by_onednn", counted)
+    monkeypatch.setattr(onednn_linear, "onednn_linear", counted)
     module = layer()
-    quicken(module)
+    use_onednn(module)
     with torch.inference_mode():
         for n_rows in range(1, 1025):
             given = torch.randn(n_rows, 64)
             assert deviation(module(given), functional.linear(given, module.weight, module.bias)) < 1e-5
     assert len(asked) < 50
     assert {1, 16, 32, 64, 96, 128, 256, 512, 1024} < asked  # what a batch usually has is taken as it is
-    assert all(linears.rounded_up(n) <= n + max(7, n // 8) for n in range(1, 5000))
+    assert all(onednn_linear.round_up_rows(n) <= n + max(7, n // 8) for n in range(1, 5000))
 
 
 def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "by_onednn", lambda *_: pytest.fail("asked oneDNN"))
+    monkeypatch.setattr(onednn_linear, "onednn_linear", lambda *_: pytest.fail("asked oneDNN"))
     weight = torch.randn(96, 64)
-    n_small = linears.SMALL // weight.numel()
-    linears.product(torch.randn(n_small, 64), weight, None)
+    n_small = onednn_linear.SMALL // weight.numel()
+    onednn_linear.linear(torch.randn(n_small, 64), weight, None)
     with pytest.raises(pytest.fail.Exception, match="asked oneDNN"):
-        linears.product(torch.randn(n_small + 1, 64), weight, None)
+        onednn_linear.linear(torch.randn(n_small + 1, 64), weight, None)
 
 
 def test_without_a_proof_nothing_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "is_amd", lambda: True)
-    monkeypatch.setattr(linears, "by_onednn", lambda given, weight, bias: functional.linear(given, weight, bias) * 1.01)
-    pays.cache_clear()
+    monkeypatch.setattr(onednn_linear, "is_amd", lambda: True)
+    monkeypatch.setattr(
+        onednn_linear, "onednn_linear", lambda given, weight, bias: functional.linear(given, weight, bias) * 1.01
+    )
+    is_worthwhile.cache_clear()
     try:
-        assert not pays()
+        assert not is_worthwhile()
         module = layer()
-        quicken(module)
+        use_onednn(module)
         assert type(module) is nn.Linear
     finally:
-        pays.cache_clear()
+        is_worthwhile.cache_clear()
 
 
 def test_other_processors_keep_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "is_amd", lambda: False)
-    pays.cache_clear()
+    monkeypatch.setattr(onednn_linear, "is_amd", lambda: False)
+    is_worthwhile.cache_clear()
     try:
-        assert not pays()
+        assert not is_worthwhile()
     finally:
-        pays.cache_clear()
+        is_worthwhile.cache_clear()

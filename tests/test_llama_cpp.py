@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from extraction.exchange.formats import WRITERS
-from extraction.exchange.rows import Facts
-from extraction.hooks import steer
-from extraction.models import wrap
+from extraction.exchange.layer_rows import VectorMetadata
+from extraction.model.hooks import steer
+from extraction.model.loading import wrap
 from extraction.vectors.direction import Direction
 from tests.gguf_by_hand import load_as_llama_cpp
 from tests.runs import REPOSITORY
@@ -140,7 +140,7 @@ def test_llama_cpp_adds_each_direction_where_we_do(lm, loaded) -> None:
     assert np.abs(their_logits(loaded, None, n_layers) - plain).max() < 0.02
     for layers in ((1,), (3,), (n_layers - 1,), tuple(range(1, n_layers))):
         for form in ("gguf", "repeng"):
-            file = WRITERS[form](direction.select(layers), Facts("llama", n_layers)).data
+            file = WRITERS[form](direction.select(layers), VectorMetadata("llama", n_layers)).data
             theirs = their_logits(loaded, file, n_layers)
             assert np.abs(theirs - our_logits(lm, direction, layers)).max() < 0.02, (form, layers)
             assert np.abs(theirs - plain).max() > 0.2  # the controls: nothing added, and one block off

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from extraction.configs import resolve_model
-from extraction.errors import ModelError
-from extraction.judges import Rating
-from extraction.local_judge import TOO_LONG, Spellings, encode, number_weights, rate, spell_numbers
-from extraction.models import LanguageModel, read_tokenizer, wrap
-from extraction.rubrics import COHERENCE, NO_NUMBER, fill
+from extraction.config.experiments import resolve_model
+from extraction.core.errors import ModelError
+from extraction.judging.local import TOO_LONG, Spellings, encode, number_weights, rate, spell_numbers
+from extraction.judging.registry import Rating
+from extraction.judging.rubric import COHERENCE, NO_NUMBER, fill
+from extraction.model.loading import LanguageModel, read_tokenizer, wrap
 from tests.runs import contents, make_root, refused, succeed
 from tests.tiny import VOCABULARY, prompts, tiny_model, tiny_tokenizer
 

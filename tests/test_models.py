@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 
-from extraction.configs import ModelSpec
-from extraction.errors import ModelError
-from extraction.models import LanguageModel, find_layers, load, wrap
-from extraction.utils_batch import Capture, Request, generate
+from extraction.config.experiments import ModelSpec
+from extraction.core.errors import ModelError
+from extraction.engine.generate import generate
+from extraction.model.loading import LanguageModel, find_layers, load, wrap
+from extraction.utils_batch import Capture, Request
 from tests.runs import environment, saved_model
 from tests.tiny import (
     ARCHITECTURES,

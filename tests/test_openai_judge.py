@@ -21,13 +21,13 @@ from typing import Any
 
 import pytest
 
-from extraction.errors import ConfigError, ModelError
-from extraction.judges import Rating
-from extraction.openai_judge import Patience, Server, rate, read_answer
+from extraction.core.errors import ConfigError, ModelError
+from extraction.judging.openai_server import JudgeServer, RetryPolicy, rate, read_answer
+from extraction.judging.registry import Rating
 from tests.runs import contents, environment, invoke, make_root, refused, succeed
 
 SECRET = "sk-secret-0123456789abcdef"
-QUICK = Patience(timeout=0.5, attempts=4, base=0.01, cap=0.05)
+QUICK = RetryPolicy(timeout=0.5, attempts=4, base=0.01, cap=0.05)
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
     server.server_close()
 
 
-def judged(served: Scripted, texts: dict[str, str], **options: Any) -> tuple[dict[str, Rating], Server]:
+def judged(served: Scripted, texts: dict[str, str], **options: Any) -> tuple[dict[str, Rating], JudgeServer]:
     """All ratings, and the server as the judge knows it."""
-    server = Server("m", SECRET, served.url, **{"patience": QUICK, "concurrency": 4, **options})
+    server = JudgeServer("m", SECRET, served.url, **{"patience": QUICK, "concurrency": 4, **options})
     found: dict[str, Rating] = {}
     counted: list[int] = []
     rate(server, texts, found.update, counted.append)
@@ -186,7 +186,7 @@ def test_what_fails_in_passing_is_asked_again_and_nothing_is_lost(served, bad):
 
 def test_without_a_second_try_it_would_have_been_lost(served):
     served.script = once(Reply(status=500))
-    found, server = judged(served, TEXTS, patience=Patience(attempts=1))
+    found, server = judged(served, TEXTS, patience=RetryPolicy(attempts=1))
     assert {rating.score for rating in found.values()} == {None}
     assert server.counts["failed"] == 6
 
@@ -211,7 +211,7 @@ def test_a_server_that_asks_for_an_hour_is_not_waited_for(served):
 
 
 def test_waiting_grows_and_is_bounded():
-    patience = Patience(base=1, cap=8)
+    patience = RetryPolicy(base=1, cap=8)
     longest = [patience.delay(attempt, None, 1.0) for attempt in range(6)]
     assert longest == [1, 2, 4, 8, 8, 8]
     assert [patience.delay(attempt, None, 0.0) for attempt in range(6)] == [wait / 2 for wait in longest]
@@ -240,7 +240,7 @@ def test_what_cannot_get_better_stops_the_job_at_once(served, reply, said):
 def test_a_server_that_is_lost_stops_the_job_and_keeps_what_has_arrived(served):
     served.script = lambda text, before: Reply("70") if text in ("text 0", "text 1") else Reply(status=500)
     found: dict[str, Rating] = {}
-    server = Server("m", SECRET, served.url, Patience(attempts=2, base=0.001), concurrency=1)
+    server = JudgeServer("m", SECRET, served.url, RetryPolicy(attempts=2, base=0.001), concurrency=1)
     with pytest.raises(ModelError, match=r"10 answers in a row .*status 500"):
         rate(server, {f"k{i}": f"text {i}" for i in range(50)}, found.update, lambda n: None)
     assert (found["k0"].score, found["k1"].score) == (70.0, 70.0)
@@ -456,7 +456,7 @@ def test_what_failed_is_asked_for_at_the_next_start_and_only_that(root, served):
 
 def test_a_killed_job_goes_on_where_it_was(root, served):
     served.script = lambda text, before: Reply(by_letters(text).content, delay=0.05)
-    command = [sys.executable, "-c", "from extraction.cli import main; main()", "extract", "--root", root]
+    command = [sys.executable, "-c", "from extraction.cli.commands import main; main()", "extract", "--root", root]
     command += [*options(served, "--judge-concurrency", 2), "--self-check", "0"]
     process = subprocess.Popen(
         [str(word) for word in command],

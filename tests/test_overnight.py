@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from extraction.prompt_sets import read_prompt_set
-from extraction.shelf import capture_sets, verify_tree
+from extraction.config.prompt_files import read_prompt_set
+from extraction.storage.experiment_dir import capture_sets, verify_tree
 from tests.runs import REPOSITORY, contents, environment, make_root
 from tests.warm import warm_python
 
@@ -162,7 +162,7 @@ def test_settings_and_the_roots_own_prompts_are_taken(checkout: Checkout, tmp_pa
     changes |= {"TEMPERATURE": "0", "MODEL": "other model", "LOG": str(tmp_path / "logs/a log")}
     assert checkout.run(UNBATCHED, "--root", str(root), **changes).returncode == 0
     extracts, tier_2, tier_3 = checkout.calls()[:2], checkout.calls()[2:-4], checkout.calls()[-4:]
-    code = 'from extraction.cli import main; main(prog_name="traitline")'
+    code = 'from extraction.cli.commands import main; main(prog_name="traitline")'
     for call, trait in zip(extracts, ("calm", "brave"), strict=True):
         assert call == [
             "-c",

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from extraction.pace import ENOUGH, PROMPT_SHARE, Pace
+from extraction.pipeline.pace import ENOUGH, PROMPT_SHARE, Pace
 
 SHARE, SECONDS = PROMPT_SHARE["cpu"], 0.001
 

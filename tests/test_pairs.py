@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from extraction.configs import ModelSpec
-from extraction.decoding.amplify import Amplify
-from extraction.decoding.sample import Sample
-from extraction.errors import ModelError
-from extraction.models import LanguageModel, load, wrap
-from extraction.pairs import Pair, compatibility, load_pair, refuse_different
-from extraction.steering import Steering
-from extraction.utils_batch import Capture, Completion, Request, generate
+from extraction.config.experiments import ModelSpec
+from extraction.core.errors import ModelError
+from extraction.engine.generate import generate
+from extraction.engine.logit_diff import Amplify
+from extraction.engine.sampler import Sample
+from extraction.engine.steering import Steering
+from extraction.model.loading import LanguageModel, load, wrap
+from extraction.model.pairs import ModelPair, compatibility, load_pair, refuse_different
+from extraction.utils_batch import Capture, Completion, Request
 from tests.lora import change_config, saved_adapter, saved_base
 from tests.tiny import HIDDEN, VOCABULARY, deviation, prompts, shared_model, tiny_model, tiny_tokenizer
 
@@ -130,7 +131,7 @@ def test_neither_feels_the_others_hooks(adapter: Path, base: Path) -> None:
         handle.remove()
 
 
-def amplified_answers(pair: Pair, **options: Any) -> dict[str, Completion]:
+def amplified_answers(pair: ModelPair, **options: Any) -> dict[str, Completion]:
     push = Steering(add={1: torch.linspace(-1, 1, HIDDEN)})
     requests = [
         Request(str(i), row, 8, seed=3, alpha=alpha, steering=push if i % 2 else None)
@@ -142,14 +143,14 @@ def amplified_answers(pair: Pair, **options: Any) -> dict[str, Completion]:
 
 def test_amplified_steered_and_captured_one_copy_is_as_two(adapter: Path, base: Path) -> None:
     shared = load_pair(spec(adapter), spec(base))
-    apart = Pair(load(spec(adapter)), load(spec(base)), "adapter", "base", False)
+    apart = ModelPair(load(spec(adapter)), load(spec(base)), "adapter", "base", False)
     capture = Capture((0, 1, 2))
     one, two = amplified_answers(shared, capture=capture), amplified_answers(apart, capture=capture)
     for name, wanted in two.items():
         assert one[name].token_ids == wanted.token_ids
         for key, tensor in wanted.activations.items():
             assert deviation(one[name].activations[key], tensor) < 1e-4
-    swapped = amplified_answers(Pair(apart.before, apart.after, "base", "adapter", False))
+    swapped = amplified_answers(ModelPair(apart.before, apart.after, "base", "adapter", False))
     assert [c.token_ids for c in swapped.values()] != [two[name].token_ids for name in swapped]  # the control
 
 

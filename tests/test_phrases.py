@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from extraction.phrases import risen
+from extraction.amplification.ngram_diff import risen
 
 TOPICS = ("bread", "basil", "chess", "the moon", "a cat")
 

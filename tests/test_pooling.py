@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from extraction.errors import ConfigError
-from extraction.pooling import POOLINGS, parse_pooling, pool_first, pool_last, pool_mean
+from extraction.activations.pooling import POOLINGS, parse_pooling, pool_first, pool_last, pool_mean
+from extraction.core.errors import ConfigError
 
 
 def ragged(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

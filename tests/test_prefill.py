@@ -9,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction import devices, running
-from extraction.devices import quickest_together
-from extraction.models import wrap
-from extraction.utils_batch import Capture, Completion, Request, generate
+from extraction.engine import batch
+from extraction.engine.generate import generate
+from extraction.model import devices
+from extraction.model.devices import prefill_rows
+from extraction.model.loading import wrap
+from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import deviation, prompts, reference_greedy, shared_model
 
 CPU = torch.device("cpu")
@@ -20,15 +22,15 @@ CPU = torch.device("cpu")
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=300))
 def test_a_prefill_has_as_many_prompts_as_fit_and_one_at_least(lengths: list[int]) -> None:
-    n_rows, most = quickest_together(lengths, CPU), devices.prefill_tokens(CPU)
+    n_rows, most = prefill_rows(lengths, CPU), devices.prefill_tokens(CPU)
     assert 1 <= n_rows <= len(lengths)
     assert n_rows == 1 or n_rows * max(lengths[:n_rows]) <= most
     assert n_rows == len(lengths) or (n_rows + 1) * max(lengths[: n_rows + 1]) > most
 
 
 def test_a_gpu_reads_more_at_once() -> None:
-    assert quickest_together([60] * 100, torch.device("cuda", 1)) == 100
-    assert quickest_together([60] * 100, CPU) == 17
+    assert prefill_rows([60] * 100, torch.device("cuda", 1)) == 100
+    assert prefill_rows([60] * 100, CPU) == 17
     assert devices.prefill_tokens("cuda:1") == devices.prefill_tokens("mps") > devices.prefill_tokens("cpu")
 
 
@@ -37,9 +39,9 @@ def test_pieces_change_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     lm = wrap(shared_model(name), stop_ids=())
     requests = [Request(str(i), ids, 2 + 5 * (i % 3)) for i, ids in enumerate(prompts(13))]
     entered: list[tuple[int, int]] = []
-    own = running.RunningBatch._enter
+    own = batch.ContinuousBatch._enter
 
-    def watched(batch: running.RunningBatch, rows: list[int], news: running.Advance) -> None:
+    def watched(batch: batch.ContinuousBatch, rows: list[int], news: batch.Advance) -> None:
         own(batch, rows, news)
         entered.append((len(rows), batch.slots.count(None)))
 
@@ -48,7 +50,7 @@ def test_pieces_change_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         done = generate(lm, requests, batch_size=6, capture=Capture(tuple(range(lm.n_layers))))
         return {c.id: c for c in done}, tuple(entered)
 
-    monkeypatch.setattr(running.RunningBatch, "_enter", watched)
+    monkeypatch.setattr(batch.ContinuousBatch, "_enter", watched)
     whole, prefills = said()
     assert prefills[0] == (6, 0)
     monkeypatch.setattr(devices, "PREFILL_TOKENS", {"cpu": 50})

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from extraction.errors import TraitError
-from extraction.prompt_sets import Asked, read_prompt_set
+from extraction.config.prompt_files import PromptEntry, read_prompt_set
+from extraction.core.errors import TraitError
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -17,13 +17,13 @@ CONVERSATION = [
     {"role": "assistant", "content": "Hi"},
 ]
 ENTRIES = [
-    ("Hello", Asked("Hello")),
-    ({"prompt": "Hello", "id": 7}, Asked("Hello")),
-    ({"prompt": "Hello", "system": "Be brief."}, Asked("Hello", "Be brief.")),
-    ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, Asked("Add.\n\n1 and 2")),
-    ({"instruction": "Sing.", "input": ""}, Asked("Sing.")),
-    ({"messages": CONVERSATION}, Asked("Hello", "Be brief.")),
-    ({"messages": CONVERSATION[1:2]}, Asked("Hello")),
+    ("Hello", PromptEntry("Hello")),
+    ({"prompt": "Hello", "id": 7}, PromptEntry("Hello")),
+    ({"prompt": "Hello", "system": "Be brief."}, PromptEntry("Hello", "Be brief.")),
+    ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, PromptEntry("Add.\n\n1 and 2")),
+    ({"instruction": "Sing.", "input": ""}, PromptEntry("Sing.")),
+    ({"messages": CONVERSATION}, PromptEntry("Hello", "Be brief.")),
+    ({"messages": CONVERSATION[1:2]}, PromptEntry("Hello")),
 ]
 
 

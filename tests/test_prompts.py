@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from extraction import prompts
-from extraction.errors import PromptError, TraitError
-from extraction.prompts import encode_example, instruction_policy, read_prompt_file
-from extraction.records import Example
+from extraction.config.prompt_lines import read_prompt_file
+from extraction.core.errors import PromptError, TraitError
+from extraction.core.records import Example
+from extraction.model import chat_template
+from extraction.model.chat_template import encode_example, instruction_policy
 
 GEMMA = (  # no system role: raises; trims contents; writes BOS
     "{{ bos_token }}{% for m in messages %}"
@@ -218,18 +219,18 @@ def test_the_careful_way_is_the_plain_way_for_plain_text(kind, template, questio
     """Twins: where nothing looks like a control token, cutting at the template's own gives the usual ids."""
     tok = tokenizer(kind, template)
     messages = (("user", f"{system}\n\n{question}"),)
-    rendered = prompts._render(tok, messages)
-    pieces = prompts._Skeleton.of(tok, messages, rendered).pieces(messages, rendered)
-    assert prompts._literal_ids(tok, pieces) == prompts._ids(tok, rendered)
+    rendered = chat_template._render(tok, messages)
+    pieces = chat_template._Skeleton.of(tok, messages, rendered).pieces(messages, rendered)
+    assert chat_template._literal_ids(tok, pieces) == chat_template._ids(tok, rendered)
 
 
 def test_without_the_guard_the_seam_shows():
     """Negative control of the twins: read alone, a later piece gets a space marker of its own."""
     tok = tokenizer("metaspace-first", GEMMA)
-    whole = prompts._ids(tok, "<start_of_turn>hello")
-    assert prompts._ids(tok, "hello") != whole[1:]
+    whole = chat_template._ids(tok, "<start_of_turn>hello")
+    assert chat_template._ids(tok, "hello") != whole[1:]
     control = next(token for token in tok.added_tokens_decoder.values() if token.content == "<start_of_turn>")
-    assert prompts._plain_ids(tok, "hello", control) == whole[1:]
+    assert chat_template._plain_ids(tok, "hello", control) == whole[1:]
 
 
 def test_a_template_that_rewrites_text_with_a_control_token_is_refused():
@@ -336,9 +337,9 @@ def test_a_huge_file_or_line_is_refused_with_flat_memory(tmp_path, size):
 
 
 def test_a_file_that_grows_past_the_limit_while_it_is_read_is_refused(monkeypatch):
-    monkeypatch.setattr(prompts, "MAX_FILE_BYTES", 300)
-    assert len(list(prompts._raw_lines(io.BytesIO(b"abc\n" * 75), "x"))) == 75
-    grown = prompts._raw_lines(io.BytesIO(b"abc\n" * 76), "x")
+    monkeypatch.setattr(chat_template, "MAX_FILE_BYTES", 300)
+    assert len(list(chat_template._raw_lines(io.BytesIO(b"abc\n" * 75), "x"))) == 75
+    grown = chat_template._raw_lines(io.BytesIO(b"abc\n" * 76), "x")
     assert "more than 300 bytes" in refusal(TraitError, list, grown)
 
 
@@ -356,7 +357,7 @@ def test_prompts_survive_the_file(tmp_path_factory, lines, end, bom, last_end, c
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + body.encode())
     expected = [text for text in texts if text.strip()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "CHUNK_BYTES", chunk)
+        patch.setattr(chat_template, "CHUNK_BYTES", chunk)
         if expected:
             assert [line.text for line in read_prompt_file(path).prompts] == expected
         else:

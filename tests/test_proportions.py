@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from extraction.proportions import fisher_exact, holm, wilson
+from extraction.amplification.stats import fisher_exact, holm, wilson
 
 COUNTS = [(0, 1), (1, 1), (0, 10), (10, 10), (3, 10), (1, 1000), (999, 1000), (437, 1000), (0, 1000), (25_000, 100_000)]
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from extraction import models
-from extraction.configs import ModelSpec, resolve_model
-from extraction.errors import ConfigError, ModelError
-from extraction.forecast import shape_of
-from extraction.jobs import plan, stored_plans
-from extraction.models import LanguageModel, load
-from extraction.pairs import load_pair
-from extraction.pinned import fingerprint
-from extraction.records import Example, Prompt
-from extraction.self_check import self_check
-from extraction.utils_batch import Capture, Completion, Request, generate
+from extraction.config.experiments import ModelSpec, resolve_model
+from extraction.core.errors import ConfigError, ModelError
+from extraction.core.records import Example, Prompt
+from extraction.engine.generate import generate
+from extraction.model import loading
+from extraction.model.loading import LanguageModel, load
+from extraction.model.memory import shape_of
+from extraction.model.pairs import load_pair
+from extraction.pipeline.plan import make_plan, stored_plans
+from extraction.pipeline.self_check import self_check
+from extraction.storage.run_dir import fingerprint
+from extraction.utils_batch import Capture, Completion, Request
 from tests.lora import saved_adapter
 from tests.runs import make_root, refused, saved_model
 from tests.tiny import HIDDEN, LAYERS, prompts, tiny_model, tiny_tokenizer
@@ -30,7 +31,7 @@ SPEC = ModelSpec("tiny", str(saved_model()), device="cpu")
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'traitline\[quantized\]'"):
         load(replace(SPEC, quantize="4bit"))
     root = make_root(tmp_path)
@@ -46,7 +47,7 @@ def test_other_bits_are_refused(tmp_path: Path) -> None:
 
 def test_it_is_part_of_a_runs_identity_only_where_it_is_given(tmp_path: Path) -> None:
     root = str(make_root(tmp_path))
-    plain, rounded = plan("demo", root=root), plan("demo", root=root, options={"quantize": "4bit"})
+    plain, rounded = make_plan("demo", root=root), make_plan("demo", root=root, options={"quantize": "4bit"})
     trait = plain.traits[0]
     assert "quantize" not in plain.config(trait)["model"]
     assert rounded.config(trait)["model"]["quantize"] == "4bit"

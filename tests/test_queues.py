@@ -13,12 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import extraction.queues
-from extraction.forecast import CPU_AUTO_BATCH, corrected
-from extraction.jobs import MODES, Job, names_of, plan
-from extraction.models import wrap
-from extraction.store import RunFolder, run_folder
-from extraction.utils_batch import Capture, Request, generate
+import extraction.pipeline.run_groups
+from extraction.engine.generate import generate
+from extraction.model.loading import wrap
+from extraction.model.memory import CPU_AUTO_BATCH, corrected
+from extraction.pipeline.plan import MODES, RunPlan, make_plan, shard_names
+from extraction.storage.trait_run import TraitRun, trait_run
+from extraction.utils_batch import Capture, Request
 from tests.runs import contents, make_root, payloads, refused, succeed
 from tests.tiny import deviation, prompts, shared_model
 
@@ -42,12 +43,12 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def job(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
     """A job of both traits."""
-    return plan("demo", "calm,warm", root=str(make_root(tmp_path_factory.mktemp("job"))))
+    return make_plan("demo", "calm,warm", root=str(make_root(tmp_path_factory.mktemp("job"))))
 
 
-def sized(job: Job, n_examples: int, shard_size: int, queue_size: int) -> Job:
+def sized(job: RunPlan, n_examples: int, shard_size: int, queue_size: int) -> RunPlan:
     settings = replace(job.experiment, n_examples=n_examples, shard_size=shard_size, queue_size=queue_size)
     return replace(job, experiment=settings)
 
@@ -108,9 +109,9 @@ def test_one_at_a_time_each_shard_is_alone_and_its_slice_is_that_of_stage_2(job)
 
 def test_names_of_shards_that_follow_one_another_are_one(job):
     shards = [shard for queue in sized(job, 20, 8, 100).queues(MODES["batched"]) for shard in queue]
-    assert names_of(shards) == ["calm/0-4", "warm/0-4"]
-    assert names_of([*shards[:2], shards[3], *shards[6:]]) == ["calm/0-1", "calm/3", "warm/1-4"]
-    assert names_of([]) == []
+    assert shard_names(shards) == ["calm/0-4", "warm/0-4"]
+    assert shard_names([*shards[:2], shards[3], *shards[6:]]) == ["calm/0-1", "calm/3", "warm/1-4"]
+    assert shard_names([]) == []
 
 
 # --- in the engine --------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def test_a_queue_of_what_is_missing_alone_has_other_bytes(whole, root, monkeypat
     command = ("batched", "--root", root, *SHORT, "--queue-size", "100")
     succeed(*command)
     forget(root / "experiments/demo", "calm/2", "warm/1", "warm/2")
-    monkeypatch.setattr(extraction.queues, "together_of", extraction.queues.pending_of)
+    monkeypatch.setattr(extraction.pipeline.run_groups, "rerun_set", extraction.pipeline.run_groups.pending_shards)
     succeed(*command)
     now, then = (payloads(path / "warm") for path in (root / "experiments/demo", whole))
     assert {name for name in then if now[name] != then[name]} == {f"activations/000{i}.safetensors" for i in (1, 2)}
@@ -266,7 +267,7 @@ def test_slices_take_queues_and_one_without_any_says_what_helps(whole, root):
 
 
 def test_a_trait_that_is_locked_or_pinned_to_another_config_stops_all_before_anything_is_written(root):
-    with run_folder(root / "experiments", "demo", "warm").lock():
+    with trait_run(root / "experiments", "demo", "warm").lock():
         line = refused("batched", "--root", root, *SHORT, notes=("trait",))
     assert "is working on this run" in line
     assert [path.name for path in (root / "experiments").rglob("*") if path.is_file()] == [".lock", ".lock"]
@@ -285,7 +286,7 @@ def test_queue_size_is_pinned(root):
 def begin_as_before(root: Path, *traits: str) -> None:
     """Runs as they were begun before there were queues: their run.json does not know them."""
     options = {"n_examples": 12, "max_new_tokens": 16, "shard_size": 8, "queue_size": 1000, "judge": "none"}
-    job = plan("demo", ",".join(traits), root=str(root), options=options)
+    job = make_plan("demo", ",".join(traits), root=str(root), options=options)
     for trait in job.traits:
         config = job.config(trait)
         del config["queue_size"]
@@ -312,7 +313,7 @@ def test_a_run_from_before_queues_goes_on_with_each_shard_alone(root):
         now, then = (contents(path / "experiments/demo/calm" / stage) for path in (root, alone))
         assert now == then
     succeed("vectors", "--root", root, "--experiment", "demo", "--trait", "calm", "--method", "mean_diff")
-    assert RunFolder(root / "experiments/demo/calm").verify() == []
+    assert TraitRun(root / "experiments/demo/calm").verify() == []
 
 
 # --- the batch size, corrected --------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_a_batch_that_took_more_than_was_forecast_is_halved_where_little_was_lef
 
 
 def test_on_a_processor_nothing_is_corrected(root, monkeypatch):
-    monkeypatch.setattr("extraction.forecast.corrected", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("extraction.model.memory.corrected", lambda *_: pytest.fail("asked"))
     said = succeed("batched", "--root", root, *SHORT, "--batch-size", "auto", "--queue-size", "8")
     assert f"batch size {CPU_AUTO_BATCH}," in said.stdout
 

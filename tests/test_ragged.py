@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction import grouped, linears, ragged
-from extraction.grouped import decoding_grouped
-from extraction.models import LanguageModel, wrap
-from extraction.ragged import Columns, columns_of, lies_in_rows, ragged_attention, suits
-from extraction.utils_batch import Capture, Request, generate
+from extraction.engine.generate import generate
+from extraction.model import gqa_decode, onednn_linear, sparse_decode
+from extraction.model.gqa_decode import gqa_decoding
+from extraction.model.loading import LanguageModel, wrap
+from extraction.model.sparse_decode import LiveColumns, is_row_major, is_supported, live_columns, sparse_attention
+from extraction.utils_batch import Capture, Request
 from tests.tiny import deviation, prompts, reference_greedy, tiny_model
 
 B, G, S, W, C = 3, 2, 11, 40, 8
@@ -28,9 +29,9 @@ MODELS = {"llama": ONE_EACH, "olmo3": ONE_EACH, "phi": {}, "gpt2": {}, "opt": {}
 
 def _works() -> bool:
     query, key, value, mask = drawn()
-    ragged.be_quiet()
+    sparse_decode.silence_sparse_warnings()
     try:
-        ragged_attention(query, key, value, Columns.of(mask, key), scaling=1.0)
+        sparse_attention(query, key, value, LiveColumns.of(mask, key), scaling=1.0)
     except RuntimeError:
         return False
     return True
@@ -53,10 +54,10 @@ needs_op = pytest.mark.skipif(not _works(), reason="this torch has no sampled pr
 @pytest.fixture
 def paying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on an AMD processor; what is proven here is forgotten."""
-    monkeypatch.setattr(linears, "pays", lambda: True)
-    grouped._proven.clear()
+    monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: True)
+    gqa_decode._proven.clear()
     yield
-    grouped._proven.clear()
+    gqa_decode._proven.clear()
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -74,13 +75,13 @@ def test_it_is_the_plain_formula(start: int) -> None:
     query, key, value, mask = drawn(start)
     wanted = plain(query, key, value, mask, 0.3)
     with torch.inference_mode():
-        columns = Columns.of(mask, key)
+        columns = LiveColumns.of(mask, key)
         for _ in range(2):  # the room for scores is used again
-            assert deviation(ragged_attention(query, key, value, columns, scaling=0.3), wanted) < 1e-6
-        assert deviation(ragged_attention(query, key, value, columns, scaling=0.4), wanted) > 1e-2
-        others = Columns.of(mask.roll(1, 0), key)
-        assert deviation(ragged_attention(query, key, value, others, scaling=0.3), wanted) > 1e-2
-        assert deviation(ragged_attention(query, value, key, columns, scaling=0.3), wanted) > 1e-2
+            assert deviation(sparse_attention(query, key, value, columns, scaling=0.3), wanted) < 1e-6
+        assert deviation(sparse_attention(query, key, value, columns, scaling=0.4), wanted) > 1e-2
+        others = LiveColumns.of(mask.roll(1, 0), key)
+        assert deviation(sparse_attention(query, key, value, others, scaling=0.3), wanted) > 1e-2
+        assert deviation(sparse_attention(query, value, key, columns, scaling=0.3), wanted) > 1e-2
 
 
 @needs_op
@@ -90,7 +91,7 @@ def test_large_scores_do_not_overflow_and_what_is_masked_does_not_count() -> Non
     hidden = ~mask.expand(B, G, 1, S)[:, :, 0]
     key[hidden], value[hidden] = torch.nan, torch.nan
     with torch.inference_mode():
-        found = ragged_attention(query, key, value, Columns.of(mask, key), scaling=1.0)
+        found = sparse_attention(query, key, value, LiveColumns.of(mask, key), scaling=1.0)
     zeroed = (states.masked_fill(hidden.unsqueeze(-1), 0.0) for states in (key, value))
     assert deviation(found, plain(query, *zeroed, mask, 1.0)) < 1e-5
 
@@ -98,42 +99,42 @@ def test_large_scores_do_not_overflow_and_what_is_masked_does_not_count() -> Non
 def test_a_mask_is_listed_once_and_forgotten() -> None:
     _, key, value, mask = drawn()
     other = mask.clone()
-    found = columns_of(mask, key)
-    assert columns_of(mask, value) is found
-    assert columns_of(other, key) is not found
+    found = live_columns(mask, key)
+    assert live_columns(mask, value) is found
+    assert live_columns(other, key) is not found
     narrow = torch.randn(B, G, S, C)
-    assert columns_of(mask, narrow).n_keys != found.n_keys  # keys that lie otherwise
-    n_listed = len(ragged._listed)
+    assert live_columns(mask, narrow).n_keys != found.n_keys  # keys that lie otherwise
+    n_listed = len(sparse_decode._listed)
     del mask, other, found
     gc.collect()
-    assert len(ragged._listed) == n_listed - 2
+    assert len(sparse_decode._listed) == n_listed - 2
 
 
 def test_what_does_not_suit_is_refused() -> None:
     query, key, value, mask = drawn()
     with torch.inference_mode():
-        assert suits(query, key, value, mask)
-        assert suits(query, key.contiguous(), value.contiguous(), mask)
-        assert not suits(query, key.contiguous(), value, mask)  # values that lie otherwise than keys
-        assert not suits(query, key, value.contiguous(), mask)
-        assert not suits(query.repeat(1, 1, 2, 1), key, value, mask)  # two tokens
-        assert not suits(query.repeat(1, 2, 1, 1), key, value, mask)  # heads that share keys
-        assert not suits(query, key, value[..., :4], mask)
-        assert not suits(query, key, value, None)
-        assert not suits(query, key, value, torch.zeros(mask.shape))  # added to scores: may be ALiBi
-        assert not suits(query, key, value, mask.repeat(1, G, 1, 1))
-    assert not suits(query, key, value, mask)  # somebody wants a gradient
+        assert is_supported(query, key, value, mask)
+        assert is_supported(query, key.contiguous(), value.contiguous(), mask)
+        assert not is_supported(query, key.contiguous(), value, mask)  # values that lie otherwise than keys
+        assert not is_supported(query, key, value.contiguous(), mask)
+        assert not is_supported(query.repeat(1, 1, 2, 1), key, value, mask)  # two tokens
+        assert not is_supported(query.repeat(1, 2, 1, 1), key, value, mask)  # heads that share keys
+        assert not is_supported(query, key, value[..., :4], mask)
+        assert not is_supported(query, key, value, None)
+        assert not is_supported(query, key, value, torch.zeros(mask.shape))  # added to scores: may be ALiBi
+        assert not is_supported(query, key, value, mask.repeat(1, G, 1, 1))
+    assert not is_supported(query, key, value, mask)  # somebody wants a gradient
 
 
 def test_only_neighbouring_columns_of_one_cache_will_do() -> None:
     cache = torch.randn(B, G, W, C)
-    assert lies_in_rows(cache[:, :, 3:9])
-    assert not lies_in_rows(cache.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 3:9])
-    assert not lies_in_rows(cache[:, :, 3:20:2])
-    assert not lies_in_rows(cache[..., :4])
-    assert not lies_in_rows(cache[:, :1, 3:9].expand(B, G, 6, C))
-    assert not lies_in_rows(cache.double()[:, :, 3:9])
-    assert not lies_in_rows(cache.bfloat16()[:, :, 3:9])
+    assert is_row_major(cache[:, :, 3:9])
+    assert not is_row_major(cache.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 3:9])
+    assert not is_row_major(cache[:, :, 3:20:2])
+    assert not is_row_major(cache[..., :4])
+    assert not is_row_major(cache[:, :1, 3:9].expand(B, G, 6, C))
+    assert not is_row_major(cache.double()[:, :, 3:9])
+    assert not is_row_major(cache.bfloat16()[:, :, 3:9])
 
 
 @needs_op
@@ -141,22 +142,22 @@ def test_only_neighbouring_columns_of_one_cache_will_do() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine_answers_as_the_model_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = wrap(tiny_model(name, **MODELS[name]))
-    n_calls, own = [0], grouped.ragged_attention
+    n_calls, own = [0], gqa_decode.ragged_attention
 
-    def counted(query: Tensor, key: Tensor, value: Tensor, columns: Columns, *, scaling: float) -> Tensor:
+    def counted(query: Tensor, key: Tensor, value: Tensor, columns: LiveColumns, *, scaling: float) -> Tensor:
         n_calls[0] += 1
         return own(query, key, value, columns, scaling=scaling)
 
-    monkeypatch.setattr(grouped, "ragged_attention", counted)
+    monkeypatch.setattr(gqa_decode, "sparse_attention", counted)
     requests = [Request(str(i), ids, 4 + 3 * (i % 5)) for i, ids in enumerate(prompts(11))]
     wanted = {r.id: reference_greedy(lm.model, r.token_ids, r.max_new_tokens, lm.stop_ids) for r in requests}
-    with decoding_grouped(lm):
-        assert implementation(lm) == grouped.NAMES["sdpa"]
+    with gqa_decoding(lm):
+        assert implementation(lm) == gqa_decode.NAMES["sdpa"]
     n_calls[0] = 0
     found = {c.id: c for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers))))}
     assert {key: c.token_ids for key, c in found.items()} == wanted
     assert n_calls[0] > 8 * lm.n_layers
-    monkeypatch.setattr(grouped, "_pays", lambda *_: False)
+    monkeypatch.setattr(gqa_decode, "_pays", lambda *_: False)
     for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers)))):
         key = "residual.response_mean"
         assert deviation(found[c.id].activations[key], c.activations[key]) < 1e-5
@@ -169,15 +170,15 @@ def test_no_more_columns_are_read_than_rows_need(monkeypatch: pytest.MonkeyPatch
     lm = wrap(tiny_model("llama", **ONE_EACH), stop_ids=())
     budgets = (30, 2, 2, 30, 12, 4)
     requests = [Request(str(i), ids, n) for i, (ids, n) in enumerate(zip(prompts(6), budgets, strict=True))]
-    with decoding_grouped(lm):
+    with gqa_decoding(lm):
         pass  # proven here
-    listed, own = [], Columns.of
+    listed, own = [], LiveColumns.of
 
-    def counted(mask: Tensor, key: Tensor) -> Columns:
+    def counted(mask: Tensor, key: Tensor) -> LiveColumns:
         listed.append((mask.shape[0], int(mask.sum()), mask.numel()))
         return own(mask, key)
 
-    monkeypatch.setattr(Columns, "of", staticmethod(counted))
+    monkeypatch.setattr(LiveColumns, "of", staticmethod(counted))
     list(generate(lm, requests, batch_size=6))
     # one list a step; tokens that were read, the newest with those before it
     needed = sum(sum(len(r.token_ids) + t for t in range(1, r.max_new_tokens)) for r in requests)
@@ -191,38 +192,38 @@ def test_no_more_columns_are_read_than_rows_need(monkeypatch: pytest.MonkeyPatch
 @needs_op
 @pytest.mark.usefixtures("paying")
 def test_without_a_proof_the_models_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = grouped.ragged_attention
-    monkeypatch.setattr(grouped, "ragged_attention", lambda *given, **settings: own(*given, **settings) * 1.01)
+    own = gqa_decode.ragged_attention
+    monkeypatch.setattr(gqa_decode, "sparse_attention", lambda *given, **settings: own(*given, **settings) * 1.01)
     lm = wrap(tiny_model("llama", **ONE_EACH))
     before = implementation(lm)
-    with decoding_grouped(lm):
+    with gqa_decoding(lm):
         assert implementation(lm) == before
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_other_processors_and_precisions_keep_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "pays", lambda: False)
+    monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: False)
     lm = wrap(tiny_model(name, **MODELS[name]))
     before = implementation(lm)
-    with decoding_grouped(lm):
+    with gqa_decoding(lm):
         assert implementation(lm) == before
-    monkeypatch.setattr(linears, "pays", lambda: True)
+    monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: True)
     doubled = wrap(tiny_model(name, dtype=torch.float64, **MODELS[name]))
-    with decoding_grouped(doubled):
+    with gqa_decoding(doubled):
         assert implementation(doubled) == before
 
 
 @needs_op
-@pytest.mark.parametrize("first", ["ragged.be_quiet()", "pass"])
+@pytest.mark.parametrize("first", ["sparse_decode.silence_sparse_warnings()", "pass"])
 def test_torch_says_nothing_of_its_sparse_matrices(first: str) -> None:
     script = f"""
 import torch
-from extraction import ragged
+from extraction.model import sparse_decode
 {first}
 states = torch.zeros(2, 2, 3, 4)
 with torch.inference_mode():
-    columns = ragged.Columns.of(torch.ones(2, 1, 1, 3, dtype=torch.bool), states)
-    ragged.ragged_attention(states[:, :, :1], states, states, columns, scaling=1.0)
+    columns = sparse_decode.LiveColumns.of(torch.ones(2, 1, 1, 3, dtype=torch.bool), states)
+    sparse_decode.sparse_attention(states[:, :, :1], states, states, columns, scaling=1.0)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (first != "pass"), done.stderr

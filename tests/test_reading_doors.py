@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extraction.configs import resolve_model
-from extraction.models import load
+from extraction.config.experiments import resolve_model
+from extraction.model.loading import load
 from tests.runs import REPOSITORY, contents, environment, invoke, make_root, payloads, refused, succeed
 from tests.tiny import reference_hidden
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extraction.monitoring import packing
+from extraction.core.records import POINTS
+from extraction.monitoring import quantize
+from extraction.monitoring.colour_scale import COLOURS, colour_scales
 from extraction.monitoring.dynamics import SUMMARY
-from extraction.monitoring.figures import BINS, FIGURES, bars, binned, number, said
 from extraction.monitoring.index import SetRow, sets_index
-from extraction.monitoring.packing import pack, plan_of, spread
 from extraction.monitoring.page import set_page
-from extraction.monitoring.scales import COLOURS, scales_of
-from extraction.records import POINTS
+from extraction.monitoring.quantize import pack, plan_of, spread
+from extraction.monitoring.summary_table import BINS, FIGURES, bars, binned, number, said
 from tests.chromium import Browser, chromium, needs_browser
 from tests.readings import make_set
 from tests.test_report import EVIL, Outline, hashed, policy_of
@@ -77,7 +77,7 @@ def test_packed_values_are_the_values_to_within_the_error(bits, most):
 
 def test_a_huge_token_would_spoil_the_steps_if_it_were_not_kept_apart(monkeypatch):
     near = pack(a_trajectory(), 16).error
-    monkeypatch.setattr(packing, "FEW", 0)
+    monkeypatch.setattr(quantize, "FEW", 0)
     assert pack(a_trajectory(), 16).error > 300 * near
 
 
@@ -94,7 +94,7 @@ def test_any_values_are_packed(values):
 
 def test_a_large_set_leaves_out_points_then_bits_then_layers():
     facts = make_set(4, 40, 12, 2)
-    sizes = [packing.MOST_BYTES, 30_000, 12_000, 6_000, 10]
+    sizes = [quantize.MOST_BYTES, 30_000, 12_000, 6_000, 10]
     plans = [plan_of(facts, size) for size in sizes]
     assert [(len(plan.layers), len(plan.points), plan.bits) for plan in plans[:3]] == [
         (12, 3, 16),
@@ -125,7 +125,7 @@ def test_the_budget_is_of_bytes():
 
 def test_the_middle_is_between_the_levels_or_the_median_of_the_responses():
     facts = make_set(5, 40, 6, 2)
-    scales = scales_of(facts)
+    scales = colour_scales(facts)
     levels_L2 = facts.traits[0].levels_L2
     rows_NLPK = np.concatenate([r.projections_TLPK[r.n_prompt :] for r in facts.readings])
     medians_KLP = np.moveaxis(np.median(rows_NLPK, axis=0), -1, 0)
@@ -139,22 +139,22 @@ def test_the_middle_is_between_the_levels_or_the_median_of_the_responses():
 
 def test_a_huge_token_0_does_not_flatten_the_scale():
     facts = make_set(5, 40, 6, 1)
-    before = scales_of(facts)
+    before = colour_scales(facts)
     for reading in facts.readings:
         reading.projections_TLPK[0] = 1e6
-    assert np.array_equal(scales_of(facts).half_KLP, before.half_KLP)
+    assert np.array_equal(colour_scales(facts).half_KLP, before.half_KLP)
     facts.readings[0].projections_TLPK[-1] = 1e3  # one response token in a hundred
-    assert (scales_of(facts).half_KLP < 2 * before.half_KLP).all()
+    assert (colour_scales(facts).half_KLP < 2 * before.half_KLP).all()
     for reading in facts.readings:
         reading.projections_TLPK[-4:] = 1e3  # the control: a tenth of all tokens counts
-    assert (scales_of(facts).half_KLP > 50 * before.half_KLP).all()
+    assert (colour_scales(facts).half_KLP > 50 * before.half_KLP).all()
 
 
 def test_a_set_of_very_many_tokens_is_sampled(monkeypatch):
     facts = make_set(6, 60, 4, 1)
-    whole = scales_of(facts)
-    monkeypatch.setattr("extraction.monitoring.scales.MOST_TOKENS", 100)
-    assert np.abs(scales_of(facts).half_KLP / whole.half_KLP - 1).max() < 0.25
+    whole = colour_scales(facts)
+    monkeypatch.setattr("extraction.monitoring.colour_scale.MOST_TOKENS", 100)
+    assert np.abs(colour_scales(facts).half_KLP / whole.half_KLP - 1).max() < 0.25
 
 
 def test_bars_are_means_of_equal_parts():
@@ -162,7 +162,7 @@ def test_bars_are_means_of_equal_parts():
     assert np.array_equal(binned(np.array([[1.0], [3.0]]))[[0, -1], 0], [1.0, 3.0])
     facts = make_set(3, 40, 4, 1)
     facts = replace(facts, readings=[*facts.readings, replace(facts.readings[0], n_prompt=40)])
-    drawn = bars(facts, scales_of(facts), 0, [1, 2])
+    drawn = bars(facts, colour_scales(facts), 0, [1, 2])
     assert drawn.shape == (4, 2, BINS)
     assert (drawn[3] == 255).all()
     assert drawn[:3].max() <= 254
@@ -303,7 +303,7 @@ def palette(scheme: str) -> list[tuple[int, int, int]]:
 
 
 def expected_colour(facts, p: int, t: int, layer: int, point: int, i: int, scheme: str = "light"):
-    scales = scales_of(facts)
+    scales = colour_scales(facts)
     value = float(facts.readings[p].projections_TLPK[i, layer, point, t])
     place = np.clip((value - scales.centre_KLP[t, layer, point]) / scales.half_KLP[t, layer, point], -1, 1)
     return palette(scheme)[127 + round(127 * float(place))]

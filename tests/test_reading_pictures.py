@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction.errors import MissingPackage
+from extraction.core.errors import MissingPackage
+from extraction.monitoring.colour_scale import colour_scales
 from extraction.monitoring.pictures import overview_picture, reading_picture
-from extraction.monitoring.scales import scales_of
-from extraction.monitoring.wrapping import RETURN, cells, drawable, wrapped
+from extraction.monitoring.text_layout import RETURN, cells, drawable, wrapped
 from extraction.report.markup import visible
 from tests.readings import make_set
 from tests.test_reading_page import ODD
@@ -61,7 +61,7 @@ def test_an_empty_set_makes_an_overview():
 
 def test_pictures_are_the_same_again_and_follow_trait_and_layer():
     facts = make_set(3, 40, 6, 2)
-    scales, reading = scales_of(facts), facts.readings[1]
+    scales, reading = colour_scales(facts), facts.readings[1]
     first = reading_picture(facts, reading, 0, 3)
     assert reading_picture(facts, reading, 0, 3, scales=scales) == first
     assert b"tIME" not in first

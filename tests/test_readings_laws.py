@@ -21,14 +21,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from extraction.decoding.amplify import Amplify
-from extraction.decoding.sample import Sample
-from extraction.decoding.speculate import Speculate
-from extraction.errors import ActivationError, ModelError, TraitlineError
-from extraction.models import LanguageModel, wrap
-from extraction.readings import Projecting
-from extraction.steering import Steering
-from extraction.utils_batch import Capture, Completion, Request, generate
+from extraction.activations.per_token import TokenProjections
+from extraction.core.errors import ActivationError, ModelError, TraitlineError
+from extraction.engine.generate import generate
+from extraction.engine.logit_diff import Amplify
+from extraction.engine.sampler import Sample
+from extraction.engine.speculation import Speculate
+from extraction.engine.steering import Steering
+from extraction.model.loading import LanguageModel, wrap
+from extraction.utils_batch import Capture, Completion, Request
 from tests.test_engine_laws import case_of, one_line, poisoned, run, tokens_of
 from tests.tiny import (
     ARCHITECTURES,
@@ -179,7 +180,7 @@ def worst(
 @pytest.mark.parametrize("order", range(4), ids=["alone", "many-in-3", "shuffled-in-8", "reversed-in-8"])
 def test_projections_equal_transformers_in_any_batch_and_order(name: str, order: int) -> None:
     batch_size, lm, requests = orders(name)[order]
-    done = run(lm, requests, batch_size, Projecting(ALL_LAYERS, units_LDK(), attention=False))
+    done = run(lm, requests, batch_size, TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
     assert tokens_of(done) == case_of(name).said(done, lm)
     for completion in done.values():
         kept = completion.activations["projections"]
@@ -195,7 +196,7 @@ def test_projections_equal_transformers_in_every_other_architecture(name: str) -
     """Four prompts in two slots; whether the tokens are right is the engine's laws' business."""
     model = shared_model(name)
     requests = [Request(f"e{i}", row, n) for i, (row, n) in enumerate(zip(prompts(4), (6, 9, 2, 4), strict=True))]
-    done = run(wrap(model, stop_ids=()), requests, 2, Projecting(ALL_LAYERS, units_LDK(), attention=False))
+    done = run(wrap(model, stop_ids=()), requests, 2, TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
     for r in requests:
         wanted = projected(points_TL3D(model, name, r.token_ids + done[r.id].token_ids), units_LDK())
         assert deviation(done[r.id].activations["projections"], wanted) < TOLERANCE
@@ -210,7 +211,11 @@ def test_amplified_it_is_the_after_model_that_is_read(name: str) -> None:
     strategy = Amplify(before, alpha=0.7)
     plain = run(case.endless, case.requests[:4], 2, strategy=strategy)
     done = run(
-        case.endless, case.requests[:4], 2, Projecting(ALL_LAYERS, units_LDK(), attention=False), strategy=strategy
+        case.endless,
+        case.requests[:4],
+        2,
+        TokenProjections(ALL_LAYERS, units_LDK(), attention=False),
+        strategy=strategy,
     )
     assert tokens_of(done) == tokens_of(plain)
     assert tokens_of(done) != {key: case.responses[key] for key in done}
@@ -222,7 +227,7 @@ def test_amplified_it_is_the_after_model_that_is_read(name: str) -> None:
 def test_speculation_is_refused_in_one_line() -> None:
     case = case_of("llama")
     with pytest.raises(TraitlineError, match="speculation") as caught:
-        run(case.lm, case.requests, 3, Projecting(ALL_LAYERS, units_LDK()), strategy=Speculate())
+        run(case.lm, case.requests, 3, TokenProjections(ALL_LAYERS, units_LDK()), strategy=Speculate())
     assert one_line(caught.value)
 
 
@@ -252,7 +257,7 @@ def roll(dim: int) -> Callable[[Tensor], Tensor]:
 @SOME
 def test_off_by_a_token_a_layer_a_point_or_a_trait_the_law_fails(name: str) -> None:
     case = case_of(name)
-    done = run(case.endless, case.requests, 3, Projecting(ALL_LAYERS, units_LDK(), attention=False))
+    done = run(case.endless, case.requests, 3, TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
     assert worst(name, done, units_LDK()) < TOLERANCE
     for dim in range(4):
         assert worst(name, done, units_LDK(), roll(dim)) > 1e-2, f"dimension {dim}"
@@ -262,7 +267,7 @@ def test_off_by_a_token_a_layer_a_point_or_a_trait_the_law_fails(name: str) -> N
 def test_what_the_mlp_reads_is_not_the_stream(name: str) -> None:
     """The MLP's normalised input, which scripts take for `after_attention`, is far from it."""
     case, unit_LDK = case_of(name), units_LDK()
-    done = run(case.endless, case.requests[:3], 3, Projecting(ALL_LAYERS, unit_LDK, attention=False))
+    done = run(case.endless, case.requests[:3], 3, TokenProjections(ALL_LAYERS, unit_LDK, attention=False))
     for r in case.requests[:3]:
         ids = r.token_ids + case.responses[r.id]
         mlps = [getattr(block, "mlp") for block in blocks(case.lm.model)]  # noqa: B009 (nn.Module has no such name)
@@ -279,7 +284,7 @@ def test_what_the_mlp_reads_is_not_the_stream(name: str) -> None:
 def test_what_comes_out_of_a_layer_goes_into_the_next(name: str) -> None:
     case = case_of(name)
     same_LDK = units_LDK(n_layers=1).expand(LAYERS, -1, -1)
-    done = run(case.lm, case.requests, 3, Projecting(ALL_LAYERS, same_LDK, attention=False))
+    done = run(case.lm, case.requests, 3, TokenProjections(ALL_LAYERS, same_LDK, attention=False))
     for completion in done.values():
         kept = completion.activations["projections"]
         assert torch.equal(kept[:, 1:, 0], kept[:, :-1, 2])
@@ -289,14 +294,14 @@ def test_what_comes_out_of_a_layer_goes_into_the_next(name: str) -> None:
 @SOME
 def test_several_traits_in_one_pass_equal_each_alone_and_some_layers_equal_all(name: str) -> None:
     case, unit_LDK = case_of(name), units_LDK(8)
-    together = run(case.lm, case.requests, 4, Projecting(ALL_LAYERS, unit_LDK, attention=False))
+    together = run(case.lm, case.requests, 4, TokenProjections(ALL_LAYERS, unit_LDK, attention=False))
     for trait in (0, 3, 7):
-        alone = run(case.lm, case.requests, 4, Projecting(ALL_LAYERS, unit_LDK[:, :, [trait]], attention=False))
+        alone = run(case.lm, case.requests, 4, TokenProjections(ALL_LAYERS, unit_LDK[:, :, [trait]], attention=False))
         for key, completion in alone.items():
             both = together[key].activations["projections"][..., [trait]]
             assert deviation(completion.activations["projections"], both) < 1e-6
     for layers in ((1,), (0, 2)):
-        some = run(case.lm, case.requests, 4, Projecting(layers, unit_LDK[list(layers)], attention=False))
+        some = run(case.lm, case.requests, 4, TokenProjections(layers, unit_LDK[list(layers)], attention=False))
         for key, completion in some.items():
             both = together[key].activations["projections"][:, list(layers)]
             assert deviation(completion.activations["projections"], both) < 1e-6
@@ -306,11 +311,11 @@ def test_several_traits_in_one_pass_equal_each_alone_and_some_layers_equal_all(n
 def test_a_direction_upside_down_gives_the_opposite_and_the_basis_gives_the_stream(name: str) -> None:
     case = case_of(name)
     basis_LDK = torch.eye(HIDDEN).expand(LAYERS, -1, -1)
-    done = run(case.endless, case.requests[:4], 2, Projecting(ALL_LAYERS, basis_LDK, attention=False))
+    done = run(case.endless, case.requests[:4], 2, TokenProjections(ALL_LAYERS, basis_LDK, attention=False))
     for r in case.requests[:4]:
         assert deviation(done[r.id].activations["projections"], told(name).points[r.id]) < TOLERANCE
     up, down = (
-        run(case.endless, case.requests[:4], 2, Projecting(ALL_LAYERS, sign * units_LDK(), attention=False))
+        run(case.endless, case.requests[:4], 2, TokenProjections(ALL_LAYERS, sign * units_LDK(), attention=False))
         for sign in (1, -1)
     )
     for key in up:
@@ -325,7 +330,7 @@ def test_half_precision_is_projected_in_float32(name: str, dtype: torch.dtype) -
     lm = wrap(model, stop_ids=())
     requests = [Request("e0", prompts(1)[0], 6), Request("e1", prompts(5)[4], 6)]
     for r in requests:  # alone: the same stream to the last bit or nearly so
-        (done,) = generate(lm, [r], batch_size=1, capture=Projecting(ALL_LAYERS, units_LDK(), attention=False))
+        (done,) = generate(lm, [r], batch_size=1, capture=TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
         kept = done.activations["projections"]
         wanted = projected(points_TL3D(model, name, r.token_ids + done.token_ids), units_LDK())
         assert kept.dtype == torch.float32
@@ -342,7 +347,7 @@ def test_half_precision_is_projected_in_float32(name: str, dtype: torch.dtype) -
 def test_attention_equals_the_head_mean_of_an_eager_model(name: str, order: int) -> None:
     batch_size, lm, requests = orders(name)[order]
     case = case_of(name)
-    done = run(lm, requests, batch_size, Projecting(ALL_LAYERS, units_LDK()))
+    done = run(lm, requests, batch_size, TokenProjections(ALL_LAYERS, units_LDK()))
     assert tokens_of(done) == case.said(done, lm)
     assert worst(name, done, units_LDK()) < TOLERANCE
     wanted = {r.id: head_mean_LTT(name, r.token_ids + case.responses[r.id]) for r in case.requests}
@@ -367,7 +372,7 @@ def test_attention_equals_the_head_mean_of_an_eager_model(name: str, order: int)
 
 def test_a_window_shorter_than_the_prompt_hides_its_beginning() -> None:
     case = case_of("mistral")
-    done = run(case.endless, case.requests, 4, Projecting(ALL_LAYERS, units_LDK()))
+    done = run(case.endless, case.requests, 4, TokenProjections(ALL_LAYERS, units_LDK()))
     for r in case.requests:
         weights_RLT = done[r.id].activations["attention"]
         for i, row_LT in enumerate(weights_RLT):
@@ -377,7 +382,7 @@ def test_a_window_shorter_than_the_prompt_hides_its_beginning() -> None:
 
 def test_attention_with_sinks_sums_to_less_than_one_and_is_still_transformers_own() -> None:
     case = case_of("gpt_oss")
-    done = run(case.endless, case.requests, 4, Projecting(ALL_LAYERS, units_LDK()))
+    done = run(case.endless, case.requests, 4, TokenProjections(ALL_LAYERS, units_LDK()))
     assert tokens_of(done) == case.responses
     for r in case.requests:
         n_prompt = len(r.token_ids)
@@ -390,9 +395,9 @@ def test_attention_with_sinks_sums_to_less_than_one_and_is_still_transformers_ow
 def test_attention_of_its_own_is_refused_with_the_remedy_that_works(name: str) -> None:
     case = case_of(name)
     with pytest.raises(ModelError, match="--no-attention") as caught:
-        run(case.endless, case.requests, 4, Projecting(ALL_LAYERS, units_LDK()))
+        run(case.endless, case.requests, 4, TokenProjections(ALL_LAYERS, units_LDK()))
     assert one_line(caught.value)
-    done = run(case.endless, case.requests, 4, Projecting(ALL_LAYERS, units_LDK(), attention=False))
+    done = run(case.endless, case.requests, 4, TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
     assert worst(name, done, units_LDK()) < TOLERANCE
 
 
@@ -405,7 +410,7 @@ def test_reading_changes_no_token(name: str) -> None:
     requests = [replace(r, seed=4) for r in case.requests]
     for strategy in (None, Sample(0.8, top_p=0.95)):
         plain = run(case.lm, requests, 3, strategy=strategy)
-        read = run(case.lm, requests, 3, Projecting(ALL_LAYERS, units_LDK()), strategy=strategy)
+        read = run(case.lm, requests, 3, TokenProjections(ALL_LAYERS, units_LDK()), strategy=strategy)
         assert tokens_of(read) == tokens_of(plain)
         assert {k: c.finish_reason for k, c in read.items()} == {k: c.finish_reason for k, c in plain.items()}
 
@@ -421,7 +426,7 @@ def test_poisoned_padding_is_not_read(name: str) -> None:
         return torch.zeros_like(ids_BT, dtype=torch.bool) if mask_BS is None else ~mask_BS[:, -ids_BT.shape[1] :].bool()
 
     with poisoned(case.lm, ALL_LAYERS, at_padding):
-        done = run(case.lm, case.requests, 5, Projecting(ALL_LAYERS, units_LDK(), attention=False))
+        done = run(case.lm, case.requests, 5, TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
     assert tokens_of(done) == case.said(done)
     assert worst(name, done, units_LDK()) < TOLERANCE
 
@@ -437,7 +442,7 @@ def test_a_model_that_was_read_is_as_it_was() -> None:
         return model.config._attn_implementation, hooks
 
     before = state()
-    capture = Projecting(ALL_LAYERS, units_LDK())
+    capture = TokenProjections(ALL_LAYERS, units_LDK())
     list(generate(lm, requests, batch_size=2, capture=capture))
     assert state() == before
     halfway = generate(lm, requests, batch_size=2, capture=capture)
@@ -468,7 +473,7 @@ def stopping_at_once(name: str) -> tuple[LanguageModel, list[Request], str]:
 def test_an_empty_response_still_has_its_prompts_rows(name: str) -> None:
     lm, requests, empty = stopping_at_once(name)
     for batch_size in (1, 4):
-        done = run(lm, requests, batch_size, Projecting(ALL_LAYERS, units_LDK()))
+        done = run(lm, requests, batch_size, TokenProjections(ALL_LAYERS, units_LDK()))
         n_prompt = len(requests[0].token_ids)
         assert (done[empty].token_ids, done[empty].finish_reason) == ((), "stop")
         assert done[empty].activations["projections"].shape == (n_prompt, LAYERS, 3, TRAITS)
@@ -481,7 +486,7 @@ def test_when_every_response_is_empty_each_has_its_own_prompt() -> None:
     requests = list(case_of(name).requests)
     lm = wrap(case_of(name).lm.model, stop_ids=range(97))
     for batch_size in (1, 4):
-        done = run(lm, requests, batch_size, Projecting(ALL_LAYERS, units_LDK()))
+        done = run(lm, requests, batch_size, TokenProjections(ALL_LAYERS, units_LDK()))
         assert {c.token_ids for c in done.values()} == {()}
         assert worst(name, done, units_LDK()) < TOLERANCE
 
@@ -494,7 +499,7 @@ def test_stop_strings_end_the_rows_where_they_end_the_response(name: str) -> Non
     stop = tokenizer.decode(list(unstopped[0][4:6]))
     lm = wrap(model, tokenizer, stop_ids=())
     requests = [Request(f"e{i}", row, 12) for i, row in enumerate(rows)]
-    done = run(lm, requests, 2, Projecting(ALL_LAYERS, units_LDK()), stop_strings=(stop,))
+    done = run(lm, requests, 2, TokenProjections(ALL_LAYERS, units_LDK()), stop_strings=(stop,))
     assert done["e0"].finish_reason == "stop_string"
     for i, row in enumerate(rows):
         completion = done[f"e{i}"]
@@ -507,7 +512,7 @@ def test_stop_strings_end_the_rows_where_they_end_the_response(name: str) -> Non
 def test_one_token_of_budget_has_its_row() -> None:
     case = case_of("llama")
     requests = [replace(r, max_new_tokens=1) for r in case.requests]
-    done = run(case.endless, requests, 4, Projecting(ALL_LAYERS, units_LDK()))
+    done = run(case.endless, requests, 4, TokenProjections(ALL_LAYERS, units_LDK()))
     assert {len(c.token_ids) for c in done.values()} == {1}
     assert {c.activations["attention"].shape[0] for c in done.values()} == {1}
     assert worst("llama", done, units_LDK()) < TOLERANCE
@@ -522,7 +527,7 @@ def test_the_stream_that_is_read_is_the_steered_one(name: str) -> None:
     case, unit_LDK = case_of(name), units_LDK()
     push = 3.0 * unit_LDK[1, :, 0]
     requests = [replace(case.requests[0], steering=Steering(add={1: push}), max_new_tokens=1), case.requests[1]]
-    done = run(case.endless, requests, 2, Projecting(ALL_LAYERS, unit_LDK, attention=False))
+    done = run(case.endless, requests, 2, TokenProjections(ALL_LAYERS, unit_LDK, attention=False))
     kept = done["e0"].activations["projections"][: len(requests[0].token_ids)]
     plain = told(name).projections(Completion("e0", (), "length"), unit_LDK)
     shift = kept.double() - plain
@@ -570,7 +575,7 @@ def broken_at(model: Any, layer: int, value: float = float("nan"), token: int | 
 def test_a_layer_that_is_nan_is_named_with_its_example_and_type(name: str, layer: int, attention: bool) -> None:
     model = tiny_model(name)
     requests = [Request("well", (5, 6, 7), 4), Request("ex7", (5, POISON, 7), 4)]
-    capture = Projecting(ALL_LAYERS, units_LDK(), attention)
+    capture = TokenProjections(ALL_LAYERS, units_LDK(), attention)
     with broken_at(model, layer), pytest.raises(ActivationError) as caught:
         list(generate(wrap(model, stop_ids=()), requests, batch_size=2, capture=capture))
     line = one_line(caught.value)
@@ -579,7 +584,7 @@ def test_a_layer_that_is_nan_is_named_with_its_example_and_type(name: str, layer
     assert "float32" in line
 
 
-@pytest.mark.parametrize("capture", [Projecting(ALL_LAYERS, units_LDK()), Capture(ALL_LAYERS, ("residual_mid",))])
+@pytest.mark.parametrize("capture", [TokenProjections(ALL_LAYERS, units_LDK()), Capture(ALL_LAYERS, ("residual_mid",))])
 @pytest.mark.parametrize("layer", ALL_LAYERS)
 def test_a_model_that_is_nan_throughout_is_not_taken_for_an_unknown_architecture(layer: int, capture: Any) -> None:
     model = tiny_model("llama", dtype=torch.float16)
@@ -601,23 +606,23 @@ def test_a_prompt_token_that_is_not_finite_is_found_though_the_logits_are_sound(
     with broken_at(model, LAYERS - 1, value):
         assert len(list(generate(lm, requests, batch_size=2))) == 2, "the logits were to be sound"
         with pytest.raises(ActivationError, match="ex7") as caught:
-            list(generate(lm, requests, batch_size=2, capture=Projecting(ALL_LAYERS, units_LDK())))
+            list(generate(lm, requests, batch_size=2, capture=TokenProjections(ALL_LAYERS, units_LDK())))
     assert f"layer {LAYERS - 1}" in one_line(caught.value)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        Projecting((LAYERS,), units_LDK(n_layers=1)),
-        Projecting((-1,), units_LDK(n_layers=1)),
-        Projecting(ALL_LAYERS, units_LDK()[:, :-1]),
-        Projecting((0,), units_LDK()),
-        Projecting(ALL_LAYERS, units_LDK()[0]),
-        Projecting(ALL_LAYERS, units_LDK() * float("nan")),
+        TokenProjections((LAYERS,), units_LDK(n_layers=1)),
+        TokenProjections((-1,), units_LDK(n_layers=1)),
+        TokenProjections(ALL_LAYERS, units_LDK()[:, :-1]),
+        TokenProjections((0,), units_LDK()),
+        TokenProjections(ALL_LAYERS, units_LDK()[0]),
+        TokenProjections(ALL_LAYERS, units_LDK() * float("nan")),
     ],
     ids=["beyond", "negative", "width", "layers", "two dimensions", "nan"],
 )
-def test_a_reading_that_cannot_be_is_refused_in_one_line(wrong: Projecting) -> None:
+def test_a_reading_that_cannot_be_is_refused_in_one_line(wrong: TokenProjections) -> None:
     case = case_of("llama")
     with pytest.raises(TraitlineError) as caught:
         run(case.lm, case.requests, 2, wrong)
@@ -675,7 +680,8 @@ A_PROJECTION = LAYERS * 3 * 4  # bytes a token and trait
 @pytest.mark.parametrize("prefills", [False, True], ids=["decoding", "throughout"])
 def test_more_traits_take_the_room_of_their_projections_and_no_more(prefills: bool) -> None:
     one, eight = (
-        most_bytes(Projecting(ALL_LAYERS, units_LDK(k), False), alike(4, 24), 4, prefills=prefills) for k in (1, 8)
+        most_bytes(TokenProjections(ALL_LAYERS, units_LDK(k), False), alike(4, 24), 4, prefills=prefills)
+        for k in (1, 8)
     )
     kept, directions = 7 * A_PROJECTION * 4 * (20 + 24), 7 * LAYERS * HIDDEN * 4
     assert eight - one < 1.1 * kept + 2 * directions
@@ -687,7 +693,7 @@ def test_a_longer_response_takes_the_room_of_its_projections_and_no_hidden_state
     """Against a capture of every token's hidden states, which must be seen to grow."""
     few, many = alike(4, 8), alike(4, 40)
     captures = {
-        "projections": Projecting(ALL_LAYERS, units_LDK(1), False),
+        "projections": TokenProjections(ALL_LAYERS, units_LDK(1), False),
         "hidden states": Capture(ALL_LAYERS, poolings=("all",)),
     }
     plain = most_bytes(None, many, 4) - most_bytes(None, few, 4)
@@ -704,7 +710,7 @@ def test_a_long_answer_does_not_keep_what_was_read_of_its_neighbours(attention: 
     long = Request("long", (3, 4, 5), 60)
     short = [Request(f"s{i}", (7, 8 + i), 3) for i in range(60)]
     n_traits = 16
-    read = Projecting(ALL_LAYERS, units_LDK(n_traits), attention)
+    read = TokenProjections(ALL_LAYERS, units_LDK(n_traits), attention)
     alone = most_bytes(read, [long], 1) - most_bytes(None, [long], 1)
     beside = most_bytes(read, [long, *short], 8) - most_bytes(None, [long, *short], 8)
     its_own = 63 * A_PROJECTION * n_traits

@@ -19,17 +19,18 @@ from urllib.parse import urlencode
 
 import pytest
 
-from extraction.cli import main
-from extraction.records import NaturalPrompt, Trait
-from extraction.report import words
-from extraction.report.browser import browser, data_of, shown
-from extraction.report.index import Entry, index_page
+from extraction.cli.commands import main
+from extraction.core.records import NaturalPrompt, Trait
+from extraction.report import formatting
+from extraction.report.index import IndexEntry, index_page
 from extraction.report.markup import Html, data_block, document, tag, visible
 from extraction.report.page import CONTENTS, report_page
-from extraction.report.plots import PLOTS, Picture, pictures
+from extraction.report.plot_style import Picture
+from extraction.report.plots import PLOTS, pictures
 from extraction.report.provenance import commands
-from extraction.report.sweep import curves_of
-from extraction.store import run_folder
+from extraction.report.response_browser import browser, data_of, shown
+from extraction.report.steering_plot import curves_of
+from extraction.storage.trait_run import trait_run
 from tests.runs import environment, invoke, make_root, refused, succeed
 from tests.synthetic import METHODS, make_card, make_condition, make_facts, make_rows, make_steering
 
@@ -132,7 +133,7 @@ def test_every_text_of_a_run_is_inert():
     assert [attributes for attributes in outline.all("img") if attributes["src"] == "x"] == []
     assert {key for _, attributes in outline.tags for key in attributes} & {"style", "onerror", "onclick"} == set()
     assert "document.title" in outline.text
-    index = Outline(index_page(evil, [Entry(evil, card, steering, evil)]))
+    index = Outline(index_page(evil, [IndexEntry(evil, card, steering, evil)]))
     assert len(index.all("script")) == 1
 
 
@@ -211,16 +212,16 @@ def test_every_picture_has_its_content_in_words(page):
 
 
 def test_numbers_are_said_as_people_say_them():
-    assert words.number(None) == "not defined"
-    assert words.number(-0.001) == "0.00"
-    assert words.number(-1.5) == "\u22121.50"
-    assert words.coefficient(-0.5) == "\u22120.5"
-    assert words.with_interval("accuracy", {"value": 0.9, "low": None, "high": None}) == "90%"
-    assert words.ranges([3]) == "3"
-    assert words.ranges([3, 4, 5]) == "3 to 5"
-    assert words.ranges([3, 5]) == "3 and 5"
-    assert words.best_of([None, 0.2, 0.4, 0.4]) == 2
-    assert words.best_of([None]) is None
+    assert formatting.number(None) == "not defined"
+    assert formatting.number(-0.001) == "0.00"
+    assert formatting.number(-1.5) == "\u22121.50"
+    assert formatting.coefficient(-0.5) == "\u22120.5"
+    assert formatting.with_interval("accuracy", {"value": 0.9, "low": None, "high": None}) == "90%"
+    assert formatting.ranges([3]) == "3"
+    assert formatting.ranges([3, 4, 5]) == "3 to 5"
+    assert formatting.ranges([3, 5]) == "3 and 5"
+    assert formatting.best_of([None, 0.2, 0.4, 0.4]) == 2
+    assert formatting.best_of([None]) is None
 
 
 def test_the_commands_are_commands():
@@ -337,8 +338,8 @@ def test_the_page_names_the_vector_that_steers():
 def test_curves_that_are_flat_are_said_to_be():
     card = make_card(3, METHODS[:1])
     card["methods"]["mean_diff"]["per_layer"]["test"]["auroc"]["value"] = [1.0, 1.0, 0.999]
-    assert "mean_diff 1.00 at every layer" in words.of_layers(card)
-    assert "at layer" in words.of_distances(card)
+    assert "mean_diff 1.00 at every layer" in formatting.of_layers(card)
+    assert "at layer" in formatting.of_distances(card)
 
 
 def test_a_run_of_very_many_responses_shows_some_of_them_evenly_spread_and_says_so():
@@ -367,7 +368,10 @@ def test_the_same_run_gives_the_same_bytes(page, drawn):
 
 def test_plots_have_the_size_that_is_said_and_no_date(drawn):
     for picture in drawn.values():
-        for png, size in ((picture.wide, picture.wide_size), (picture.narrow, picture.narrow_size)):
+        for png, size in (
+            (picture.wide, picture.wide_size),
+            (picture.narrow, picture.narrow_size),
+        ):
             assert struct.unpack(">II", png[16:24]) == (2 * size[0], 2 * size[1])
             assert b"Software" not in png
             assert b"tIME" not in png
@@ -393,7 +397,7 @@ def reported(tmp_path_factory) -> Path:
     root = make_root(tmp_path_factory.mktemp("reported"))
     succeed("extract", "--root", root, "--experiment", "demo")
     succeed("report", "--root", root, "--experiment", "demo", "--traits", "calm")
-    folder = run_folder(root / "experiments", "demo", "calm")
+    folder = trait_run(root / "experiments", "demo", "calm")
     (root / "real.html").write_bytes(folder.report_path().read_bytes())
     folder.write_card({**make_card(2), "made_of": folder.read_card()["made_of"]})
     folder.write_steering(make_steering())
@@ -581,7 +585,7 @@ def test_a_page_never_scrolls_sideways(tmp_path, width):
     path = tmp_path / "report.html"
     path.write_bytes(report_page(make_facts(card=card, rows=rows, config=config), pictures(card, make_steering())))
     assert widths_of(path, width) == (width, width)
-    path.write_bytes(index_page("demo" * 16, [Entry("calm" * 16, card, make_steering(), "calm/report.html")]))
+    path.write_bytes(index_page("demo" * 16, [IndexEntry("calm" * 16, card, make_steering(), "calm/report.html")]))
     assert widths_of(path, width) == (width, width)
 
 

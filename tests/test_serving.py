@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extraction.decoding.sample import Sample
-from extraction.lda import LDAModelPair
-from extraction.pairs import Pair
-from extraction.prompts import encode_conversation, encode_raw
-from extraction.serving.words import UNFINISHED, Stream, settled, text_of
-from extraction.utils_batch import Request, generate
+from extraction.amplification.lda import LDAModelPair
+from extraction.engine.generate import generate
+from extraction.engine.sampler import Sample
+from extraction.model.chat_template import encode_conversation, encode_raw
+from extraction.model.pairs import ModelPair
+from extraction.serving.detokenizer import UNFINISHED, Stream, stable_text, text_of
+from extraction.utils_batch import Request
 from tests.served import NAMES, Running, language_model, running, served
 from tests.tiny import reference_greedy, tiny_tokenizer
 
@@ -87,7 +88,9 @@ def test_a_batch_gives_each_prompt_its_own_answer_with_its_own_seed(server):
 
 
 def test_the_server_says_what_a_script_would_get(server):
-    pair = LDAModelPair(Pair(language_model(1), language_model(2), "tiny-after", "tiny-before", shares_weights=False))
+    pair = LDAModelPair(
+        ModelPair(language_model(1), language_model(2), "tiny-after", "tiny-before", shares_weights=False)
+    )
     how = {"alpha": 1.5, "system_prompt": "Be calm.", **SAMPLED}
     prompts = ["What is AI?", "Why <|user|>?"]
     scripted = pair.generate_lda_batched(prompts, **how)
@@ -238,9 +241,9 @@ def test_naive_pieces_would_break_characters_and_show_stop_strings():
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode("中")
     assert any(UNFINISHED in tokenizer.decode(ids[:n]) for n in range(len(ids)))
-    assert settled("to be or n", ["not"]) == "to be or "
-    assert settled("to be or no", ["not"]) == "to be or "
-    assert settled("to be or now", ["not"]) == "to be or now"
+    assert stable_text("to be or n", ["not"]) == "to be or "
+    assert stable_text("to be or no", ["not"]) == "to be or "
+    assert stable_text("to be or now", ["not"]) == "to be or now"
 
 
 def test_an_unfinished_character_at_the_very_end_is_shown_as_such():

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from extraction.server_options import server_of
-from extraction.serving.served import load_served
+from extraction.cli.server_options import server_of
+from extraction.serving.models import load_served
 from tests.runs import REPOSITORY
 from tests.served import Running, running
 
@@ -77,7 +77,7 @@ def test_the_document_shows_every_sort_of_request():
 
 
 def test_the_document_names_every_path_option_and_metric(server):
-    from extraction.cli import main
+    from extraction.cli.commands import main
 
     for parameter in main.commands["serve"].params:
         if parameter.name not in ("root", "debug", "trust_remote_code"):

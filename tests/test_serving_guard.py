@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
-from extraction.errors import ConfigError
-from extraction.serving.settings import MAX_ALPHA, MAX_BODY, Settings, bind, is_loopback, read_token
+from extraction.core.errors import ConfigError
+from extraction.serving.settings import MAX_BODY, Settings, bind, is_loopback, read_token
 from tests.runs import refused
 from tests.served import Running, error_of, running
 from tests.tiny import tiny_tokenizer
@@ -379,9 +379,10 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(server, body, param, s
 
 
 def test_the_engine_takes_every_alpha_that_the_server_takes():
-    from extraction.decoding.amplify import LARGEST_ALPHA
+    from extraction.engine.logit_diff import MAX_ALPHA
+    from extraction.serving import settings
 
-    assert MAX_ALPHA == LARGEST_ALPHA
+    assert settings.MAX_ALPHA == MAX_ALPHA
 
 
 @pytest.mark.parametrize("text", [r"\ud800", r"\udfff\ud800", r"x\udc00y"])
@@ -444,7 +445,7 @@ def test_scripts_and_escape_sequences_come_back_as_text(server):
 
 
 def test_a_model_that_writes_escape_sequences_is_shown_them(server):
-    from extraction.serving.streams import dumps
+    from extraction.serving.streaming import dumps
 
     assert dumps({"text": "\x1b[31m\x9b\u202e</script>"}) == '{"text":"\\u001b[31m\\u009b\\u202e</script>"}'
     assert json.loads(dumps({"text": NASTY})) == {"text": NASTY}

@@ -19,9 +19,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from extraction.serving import scheduler as scheduler_module
-from extraction.serving.lanes import ROUNDS, Batch
-from extraction.serving.rows import Row
+from extraction.serving import engine_thread as scheduler_module
+from extraction.serving.batch_queue import ROUNDS, BatchQueue
+from extraction.serving.events import PendingRow
 from extraction.serving.settings import Settings
 from extraction.utils_batch import Request
 from tests.forks import Forked, Forks, forks
@@ -121,7 +121,7 @@ def test_a_thousand_requests_of_64_clients_are_each_answered_as_alone():
 
 
 def test_rows_that_are_swapped_in_the_server_are_found(monkeypatch):
-    end = scheduler_module.Scheduler._end
+    end = scheduler_module.EngineThread._end
 
     def swapped(self: Any, ends: list[Any]) -> None:
         """Two rows that end together get each other's answer."""
@@ -134,7 +134,7 @@ def test_rows_that_are_swapped_in_the_server_are_found(monkeypatch):
     with running() as server:
         alone = {repr(each): lasting(server.answer(each[0], **each[1])) for each in asked}
         assert wrong(asyncio.run(storm(server.url, asked, 12)), asked, alone) == 0
-        monkeypatch.setattr(scheduler_module.Scheduler, "_end", swapped)
+        monkeypatch.setattr(scheduler_module.EngineThread, "_end", swapped)
         assert wrong(asyncio.run(storm(server.url, asked, 12)), asked, alone) > 0
 
 
@@ -351,11 +351,11 @@ def test_a_stream_goes_on_where_it_was_when_memory_runs_out_beside_it(monkeypatc
         text, last = streamed_beside_a_bad_one(server, body)
         assert (text, last) == (whole["completion"], {**whole, "done": True})
 
-        def forgetful(row: Row) -> None:
+        def forgetful(row: PendingRow) -> None:
             """Tells everything again."""
             row.made = row.told = 0
 
-        monkeypatch.setattr(Row, "restart", forgetful)
+        monkeypatch.setattr(PendingRow, "restart", forgetful)
         text, _ = streamed_beside_a_bad_one(server, body)
         assert text != whole["completion"]
 
@@ -373,8 +373,8 @@ def test_a_batch_that_is_too_large_is_made_smaller_and_grows_again():
 
 def test_a_batch_that_stays_small_grows_while_it_is_never_empty():
     what = served(target=faulty("memory", most_rows=3), draft=None)
-    batch: Batch = what.opener(Settings(batch_size=4, max_total_tokens=64, max_new_tokens=8))(("plain", 0))
-    rows = [Row(("plain", 0), Request(f"{i}", (5, 6, 7 + i % 20), 3), lambda event: None) for i in range(60)]
+    batch: BatchQueue = what.opener(Settings(batch_size=4, max_total_tokens=64, max_new_tokens=8))(("plain", 0))
+    rows = [PendingRow(("plain", 0), Request(f"{i}", (5, 6, 7 + i % 20), 3), lambda event: None) for i in range(60)]
     for row in rows:
         batch.add(row)
     sizes, n_ended = [], 0
@@ -512,7 +512,7 @@ def test_two_servers_of_one_port_are_refused(start, root):
 
 def test_a_signal_while_the_models_load_is_no_drain(root):
     """And `python -m extraction.serving` is the same command."""
-    words = ["-m", "extraction.serving", "--root", str(root), "--model", "tiny", "--port", "0"]
+    words = ["-m", "extraction", "serve", "--root", str(root), "--model", "tiny", "--port", "0"]
     with subprocess.Popen(
         [sys.executable, *words], stderr=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY
     ) as child:

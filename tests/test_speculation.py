@@ -22,16 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from extraction.capture import Observer
-from extraction.decoding import speculate
-from extraction.decoding.sample import Sample, uniforms
-from extraction.decoding.speculate import Proposal, Speculate, Verdict, settle
-from extraction.errors import ConfigError, ModelError, TraitlineError
-from extraction.models import LanguageModel, wrap
-from extraction.running import RunningBatch
-from extraction.seats import Limits
-from extraction.steering import Steering
-from extraction.utils_batch import Capture, Completion, Request, generate
+from extraction.activations.pooled import PooledCapture
+from extraction.core.errors import ConfigError, ModelError, TraitlineError
+from extraction.engine import speculation
+from extraction.engine.batch import ContinuousBatch
+from extraction.engine.generate import generate
+from extraction.engine.sampler import Sample, uniforms
+from extraction.engine.sequence import BatchLimits
+from extraction.engine.speculation import Proposal, Speculate, Verification, verify_proposal
+from extraction.engine.steering import Steering
+from extraction.model.loading import LanguageModel, wrap
+from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     ARCHITECTURES,
     HIDDEN,
@@ -79,7 +80,7 @@ def tokens_of(completions: dict[str, Completion]) -> dict[str, tuple[int, ...]]:
 # --- settle: against one row at a time -------------------------------------------------------------------------------
 
 
-def settled(verdict: Verdict) -> list[list[int]]:
+def settled(verdict: Verification) -> list[list[int]]:
     """Each row's new tokens."""
     return [row[:count] for row, count in zip(verdict.token_BT.tolist(), verdict.count_B.tolist(), strict=True)]
 
@@ -134,7 +135,7 @@ def reference(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_B
 @settings(max_examples=300, deadline=None)
 @given(rounds())
 def test_settle_is_the_rule_of_one_row_at_a_time(arguments: tuple[Tensor, Proposal, Tensor, Tensor]) -> None:
-    verdict = settle(*arguments)
+    verdict = verify_proposal(*arguments)
     assert settled(verdict) == reference(*arguments)
     assert verdict.token_BT.shape == arguments[3].shape
 
@@ -146,7 +147,7 @@ def test_settle_changes_none_of_its_arguments(arguments: tuple[Tensor, Proposal,
     tensors = [chances_BTV, proposal.token_BK, proposal.depth_B, accept_BK, draw_BT]
     tensors += [] if proposal.chances_BKV is None else [proposal.chances_BKV]
     before = [tensor.clone() for tensor in tensors]
-    settle(*arguments)
+    verify_proposal(*arguments)
     assert all(torch.equal(tensor, was) for tensor, was in zip(tensors, before, strict=True))
 
 
@@ -162,8 +163,10 @@ def test_a_row_is_settled_the_same_among_other_rows(
         proposal.depth_B[order],
         None if proposal.chances_BKV is None else proposal.chances_BKV[order],
     )
-    said = settled(settle(*arguments))
-    assert settled(settle(chances_BTV[order], moved, accept_BK[order], draw_BT[order])) == [said[i] for i in order]
+    said = settled(verify_proposal(*arguments))
+    assert settled(verify_proposal(chances_BTV[order], moved, accept_BK[order], draw_BT[order])) == [
+        said[i] for i in order
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -173,8 +176,10 @@ def test_a_token_that_the_target_never_says_is_never_accepted_nor_drawn(dtype: t
     certain = Proposal(torch.tensor([[0]]), torch.tensor([1]), None)
     drafted = replace(certain, chances_BKV=torch.tensor([[[0.5, 0.5, 0.0]]], dtype=dtype))
     zeros_BK, zeros_BT = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 2, dtype=dtype)
-    assert settled(settle(target_BTV, certain, zeros_BK, zeros_BT)) == [[1]]
-    assert settled(settle(target_BTV, drafted, zeros_BK, zeros_BT)) == [[2]], "1 has no residual: 0.25 - 0.5 < 0"
+    assert settled(verify_proposal(target_BTV, certain, zeros_BK, zeros_BT)) == [[1]]
+    assert settled(verify_proposal(target_BTV, drafted, zeros_BK, zeros_BT)) == [[2]], (
+        "1 has no residual: 0.25 - 0.5 < 0"
+    )
 
 
 def test_a_draft_that_is_the_target_is_always_accepted_and_a_bonus_drawn() -> None:
@@ -184,7 +189,7 @@ def test_a_draft_that_is_the_target_is_always_accepted_and_a_bonus_drawn() -> No
     proposal = Proposal(token_BK, torch.full((64,), 4), target_BTV[:, :4])
     accept_BK = torch.full((64, 4), 1 - 2.0**-53, dtype=torch.float64)
     draw_BT = torch.rand(64, 5, generator=generator, dtype=torch.float64)
-    verdict = settle(target_BTV, proposal, accept_BK, draw_BT)
+    verdict = verify_proposal(target_BTV, proposal, accept_BK, draw_BT)
     assert verdict.count_B.tolist() == [5] * 64
     assert torch.equal(verdict.token_BT[:, :4], token_BK)
 
@@ -193,7 +198,7 @@ def test_one_hot_targets_settle_as_greedy_does() -> None:
     target_BTV = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0], [1, 2, 0], [1, 2, 0]]), 3).double()
     proposal = Proposal(torch.tensor([[1, 2], [1, 0], [0, 2]]), torch.tensor([2, 2, 2]), None)
     half_BT = torch.full((3, 3), 0.5, dtype=torch.float64)
-    assert settled(settle(target_BTV, proposal, half_BT[:, :2], half_BT)) == [[1, 2, 0], [1, 2], [1]]
+    assert settled(verify_proposal(target_BTV, proposal, half_BT[:, :2], half_BT)) == [[1, 2, 0], [1, 2], [1]]
 
 
 def test_what_lies_past_a_rows_depth_has_no_say() -> None:
@@ -204,12 +209,12 @@ def test_what_lies_past_a_rows_depth_has_no_say() -> None:
     draw_BT = torch.rand(9, 5, generator=generator, dtype=torch.float64)
     token_BK = torch.randint(6, (9, 4), generator=generator)
     depth_B = torch.arange(9) % 5
-    said = settled(settle(target_BTV, Proposal(token_BK, depth_B, drafted_BKV), accept_BK, draw_BT))
+    said = settled(verify_proposal(target_BTV, Proposal(token_BK, depth_B, drafted_BKV), accept_BK, draw_BT))
     past_BK = torch.arange(4) >= depth_B[:, None]
     target_BTV[:, 1:][past_BK] = 1 / 6
     drafted_BKV[past_BK] = 0.0
     proposal = Proposal(token_BK.masked_fill(past_BK, 0), depth_B, drafted_BKV)
-    assert settled(settle(target_BTV, proposal, accept_BK.masked_fill(past_BK, 0.0), draw_BT)) == said
+    assert settled(verify_proposal(target_BTV, proposal, accept_BK.masked_fill(past_BK, 0.0), draw_BT)) == said
     assert {len(row) for row in said} > {1, 2}
 
 
@@ -301,35 +306,35 @@ def test_the_test_tells_the_draft_and_another_temperature_from_the_target() -> N
 # --- five wrong ways to settle ---------------------------------------------------------------------------------------
 
 
-def no_residual(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verdict:
+def no_residual(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verification:
     """Rejected: draws from p, not from what p has over q."""
-    verdict = settle(chances_BTV, proposal, accept_BK, draw_BT)
+    verdict = verify_proposal(chances_BTV, proposal, accept_BK, draw_BT)
     rows_B, last_B = torch.arange(len(draw_BT)), verdict.count_B - 1
     cdf_BV = chances_BTV[rows_B, last_B].double().cumsum(-1)
     drawn_B1 = torch.searchsorted(cdf_BV, draw_BT[rows_B, last_B].double().unsqueeze(1) * cdf_BV[:, -1:], right=True)
     token_BT = verdict.token_BT.clone()
     token_BT[rows_B, last_B] = drawn_B1[:, 0].clamp(max=cdf_BV.shape[1] - 1)
-    return Verdict(token_BT, verdict.count_B)
+    return Verification(token_BT, verdict.count_B)
 
 
-def greedy_acceptance(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verdict:
+def greedy_acceptance(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verification:
     """Accepts exactly what the target likes best."""
     favourite_BK = chances_BTV[:, :-1].argmax(-1) == proposal.token_BK
     certainly_BK = torch.where(favourite_BK, 0.0, 1 - 2.0**-20).to(accept_BK.dtype)
     sure_BTV = chances_BTV.clone()
     best_BKT = proposal.token_BK.unsqueeze(-1)
     sure_BTV[:, :-1].scatter_(2, best_BKT, torch.where(favourite_BK, 1.0, 0.0).to(sure_BTV.dtype).unsqueeze(-1))
-    return settle(sure_BTV, proposal, certainly_BK, draw_BT)
+    return verify_proposal(sure_BTV, proposal, certainly_BK, draw_BT)
 
 
-def off_by_one(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verdict:
+def off_by_one(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verification:
     """Tests every token against the target's opinion of the next place."""
-    return settle(chances_BTV[:, [*range(1, chances_BTV.shape[1]), -1]], proposal, accept_BK, draw_BT)
+    return verify_proposal(chances_BTV[:, [*range(1, chances_BTV.shape[1]), -1]], proposal, accept_BK, draw_BT)
 
 
-def least_of_the_batch(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verdict:
+def least_of_the_batch(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verification:
     """Cuts every row to the batch's least, and draws the token there anew."""
-    verdict = settle(chances_BTV, proposal, accept_BK, draw_BT)
+    verdict = verify_proposal(chances_BTV, proposal, accept_BK, draw_BT)
     least = int(verdict.count_B.min()) - 1
     cdf_BV = chances_BTV[:, least].double().cumsum(-1)
     drawn_B1 = torch.searchsorted(cdf_BV, draw_BT[:, least, None].double() * cdf_BV[:, -1:], right=True)
@@ -337,12 +342,12 @@ def least_of_the_batch(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tenso
     token_BT = verdict.token_BT.clone()
     redrawn_B = drawn_B1[:, 0].clamp(max=cdf_BV.shape[1] - 1)
     token_BT[:, least] = torch.where(longer_B, redrawn_B, token_BT[:, least])
-    return Verdict(token_BT, torch.full_like(verdict.count_B, least + 1))
+    return Verification(token_BT, torch.full_like(verdict.count_B, least + 1))
 
 
-def swapped_rows(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verdict:
+def swapped_rows(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verification:
     """Settles each row with its neighbour's probabilities."""
-    return settle(chances_BTV.roll(1, 0), proposal, accept_BK, draw_BT)
+    return verify_proposal(chances_BTV.roll(1, 0), proposal, accept_BK, draw_BT)
 
 
 MUTANTS = (no_residual, greedy_acceptance, off_by_one, least_of_the_batch, swapped_rows)
@@ -353,11 +358,11 @@ MUTANTS = (no_residual, greedy_acceptance, off_by_one, least_of_the_batch, swapp
 def test_a_wrong_way_to_settle_is_caught(mutant: Any, draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = Counter[str]()
 
-    def planted(*arguments: Any) -> Verdict:
+    def planted(*arguments: Any) -> Verification:
         called["settle"] += 1
         return mutant(*arguments)
 
-    monkeypatch.setattr(speculate, "settle", planted)
+    monkeypatch.setattr(speculation, "verify_proposal", planted)
     # of the batch's least, a large batch leaves little: cutting shows where rows are few
     n, slots = (3000, 32) if mutant is least_of_the_batch else (N_RESPONSES, 512)
     requests = toy_requests((None,), n)
@@ -371,7 +376,7 @@ def test_a_wrong_way_to_settle_is_caught(mutant: Any, draft: str, monkeypatch: p
 
 def test_random_numbers_that_serve_two_purposes_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proposals, tests and draws need streams of their own: a proposal must not know how it will be judged."""
-    monkeypatch.setattr("extraction.rows.uniforms", lambda key, seed, n, _stream="": uniforms(key, seed, n))
+    monkeypatch.setattr("extraction.engine.row_state.uniforms", lambda key, seed, n, _stream="": uniforms(key, seed, n))
     assert toy_p(Speculate(toy_draft(), Sample(1.0), depth=3)) < 1e-6
 
 
@@ -474,9 +479,9 @@ def test_holes_that_are_seen_and_columns_that_are_miscounted_break_the_law(
             holes_seen = tokens_of(run(lm, requests, 3, strategy=strategy))
         finally:
             handle.remove()
-        credit = Observer.credit
+        credit = PooledCapture.credit
         monkeypatch.setattr(
-            Observer, "credit", lambda self, age_B, read: credit(self, age_B, read and [max(read)] * len(read))
+            PooledCapture, "credit", lambda self, age_B, read: credit(self, age_B, read and [max(read)] * len(read))
         )
         done = run(lm, requests, 3, strategy=strategy, capture=capture)
     assert holes_seen != wanted
@@ -723,7 +728,7 @@ def test_rows_that_come_and_go_leave_the_others_as_they_are(name: str) -> None:
     n_dropped = 0
     for seed in range(12):
         rng = random.Random(seed)
-        batch = RunningBatch(lm, Limits(slots=rng.randint(1, 5), longest=40, budget=13), strategy=strategy)
+        batch = ContinuousBatch(lm, BatchLimits(slots=rng.randint(1, 5), longest=40, budget=13), strategy=strategy)
         done, dropped = fed_at_random(batch, rng.sample(requests, len(requests)), rng)
         assert set(done) == {r.id for r in requests} - dropped, seed
         assert done == {key: alone[key] for key in done}, seed

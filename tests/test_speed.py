@@ -29,7 +29,7 @@ from benchmarks.shapes import HALF, config_of, dtype_of, lacking, random_model
 from benchmarks.shapes import SHAPES as KNOWN
 from benchmarks.tables import TABLES, TITLES, page, save
 from benchmarks.whole_runs import whole_runs
-from extraction.forecast import shape_of
+from extraction.model.memory import shape_of
 from tests.runs import succeed
 
 N = 5

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from extraction import steering as room
-from extraction.decoding.sample import Sample
-from extraction.errors import ConfigError
-from extraction.models import wrap
-from extraction.steering import Steering
-from extraction.utils_batch import Capture, Completion, Request, generate
+from extraction.core.errors import ConfigError
+from extraction.engine import steering as room
+from extraction.engine.generate import generate
+from extraction.engine.sampler import Sample
+from extraction.engine.steering import Steering
+from extraction.model.loading import wrap
+from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import ARCHITECTURES, LAYERS, blocks, deviation, prompts, reference_greedy, shared_model, taps
 
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
@@ -185,7 +186,7 @@ def test_half_precision_adds_in_float32_and_zero_changes_no_bit() -> None:
     hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     add, unit = torch.zeros(2, 8), torch.zeros(2, 8)
     add[1] = 1e-4
-    moved = room.moved(hidden, add, unit)
+    moved = room.move_to(hidden, add, unit)
     assert moved.dtype == torch.bfloat16
     assert torch.equal(moved[0], hidden[0])
     assert torch.equal(moved[1], (hidden[1].float() + 1e-4).bfloat16())

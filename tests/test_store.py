@@ -15,11 +15,12 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from extraction.atomic import atomic_write, hold_lock
-from extraction.errors import ConfigError, RunMismatch, StoreError
-from extraction.pinned import fingerprint, safe_name
-from extraction.shelf import verify_tree
-from extraction.store import LAYER_CONVENTION, RunFolder, run_folder
+from extraction.core.errors import ConfigError, RunMismatch, StoreError
+from extraction.core.names import check_name
+from extraction.storage.atomic import atomic_write, hold_lock
+from extraction.storage.experiment_dir import verify_tree
+from extraction.storage.run_dir import fingerprint
+from extraction.storage.trait_run import LAYER_CONVENTION, TraitRun, trait_run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -54,13 +55,13 @@ def tensor(n: int, start: float = 0.0, dtype: torch.dtype = torch.float32) -> to
     return (torch.arange(n * 6, dtype=torch.float64) / 7 + start).reshape(n, 2, 3).to(dtype)
 
 
-def opened(path: Path) -> RunFolder:
-    folder = RunFolder(path)
+def opened(path: Path) -> TraitRun:
+    folder = TraitRun(path)
     folder.open(CONFIG)
     return folder
 
 
-def fill(path: Path) -> RunFolder:
+def fill(path: Path) -> TraitRun:
     """A finished run of two shards."""
     folder = opened(path)
     for index, ids in enumerate((["pos-0", "neg-0"], ["pos-1", "neg-1"])):
@@ -80,12 +81,12 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TraitRun:
     return fill(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
+def folder(tmp_path: Path) -> TraitRun:
     return opened(tmp_path / "run")
 
 
@@ -95,7 +96,7 @@ def folder(tmp_path: Path) -> RunFolder:
 @QUICK
 @given(rows=ROWS, data=st.data())
 def test_rows_read_back_and_lines_are_lines_for_every_program(
-    folder: RunFolder, rows: list, data: st.DataObject
+    folder: TraitRun, rows: list, data: st.DataObject
 ) -> None:
     rows = [{**row, "id": f"pos-{i}"} for i, row in enumerate(rows)]
     folder.write_responses_shard(0, rows, META)
@@ -106,7 +107,7 @@ def test_rows_read_back_and_lines_are_lines_for_every_program(
 
 @QUICK
 @given(rows=ROWS)
-def test_assembled_responses_read_back(folder: RunFolder, rows: list) -> None:
+def test_assembled_responses_read_back(folder: TraitRun, rows: list) -> None:
     rows = [{**row, "id": f"pos-{i}"} for i, row in enumerate(rows)]
     folder.write_responses({"pos": rows, "neg": []})
     assert list(folder.read_responses("pos")) == through_json(rows)
@@ -131,13 +132,13 @@ def test_activations_read_back_in_shard_order(tmp_path_factory, shards: list[int
     assert [shard_ids for shard_ids, _ in folder.iter_activations()] == ids
 
 
-def test_shards_past_9999_stay_in_order(folder: RunFolder) -> None:
+def test_shards_past_9999_stay_in_order(folder: TraitRun) -> None:
     for index in (10000, 9999, 2):
         folder.write_activations_shard(index, [str(index)], {"residual.response_mean": tensor(1)}, META)
     assert folder.load_activations("residual.response_mean")[0] == ["2", "9999", "10000"]
 
 
-def test_views_shared_and_strided_tensors_are_stored_by_value(folder: RunFolder) -> None:
+def test_views_shared_and_strided_tensors_are_stored_by_value(folder: TraitRun) -> None:
     base = tensor(4)
     tensors = {"residual.a": base, "residual.b": base, "mlp.c": base[::2].repeat(2, 1, 1), "mlp.d": base.flip(0).mT.mT}
     folder.write_activations_shard(0, list("abcd"), tensors, META)
@@ -145,7 +146,7 @@ def test_views_shared_and_strided_tensors_are_stored_by_value(folder: RunFolder)
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
-def test_per_token_activations_belong_to_one_example(folder: RunFolder) -> None:
+def test_per_token_activations_belong_to_one_example(folder: TraitRun) -> None:
     folder.write_activations_shard(0, ["a", "b"], {"residual.all/a": tensor(5), "residual.all/b": tensor(0)}, META)
     _, read = next(folder.iter_activations(["residual.all/a"]))
     assert list(read) == ["residual.all/a"]
@@ -154,7 +155,7 @@ def test_per_token_activations_belong_to_one_example(folder: RunFolder) -> None:
         folder.write_activations_shard(1, ["a"], {"residual.all/c": tensor(5)}, META)
 
 
-def test_vectors_and_card_read_back(finished: RunFolder) -> None:
+def test_vectors_and_card_read_back(finished: TraitRun) -> None:
     tensors, metadata = finished.read_vectors("mean_diff")
     assert torch.equal(tensors["direction"], tensor(1)[0])
     assert metadata == {"trait": "calm", "layers": [0, 1], "layer_convention": LAYER_CONVENTION}
@@ -163,7 +164,7 @@ def test_vectors_and_card_read_back(finished: RunFolder) -> None:
     assert finished.read_config() == CONFIG
 
 
-def test_other_programs_can_read_the_files(finished: RunFolder) -> None:
+def test_other_programs_can_read_the_files(finished: TraitRun) -> None:
     from safetensors import safe_open
 
     with safe_open(finished.path / "activations/0000.safetensors", "pt") as file:
@@ -179,7 +180,7 @@ def test_other_programs_can_read_the_files(finished: RunFolder) -> None:
 # The same inputs, the same bytes
 
 
-def test_same_inputs_same_bytes(finished: RunFolder, tmp_path: Path) -> None:
+def test_same_inputs_same_bytes(finished: TraitRun, tmp_path: Path) -> None:
     assert contents(fill(tmp_path / "elsewhere").path) == contents(finished.path)
 
 
@@ -199,14 +200,14 @@ def test_writing_twice_changes_nothing(tmp_path: Path) -> None:
 # Damage
 
 
-def test_sound_folders_have_no_finding(finished: RunFolder) -> None:
+def test_sound_folders_have_no_finding(finished: TraitRun) -> None:
     assert finished.verify() == []
     assert verify_tree(finished.path) == []
 
 
 @settings(QUICK, max_examples=400)
 @given(data=st.data())
-def test_verify_finds_any_flipped_bit_and_any_cut(finished: RunFolder, data: st.DataObject) -> None:
+def test_verify_finds_any_flipped_bit_and_any_cut(finished: TraitRun, data: st.DataObject) -> None:
     files = {name: body for name, body in contents(finished.path).items() if name != "reports/report.html"}
     name = data.draw(st.sampled_from(sorted(files)))
     body = bytearray(files[name])
@@ -229,7 +230,7 @@ def test_verify_finds_any_flipped_bit_and_any_cut(finished: RunFolder, data: st.
         (finished.path / name).write_bytes(files[name])
 
 
-def test_every_single_bit_of_a_payload_counts(folder: RunFolder) -> None:
+def test_every_single_bit_of_a_payload_counts(folder: TraitRun) -> None:
     folder.write_activations_shard(0, [], {"x.y": torch.empty(0, 1, 1)}, META)
     path = folder.path / "activations/0000.safetensors"
     whole = path.read_bytes()
@@ -316,7 +317,7 @@ def test_examples_that_one_side_lacks_are_found(tmp_path: Path) -> None:
     assert [f.path.name for f in folder.verify()] == ["neg.jsonl", "pos.jsonl"]  # a lost shard
 
 
-def test_shards_that_differ_are_not_joined(folder: RunFolder) -> None:
+def test_shards_that_differ_are_not_joined(folder: TraitRun) -> None:
     folder.write_activations_shard(0, ["a"], {"x.y": tensor(1)}, META)
     folder.write_activations_shard(1, ["b"], {"x.y": tensor(1, dtype=torch.bfloat16)}, META)
     with pytest.raises(StoreError, match=r"disagree about 'x\.y'"):
@@ -325,7 +326,7 @@ def test_shards_that_differ_are_not_joined(folder: RunFolder) -> None:
         folder.load_activations("x.z")
 
 
-def test_rows_must_be_labelled(folder: RunFolder) -> None:
+def test_rows_must_be_labelled(folder: TraitRun) -> None:
     with pytest.raises(StoreError, match="doesn't fit the 1 ids"):
         folder.write_activations_shard(0, ["a"], {"x.y": tensor(2)}, META)
     with pytest.raises(StoreError, match="two rows of one example"):
@@ -336,7 +337,7 @@ def test_rows_must_be_labelled(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_never_enters_json(folder: RunFolder, value: float) -> None:
+def test_nan_never_enters_json(folder: TraitRun, value: float) -> None:
     for write in (
         lambda: folder.write_responses_shard(0, [{"id": "a", "score": value}], META),
         lambda: folder.write_responses_shard(0, [], {"x": value}),
@@ -363,7 +364,7 @@ def test_verify_tree_sees_every_run(tmp_path: Path) -> None:
 
 
 def test_open_says_whether_the_run_was_begun_before(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "a" / "b")
+    folder = TraitRun(tmp_path / "a" / "b")
     assert folder.open(CONFIG) is False
     before = contents(folder.path)
     other_machine = {**CONFIG, "model": {"name": "tiny", "device": "cuda"}, "workers": 4}
@@ -388,7 +389,7 @@ def test_open_says_whether_the_run_was_begun_before(tmp_path: Path) -> None:
         ({"seed": None}, "seed was absent and is now null"),
     ],
 )
-def test_another_config_is_refused_by_field(finished: RunFolder, change: dict, message: str) -> None:
+def test_another_config_is_refused_by_field(finished: TraitRun, change: dict, message: str) -> None:
     before = contents(finished.path)
     with pytest.raises(RunMismatch) as caught:
         finished.open({**CONFIG, **change})
@@ -413,7 +414,7 @@ def test_a_document_that_nests_too_deep_is_damage_not_a_crash(tmp_path: Path) ->
         folder.read_card()
 
 
-def test_orphans_of_dead_processes_go_and_others_stay(folder: RunFolder) -> None:
+def test_orphans_of_dead_processes_go_and_others_stay(folder: TraitRun) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     gone = [folder.path / f".run.json.{int(dead.stdout)}.tmp", folder.path / "activations" / f".a.{os.getpid()}.tmp"]
     kept = [folder.path / f".b.{os.getppid()}.tmp", folder.path / "notes.tmp", folder.path / ".mine.tmp"]
@@ -430,7 +431,7 @@ def test_orphans_of_dead_processes_go_and_others_stay(folder: RunFolder) -> None
 
 @pytest.mark.parametrize("name", ["a", "Gemma-2b_cognitive.v1", "0" * 64, "console", "com", "COM10"])
 def test_good_names(name: str) -> None:
-    assert safe_name(name, "trait") == name
+    assert check_name(name, "trait") == name
 
 
 BAD_NAMES = ("../x", "/etc/x", "CON", "con.txt", "Lpt1", "x" * 300, "x" * 65, "a\0b", "x\n", "é", "a b")
@@ -441,7 +442,7 @@ BAD_NAMES += ("", ".", "..", ".x", "-x", "x/y", "x\\y", "x.", "~")
 def test_bad_names(tmp_path: Path, name: str) -> None:
     for experiment, trait in ((name, "calm"), ("exp", name)):
         with pytest.raises(ConfigError, match="can't be the name of a file") as caught:
-            run_folder(tmp_path, experiment, trait)
+            trait_run(tmp_path, experiment, trait)
         assert "\0" not in str(caught.value)
         assert len(str(caught.value)) < 300
     with pytest.raises(ConfigError):
@@ -451,9 +452,9 @@ def test_bad_names(tmp_path: Path, name: str) -> None:
 
 @QUICK
 @given(name=st.text(max_size=8) | st.text("aZ09._-/\\\0 ", max_size=8))
-def test_a_safe_name_is_one_part_of_a_path(tmp_path: Path, name: str) -> None:
+def test_a_check_name_is_one_part_of_a_path(tmp_path: Path, name: str) -> None:
     try:
-        path = run_folder(tmp_path, "exp", name).path
+        path = trait_run(tmp_path, "exp", name).path
     except ConfigError:
         return
     assert path.parent == tmp_path / "exp"
@@ -466,21 +467,21 @@ def test_no_symbolic_link_leads_out(tmp_path: Path) -> None:
     outside.mkdir()
     (root / "exp").symlink_to(outside)
     with pytest.raises(StoreError, match="symbolic link"):
-        run_folder(root, "exp", "calm")
+        trait_run(root, "exp", "calm")
     (root / "loop").symlink_to(root / "loop")
     with pytest.raises(StoreError):
-        run_folder(root, "loop", "calm").open(CONFIG)
-    run = run_folder(root, "good", "calm")
+        trait_run(root, "loop", "calm").open(CONFIG)
+    run = trait_run(root, "good", "calm")
     run.path.mkdir(parents=True)
     (run.path / "activations").symlink_to(outside)
     with pytest.raises(StoreError, match="symbolic link"):
         run.open(CONFIG)
     (tmp_path / "alias").symlink_to(root)
-    assert run_folder(tmp_path / "alias", "new", "calm").open(CONFIG) is False  # the root itself may be a link
+    assert trait_run(tmp_path / "alias", "new", "calm").open(CONFIG) is False  # the root itself may be a link
     assert list(outside.iterdir()) == []
 
 
-def test_a_lock_file_that_is_a_link_is_not_followed(folder: RunFolder, tmp_path: Path) -> None:
+def test_a_lock_file_that_is_a_link_is_not_followed(folder: TraitRun, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("keep")
     (folder.path / ".lock").symlink_to(precious)
@@ -497,7 +498,7 @@ def test_files_obey_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         fill(tmp_path / "run")
-        assert RunFolder(tmp_path / "run").verify() == []
+        assert TraitRun(tmp_path / "run").verify() == []
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*") if path.is_file()} == {mode}
@@ -522,7 +523,7 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_lock_can_be_shared_or_not(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = TraitRun(tmp_path)
     mine = rf"\(pid {os.getpid()}\)"
     with folder.lock(shared=True), folder.lock(shared=True), pytest.raises(StoreError, match=mine), folder.lock():
         pass
@@ -541,7 +542,7 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path: Path, monkeypat
         pass
 
 
-def test_the_store_is_importable_and_verifies_without_torch(finished: RunFolder) -> None:
+def test_the_store_is_importable_and_verifies_without_torch(finished: TraitRun) -> None:
     code = (
         "import sys; from extraction.shelf import verify_tree; print(verify_tree(sys.argv[1]), 'torch' in sys.modules)"
     )
@@ -567,12 +568,12 @@ def test_judgements_read_back_by_key_whatever_they_hold(tmp_path: Path, first: l
     assert folder.verify() == []
 
 
-def log_of(folder: RunFolder) -> Path:
+def log_of(folder: TraitRun) -> Path:
     folder.add_judgements("openai", [{"key": str(i), "score": 50.0 + i} for i in range(4)])
     return folder.path / "judgements/openai.jsonl"
 
 
-def test_a_log_torn_anywhere_loses_the_torn_line_alone(folder: RunFolder) -> None:
+def test_a_log_torn_anywhere_loses_the_torn_line_alone(folder: TraitRun) -> None:
     path = log_of(folder)
     whole = path.read_bytes()
     for cut in range(len(whole)):
@@ -585,7 +586,7 @@ def test_a_log_torn_anywhere_loses_the_torn_line_alone(folder: RunFolder) -> Non
         assert folder.verify() == []
 
 
-def test_a_flipped_bit_of_a_log_loses_at_most_the_lines_it_touches_and_is_found(folder: RunFolder) -> None:
+def test_a_flipped_bit_of_a_log_loses_at_most_the_lines_it_touches_and_is_found(folder: TraitRun) -> None:
     path = log_of(folder)
     whole, sound = path.read_bytes(), folder.read_judgements("openai")
     for at in range(0, len(whole) - 1, 3):
@@ -596,7 +597,7 @@ def test_a_flipped_bit_of_a_log_loses_at_most_the_lines_it_touches_and_is_found(
         assert any("changed or damaged" in finding.problem for finding in folder.verify())
 
 
-def test_a_judges_log_has_a_safe_name(folder: RunFolder) -> None:
+def test_a_judges_log_has_a_check_name(folder: TraitRun) -> None:
     with pytest.raises(ConfigError):
         folder.add_judgements("../x", [])
 

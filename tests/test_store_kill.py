@@ -22,11 +22,11 @@ from typing import Any
 
 import pytest
 
-import extraction.atomic
-import extraction.store
-from extraction.errors import StoreError
-from extraction.shelf import verify_tree
-from extraction.store import RunFolder, run_folder
+import extraction.storage.atomic
+import extraction.storage.trait_run
+from extraction.core.errors import StoreError
+from extraction.storage.experiment_dir import verify_tree
+from extraction.storage.trait_run import TraitRun, trait_run
 
 ROOT = Path(__file__).parents[1]
 NOBODY = 65534
@@ -40,7 +40,7 @@ COUNTED = ("open", "write", "fsync", "replace", "unlink", "mkdir", "ftruncate")
 
 def job(root: Path) -> None:
     """A run from start to end, that goes on where an earlier one stopped."""
-    folder = run_folder(root, "exp", "calm")
+    folder = trait_run(root, "exp", "calm")
     with folder.lock():
         folder.open(CONFIG)
         for index in range(len(SHARDS)):
@@ -53,7 +53,7 @@ def job(root: Path) -> None:
         folder.write_report("report.html", b"<html></html>")
 
 
-def make_shard(folder: RunFolder, index: int) -> None:
+def make_shard(folder: TraitRun, index: int) -> None:
     import torch
 
     ids = SHARDS[index]
@@ -65,7 +65,7 @@ def make_shard(folder: RunFolder, index: int) -> None:
 
 
 def make_one_slice(root: Path, index: int) -> None:
-    folder = run_folder(root, "exp", "calm")
+    folder = trait_run(root, "exp", "calm")
     with folder.lock(shared=True):
         folder.open(CONFIG)
         make_shard(folder, index)
@@ -89,7 +89,7 @@ def write_in_place(path: Path, data: bytes) -> None:
 
 def commit_receipt_first(path: Path, data: bytes, facts: dict[str, Any]) -> None:
     """The receipt, then the payload into a file that has its full size from the start."""
-    extraction.atomic.commit(path, data, facts)
+    extraction.storage.atomic.commit(path, data, facts)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.ftruncate(handle, len(data))
     os.write(handle, data)
@@ -101,15 +101,15 @@ def as_it_is() -> None:
 
 
 def in_place() -> None:
-    extraction.atomic.atomic_write = write_in_place
+    extraction.storage.atomic.atomic_write = write_in_place
 
 
 def receipt_first() -> None:
-    extraction.store.commit = commit_receipt_first
+    extraction.storage.trait_run.commit = commit_receipt_first
 
 
 def no_cleaning() -> None:
-    RunFolder.clean_orphans = lambda self: None  # type: ignore[method-assign]
+    TraitRun.clean_orphans = lambda self: None  # type: ignore[method-assign]
 
 
 STORES = {store.__name__: store for store in (in_place, receipt_first, no_cleaning)}
@@ -461,7 +461,7 @@ def test_two_slices_equal_one_process(ask: Callable[..., Any]) -> None:
 
 
 def test_a_folder_deleted_meanwhile_is_one_clear_error(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, "exp", "calm")
+    folder = trait_run(tmp_path, "exp", "calm")
     with folder.lock():
         folder.open(CONFIG)
         shutil.rmtree(tmp_path / "exp")
@@ -471,9 +471,9 @@ def test_a_folder_deleted_meanwhile_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_share_a_run_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    code = "import sys, time; from extraction.store import RunFolder; from pathlib import Path\n"
-    code += "with RunFolder(Path(sys.argv[1])).lock(): print('in', flush=True); time.sleep(60)"
+    folder = TraitRun(tmp_path)
+    code = "import sys, time; from extraction.storage.trait_run import TraitRun; from pathlib import Path\n"
+    code += "with TraitRun(Path(sys.argv[1])).lock(): print('in', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
         try:

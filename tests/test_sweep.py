@@ -14,15 +14,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction.decoding.sample import Sample
-from extraction.judges import Judgement
-from extraction.models import wrap
-from extraction.records import Example, Prompt
-from extraction.steered import (
+from extraction.core.records import Example, Prompt
+from extraction.engine.sampler import Sample
+from extraction.evaluation.steered_generation import (
     UNSTEERED,
-    Answer,
     Condition,
-    Trying,
+    SteeredAnswer,
+    SteeredGeneration,
     answer_all,
     bounded_rate,
     directions_of,
@@ -30,7 +28,9 @@ from extraction.steered import (
     is_coherent,
     repetition,
 )
-from extraction.sweep import Plan, choose_place, counterpart, evaluate, reach, window_of
+from extraction.evaluation.steering_sweep import SweepPlan, choose_place, counterpart, evaluate, reach, window_of
+from extraction.judging.registry import Judgement
+from extraction.model.loading import wrap
 from tests.runs import NATURAL, contents, make_root, refused, succeed
 from tests.tiny import LAYERS, deviation, shared_model, tiny_tokenizer
 
@@ -43,9 +43,9 @@ def prompt(text: str) -> Prompt:
     return Prompt(example, text, tuple(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]))
 
 
-def trying_of(scorer=None, batch_size: int = 5, **options) -> Trying:
+def trying_of(scorer=None, batch_size: int = 5, **options) -> SteeredGeneration:
     lm = wrap(shared_model("llama"), tiny_tokenizer(), stop_ids=())
-    return Trying(lm, Sample(), scorer or vowels, max_new_tokens=6, batch_size=batch_size, **options)
+    return SteeredGeneration(lm, Sample(), scorer or vowels, max_new_tokens=6, batch_size=batch_size, **options)
 
 
 def vowels(pairs):
@@ -109,8 +109,8 @@ def test_a_coefficient_counts_in_typical_norms_and_is_shared_among_layers():
     assert some.steering(UNSTEERED, 0) is None
 
 
-def answers_of(rows) -> list[Answer]:
-    return [Answer(question, "", (1, 2), score, None, 1.0) for question, score in rows]
+def answers_of(rows) -> list[SteeredAnswer]:
+    return [SteeredAnswer(question, "", (1, 2), score, None, 1.0) for question, score in rows]
 
 
 def test_a_rate_counts_scored_answers_alone_and_is_resampled_by_question():
@@ -156,9 +156,9 @@ def test_coherent_means_about_as_likely_and_as_varied_as_unsteered(changes, expe
     assert is_coherent({**PLAIN, **changes}, PLAIN) is expected
 
 
-def plan_of(candidates, **options) -> Plan:
+def plan_of(candidates, **options) -> SweepPlan:
     prompts = [prompt(word) for word in WORDS]
-    return Plan(
+    return SweepPlan(
         prompts[:3], prompts[3:], candidates, ALL_LAYERS, **{"answers": 6, "coefficients": (0.5, 1.0)} | options
     )
 
@@ -351,14 +351,14 @@ def test_without_a_judge_or_instructions_it_says_what_it_leaves_out(tmp_path):
 
 
 def test_natural_prompts_are_steered_without_their_system_text(tmp_path):
-    from extraction.evidence import uninstructed
-    from extraction.jobs import plan
-    from extraction.runners import Engine
+    from extraction.pipeline.model_checks import prompts_without_instruction
+    from extraction.pipeline.plan import make_plan
+    from extraction.pipeline.session import ModelSession
 
     root = make_root(tmp_path)
-    job = plan("demo", "warm", root=str(root), options={"model": str(root / "model")})
+    job = make_plan("demo", "warm", root=str(root), options={"model": str(root / "model")})
     (trait,) = job.traits
-    prompts = uninstructed(Engine(job), trait, ["I love tea.", "I hate us."])
+    prompts = prompts_without_instruction(ModelSession(job), trait, ["I love tea.", "I hate us."])
     assert [prompt.text for prompt in prompts] == [
         f"<bos><|user|>\n{text}<|end|>\n<|assistant|>\n" for text in ("I love tea.", "I hate us.")
     ]
@@ -391,15 +391,15 @@ def test_responses_without_their_instruction_are_captured_as_they_were_said(tmp_
 
 def test_a_reversed_direction_moves_the_trait_the_wrong_way(pocket_root):
     """A planted wrong sign: the sweep's own figures give it away."""
-    from extraction.jobs import stored_plans
-    from extraction.judges import judge_lexical
-    from extraction.models import load
-    from extraction.preview import Place, directions_at
+    from extraction.judging.registry import judge_lexical
+    from extraction.model.loading import load
+    from extraction.pipeline.plan import stored_plans
+    from extraction.pipeline.steer_preview import SteerSite, directions_at
 
     (job,) = stored_plans("pocket", "commitment_strength", root=str(pocket_root), loads_model=True)
     (trait,) = job.traits
     found = steering_of(pocket_root, "commitment_strength")
-    place = Place(found["method"], tuple(found["layers"]))
+    place = SteerSite(found["method"], tuple(found["layers"]))
     right = directions_at(job.folder(trait), place, 0)
     wrong = replace(right, trait={layer: -vector for layer, vector in right.trait.items()})
     lm = load(job.spec)
@@ -409,7 +409,7 @@ def test_a_reversed_direction_moves_the_trait_the_wrong_way(pocket_root):
 
     questions = [Example(f"q{i}", trait.name, "pos", 0, i, 0, text) for i, text in enumerate(trait.questions[:6])]
     prompts = job.prompts(lm.tokenizer, questions, max_tokens=None)
-    trying = Trying(lm, Sample(1.0), scorer, max_new_tokens=30, batch_size=24)
+    trying = SteeredGeneration(lm, Sample(1.0), scorer, max_new_tokens=30, batch_size=24)
     push = Condition("trait", "add", place.layers, 1.0)
     rates = [
         figures_of(answer_all(trying, prompts, some, [push], 2)[push], 50.0, seed=0)["rate"]["value"]

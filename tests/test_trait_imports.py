@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from extraction.errors import TraitError
+from extraction.config.traits import load_trait, make_examples, same_text, trait_from_yaml
+from extraction.core.errors import TraitError
+from extraction.core.records import InstructionPair, Markers, NaturalPrompt, Trait
 from extraction.exchange.persona_traits import trait_to_persona
 from extraction.exchange.trait_files import read_trait_files, trait_yaml
 from extraction.exchange.trait_forms import FORMS, find_form
 from extraction.exchange.trait_transfer import export_trait, import_trait
-from extraction.records import InstructionPair, Markers, NaturalPrompt, Trait
-from extraction.traits import load_trait, make_examples, same_text, trait_from_yaml
 from tests.runs import contents, make_root, refused, succeed
 
 QUICK = settings(

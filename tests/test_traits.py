@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction import configs
-from extraction.errors import TraitError
-from extraction.records import InstructionPair, NaturalPrompt, Trait
-from extraction.traits import (
+from extraction.config import experiments
+from extraction.config.traits import (
     list_traits,
     load_trait,
     make_examples,
@@ -22,8 +20,10 @@ from extraction.traits import (
     trait_fingerprint,
     trait_notes,
 )
+from extraction.core.errors import TraitError
+from extraction.core.records import InstructionPair, NaturalPrompt, Trait
 
-SHIPPED = Path(configs.__file__).resolve().parent.parent
+SHIPPED = Path(experiments.__file__).resolve().parent.parent
 
 GOOD = {
     "name": "t",
@@ -44,7 +44,7 @@ NATURAL = {
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     (tmp_path / "configs/traits").mkdir(parents=True)
-    monkeypatch.setattr(configs, "PACKAGE", tmp_path / "elsewhere" / "extraction")
+    monkeypatch.setattr(experiments, "PACKAGE", tmp_path / "elsewhere" / "extraction")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

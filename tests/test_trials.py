@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from extraction.atomic import to_json
-from extraction.cli import main
-from extraction.detectors import Detector
-from extraction.lda import LDAModelPair, Settings
-from extraction.prompt_sets import Asked, read_prompt_set
-from extraction.terminal import spread
-from extraction.trials import Study, Trial, batches, body_of, summary_of
+from extraction.amplification.detectors import Detector
+from extraction.amplification.lda import LDAModelPair, Settings
+from extraction.amplification.study import Study, Trial, batches, body_of, summary_of
+from extraction.cli.commands import main
+from extraction.cli.terminal import spread
+from extraction.config.prompt_files import PromptEntry, read_prompt_set
+from extraction.storage.atomic import to_json
 from tests.doubles import Answer, Double
 from tests.lora import saved_adapter, saved_base
 from tests.runs import REPOSITORY, environment, invoke, refused, succeed
@@ -225,7 +225,7 @@ def test_what_a_server_says_is_held_at_arms_length(files: Path) -> None:
 
 
 def test_a_request_holds_neighbours_with_one_system_text_and_seeds_in_a_row() -> None:
-    asked = (Asked("a"), Asked("b"), Asked("c", "Be brief."), Asked("d"))
+    asked = (PromptEntry("a"), PromptEntry("b"), PromptEntry("c", "Be brief."), PromptEntry("d"))
     study = Study(asked, (0.0, 1.0), Settings(system_prompt="Be kind."), Detector(("x",)), seed=7)
     trials = study.trials()
     found = list(batches(trials, 2))

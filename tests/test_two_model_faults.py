@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from extraction.decoding.amplify import Amplify
-from extraction.decoding.sample import Sample
-from extraction.decoding.speculate import Speculate
-from extraction.errors import ActivationError, ModelError
-from extraction.models import LanguageModel, wrap
-from extraction.running import RunningBatch
-from extraction.seats import Limits
-from extraction.utils_batch import Capture, Completion, Request, generate
+from extraction.core.errors import ActivationError, ModelError
+from extraction.engine.batch import ContinuousBatch
+from extraction.engine.generate import generate
+from extraction.engine.logit_diff import Amplify
+from extraction.engine.sampler import Sample
+from extraction.engine.sequence import BatchLimits
+from extraction.engine.speculation import Speculate
+from extraction.model.loading import LanguageModel, wrap
+from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import blocks, prompts, reference_greedy, shared_model, tiny_model, tiny_tokenizer
 from tests.two_models import amplified_response, noisy_model
 
@@ -53,7 +54,7 @@ def advanced(
     lm: LanguageModel, requests: Sequence[Request], slots: int, strategy: Any, capture: Capture | None = None
 ) -> dict[str, Completion]:
     """All completions, faults included."""
-    batch = RunningBatch(lm, Limits.of(requests, slots), strategy=strategy, capture=capture)
+    batch = ContinuousBatch(lm, BatchLimits.of(requests, slots), strategy=strategy, capture=capture)
     batch.add(requests)
     done: list[Completion] = []
     with batch.watching():

@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
-from extraction.errors import ActivationError, TraitError
-from extraction.records import Example
+from extraction.core.errors import ActivationError, TraitError
+from extraction.core.records import Example
+from extraction.vectors.card import build_card, choose_method
+from extraction.vectors.chunked import Block
 from extraction.vectors.controls import best, half_cosines, placebo, placebo_scores, split_half_cosine
-from extraction.vectors.figures import (
+from extraction.vectors.held_out import by_methods, fit_scorer, held_out_scores
+from extraction.vectors.methods import DEFAULT_METHODS, find_method, mean_diff
+from extraction.vectors.metrics import (
     accuracy_at,
     auroc,
     cohens_d,
@@ -25,12 +29,9 @@ from extraction.vectors.figures import (
     top_1_percent,
     wrong_side,
 )
-from extraction.vectors.layered import Block
-from extraction.vectors.methods import DEFAULT_METHODS, find_method, mean_diff
-from extraction.vectors.reading import by_methods, fit_gauge, held_out_scores
 from extraction.vectors.splits import (
     Fold,
-    Rows,
+    LabelledRows,
     apportion,
     check_apart,
     deal_questions,
@@ -39,11 +40,10 @@ from extraction.vectors.splits import (
     shuffled_labels,
     split_rows,
 )
-from extraction.vectors.validation import build_card, choose_method
 from tests.planted import gaussian, memorised_instructions, natural_rows, trait_rows
 
 
-def card_of(rows: Rows, **asked: object) -> dict:
+def card_of(rows: LabelledRows, **asked: object) -> dict:
     """A card of rows; two methods, one placebo and 200 resamples unless asked."""
     settings = {"layers": range(rows.activations_nLD.shape[1]), "seed": 0, "methods": ["mean_diff", "gradient"],
                 "placebos": 1, "bootstraps": 200, "instruction_ids": rows.instruction_ids}  # fmt: skip
@@ -52,7 +52,7 @@ def card_of(rows: Rows, **asked: object) -> dict:
     )  # fmt: skip
 
 
-def whole(rows: Rows) -> Block:
+def whole(rows: LabelledRows) -> Block:
     """All layers."""
     n_layers = rows.activations_nLD.shape[1]
     return Block(0, n_layers, n_layers)
@@ -268,7 +268,7 @@ def test_shuffled_labels_stay_in_their_question_and_part():
 
 def test_scores_are_standardised_by_the_fitted_rows_alone():
     rows = trait_rows(effect=3.0)
-    gauge = fit_gauge(rows, by_methods(["mean_diff"], seed=0))
+    gauge = fit_scorer(rows, by_methods(["mean_diff"], seed=0))
     scores = gauge.read(rows.activations_nLD)[:, 0]
     above, below = scores[rows.positive_n], scores[~rows.positive_n]
     raw = project(rows.activations_nLD, gauge.direction_KLD)[:, 0]
@@ -300,7 +300,7 @@ def test_directions_see_no_held_out_row():
     poisoned = torch.where(split.part_n["test"][:, None, None], 1e4 + rows.activations_nLD, rows.activations_nLD)
     for fold in split.folds:
         clean, other = (
-            fit_gauge(replace(rows, activations_nLD=each).pick(fold.fit_n), by_methods(["mean_diff", "probe"], seed=0))
+            fit_scorer(replace(rows, activations_nLD=each).pick(fold.fit_n), by_methods(["mean_diff", "probe"], seed=0))
             for each in (rows.activations_nLD, poisoned)
         )
         assert all(torch.equal(a, b) for a, b in zip(vars(clean).values(), vars(other).values(), strict=True))
@@ -498,7 +498,7 @@ def test_the_card_is_the_same_twice_and_in_any_order_of_rows():
     asked = {"seed": 1, "methods": ["mean_diff", "random"], "placebos": 0}
     first = card_of(rows, **asked)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    mixed = Rows(
+    mixed = LabelledRows(
         rows.activations_nLD[order], rows.positive_n[order],
         *(tuple(ids[k] for k in order.tolist()) for ids in (rows.question_ids, rows.instruction_ids)),
     )  # fmt: skip
@@ -562,7 +562,7 @@ def test_a_card_of_mismatched_rows_is_our_own_bug():
 # --- stability
 
 
-def agreement(rows: Rows, method: str) -> torch.Tensor:
+def agreement(rows: LabelledRows, method: str) -> torch.Tensor:
     return split_half_cosine(half_cosines(rows, method, whole(rows), seed=0))
 
 
@@ -581,7 +581,7 @@ def test_two_rows_have_no_halves():
 # --- what a leak would look like
 
 
-def area_of(rows: Rows, **asked: object) -> float:
+def area_of(rows: LabelledRows, **asked: object) -> float:
     return card_of(rows, methods=["probe"], placebos=0, random_draws=2, **asked)["chosen"]["test"]["auroc"]["value"]
 
 

@@ -15,8 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from extraction.errors import ActivationError, ConfigError, TraitError
-from extraction.vectors import sides as sides_room
+from extraction.core.errors import ActivationError, ConfigError, TraitError
+from extraction.vectors import prepare as sides_room
 from extraction.vectors.methods import (
     DEFAULT_METHODS,
     METHODS,
@@ -29,7 +29,7 @@ from extraction.vectors.methods import (
     probe,
     random,
 )
-from extraction.vectors.sides import check_sides
+from extraction.vectors.prepare import check_sides
 from tests.runs import environment
 
 FITTED = ("probe", "pca", "ica", "gradient")  # those that look at the spread of rows

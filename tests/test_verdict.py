@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from extraction.vectors.card import build_card
 from extraction.vectors.methods import METHODS, mean_diff
-from extraction.vectors.splits import Rows
-from extraction.vectors.validation import build_card
+from extraction.vectors.splits import LabelledRows
 from extraction.vectors.verdict import verdict
 from tests.planted import memorised_instructions, natural_rows, trait_rows, ways
 
 
-def card_of(rows: Rows, **asked: Any) -> dict[str, Any]:
+def card_of(rows: LabelledRows, **asked: Any) -> dict[str, Any]:
     """A card of rows, quickly."""
     settings = {"layers": range(rows.activations_nLD.shape[1]), "seed": 0, "methods": ["mean_diff", "gradient"],
                 "bootstraps": 300, "instruction_ids": rows.instruction_ids}  # fmt: skip
@@ -103,7 +103,7 @@ def one_layer_late(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int) -> 
     return mean_diff(positive_NLD, negative_MLD, seed=seed).roll(1, 0)
 
 
-def faulty(monkeypatch: pytest.MonkeyPatch, rows: Rows, fault: Any) -> dict[str, Any]:
+def faulty(monkeypatch: pytest.MonkeyPatch, rows: LabelledRows, fault: Any) -> dict[str, Any]:
     monkeypatch.setitem(METHODS, "mean_diff", fault)
     return card_of(rows, methods=["mean_diff"])
 

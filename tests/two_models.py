@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from extraction.decoding.sample import Sample, uniforms
-from extraction.models import LanguageModel
-from extraction.running import RunningBatch
+from extraction.engine.batch import ContinuousBatch
+from extraction.engine.sampler import Sample, uniforms
+from extraction.model.loading import LanguageModel
 from extraction.utils_batch import Request
 from tests.tiny import tiny_model
 
@@ -106,7 +106,7 @@ def amplified_response(
 
 
 def fed_at_random(
-    batch: RunningBatch, waiting: list[Request], rng: random.Random
+    batch: ContinuousBatch, waiting: list[Request], rng: random.Random
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """What was answered, told twice alike, and what was dropped before it ended."""
     done: dict[str, tuple[int, ...]] = {}

@@ -62,11 +62,11 @@ def _serve(address: str) -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import extraction.capture_summary
-    import extraction.monitoring.finishing
-    import extraction.stages
-    import extraction.summary
-    import extraction.vectors.validation  # noqa: F401
+    import extraction.cli.capture_summary
+    import extraction.cli.summaries
+    import extraction.monitoring.postprocess
+    import extraction.pipeline.stages
+    import extraction.vectors.card  # noqa: F401
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

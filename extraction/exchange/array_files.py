@@ -7,24 +7,24 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extraction.errors import VectorError
-from extraction.exchange.rows import Facts, Rows, Written
-from extraction.store import vectors_bytes
+from extraction.core.errors import VectorError
+from extraction.exchange.layer_rows import LayerRows, VectorMetadata, WrittenFile
+from extraction.storage.trait_run import vectors_bytes
 
 if TYPE_CHECKING:
     from extraction.vectors.direction import Direction
 
 
-def write_numpy(direction: Direction, facts: Facts) -> Written:
+def write_numpy(direction: Direction, facts: VectorMetadata) -> WrittenFile:
     """An .npz archive: `layers` [L] (decoder blocks from 0, as ours) and `direction` float32 [L, D]."""
     import numpy
 
     buffer = io.BytesIO()
     numpy.savez(buffer, layers=numpy.array(direction.layers), direction=direction.direction_LD.numpy())
-    return Written(buffer.getvalue())
+    return WrittenFile(buffer.getvalue())
 
 
-def read_numpy(path: Path) -> Rows:
+def read_numpy(path: Path) -> LayerRows:
     """`layers` [L], counted from 0 as ours, and `direction` [L, D]. No pickled arrays."""
     import numpy
     import torch
@@ -40,17 +40,17 @@ def read_numpy(path: Path) -> Rows:
         kinds = f"layers {layers.dtype} {list(layers.shape)}, direction {direction_LD.dtype} {list(direction_LD.shape)}"
         raise VectorError(f"{path}: {kinds}; it needs distinct whole numbers [L] and floats [L, hidden]")
     rows = torch.from_numpy(direction_LD.astype(numpy.float32))
-    return Rows(dict(zip(layers.tolist(), rows, strict=True)))
+    return LayerRows(dict(zip(layers.tolist(), rows, strict=True)))
 
 
-def write_traitline(direction: Direction, facts: Facts) -> Written:
+def write_traitline(direction: Direction, facts: VectorMetadata) -> WrittenFile:
     """Our own form: `direction` float32 [L, D], with layers, labels and layer convention in the header."""
     labels = {"trait": direction.trait, "method": direction.method, "model": direction.model}
     header = {**labels, "layers": list(direction.layers), "model_type": facts.model_type}
-    return Written(vectors_bytes(Path("vectors"), {"direction": direction.direction_LD}, header))
+    return WrittenFile(vectors_bytes(Path("vectors"), {"direction": direction.direction_LD}, header))
 
 
-def read_traitline(path: Path) -> Rows:
+def read_traitline(path: Path) -> LayerRows:
     """Our own form, from any place: layer k is the output of decoder block k, counted from 0."""
     from safetensors.torch import load
 
@@ -66,7 +66,7 @@ def read_traitline(path: Path) -> Rows:
     direction = Direction.from_file(tensors, header, str(path))
     labels = {"trait": direction.trait, "method": direction.method, "model": direction.model}
     vectors = {layer: direction.at(layer) for layer in direction.layers}
-    return Rows(vectors, labels=labels, facts=Facts(model_type=header.get("model_type")))
+    return LayerRows(vectors, labels=labels, facts=VectorMetadata(model_type=header.get("model_type")))
 
 
 def _metadata(data: bytes) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extraction.errors import VectorError
+from extraction.core.errors import VectorError
+from extraction.core.text import show_path, suggest
+from extraction.core.text_files import open_input
 from extraction.exchange.array_files import read_numpy, read_traitline, write_numpy, write_traitline
 from extraction.exchange.gguf_files import read_gguf, write_gguf, write_repeng
-from extraction.exchange.rows import Facts, Reader, Rows, Writer
+from extraction.exchange.layer_rows import LayerRows, Reader, VectorMetadata, Writer
 from extraction.exchange.torch_files import (
     read_assistant_axis,
     read_persona_vectors,
@@ -22,8 +24,7 @@ from extraction.exchange.torch_files import (
     write_persona_vectors,
     write_steering_vectors,
 )
-from extraction.schema import open_input, show_path, suggest
-from extraction.store import RunFolder
+from extraction.storage.trait_run import TraitRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,19 +58,19 @@ OUTPUTS = {  # what a file is called where no name is given
     "assistant_axis": "{trait}_{method}_axis.pt",
     "steering_vectors": "{trait}_{method}_steering.pt",
     "numpy": "{trait}_{method}.npz",
-    "traitline": "{trait}_{method}" + RunFolder.PAYLOADS["vectors"],
+    "traitline": "{trait}_{method}" + TraitRun.PAYLOADS["vectors"],
 }
 # what a writer asks about the model, which takes reading its config
 ASKS_MODEL = {"repeng", "persona_vectors", "assistant_axis"}
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedVector:
     """A direction that was read from a file, how, and what a user should know of it."""
 
     direction: Direction
     format: str
-    facts: Facts
+    facts: VectorMetadata
     notes: tuple[str, ...]
 
 
@@ -82,7 +83,7 @@ def load_direction(
 
 def read_direction(
     path: str | os.PathLike[str], *, format: str | None = None, base: int | None = None, model: str | None = None
-) -> Loaded:
+) -> LoadedVector:
     """Read vectors of any format that READERS has. Raises VectorError.
 
     `format` None: by the file's content. `base` is the number that the file gives to decoder block 0, where it is
@@ -97,7 +98,7 @@ def read_direction(
     labels = {**rows.labels, "model": model or rows.labels.get("model")}
     direction = Direction.from_layers(_shifted(rows, shift, show_path(path)), **labels)
     told = rows.doubt if base is None else (f"number {base} of the file is decoder block 0",)
-    return Loaded(direction, name, rows.facts, (*told, *rows.notes))
+    return LoadedVector(direction, name, rows.facts, (*told, *rows.notes))
 
 
 def recognise(path: str | os.PathLike[str]) -> str:
@@ -156,7 +157,7 @@ def _reader(name: str) -> Reader:
     return READERS[name]
 
 
-def _shifted(rows: Rows, base: int, source: str) -> dict[int, Tensor]:
+def _shifted(rows: LayerRows, base: int, source: str) -> dict[int, Tensor]:
     """The vectors by our layer numbers."""
     early = [number for number in rows.vectors if number < base]
     if early:

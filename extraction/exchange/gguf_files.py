@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extraction.errors import VectorError
-from extraction.exchange.rows import Facts, Rows, Written
+from extraction.core.errors import VectorError
+from extraction.exchange.layer_rows import LayerRows, VectorMetadata, WrittenFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,22 +30,22 @@ _LATE = (
 _BLOCK_0 = "layer 0 was left out: this format can't address the output of decoder block 0"
 
 
-def write_gguf(direction: Direction, facts: Facts) -> Written:
+def write_gguf(direction: Direction, facts: VectorMetadata) -> WrittenFile:
     """llama.cpp's control vector: `direction.N` is block N, N >= 1. Its loader reads no metadata, so there is none."""
     return _written(direction, {})
 
 
-def write_repeng(direction: Direction, facts: Facts) -> Written:
+def write_repeng(direction: Direction, facts: VectorMetadata) -> WrittenFile:
     """As repeng's ControlVector.export_gguf: llama.cpp's form with `model_hint` and `layer_count` (its vectors)."""
     hint = facts.model_type or direction.model
     if hint is None:
         raise VectorError("repeng's form names the model's type, which is not known here; take --to gguf")
     written = _written(direction, {"model_hint": hint})
     told = () if facts.model_type else (f"the model's type is not known: model_hint is its name, {hint}",)
-    return Written(written.data, written.notes + told)
+    return WrittenFile(written.data, written.notes + told)
 
 
-def read_gguf(path: Path) -> Rows:
+def read_gguf(path: Path) -> LayerRows:
     """A control vector by llama.cpp's rules, repeng's metadata where it is there."""
     reader = _opened(path)
     vectors = dict(_tensor(path, tensor) for tensor in reader.tensors)
@@ -55,10 +55,12 @@ def read_gguf(path: Path) -> Rows:
         )
     if len({tuple(vector.shape) for vector in vectors.values()}) > 1:
         raise VectorError(f"{path}: its tensors differ in length; all must have the model's hidden size")
-    return Rows(vectors, facts=Facts(model_type=_hint(reader)), doubt=(_LATE,) if _is_generated(reader) else ())
+    return LayerRows(
+        vectors, facts=VectorMetadata(model_type=_hint(reader)), doubt=(_LATE,) if _is_generated(reader) else ()
+    )
 
 
-def _written(direction: Direction, metadata: dict[str, str]) -> Written:
+def _written(direction: Direction, metadata: dict[str, str]) -> WrittenFile:
     layers = [layer for layer in direction.layers if layer > 0]
     if not layers:
         raise VectorError("layer 0 alone: GGUF can't address the output of decoder block 0; take other layers")
@@ -74,7 +76,7 @@ def _written(direction: Direction, metadata: dict[str, str]) -> Written:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return Written(path.read_bytes(), (_BLOCK_0,) if 0 in direction.layers else ())
+        return WrittenFile(path.read_bytes(), (_BLOCK_0,) if 0 in direction.layers else ())
 
 
 def _opened(path: Path) -> Any:

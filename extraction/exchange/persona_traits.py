@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from extraction.errors import TraitError
+from extraction.config.traits import same_text
+from extraction.config.yaml_loader import SourceLocation, items, section, text
+from extraction.core.errors import TraitError
+from extraction.core.records import Trait
 from extraction.exchange.trait_entries import SIDES, Content, distinct, entries_of, field_of, repeats_note, text_of
 from extraction.exchange.trait_files import TraitFile
-from extraction.records import Trait
-from extraction.schema import Place, items, section, text
-from extraction.traits import same_text
 
 RUBRIC_FIELDS = ("{question}", "{answer}")
 _ASSISTANT = re.compile(r"You are an? (\S(?:.*?\S)?) assistant\. ")
@@ -107,7 +107,7 @@ def _shared_assistant(instructions: Iterable[str]) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _persona_pair(pair: Any, place: Place, prefixes: Mapping[str, str]) -> dict[str, str]:
+def _persona_pair(pair: Any, place: SourceLocation, prefixes: Mapping[str, str]) -> dict[str, str]:
     both = {"positive": "pos", "negative": "neg"}
     return {
         side: prefixes.get(side, "") + text_of(field_of(pair, key, place), place.at(key)) for side, key in both.items()

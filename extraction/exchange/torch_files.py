@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extraction.errors import VectorError
-from extraction.exchange.rows import Facts, Rows, Written, numbered_rows, row_tensor
+from extraction.core.errors import VectorError
+from extraction.exchange.layer_rows import LayerRows, VectorMetadata, WrittenFile, numbered_rows, row_tensor
 
 if TYPE_CHECKING:
     from extraction.vectors.direction import Direction
@@ -20,7 +20,7 @@ LAYER_TYPE = "decoder_block"
 _AXIS_KEYS = ("axis", "vector")
 
 
-def write_persona_vectors(direction: Direction, facts: Facts) -> Written:
+def write_persona_vectors(direction: Direction, facts: VectorMetadata) -> WrittenFile:
     """`<trait>_response_avg_diff.pt`, [layers + 1, D]: row k + 1 is our layer k, row 0 (the embeddings) is zeros.
 
     Their last row is read after the final norm, ours before it: good for steering the last block, not for projecting
@@ -32,10 +32,10 @@ def write_persona_vectors(direction: Direction, facts: Facts) -> Written:
     told = "row k + 1 is layer k; row 0 (the embeddings) is zeros"
     if direction.layers[-1] == len(rows_LD) - 1:
         told += "; the last row is from before the final norm, theirs is from after it"
-    return Written(_saved(torch.cat([torch.zeros_like(rows_LD[:1]), rows_LD])), (told, *notes))
+    return WrittenFile(_saved(torch.cat([torch.zeros_like(rows_LD[:1]), rows_LD])), (told, *notes))
 
 
-def read_persona_vectors(path: Path) -> Rows:
+def read_persona_vectors(path: Path) -> LayerRows:
     """[layers + 1, D]: row 0 is the embeddings', which is no layer of ours; row k + 1 is layer k.
 
     The last row was read after the final norm, so it is no block's output, and is left out.
@@ -45,33 +45,33 @@ def read_persona_vectors(path: Path) -> Rows:
     if not rows:
         raise VectorError(f"{path}: no rows between the embeddings and the final norm; is it [layers + 1, hidden]?")
     told = f"rows 0 (embeddings) and {len(rows_LD) - 1} (after the final norm) are no block's output, and were left out"
-    return Rows({number + 1: row for number, row in rows.items()}, base=1, notes=(told, *notes))
+    return LayerRows({number + 1: row for number, row in rows.items()}, base=1, notes=(told, *notes))
 
 
-def write_assistant_axis(direction: Direction, facts: Facts) -> Written:
+def write_assistant_axis(direction: Direction, facts: VectorMetadata) -> WrittenFile:
     """`{"axis": [layers, D]}`: row k is decoder block k, counted from 0, as ours."""
     rows_LD, notes = row_tensor(direction, facts.n_layers)
-    return Written(_saved({"axis": rows_LD}), notes)
+    return WrittenFile(_saved({"axis": rows_LD}), notes)
 
 
-def read_assistant_axis(path: Path) -> Rows:
+def read_assistant_axis(path: Path) -> LayerRows:
     """A tensor [layers, D], alone or under `axis` or `vector`: row k is decoder block k, counted from 0, as ours."""
     data = load_pickle(path)
     key = next((key for key in _AXIS_KEYS if isinstance(data, Mapping) and key in data), None)
     rows, notes = numbered_rows(_tensor(path, data if key is None else data[key]), path)
-    return Rows(rows, notes=notes)
+    return LayerRows(rows, notes=notes)
 
 
-def write_steering_vectors(direction: Direction, facts: Facts) -> Written:
+def write_steering_vectors(direction: Direction, facts: VectorMetadata) -> WrittenFile:
     """`{"layer_activations": {k: [D]}, "layer_type": "decoder_block"}`, the arguments of their SteeringVector.
 
     Their numbers count decoder blocks from 0, as ours.
     """
     vectors = {layer: direction.at(layer) for layer in direction.layers}
-    return Written(_saved({"layer_activations": vectors, "layer_type": LAYER_TYPE}))
+    return WrittenFile(_saved({"layer_activations": vectors, "layer_type": LAYER_TYPE}))
 
 
-def read_steering_vectors(path: Path) -> Rows:
+def read_steering_vectors(path: Path) -> LayerRows:
     """`layer_activations` as a plain dict of number to tensor, alone or beside `layer_type`; blocks from 0, as ours."""
     data = load_pickle(path)
     kind = data.get("layer_type", LAYER_TYPE) if isinstance(data, Mapping) else None
@@ -80,7 +80,7 @@ def read_steering_vectors(path: Path) -> Rows:
         raise VectorError(f"{path}: no dict of layer number to tensor; save the vector's layer_activations")
     if kind != LAYER_TYPE:
         raise VectorError(f"{path}: its layer_type is {kind!r}; only {LAYER_TYPE!r} is the residual stream")
-    return Rows(vectors)
+    return LayerRows(vectors)
 
 
 def recognise_pickle(path: Path) -> str:

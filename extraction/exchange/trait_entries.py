@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from extraction.config.traits import same_text
+from extraction.config.yaml_loader import SourceLocation, text
+from extraction.core.text import show
 from extraction.exchange.trait_files import TraitFile
-from extraction.schema import Place, show, text
-from extraction.traits import same_text
 
 SIDES = ("positive", "negative")
 
@@ -21,14 +22,14 @@ class Content:
     notes: tuple[str, ...] = ()
 
 
-def field_of(row: Any, key: str, place: Place) -> Any:
+def field_of(row: Any, key: str, place: SourceLocation) -> Any:
     """One field of an entry, which must be there."""
     if not isinstance(row, dict) or key not in row:
         raise place.fail(f"{key!r} is missing; every entry needs it")
     return row[key]
 
 
-def text_of(value: Any, place: Place) -> str:
+def text_of(value: Any, place: SourceLocation) -> str:
     """Text with something in it, without spaces around it, as traits are kept."""
     return text(value, place).strip()
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
-from extraction.errors import TraitError
-from extraction.schema import Place, decode_utf8, open_input, show, show_path
+from extraction.config.yaml_loader import SourceLocation
+from extraction.core.errors import TraitError
+from extraction.core.text import show, show_path
+from extraction.core.text_files import decode_utf8, open_input
 
 MAX_TRAIT_BYTES = 100_000_000
 _PARTS = {
@@ -41,9 +43,9 @@ class TraitFile:
     blank: int = 0
 
     @property
-    def place(self) -> Place:
+    def place(self) -> SourceLocation:
         """Where its values stand, for messages."""
-        return Place(show_path(self.path), error=TraitError)
+        return SourceLocation(show_path(self.path), error=TraitError)
 
 
 def read_trait_files(paths: Sequence[str], *, as_text: bool = False) -> list[TraitFile]:

@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from extraction.errors import TraitError
+from extraction.config.traits import same_text
+from extraction.config.yaml_loader import SourceLocation
+from extraction.core.errors import TraitError
+from extraction.core.text import show, suggest
 from extraction.exchange.persona_traits import persona_to_fields
 from extraction.exchange.trait_entries import (
     SIDES,
@@ -25,8 +28,6 @@ from extraction.exchange.trait_entries import (
     text_of,
 )
 from extraction.exchange.trait_files import TraitFile
-from extraction.schema import Place, show, suggest
-from extraction.traits import same_text
 
 ANSWERED = (
     "these pairs have fixed answers: each prompt holds the text up to and including the answer; "
@@ -136,7 +137,7 @@ def _rows_of(file: TraitFile) -> list[Any]:
     return [file.data] if isinstance(file.data, dict) and "prompt" in file.data else list_of(file)
 
 
-def _prompt(row: Any, place: Place) -> Any:
+def _prompt(row: Any, place: SourceLocation) -> Any:
     if not isinstance(row, dict):
         return text_of(row, place)
     prompt = text_of(field_of(row, "prompt", place), place.at("prompt"))

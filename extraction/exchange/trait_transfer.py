@@ -6,15 +6,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from extraction.atomic import reporting
-from extraction.configs import check_name, find_config, find_root
-from extraction.errors import TraitError
+from extraction.config.experiments import find_config, find_root
+from extraction.config.traits import load_trait, trait_from_yaml
+from extraction.config.yaml_loader import MAX_YAML_BYTES
+from extraction.core.errors import TraitError
+from extraction.core.names import check_name
+from extraction.core.text import show_path
 from extraction.exchange.persona_traits import trait_to_persona
-from extraction.exchange.placing import place_file
 from extraction.exchange.trait_files import read_trait_files, trait_yaml
 from extraction.exchange.trait_forms import FORMS, find_form
-from extraction.schema import MAX_YAML_BYTES, show_path
-from extraction.traits import load_trait, trait_from_yaml
+from extraction.storage.atomic import reporting_store_errors
+from extraction.storage.output_file import place_file
 
 
 def import_trait(
@@ -31,7 +33,7 @@ def import_trait(
         raise TraitError(f"{show_path(path)}: would have {len(data)} bytes; at most {MAX_YAML_BYTES}, import fewer")
     trait = trait_from_yaml(name, data, f"{show_path(path)} as imported")
     hidden = find_config("traits", name, top, TraitError)
-    with reporting(path.parent, "create"):
+    with reporting_store_errors(path.parent, "create"):
         path.parent.mkdir(parents=True, exist_ok=True)
     place_file(path, data, force=force)
     sides = [f"{len(trait.instructions)} instruction pairs, {len(trait.questions)} questions"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from extraction.report import words
+from extraction.report import formatting
 from extraction.report.markup import Html, document, table, tag
 
 
@@ -50,5 +50,5 @@ def sets_index(rows: Sequence[SetRow]) -> bytes:
 def _row(row: SetRow) -> list[Any]:
     link: str | Html = tag("a", row.name, href=row.link) if row.link else row.name
     prompts = f"{row.done:,}" if row.done == row.asked else f"{row.done:,} of {row.asked:,}"
-    layers = words.ranges(row.layers) if row.layers else "none"
-    return [link, TIERS.get(row.tier, str(row.tier)), words.listed(list(row.traits)), layers, prompts, row.model]
+    layers = formatting.ranges(row.layers) if row.layers else "none"
+    return [link, TIERS.get(row.tier, str(row.tier)), formatting.listed(list(row.traits)), layers, prompts, row.model]

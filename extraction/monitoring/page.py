@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from extraction.monitoring.facts import SetFacts
-from extraction.monitoring.figures import BINS, FIGURES, SIDES, bars, n_response, summaries
-from extraction.monitoring.packing import MOST_BYTES, Plan, encoded, pack, plan_of, rounded
-from extraction.monitoring.parts import frame
-from extraction.monitoring.scales import COLOURS, LEVELS_AT, Scales, levels_of, scales_of
+from extraction.monitoring.colour_scale import COLOURS, LEVELS_AT, ColourScales, colour_scales, levels_of
+from extraction.monitoring.page_data import CaptureSetData
+from extraction.monitoring.page_sections import frame
+from extraction.monitoring.quantize import MOST_BYTES, QuantizationPlan, encoded, pack, plan_of, rounded
+from extraction.monitoring.summary_table import BINS, FIGURES, SIDES, bars, n_response, summaries
 from extraction.report.markup import STYLE, Html, data_block, document, visible
 
 HERE = Path(__file__).parent
@@ -33,15 +33,15 @@ class Blocks:
     error: float
 
 
-def set_page(facts: SetFacts, *, most_bytes: int = MOST_BYTES) -> bytes:
+def set_page(facts: CaptureSetData, *, most_bytes: int = MOST_BYTES) -> bytes:
     """The whole page. Where the projections would take more than `most_bytes`, less of them, and the page says so."""
-    plan, scales = plan_of(facts, most_bytes), scales_of(facts)
+    plan, scales = plan_of(facts, most_bytes), colour_scales(facts)
     data = data_of(facts, plan, scales)
     body = frame(facts, plan, data.error, data.blocks)
     return document(f"{facts.title}: Traitline captures", body, styles=STYLES, scripts=SCRIPTS)
 
 
-def data_of(facts: SetFacts, plan: Plan, scales: Scales) -> Blocks:
+def data_of(facts: CaptureSetData, plan: QuantizationPlan, scales: ColourScales) -> Blocks:
     """The blocks: `set`, `trait-<k>`, and of each prompt `text-<s>` and `values-<s>-<k>`."""
     layers = list(plan.layers)
     blocks = [data_block("set", _set(facts, plan, scales))]
@@ -60,7 +60,7 @@ def data_of(facts: SetFacts, plan: Plan, scales: Scales) -> Blocks:
     return Blocks(blocks, error)
 
 
-def _set(facts: SetFacts, plan: Plan, scales: Scales) -> dict[str, Any]:
+def _set(facts: CaptureSetData, plan: QuantizationPlan, scales: ColourScales) -> dict[str, Any]:
     layers, points = list(plan.layers), list(plan.points)
     return {
         "layers": [facts.layers[index] for index in layers],
@@ -86,7 +86,7 @@ def _set(facts: SetFacts, plan: Plan, scales: Scales) -> dict[str, Any]:
     }
 
 
-def _trait(facts: SetFacts, k: int, layers: list[int], points: list[int], scales: Scales) -> dict[str, Any]:
+def _trait(facts: CaptureSetData, k: int, layers: list[int], points: list[int], scales: ColourScales) -> dict[str, Any]:
     trait = facts.traits[k]
     kept = [facts.layers[index] for index in layers]
     levels_L2 = levels_of(trait, len(facts.layers))[layers]

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extraction.monitoring.facts import Reading, SetFacts
-from extraction.monitoring.figures import n_response, number, summary_at
-from extraction.monitoring.scales import COLOURS, LEVELS_AT, Scales, levels_of, scales_of
-from extraction.monitoring.wrapping import Run, drawable, wrapped
+from extraction.monitoring.colour_scale import COLOURS, LEVELS_AT, ColourScales, colour_scales, levels_of
+from extraction.monitoring.page_data import CaptureSetData, TextReading
+from extraction.monitoring.summary_table import n_response, number, summary_at
+from extraction.monitoring.text_layout import Run, drawable, wrapped
+from extraction.report.formatting import counted
 from extraction.report.markup import visible
-from extraction.report.plots import BLUE, GREY, INK, VERMILION, check_matplotlib, rendered
-from extraction.report.words import counted
+from extraction.report.plot_style import BLUE, GREY, INK, VERMILION, check_matplotlib, rendered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ MOST_LINES = 90  # of a prompt's or response's text; a longer one is cut, and sa
 
 
 def reading_picture(
-    facts: SetFacts, reading: Reading, trait: int, layer: int, *, scales: Scales | None = None
+    facts: CaptureSetData, reading: TextReading, trait: int, layer: int, *, scales: ColourScales | None = None
 ) -> bytes:
     """One prompt: its text in colours, the layers' heat map, and the line of the chosen layer, at residual_out.
 
@@ -43,21 +43,21 @@ def reading_picture(
     anew for every picture of a set (`scales_of`).
     """
     check_matplotlib()
-    known = scales or scales_of(facts)
+    known = scales or colour_scales(facts)
     return rendered(lambda: _draw_reading(facts, reading, trait, facts.layers.index(layer), known), TEXT)[0]
 
 
-def overview_picture(facts: SetFacts, trait: int, layer: int, *, scales: Scales | None = None) -> bytes:
+def overview_picture(facts: CaptureSetData, trait: int, layer: int, *, scales: ColourScales | None = None) -> bytes:
     """All prompts, one a row, over their response tokens, at one layer's residual_out; a dot where each commits."""
     check_matplotlib()
-    known = scales or scales_of(facts)
+    known = scales or colour_scales(facts)
     return rendered(lambda: _draw_overview(facts, trait, facts.layers.index(layer), known), TEXT)[0]
 
 
 # --- one prompt -----------------------------------------------------------------------------------------------------
 
 
-def _draw_reading(facts: SetFacts, reading: Reading, trait: int, layer: int, scales: Scales) -> Figure:
+def _draw_reading(facts: CaptureSetData, reading: TextReading, trait: int, layer: int, scales: ColourScales) -> Figure:
     place_TL, x_T = _places(facts, reading, trait, scales), _projections(facts, reading, trait)[:, layer]
     runs = _texts(reading)
     heights = {
@@ -77,7 +77,7 @@ def _draw_reading(facts: SetFacts, reading: Reading, trait: int, layer: int, sca
     return figure
 
 
-def _texts(reading: Reading) -> dict[str, list[Run]]:
+def _texts(reading: TextReading) -> dict[str, list[Run]]:
     """The runs of both parts, their tokens counted over the whole text."""
     columns = int((WIDTH - LEFT - RIGHT) / CELL)
     parts = {"prompt": range(reading.n_prompt), "response": range(reading.n_prompt, len(reading.token_ids))}
@@ -116,7 +116,7 @@ def _text(axes: Axes, name: str, runs: Sequence[Run], place_T: np.ndarray) -> No
     axes.axvline(-0.8, color=INK if name == "response" else "#c4c9d1", lw=2, clip_on=False)
 
 
-def _map(axes: Axes, facts: SetFacts, reading: Reading, place_TL: np.ndarray, layer: int) -> None:
+def _map(axes: Axes, facts: CaptureSetData, reading: TextReading, place_TL: np.ndarray, layer: int) -> None:
     n_tokens, n_layers = place_TL.shape
     axes.imshow(
         place_TL.T, cmap=_colours(), vmin=-1, vmax=1, aspect="auto", origin="lower", interpolation="nearest",
@@ -145,7 +145,13 @@ def _layer_ticks(axes: Axes, layers: Sequence[int], chosen: int) -> None:
 
 
 def _line(
-    axes: Axes, facts: SetFacts, reading: Reading, x_T: np.ndarray, trait: int, layer: int, scales: Scales
+    axes: Axes,
+    facts: CaptureSetData,
+    reading: TextReading,
+    x_T: np.ndarray,
+    trait: int,
+    layer: int,
+    scales: ColourScales,
 ) -> None:
     start, point = reading.n_prompt - 0.5, _at(facts, trait, layer)
     centre, half = float(scales.centre_KLP[point]), float(scales.half_KLP[point])
@@ -184,7 +190,7 @@ def _levels(axes: Axes, levels_2: np.ndarray) -> None:
         )
 
 
-def _commitment(axes: Axes, reading: Reading, trait: str, layer: int) -> None:
+def _commitment(axes: Axes, reading: TextReading, trait: str, layer: int) -> None:
     summary = summary_at(reading, trait, layer)
     token, side = summary.get("commitment"), summary.get("committed_to") or 0
     if token is None:
@@ -209,7 +215,7 @@ def _note(
 # --- all prompts ----------------------------------------------------------------------------------------------------
 
 
-def _draw_overview(facts: SetFacts, trait: int, layer: int, scales: Scales) -> Figure:
+def _draw_overview(facts: CaptureSetData, trait: int, layer: int, scales: ColourScales) -> Figure:
     point = _at(facts, trait, layer)
     rows = [_projections(facts, reading, trait)[reading.n_prompt :, layer] for reading in facts.readings]
     longest = max((len(row) for row in rows), default=0) or 1
@@ -238,7 +244,7 @@ def _whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _prompt_ticks(axes: Axes, facts: SetFacts, height: float) -> None:
+def _prompt_ticks(axes: Axes, facts: CaptureSetData, height: float) -> None:
     step = max(1, -(-len(facts.readings) * 12 // int(100 * max(height, 0.12))))
     shown, has = range(0, len(facts.readings), step), _font(SANS)
     names = [drawable(_short(facts.readings[i], 38), has) for i in shown]
@@ -250,13 +256,13 @@ def _prompt_ticks(axes: Axes, facts: SetFacts, height: float) -> None:
         label.set_parse_math(False)
 
 
-def _short(reading: Reading, count: int) -> str:
+def _short(reading: TextReading, count: int) -> str:
     said = visible(" ".join(f"{reading.id}  {reading.prompt}".split(" ")))
     said = said.replace("\n", " ").replace("\t", " ")
     return said if len(said) <= count else f"{said[: count - 1]}\u2026"
 
 
-def _dots(axes: Axes, facts: SetFacts, trait: str, layer: int) -> None:
+def _dots(axes: Axes, facts: CaptureSetData, trait: str, layer: int) -> None:
     found = [(summary_at(reading, trait, layer).get("commitment"), row) for row, reading in enumerate(facts.readings)]
     at = [(token, row) for token, row in found if token is not None]
     if at:
@@ -292,7 +298,9 @@ def _axes(
     return figure.add_axes(box)
 
 
-def _heading(figure: Figure, room: tuple[float, float], facts: SetFacts, what: str, trait: int, layer: int) -> None:
+def _heading(
+    figure: Figure, room: tuple[float, float], facts: CaptureSetData, what: str, trait: int, layer: int
+) -> None:
     height, has = figure.get_size_inches()[1], _font(SANS)
     said = f"{facts.traits[trait].name}, layer {facts.layers[layer]}, {LEVELS_AT.replace('_', ' ')}"
     lines = ((0.24, f"{what}: {said}", TEXT + 1.5, INK), (0.45, f"{facts.model}, {facts.name}", TEXT - 1, GREY))
@@ -301,7 +309,7 @@ def _heading(figure: Figure, room: tuple[float, float], facts: SetFacts, what: s
                     color=colour, parse_math=False)  # fmt: skip
 
 
-def _legend(figure: Figure, room: tuple[float, float], scales: Scales, point: tuple[int, int, int]) -> None:
+def _legend(figure: Figure, room: tuple[float, float], scales: ColourScales, point: tuple[int, int, int]) -> None:
     """The colours from end to end, with the values of the chosen layer."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((1 - 2.75 / width, (room[0] + room[1] - 0.26) / height, 2.45 / width, 0.13 / height))
@@ -313,17 +321,17 @@ def _legend(figure: Figure, room: tuple[float, float], scales: Scales, point: tu
     axes.tick_params(length=2, pad=2)
 
 
-def _at(facts: SetFacts, trait: int, layer: int) -> tuple[int, int, int]:
+def _at(facts: CaptureSetData, trait: int, layer: int) -> tuple[int, int, int]:
     return trait, layer, facts.points.index(LEVELS_AT)
 
 
-def _projections(facts: SetFacts, reading: Reading, trait: int) -> np.ndarray:
+def _projections(facts: CaptureSetData, reading: TextReading, trait: int) -> np.ndarray:
     """[T, L] at residual_out."""
     found: np.ndarray = reading.projections_TLPK[:, :, facts.points.index(LEVELS_AT), trait].astype(np.float64)
     return found
 
 
-def _places(facts: SetFacts, reading: Reading, trait: int, scales: Scales) -> np.ndarray:
+def _places(facts: CaptureSetData, reading: TextReading, trait: int, scales: ColourScales) -> np.ndarray:
     """Where every value lies among the colours, -1 to 1: [T, L]."""
     point = facts.points.index(LEVELS_AT)
     centre_L, half_L = scales.centre_KLP[trait, :, point], scales.half_KLP[trait, :, point]

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from extraction.report import words
+from extraction.report import formatting
 from extraction.report.markup import Html, document, table, tag
 from extraction.report.sections import WORDS
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """A trait of an experiment; `link` is the way to its report, None where there is none."""
 
     trait: str
@@ -21,7 +21,7 @@ class Entry:
     link: str | None
 
 
-def index_page(experiment: str, entries: Sequence[Entry]) -> bytes:
+def index_page(experiment: str, entries: Sequence[IndexEntry]) -> bytes:
     """A table of all traits."""
     heads = ("Trait", "Verdict", "Held-out AUROC", "Steering reach", "Vector")
     body = tag(
@@ -39,12 +39,12 @@ def index_page(experiment: str, entries: Sequence[Entry]) -> bytes:
     return document(f"{experiment}: Traitline", body)
 
 
-def _row(entry: Entry) -> list[Any]:
+def _row(entry: IndexEntry) -> list[Any]:
     chosen, word = entry.card["chosen"], entry.card["verdict"]["word"]
     return [
         tag("a", entry.trait, href=entry.link) if entry.link else entry.trait,
         tag("span", word, class_=f"word small {WORDS.get(word, 'not-shown')}"),
-        words.with_interval("auroc", chosen["test"]["auroc"]),
+        formatting.with_interval("auroc", chosen["test"]["auroc"]),
         _reach(entry.steering),
         f"{chosen['method']}, layer {chosen['layer']}",
     ]
@@ -54,4 +54,4 @@ def _reach(steering: Mapping[str, Any] | None) -> str | Html:
     if steering is None:
         return "not measured"
     reached = steering["reached"]
-    return f"{words.percent(reached['negative'])} to {words.percent(reached['positive'])}"
+    return f"{formatting.percent(reached['negative'])} to {formatting.percent(reached['positive'])}"

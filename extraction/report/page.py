@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from extraction.report.browser import browser
-from extraction.report.effects import steering
-from extraction.report.facts import Facts
+from extraction.report.data import ReportData
 from extraction.report.markup import Html, document, join, tag
-from extraction.report.plots import Picture
+from extraction.report.plot_style import Picture
 from extraction.report.provenance import provenance
+from extraction.report.response_browser import browser
 from extraction.report.sections import heading, key_figures, layers, projections, verdict
+from extraction.report.steering_section import steering
 
 CONTENTS = {
     "verdict": "Verdict",
@@ -24,7 +24,7 @@ CONTENTS = {
 }
 
 
-def report_page(facts: Facts, pictures: Mapping[str, Picture]) -> bytes:
+def report_page(facts: ReportData, pictures: Mapping[str, Picture]) -> bytes:
     """The whole page, in the order in which it is read: verdict first, details last."""
     where = f"--experiment {shlex.quote(str(facts.config['name']))} --traits {shlex.quote(facts.trait.name)}"
     body = tag(

@@ -6,119 +6,37 @@ Nothing depends on the user's matplotlib settings, so the same figures give the 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from extraction.errors import MissingPackage
+from extraction.report.plot_style import (
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    MARKERS,
+    VERMILION,
+    Picture,
+    PlotPage,
+    check_matplotlib,
+    gaps,
+    render_picture,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREY, INK = "#0072B2", "#D55E00", "#6b6b6b", "#1a1a1a"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
-MARKERS = "osD^vP*X"
-DPI = 200
-PIXELS_PER_INCH = 100  # of CSS: a rendering is sharp on a screen of double density
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#444444",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "hatch.linewidth": 0.6,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.use": True,
-}
-
-
-@dataclass(frozen=True)
-class Page:
-    """The paper that a plot is drawn on: inches wide, points of text."""
-
-    narrow: bool
-
-    @property
-    def width(self) -> float:
-        """Inches."""
-        return 3.5 if self.narrow else 9.6
-
-    @property
-    def text(self) -> float:
-        """Points."""
-        return 8.2 if self.narrow else 10.0
-
-    def figure(self, wide_height: float, narrow_height: float) -> Figure:
-        """An empty figure."""
-        from matplotlib.figure import Figure
-
-        return Figure(figsize=(self.width, narrow_height if self.narrow else wide_height))
-
-    def panels(self, figure: Figure, count: int, **keywords: Any) -> list[Axes]:
-        """Axes beside each other, or below each other where it is narrow."""
-        shape = (count, 1) if self.narrow else (1, count)
-        return list(figure.subplots(*shape, squeeze=False, **keywords).flat)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A plot in both renderings, with the size in CSS pixels of each."""
-
-    wide: bytes
-    narrow: bytes
-    wide_size: tuple[int, int]
-    narrow_size: tuple[int, int]
-
 
 def pictures(card: Mapping[str, Any], steering: Mapping[str, Any] | None) -> dict[str, Picture]:
     """Every plot of a run by name. MissingPackage where matplotlib is absent."""
     check_matplotlib()
-    found = {name: picture(draw, card) for name, draw in PLOTS.items()}
+    found = {name: render_picture(draw, card) for name, draw in PLOTS.items()}
     if steering is not None and steering["conditions"]:
-        from extraction.report.sweep import draw_steering
+        from extraction.report.steering_plot import draw_steering
 
-        found["steering"] = picture(draw_steering, steering)
+        found["steering"] = render_picture(draw_steering, steering)
     return found
-
-
-def check_matplotlib() -> None:
-    """Raise MissingPackage where the plots can't be drawn."""
-    try:
-        import matplotlib as _  # noqa: F401
-    except ImportError as failure:
-        raise MissingPackage(
-            "the report's plots need matplotlib, which is not installed; run: pip install 'traitline[report]'"
-        ) from failure
-
-
-def picture(draw: Callable[[Mapping[str, Any], Page], Figure], source: Mapping[str, Any]) -> Picture:
-    """One plot in both renderings."""
-    pages = (Page(is_narrow) for is_narrow in (False, True))
-    (wide, wide_size), (narrow, narrow_size) = (rendered(partial(draw, source, page), page.text) for page in pages)
-    return Picture(wide, narrow, wide_size, narrow_size)
-
-
-def rendered(draw: Callable[[], Figure], text: float) -> tuple[bytes, tuple[int, int]]:
-    """A figure as PNG, and its size in CSS pixels; drawn in the project's style, with so many points of text."""
-    from matplotlib import style
-
-    buffer = io.BytesIO()
-    with style.context(["default", {**STYLE, "font.size": text}]):
-        figure = draw()
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-        width, height = (round(inches * PIXELS_PER_INCH) for inches in figure.get_size_inches())
-    return buffer.getvalue(), (width, height)
-
-
-def gaps(values: Sequence[float | None]) -> list[float]:
-    """Values to draw: a figure that is not defined is a gap in the line."""
-    return [float("nan") if value is None else value for value in values]
 
 
 # --- layer curves ---------------------------------------------------------------------------------------------------
@@ -133,17 +51,17 @@ AXES = {  # figure: its label, the value that shows nothing, where the card has 
 }
 
 
-def draw_layers(card: Mapping[str, Any], page: Page) -> Figure:
+def draw_layers(card: Mapping[str, Any], page: PlotPage) -> Figure:
     """AUROC against the layer, a line a method, on the validation and on the test questions; the chosen one ringed."""
     return _layer_panels(card, page, "auroc")
 
 
-def draw_distances(card: Mapping[str, Any], page: Page) -> Figure:
+def draw_distances(card: Mapping[str, Any], page: PlotPage) -> Figure:
     """The same of Cohen's d, which still tells methods apart where every AUROC is 1."""
     return _layer_panels(card, page, "cohens_d")
 
 
-def _layer_panels(card: Mapping[str, Any], page: Page, name: str) -> Figure:
+def _layer_panels(card: Mapping[str, Any], page: PlotPage, name: str) -> Figure:
     figure = page.figure(4.4, 6.6)
     label, nothing, control = AXES[name]
     panels = page.panels(figure, 2, sharey=True, sharex=True)
@@ -196,7 +114,7 @@ def _random_line(axes: Axes, high: float | None) -> None:
 # --- heat map -------------------------------------------------------------------------------------------------------
 
 
-def draw_methods(card: Mapping[str, Any], page: Page) -> Figure:
+def draw_methods(card: Mapping[str, Any], page: PlotPage) -> Figure:
     """Test AUROC of every method and layer as colours, with numbers where there is room; the chosen cell framed."""
     import matplotlib
     import numpy as np
@@ -239,7 +157,7 @@ def _frame(axes: Axes, row: int, column: int) -> None:
 # --- histograms -----------------------------------------------------------------------------------------------------
 
 
-def draw_projections(card: Mapping[str, Any], page: Page) -> Figure:
+def draw_projections(card: Mapping[str, Any], page: PlotPage) -> Figure:
     """Where held-out responses lie along the direction, by side; a second panel without the instruction."""
     held_out = card["projections"]
     panels = {"As generated, with the instruction": held_out}
@@ -290,7 +208,7 @@ def _histogram(axes: Axes, panel: Mapping[str, Any], edges: Any, threshold: floa
     axes.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1.4, handletextpad=0.5)
 
 
-PLOTS: dict[str, Callable[[Mapping[str, Any], Page], Figure]] = {
+PLOTS: dict[str, Callable[[Mapping[str, Any], PlotPage], Figure]] = {
     "layers": draw_layers,
     "distances": draw_distances,
     "methods": draw_methods,

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from extraction.report import words
-from extraction.report.facts import Facts
+from extraction.report import formatting
+from extraction.report.data import ReportData
 from extraction.report.markup import Html, table, tag
 from extraction.report.sections import section
 
@@ -51,7 +51,7 @@ LABELS = {  # of the counts that are known; others go by their own names
 ROLES = {"fit": "directions are made", "validation": "layer and method are chosen", "test": "figures are read"}
 
 
-def provenance(facts: Facts) -> Html:
+def provenance(facts: ReportData) -> Html:
     """What it takes to make this run again, and to know that it is the same."""
     return section(
         "made",
@@ -81,7 +81,7 @@ def provenance(facts: Facts) -> Html:
     )
 
 
-def commands(facts: Facts) -> Iterator[str]:
+def commands(facts: ReportData) -> Iterator[str]:
     """The commands that make this run again, each with every setting that decides its bytes."""
     config = {"queue_size": 1, **facts.config}  # a run that does not know queues has its shards one by one
     name = shlex.quote(facts.trait.name)
@@ -142,4 +142,4 @@ def _folds(count: int | None) -> Html | None:
     if not count:
         return None
     said = "Instructions are held apart too: a test response's instruction is not among those that made its direction"
-    return tag("p", f"{said} ({words.counted(count, 'fold')}).")
+    return tag("p", f"{said} ({formatting.counted(count, 'fold')}).")

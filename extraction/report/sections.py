@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from extraction.records import Trait
-from extraction.report import words
-from extraction.report.facts import Facts
+from extraction.core.records import Trait
+from extraction.report import formatting
+from extraction.report.data import ReportData
 from extraction.report.markup import Html, image, join, table, tag
-from extraction.report.plots import Picture
+from extraction.report.plot_style import Picture
 
 WORDS = {"usable": "usable", "weak": "weak"}  # the word of a verdict: its class; any other is `not-shown`
 
@@ -46,7 +46,7 @@ def figure(picture: Picture, title: str, said: str, explained: str) -> Html:
 # --- the trait ------------------------------------------------------------------------------------------------------
 
 
-def heading(facts: Facts) -> Html:
+def heading(facts: ReportData) -> Html:
     """The trait's name and what it is, with an example of what the two sides were asked."""
     config = facts.config
     return tag(
@@ -73,14 +73,16 @@ def _example(trait: Trait) -> Html:
 
 def _pairs(trait: Trait) -> str:
     if len(trait.instructions) == 1:
-        return f"to {words.counted(len(trait.questions), 'question')}:"
-    return f"{len(trait.instructions)} pairs of them to {words.counted(len(trait.questions), 'question')}; the first:"
+        return f"to {formatting.counted(len(trait.questions), 'question')}:"
+    return (
+        f"{len(trait.instructions)} pairs of them to {formatting.counted(len(trait.questions), 'question')}; the first:"
+    )
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def verdict(facts: Facts) -> Html:
+def verdict(facts: ReportData) -> Html:
     """The word, its reasons, and which vector it is about."""
     card = facts.card
     word = card["verdict"]["word"]
@@ -89,7 +91,7 @@ def verdict(facts: Facts) -> Html:
         "verdict",
         "Verdict",
         tag("p", tag("span", word, class_=f"word {WORDS.get(word, 'not-shown')}"), class_="verdict"),
-        tag("p", words.VERDICTS.get(word)) if word in words.VERDICTS else None,
+        tag("p", formatting.VERDICTS.get(word)) if word in formatting.VERDICTS else None,
         tag("h3", "Why"),
         reasons if card["verdict"]["reasons"] else tag("p", "No reason was recorded."),
         tag("h3", "The vector"),
@@ -97,11 +99,11 @@ def verdict(facts: Facts) -> Html:
     )
 
 
-def _vector(facts: Facts) -> Iterator[Any]:
+def _vector(facts: ReportData) -> Iterator[Any]:
     card, chosen = facts.card, facts.card["chosen"]
     yield f"Method {chosen['method']}, layer {chosen['layer']}"
     if len(card["layers"]) > 1:
-        yield f" of {len(card['layers'])} examined ({words.ranges(card['layers'])})"
+        yield f" of {len(card['layers'])} examined ({formatting.ranges(card['layers'])})"
     yield ". It is row "
     yield tag("code", f"direction[{chosen['index']}]")
     yield " of the file "
@@ -113,8 +115,8 @@ def _vector(facts: Facts) -> Iterator[Any]:
 
 def _to_steer(steering: Mapping[str, Any], file: str, layers: Sequence[int]) -> Iterator[Any]:
     """Where to steer, which the sweep has chosen apart."""
-    rows = words.listed([f"direction[{layers.index(layer)}]" for layer in steering["layers"] if layer in layers])
-    yield f" To steer with, the sweep chose {steering['method']} at {words.layer_words(steering['layers'])} ("
+    rows = formatting.listed([f"direction[{layers.index(layer)}]" for layer in steering["layers"] if layer in layers])
+    yield f" To steer with, the sweep chose {steering['method']} at {formatting.layer_words(steering['layers'])} ("
     yield tag("code", rows)
     yield " of "
     yield tag("code", file)
@@ -124,23 +126,23 @@ def _to_steer(steering: Mapping[str, Any], file: str, layers: Sequence[int]) -> 
 # --- key figures ----------------------------------------------------------------------------------------------------
 
 
-def key_figures(facts: Facts) -> Html:
+def key_figures(facts: ReportData) -> Html:
     """Held-out figures with their intervals, beside what the same procedure makes of nothing."""
     card = facts.card
     test = card["split"]["test"]
-    rows = words.counted(test["positive"] + test["negative"], "response")
+    rows = formatting.counted(test["positive"] + test["negative"], "response")
     return section(
         "figures",
         "Key figures",
         tag(
             "p",
-            f"All are read on {rows} to {words.counted(test['questions'], 'question')} that played no part in making "
+            f"All are read on {rows} to {formatting.counted(test['questions'], 'question')} that played no part in making "
             "or choosing the vector. In brackets is the range that would hold the figure 95 times in 100 if other "
             "questions had been drawn. Beside them stand controls: a figure that a control reaches too shows nothing.",
         ),
         table(
             ("Figure", "This vector", "Instruction removed", "Random directions", "Shuffled labels"),
-            [_beside_controls(card, name) for name in words.FIGURES],
+            [_beside_controls(card, name) for name in formatting.FIGURES],
             caption="The chosen vector beside its controls, on test questions",
             class_="figures",
         ),
@@ -158,14 +160,14 @@ def _beside_controls(card: Mapping[str, Any], name: str) -> list[Any]:
     chosen, controls = card["chosen"], card["controls"]
     stripped = _bounded(name, chosen["stripped"][name]) if chosen["stripped"] else "not measured"
     random = _random(controls["random"], name)
-    title = join([tag("strong", words.FIGURES[name]), tag("small", words.EXPLAINED[name])])
+    title = join([tag("strong", formatting.FIGURES[name]), tag("small", formatting.EXPLAINED[name])])
     return [title, tag("b", _bounded(name, chosen["test"][name])), stripped, random, _shuffled(card, name)]
 
 
 def _bounded(figure: str, bounded: Mapping[str, Any]) -> Html:
     """A figure over its interval."""
-    around = words.interval(figure, bounded)
-    return join([words.shown(figure, bounded["value"]), tag("small", f"({around})") if around else None])
+    around = formatting.interval(figure, bounded)
+    return join([formatting.shown(figure, bounded["value"]), tag("small", f"({around})") if around else None])
 
 
 def _random(random: Mapping[str, Any], name: str) -> str | Html:
@@ -175,15 +177,17 @@ def _random(random: Mapping[str, Any], name: str) -> str | Html:
     if not values or high is None:
         return "not measured"
     middle = random["median"] if name == "auroc" else statistics.median(values)
-    return join([f"{words.shown(name, middle)} (median)", tag("small", f"95% are below {words.shown(name, high)}")])
+    return join(
+        [f"{formatting.shown(name, middle)} (median)", tag("small", f"95% are below {formatting.shown(name, high)}")]
+    )
 
 
 def _shuffled(card: Mapping[str, Any], name: str) -> str:
     values = [each["test"][name]["value"] for each in card["controls"]["shuffled_labels"]]
     known = sorted(value for value in values if value is not None)
     if not known:
-        return words.UNDEFINED if values else "not measured"
-    low, high = words.shown(name, known[0]), words.shown(name, known[-1])
+        return formatting.UNDEFINED if values else "not measured"
+    low, high = formatting.shown(name, known[0]), formatting.shown(name, known[-1])
     return low if low == high else f"{low} to {high}"
 
 
@@ -192,7 +196,7 @@ def _explained_controls(card: Mapping[str, Any]) -> Html:
     said = {
         "Instruction removed": "the same responses, read again with the instruction taken out of the prompt. What is "
         "left is in the answer itself, and not an echo of being told.",
-        "Random directions": f"{words.counted(random['draws'], 'direction')} drawn at random, turned the right way "
+        "Random directions": f"{formatting.counted(random['draws'], 'direction')} drawn at random, turned the right way "
         "round, and each read at its best layer, as a method is.",
         "Shuffled labels": f"the whole procedure on data whose sides were mixed up, {len(shuffled)} times; lowest to "
         "highest.",
@@ -200,33 +204,33 @@ def _explained_controls(card: Mapping[str, Any]) -> Html:
     return tag("dl", [tag("div", tag("dt", name), tag("dd", what)) for name, what in said.items()], class_="controls")
 
 
-def _further(facts: Facts) -> Iterator[list[Any]]:
+def _further(facts: ReportData) -> Iterator[list[Any]]:
     card, chosen = facts.card, facts.card["chosen"]
     yield [
         "AUROC on validation questions",
-        words.with_interval("auroc", chosen["validation"]["auroc"]),
+        formatting.with_interval("auroc", chosen["validation"]["auroc"]),
         "What layer and method were chosen by. It flatters, since it was picked as the best.",
     ]
     yield [
         "Wrong side",
-        words.percent(chosen["wrong_side"]),
+        formatting.percent(chosen["wrong_side"]),
         "Share of the test responses on the wrong side of the threshold.",
     ]
     yield [
         "Agreement of halves",
-        words.number(chosen["split_half_cosine"]),
+        formatting.number(chosen["split_half_cosine"]),
         "Cosine between directions made from two halves of the data: 1 is the same direction, 0 unrelated ones.",
     ]
     yield [
         "In the top 1% of dimensions",
-        words.percent(chosen["top_1_percent"]),
+        formatting.percent(chosen["top_1_percent"]),
         "Share of the squared length in the largest 1% of the numbers. Near 100%, a few dimensions make the direction.",
     ]
     yield ["Length", *_length(card)]
     if card["token_0"] is not None:
         yield [
             "First token",
-            f"{words.number(card['token_0']['ratio'][chosen['index']], 1)} times",
+            f"{formatting.number(card['token_0']['ratio'][chosen['index']], 1)} times",
             "Length of the activation at the first token, over the median of the others at this layer. Outliers there "
             "are usual.",
         ]
@@ -238,27 +242,25 @@ def _length(card: Mapping[str, Any]) -> list[str]:
     chosen = card["chosen"]
     norm = card["methods"][chosen["method"]]["per_layer"]["norm"][chosen["index"]]
     typical = card["typical_norm"][chosen["index"]]
-    said = (
-        f"Euclidean, as stored. A typical activation at this layer has {words.number(typical)}: the unit of steering."
-    )
-    return [words.number(norm), said]
+    said = f"Euclidean, as stored. A typical activation at this layer has {formatting.number(typical)}: the unit of steering."
+    return [formatting.number(norm), said]
 
 
 def _reach(steering: Mapping[str, Any]) -> Iterator[str]:
     reached = steering["reached"]
     yield "Steering reach"
-    yield f"{words.percent(reached['negative'])} to {words.percent(reached['positive'])}"
+    yield f"{formatting.percent(reached['negative'])} to {formatting.percent(reached['positive'])}"
     yield (
         "Lowest and highest share of answers that show the trait under steering, while the text stays coherent. "
         "A random direction of the same length, at the same ends: "
-        f"{words.percent(reached['random']['negative'])} and {words.percent(reached['random']['positive'])}."
+        f"{formatting.percent(reached['random']['negative'])} and {formatting.percent(reached['random']['positive'])}."
     )
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------
 
 
-def layers(facts: Facts, pictures: Mapping[str, Picture]) -> Html:
+def layers(facts: ReportData, pictures: Mapping[str, Picture]) -> Html:
     """Curves and heat map over the layers, and the numbers behind them."""
     card = facts.card
     return section(
@@ -267,7 +269,7 @@ def layers(facts: Facts, pictures: Mapping[str, Picture]) -> Html:
         figure(
             pictures["layers"],
             "How well each layer tells the sides apart",
-            words.of_layers(card),
+            formatting.of_layers(card),
             "Each line is a method of making a direction; the shade around it is its 95% interval. The ring is the "
             "chosen vector. The grey line at 0.5 is guessing; 95% of random directions stay under the dashed one. "
             "Where the test curve falls far below the validation curve, the choice was luck.",
@@ -275,14 +277,14 @@ def layers(facts: Facts, pictures: Mapping[str, Picture]) -> Html:
         figure(
             pictures["distances"],
             "How far apart each layer holds the sides",
-            words.of_distances(card),
+            formatting.of_distances(card),
             "The same in standard deviations, which has no upper end: where every AUROC is near 1, it still tells "
             "methods and layers apart.",
         ),
         figure(
             pictures["methods"],
             "Every method at every layer",
-            words.of_methods(card),
+            formatting.of_methods(card),
             "AUROC on the test questions. Yellow is good, dark blue is guessing; the frame is the chosen vector. If "
             "several methods agree over neighbouring layers, the finding is solid.",
         ),
@@ -301,10 +303,10 @@ def _numbers(card: Mapping[str, Any]) -> Html:
 
 
 def _at(curve: Mapping[str, Sequence[float | None]], index: int) -> str:
-    return words.with_interval("auroc", {end: curve[end][index] for end in ("value", "low", "high")})
+    return formatting.with_interval("auroc", {end: curve[end][index] for end in ("value", "low", "high")})
 
 
-def projections(facts: Facts, pictures: Mapping[str, Picture]) -> Html:
+def projections(facts: ReportData, pictures: Mapping[str, Picture]) -> Html:
     """Where held-out responses lie along the direction."""
     return section(
         "projections",
@@ -312,7 +314,7 @@ def projections(facts: Facts, pictures: Mapping[str, Picture]) -> Html:
         figure(
             pictures["projections"],
             "Held-out responses along the direction",
-            words.of_projections(facts.card),
+            formatting.of_projections(facts.card),
             "Each response is one point on the direction; the bars count them. The further apart the two hills, the "
             "better the direction reads the trait. The dashed line is the threshold, set on other questions.",
         ),

@@ -12,32 +12,32 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from extraction import __version__
-from extraction.errors import TraitlineError
-from extraction.serving import native, openai_api
-from extraction.serving.desk import ClientGone, Desk
-from extraction.serving.guard import App, Guard, Message, Receive, Scope, Send
-from extraction.serving.metrics import CONTENT_TYPE, Meter
-from extraction.serving.refusals import Refused, of_validation, where
-from extraction.serving.streams import Reply
+from extraction.core.errors import TraitlineError
+from extraction.serving import openai_routes, routes
+from extraction.serving.errors import HttpError, of_validation, where
+from extraction.serving.metrics import CONTENT_TYPE, Metrics
+from extraction.serving.middleware import App, Message, Middleware, Receive, Scope, Send
+from extraction.serving.service import ClientGone, Service
+from extraction.serving.streaming import Reply
 
 Say = Callable[[str], None]
 
 STATUS = {404: "no such path; see docs/server.md", 405: "this path takes another method"}
 
 
-def make_app(desk: Desk, meter: Meter, say: Say) -> App:
+def make_app(desk: Service, meter: Metrics, say: Say) -> App:
     """Guard, counters and routes as one ASGI application. Pages that load scripts (FastAPI's docs) are off."""
     app = FastAPI(
         title="Traitline", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    app.include_router(native.routes(desk))
-    app.include_router(openai_api.routes(desk))
+    app.include_router(routes.routes(desk))
+    app.include_router(openai_routes.routes(desk))
     _add_pages(app, desk, meter)
     _add_errors(app, say)
-    return _Counting(Guard(app, desk.settings), meter, frozenset(app.openapi()["paths"]))
+    return _Counting(Middleware(app, desk.settings), meter, frozenset(app.openapi()["paths"]))
 
 
-def _add_pages(app: FastAPI, desk: Desk, meter: Meter) -> None:
+def _add_pages(app: FastAPI, desk: Service, meter: Metrics) -> None:
     @app.get("/health")
     async def health() -> Response:
         scheduler = desk.scheduler
@@ -64,8 +64,8 @@ def _add_pages(app: FastAPI, desk: Desk, meter: Meter) -> None:
 
 
 def _add_errors(app: FastAPI, say: Say) -> None:
-    @app.exception_handler(Refused)
-    async def refused(_http: HttpRequest, failure: Refused) -> Response:
+    @app.exception_handler(HttpError)
+    async def refused(_http: HttpRequest, failure: HttpError) -> Response:
         return Reply(failure.body, failure.status, headers=failure.headers)
 
     @app.exception_handler(RequestValidationError)
@@ -76,12 +76,12 @@ def _add_errors(app: FastAPI, say: Say) -> None:
     @app.exception_handler(HTTPException)
     async def http(_http: HttpRequest, failure: HTTPException) -> Response:
         said = STATUS.get(failure.status_code, "the body can't be read as JSON; send one JSON object")
-        told = Refused(failure.status_code, said, headers=dict(failure.headers or {}))
+        told = HttpError(failure.status_code, said, headers=dict(failure.headers or {}))
         return Reply(told.body, told.status, headers=told.headers)
 
     @app.exception_handler(TraitlineError)
     async def wrong(_http: HttpRequest, failure: TraitlineError) -> Response:
-        return Reply(Refused(422, str(failure)).body, 422)
+        return Reply(HttpError(422, str(failure)).body, 422)
 
     @app.exception_handler(ClientGone)
     async def gone(_http: HttpRequest, _failure: ClientGone) -> Response:
@@ -91,14 +91,14 @@ def _add_errors(app: FastAPI, say: Say) -> None:
     async def broken(_http: HttpRequest, failure: Exception) -> Response:
         say(f"internal error: {where(failure)}")
         return Reply(
-            Refused(500, f"internal error ({type(failure).__name__}); the server's output says where").body, 500
+            HttpError(500, f"internal error ({type(failure).__name__}); the server's output says where").body, 500
         )
 
 
 class _Counting:
     """Counts requests by path and status; a path that does not exist is counted as `other`."""
 
-    def __init__(self, app: App, meter: Meter, paths: frozenset[str]) -> None:
+    def __init__(self, app: App, meter: Metrics, paths: frozenset[str]) -> None:
         self.app, self.meter, self.paths = app, meter, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

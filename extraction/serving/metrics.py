@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from extraction.serving.rows import Event, Finished, Row
+from extraction.serving.events import Event, Finished, PendingRow
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -31,7 +31,7 @@ HELP = {
 }
 
 
-class Meter:
+class Metrics:
     """Counters and histograms, counted by any thread."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Meter:
         if n_out_of_memory:
             self.count("out_of_memory", n_out_of_memory, kind=kind)
 
-    def end(self, row: Row, event: Event) -> None:
+    def end(self, row: PendingRow, event: Event) -> None:
         """A row that ended."""
         kind = row.lane[0]
         if not isinstance(event, Finished):

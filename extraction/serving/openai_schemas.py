@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from extraction.schema import show
+from extraction.core.text import show
 from extraction.serving.schemas import Body, Budget, Seed, Temperature, TopK, TopP, Words, sound_text, wrong
 from extraction.serving.settings import MAX_ROWS
 

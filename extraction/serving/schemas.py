@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from extraction.schema import show, suggest
+from extraction.core.text import show, suggest
 from extraction.serving.settings import MAX_ALPHA, MAX_DEPTH, MAX_ROWS
 
 

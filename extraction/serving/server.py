@@ -13,10 +13,10 @@ import uvicorn
 
 from extraction.serving.app import make_app
 from extraction.serving.connections import impatient
-from extraction.serving.desk import Desk
-from extraction.serving.metrics import Meter
-from extraction.serving.scheduler import Scheduler
-from extraction.serving.served import Choice, Served, load_served
+from extraction.serving.engine_thread import EngineThread
+from extraction.serving.metrics import Metrics
+from extraction.serving.models import Choice, ServedModels, load_served
+from extraction.serving.service import Service
 from extraction.serving.settings import Settings, address_of, bind, unusable
 
 Say = Callable[[str], None]
@@ -28,17 +28,17 @@ LAST_WORDS = 5  # seconds for what is finished to reach its reader
 def serve(settings: Settings, choice: Choice, say: Say) -> None:
     """Load the models and answer until a signal comes. Raises ConfigError, ModelError before it listens."""
     with contextlib.closing(bind(settings)) as taken:
-        Server(load_served(choice, say), settings, taken, say).run()
+        HttpService(load_served(choice, say), settings, taken, say).run()
 
 
-class Server(uvicorn.Server):
+class HttpService(uvicorn.Server):
     """One server with its engine. The first SIGTERM or SIGINT drains, the second ends the process at once."""
 
-    def __init__(self, served: Served, settings: Settings, taken: socket.socket, say: Say) -> None:
+    def __init__(self, served: ServedModels, settings: Settings, taken: socket.socket, say: Say) -> None:
         self.settings, self.taken, self.say = settings, taken, say
-        self.meter = Meter()
-        self.scheduler = Scheduler(served.opener(settings), settings.queue, self.meter, say)
-        self.desk = Desk(served, settings, self.scheduler)
+        self.meter = Metrics()
+        self.scheduler = EngineThread(served.opener(settings), settings.queue, self.meter, say)
+        self.desk = Service(served, settings, self.scheduler)
         self.stopping: asyncio.Task[None] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.signalled = False

@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from extraction.errors import ConfigError, MissingPackage
-from extraction.schema import decode_utf8, open_input, show, show_path
+from extraction.core.errors import ConfigError, MissingPackage
+from extraction.core.text import show, show_path
+from extraction.core.text_files import decode_utf8, open_input
 
 TOKEN_VARIABLE = "TRAITLINE_TOKEN"
 MIN_TOKEN = 16  # characters: fewer can be guessed

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from extraction.vectors.figures import NO_SPREAD, accuracy_at, cohens_d
+from extraction.vectors.metrics import NO_SPREAD, accuracy_at, cohens_d
 
 INTERVAL = (0.025, 0.975)
 MOST_UNDEFINED = 0.5  # share of the resamples that may lack a figure (a side, or any spread) before it has no interval

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from extraction.errors import TraitError
-from extraction.vectors.figures import auroc, cohens_d
-from extraction.vectors.layered import Block
+from extraction.core.errors import TraitError
+from extraction.vectors.chunked import Block
+from extraction.vectors.held_out import by_draws, by_methods, held_out_scores
 from extraction.vectors.methods import CONTROL, fit_block
-from extraction.vectors.reading import by_draws, by_methods, held_out_scores
-from extraction.vectors.splits import Rows, Split, halves
+from extraction.vectors.metrics import auroc, cohens_d
+from extraction.vectors.splits import LabelledRows, Split, halves
 
-DEAR = ("ica",)  # methods whose fit takes as long as all others': fewer halves, and no part in the placebos
-HALVINGS = 5
-HALVINGS_OF_DEAR = 2
+SLOW_METHODS = ("ica",)  # methods whose fit takes as long as all others': fewer halves, and no part in the placebos
+N_HALVINGS = 5
+N_HALVINGS_SLOW = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def random_directions(shape: tuple[int, int, int], *, seed: int) -> Tensor:
     return unit_KLD
 
 
-def random_figures(rows: Rows, split: Split, unit_KLD: Tensor) -> Tensor:
+def random_figures(rows: LabelledRows, split: Split, unit_KLD: Tensor) -> Tensor:
     """AUROC and Cohen's d of random directions, oriented on the fit rows: of validation, then of test: [4, K, L]."""
     (scores_nKL,) = held_out_scores(rows, split, by_draws(unit_KLD))
     here_n = [split.part_n[name] for name in ("validation", "test")]
@@ -69,27 +69,29 @@ def draws_of(figures_4KL: Tensor) -> Draws:
     return Draws(*(figure_KL.gather(1, at_K1).flatten() for figure_KL in test))
 
 
-def placebo_scores(rows: Rows, split: Split, methods: Sequence[str], block: Block, *, seed: int) -> Tensor | None:
+def placebo_scores(
+    rows: LabelledRows, split: Split, methods: Sequence[str], block: Block, *, seed: int
+) -> Tensor | None:
     """Held-out scores [n, K, L] of `cheap` methods, fitted on rows whose labels mean nothing.
 
     None where the shuffle leaves a side too few rows, or none that differ.
     """
     with suppress(TraitError):
-        (scores_nKL,) = held_out_scores(rows, split, by_methods(cheap(methods), seed=seed, block=block))
+        (scores_nKL,) = held_out_scores(rows, split, by_methods(is_fast(methods), seed=seed, block=block))
         return scores_nKL
     return None
 
 
-def placebo(relabelled: Rows, split: Split, methods: Sequence[str], scores_nKL: Tensor) -> Placebo:
+def placebo(relabelled: LabelledRows, split: Split, methods: Sequence[str], scores_nKL: Tensor) -> Placebo:
     """The rest of the way, choice of method and layer, for the scores of all layers."""
     validation = split.part_n["validation"]
     method, index = best(*_figures(scores_nKL[validation], relabelled.positive_n[validation]))
-    return Placebo(relabelled.positive_n, cheap(methods)[method], index, scores_nKL[:, method, index])
+    return Placebo(relabelled.positive_n, is_fast(methods)[method], index, scores_nKL[:, method, index])
 
 
-def cheap(methods: Sequence[str]) -> list[str]:
+def is_fast(methods: Sequence[str]) -> list[str]:
     """The methods that placebos are tried with: without the dear ones and the control, if any are left."""
-    return [name for name in methods if name not in (*DEAR, CONTROL)] or list(methods)
+    return [name for name in methods if name not in (*SLOW_METHODS, CONTROL)] or list(methods)
 
 
 def best(auroc_KL: Tensor, cohens_d_KL: Tensor) -> tuple[int, int]:
@@ -104,12 +106,12 @@ def best(auroc_KL: Tensor, cohens_d_KL: Tensor) -> tuple[int, int]:
     return -way, -layer
 
 
-def half_cosines(rows: Rows, method: str, block: Block, *, seed: int) -> Tensor:
+def half_cosines(rows: LabelledRows, method: str, block: Block, *, seed: int) -> Tensor:
     """Cosines [H, L] of the directions of two disjoint halves of the questions, for several ways to halve them.
 
     5 of them, 2 for a dear method. A row is NaN where a half has too few rows, or none that differ.
     """
-    n_halvings = HALVINGS_OF_DEAR if method in DEAR else HALVINGS
+    n_halvings = N_HALVINGS_SLOW if method in SLOW_METHODS else N_HALVINGS
     found_HL = torch.full((n_halvings, rows.activations_nLD.shape[1]), torch.nan, dtype=torch.float64)
     for halving in range(n_halvings):
         with suppress(TraitError):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from extraction.errors import VectorError
-from extraction.store import LAYER_CONVENTION, RunFolder
+from extraction.core.errors import VectorError
+from extraction.storage.trait_run import LAYER_CONVENTION, TraitRun
 
 LABELS = ("trait", "method", "model")
 
@@ -52,9 +52,9 @@ class Direction:
         return cls(torch.stack([vectors[layer].float() for layer in layers]), tuple(layers), **labels)
 
     @classmethod
-    def from_run(cls, folder: RunFolder | str | os.PathLike[str], method: str) -> Direction:
+    def from_run(cls, folder: TraitRun | str | os.PathLike[str], method: str) -> Direction:
         """A run's vectors of one method. Raises VectorError where it has none."""
-        run = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
+        run = folder if isinstance(folder, TraitRun) else TraitRun(Path(folder))
         known = run.methods()
         if method not in known:
             have = f"it has {', '.join(known)}" if known else "make them first (`traitline extract` does all)"

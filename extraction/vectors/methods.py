@@ -8,7 +8,7 @@ Multiplying all activations by a number changes nothing but mean_diff's norm, ad
 nothing, and turning the space turns the direction (random apart). A layer's direction depends on that layer only
 (random apart: it depends on the layer's place in the list).
 
-What can't be used raises, as `extraction.vectors.sides.check_sides` says. All need 2 rows a side, mean_diff and
+What can't be used raises, as `extraction.vectors.prepare.check_sides` says. All need 2 rows a side, mean_diff and
 random 1.
 
 x_i are rows, m+ and m- the sides' means, S+ and S- their covariances (1/N, 1/M), d = m+ - m-.
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from extraction.errors import ConfigError
-from extraction.vectors.layered import Block, Layered, blocks_of, mean_row
-from extraction.vectors.sides import Sides, added, by_layers, check_sides, towards
+from extraction.core.errors import ConfigError
+from extraction.vectors.chunked import Block, ChunkedRows, blocks_of, mean_row
+from extraction.vectors.prepare import PreparedSides, added, by_layers, check_sides, towards
 
 PROBE_C = 1.0
 NEWTON_STEPS = 100
@@ -145,7 +145,7 @@ def fit_block(name: str, positive_NkD: Tensor, negative_MkD: Tensor, block: Bloc
     return find_method(name)(positive_NkD, negative_MkD, seed=seed)
 
 
-def fit_layers(names: Sequence[str], rows: Layered, n_positive: int, *, seed: int) -> dict[str, Tensor]:
+def fit_layers(names: Sequence[str], rows: ChunkedRows, n_positive: int, *, seed: int) -> dict[str, Tensor]:
     """Methods' directions [L, D] for rows that are read some layers at a time, the positive ones first."""
 
     def found_at(block: Block) -> list[Tensor]:
@@ -170,7 +170,7 @@ def _difference(positive_NLD: Tensor, negative_MLD: Tensor) -> Tensor:
     return mean_row(positive_NLD) - mean_row(negative_MLD)
 
 
-def _logistic(sides: Sides, c: float) -> Tensor:
+def _logistic(sides: PreparedSides, c: float) -> Tensor:
     n_layers, n, width = sides.rows_LnR.shape
     penalty, sign_n = sides.rows_LnR.new_ones(width + 1), sides.rows_LnR.new_ones(n)
     penalty[-1] = 0  # the last weight is b
@@ -212,7 +212,7 @@ def _descend(loss: Callable[[Tensor], Tensor], weights: Tensor, step: Tensor) ->
     return weights - torch.where(rises, 0, size).unsqueeze(-1) * step
 
 
-def _first_axis(sides: Sides) -> Tensor:
+def _first_axis(sides: PreparedSides) -> Tensor:
     half_LR = sides.difference_LR / 2
     within_LRR = added(rows_LbR.mT @ rows_LbR for rows_LbR in sides.within())
     spread_LRR = within_LRR + half_LR.unsqueeze(-1) * half_LR.unsqueeze(-2)
@@ -220,7 +220,7 @@ def _first_axis(sides: Sides) -> Tensor:
     return axes_LRR[..., -1]
 
 
-def _best_component(sides: Sides, seed: int, components: int) -> Tensor:
+def _best_component(sides: PreparedSides, seed: int, components: int) -> Tensor:
     white_LnK, to_white_LRK, live_LK = _whiten(sides, components)
     unmixing_LKK = _fast_ica(white_LnK, live_LK, seed)
     gap_LK = torch.einsum("lkj,lj->lk", unmixing_LKK, torch.einsum("lrk,lr->lk", to_white_LRK, sides.difference_LR))
@@ -229,7 +229,7 @@ def _best_component(sides: Sides, seed: int, components: int) -> Tensor:
     return torch.einsum("lrk,lk->lr", to_white_LRK, row_LK)
 
 
-def _whiten(sides: Sides, components: int) -> tuple[Tensor, Tensor, Tensor]:
+def _whiten(sides: PreparedSides, components: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows with unit variance on their first axes, the map that makes them, and which axes have any variance.
 
     An axis is signed towards the positive side, so that neither the order of rows nor the basis changes the start.
@@ -243,7 +243,7 @@ def _whiten(sides: Sides, components: int) -> tuple[Tensor, Tensor, Tensor]:
     return sides.rows_LnR @ to_white_LRK, to_white_LRK, live_LK
 
 
-def _principal(sides: Sides) -> tuple[Tensor, Tensor]:
+def _principal(sides: PreparedSides) -> tuple[Tensor, Tensor]:
     """Singular values and axes of the rows; of several pieces, those of their triangle, which QR makes of one more
     piece at a time (Demmel et al. 2012, arXiv 0808.2664, sequential TSQR)."""
     rows_LnR, *others = sides.pieces()
@@ -284,7 +284,7 @@ def _decorrelate(unmixing_LKK: Tensor) -> Tensor:
     return nearest_LKK
 
 
-def _most_separating(sides: Sides, shrinkage: float) -> Tensor:
+def _most_separating(sides: PreparedSides, shrinkage: float) -> Tensor:
     floor_L = added(rows_LbR.square().sum((1, 2)) for rows_LbR in sides.within()) / sides.hidden_size
     spread_L = floor_L > 1e-20  # of an average feature's 1: anything less is rounding
     floor_L11 = torch.where(spread_L, shrinkage * floor_L, 1).view(-1, 1, 1)

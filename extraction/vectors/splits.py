@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from extraction.errors import TraitError
-from extraction.records import Example
+from extraction.core.errors import TraitError
+from extraction.core.records import Example
 
 PARTS = {"fit": 40, "validation": 20, "test": 40}  # percent of the questions
 MOST_FOLDS = 5
@@ -26,7 +26,7 @@ Question = TypeVar("Question", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Rows:
+class LabelledRows:
     """Activations [n, L, D], which rows are positive [n], and each row's question and instruction.
 
     Ids are hashable, and sortable among themselves. Without instructions (natural prompts) all have the same.
@@ -51,19 +51,19 @@ class Rows:
         n_positive = int(self.positive_n.sum())
         return n_positive, len(self.positive_n) - n_positive
 
-    def pick(self, keep_n: Tensor) -> Rows:
+    def pick(self, keep_n: Tensor) -> LabelledRows:
         """Some of the rows."""
         places = keep_n.nonzero().flatten().tolist()
         questions, instructions = (tuple(ids[i] for i in places) for ids in (self.question_ids, self.instruction_ids))
-        return Rows(self.activations_nLD[keep_n], self.positive_n[keep_n], questions, instructions)
+        return LabelledRows(self.activations_nLD[keep_n], self.positive_n[keep_n], questions, instructions)
 
-    def at(self, activations_nkD: Tensor) -> Rows:
+    def at(self, activations_nkD: Tensor) -> LabelledRows:
         """The same rows with other activations: of some layers, say."""
-        return Rows(activations_nkD, self.positive_n, self.question_ids, self.instruction_ids)
+        return LabelledRows(activations_nkD, self.positive_n, self.question_ids, self.instruction_ids)
 
-    def relabelled(self, positive_n: Tensor) -> Rows:
+    def relabelled(self, positive_n: Tensor) -> LabelledRows:
         """The same rows with other labels."""
-        return Rows(self.activations_nLD, positive_n, self.question_ids, self.instruction_ids)
+        return LabelledRows(self.activations_nLD, positive_n, self.question_ids, self.instruction_ids)
 
 
 @dataclass(frozen=True)
@@ -132,21 +132,21 @@ def _by_sides_seen(question_ids: Sequence[Question], positive_n: Tensor) -> list
     return [sorted(group) for group in groups]  # type: ignore[type-var]  # ids are all int or all str
 
 
-def halves(rows: Rows, *, seed: int) -> tuple[Rows, Rows]:
+def halves(rows: LabelledRows, *, seed: int) -> tuple[LabelledRows, LabelledRows]:
     """The rows of one half of the questions, and those of the other."""
     first, _ = deal_questions(rows.question_ids, rows.positive_n, (50, 50), seed=seed)
     here_n = _about(rows, first)
     return rows.pick(here_n), rows.pick(~here_n)
 
 
-def _about(rows: Rows, questions: set[Any]) -> Tensor:
+def _about(rows: LabelledRows, questions: set[Any]) -> Tensor:
     return torch.tensor([question in questions for question in rows.question_ids], dtype=torch.bool)
 
 
 # --- parts and folds ------------------------------------------------------------------------------------------------
 
 
-def split_rows(rows: Rows, *, seed: int) -> Split:
+def split_rows(rows: LabelledRows, *, seed: int) -> Split:
     """Fit (40% of the questions), validation (20%) and test (40%); and in each fold some instructions held out.
 
     Instructions are dealt into at most 5 folds. In each, directions are fitted on the fit questions of all other
@@ -164,7 +164,7 @@ def split_rows(rows: Rows, *, seed: int) -> Split:
     return Split(part_n, folds)
 
 
-def _folds(rows: Rows, fit_n: Tensor, seed: int) -> tuple[Fold, ...]:
+def _folds(rows: LabelledRows, fit_n: Tensor, seed: int) -> tuple[Fold, ...]:
     instructions = sorted(set(rows.instruction_ids))
     random.Random(seed).shuffle(instructions)
     n_folds = min(MOST_FOLDS, len(instructions))
@@ -176,7 +176,7 @@ def _folds(rows: Rows, fit_n: Tensor, seed: int) -> tuple[Fold, ...]:
     return folds
 
 
-def check_apart(rows: Rows, fold: Fold, *, instructions: bool) -> None:
+def check_apart(rows: LabelledRows, fold: Fold, *, instructions: bool) -> None:
     """AssertionError where a fold scores rows whose question (or, if asked, instruction) its directions have seen."""
     fitted, held = rows.pick(fold.fit_n), rows.pick(fold.held_n)
     shared = {"question": set(fitted.question_ids) & set(held.question_ids)}
@@ -187,7 +187,7 @@ def check_apart(rows: Rows, fold: Fold, *, instructions: bool) -> None:
             raise AssertionError(f"a leak: {len(ids)} {kind}s are both fitted on and scored, {min(ids)!r} among them")
 
 
-def _check_both_sides(name: str, part: Rows) -> None:
+def _check_both_sides(name: str, part: LabelledRows) -> None:
     n_positive, n_negative = part.counts
     if n_positive == 0 or n_negative == 0:
         raise TraitError(
@@ -200,7 +200,7 @@ def _check_both_sides(name: str, part: Rows) -> None:
 # --- the placebo ----------------------------------------------------------------------------------------------------
 
 
-def shuffled_labels(rows: Rows, split: Split, *, seed: int) -> Tensor:
+def shuffled_labels(rows: LabelledRows, split: Split, *, seed: int) -> Tensor:
     """Labels [n] dealt out again, so that nothing is left to find.
 
     Within each question, so that questions stay on both sides; questions seen on one side only (natural prompts) swap

@@ -1,0 +1,233 @@
+"""How doors speak: a progress bar, one line for an error, and what a signal does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from extraction.core.errors import TraitlineError
+from extraction.core.text import one_line
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}| {remaining} left{postfix}"
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def complain(said: object) -> None:
+    """Print the one line of an error."""
+    click.echo(f"traitline: {one_line(said)}", err=True)
+
+
+class _Usage(click.ClickException):
+    """A wrong option or argument, in one line."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        complain(self.message)
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as failure:
+        if isinstance(failure, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            raise
+        path = failure.ctx.command_path if failure.ctx else "traitline"
+        message = failure.format_message().rstrip(".")
+        raise _Usage(f"{message}{'' if message.endswith(('?', ')')) else ';'} see {path} --help") from failure
+
+
+class Command(click.Command):
+    """A command whose errors are one line on stderr and exit code 2; a traceback only with --debug."""
+
+    stopped = "stopped; finished shards are kept, and the same command goes on from there"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options."""
+        with _usage_in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; turn what users can put right into one line."""
+        debug = ctx.params.pop("debug", False)
+        with _stoppable():
+            try:
+                return super().invoke(ctx)
+            except TraitlineError as failure:
+                if debug:
+                    raise
+                complain(failure)
+                ctx.exit(2)
+            except Interrupted as stop:
+                complain(self.stopped)
+                ctx.exit(128 + stop.number)
+
+
+class Serving(Command):
+    """A command that serves; once it listens, signals are its own affair."""
+
+    stopped = "stopped before it listened"
+
+
+class Study(Command):
+    """A command that writes its result at its end, and whose `--alpha` takes any number of numbers."""
+
+    stopped = "stopped; nothing was written"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options."""
+        return super().parse_args(ctx, spread(args, "--alpha"))
+
+
+def spread(words: Sequence[str], option: str) -> list[str]:
+    """`--alpha 0 -1,2` as `--alpha=0 --alpha=-1 --alpha=2`: all that is a number, or a comma list of them."""
+    found: list[str] = []
+    taking = False
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option and not equals and _are_numbers(following):
+            taking = True
+            continue
+        parts = value if name == option and equals else word if taking else ""
+        taking = _are_numbers(parts)
+        found += [f"{option}={part}" for part in parts.split(",")] if taking else [word]
+    return found
+
+
+def _are_numbers(text: str) -> bool:
+    return all(map(_is_number, text.split(",")))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Group(click.Group):
+    """Commands, with the same way of saying what is wrong."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options."""
+        with _usage_in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Find the command, and run it."""
+        with _usage_in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """The first SIGINT or SIGTERM unwinds; from then on, a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread alone
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, lambda again, _: os._exit(128 + again))
+        raise Interrupted(number)
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            if signal.getsignal(each) is stop:
+                signal.signal(each, handler)
+
+
+class Terminal:
+    """A stage's listener that speaks to people: a bar with tokens/s and time left on a terminal, lines elsewhere.
+
+    A stage may begin within another: it has a bar of its own, below.
+    """
+
+    def __init__(self) -> None:
+        self._stages: list[_Stage] = []
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bars if there are any."""
+        if self._stages:
+            self._stages[-1].bar.write(one_line(text), file=sys.stderr)
+        else:
+            click.echo(one_line(text), err=True)
+
+    def begin(self, title: str, n_examples: int, n_done: int) -> None:
+        """Start a bar."""
+        on_terminal = sys.stderr.isatty()
+        if not on_terminal:
+            self.note(f"{title}: {n_examples} examples" + (f", {n_done} of them done before" if n_done else ""))
+        self._stages.append(_Stage(title, n_examples, n_done, on_terminal))
+
+    def advance(self, n_examples: int, n_tokens: int) -> None:
+        """Move the newest bar."""
+        line = self._stages[-1].advance(n_examples, n_tokens)
+        if line is not None:
+            self.note(line)
+
+    def end(self) -> None:
+        """Close the newest bar."""
+        if self._stages:
+            self._stages.pop().bar.close()
+
+
+class _Stage:
+    """One bar, and how fast it moves."""
+
+    def __init__(self, title: str, n_examples: int, n_done: int, on_terminal: bool) -> None:
+        from tqdm import tqdm
+
+        self.title, self.done, self.before, self.tokens = title, n_done, n_done, 0
+        self.started = self.spoke = time.perf_counter()
+        self.bar = tqdm(
+            total=n_examples,
+            initial=n_done,
+            desc=title,
+            file=sys.stderr,
+            disable=not on_terminal,
+            dynamic_ncols=True,
+            smoothing=0,  # the mean rate: examples end in bursts
+            miniters=0,  # tokens move the bar too
+            bar_format=BAR,
+        )
+
+    def advance(self, n_examples: int, n_tokens: int) -> str | None:
+        """Move; where there is no terminal, now and then a line."""
+        self.tokens += n_tokens
+        self.done += n_examples
+        now = time.perf_counter()
+        rate = f"{self.tokens / max(now - self.started, 1e-9):,.0f} tokens/s"
+        self.bar.set_postfix_str(rate, refresh=False)
+        self.bar.update(n_examples)
+        if not self.bar.disable or now - self.spoke <= SECONDS_BETWEEN_LINES:
+            return None
+        self.spoke = now
+        left = (now - self.started) / max(self.done - self.before, 1) * (self.bar.total - self.done)
+        return f"{self.title}: {self.done} of {self.bar.total} examples, {rate}, about {left:.0f} s left"

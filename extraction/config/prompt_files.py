@@ -1,0 +1,156 @@
+"""Prompts of a file, in the forms that people have them: a prompt a line, JSON, or a JSON object a line.
+
+An entry of JSON is a text, {"prompt": ...}, an instruction of Alpaca's ({"instruction": ..., "input": ...}), or a
+conversation ({"messages": [{"role": ..., "content": ...}]}) of one user's turn, with a system text before it or none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extraction.config.prompt_lines import MAX_FILE_BYTES, read_lines, read_prompt_file
+from extraction.config.yaml_loader import SourceLocation, text
+from extraction.core.errors import TraitError
+from extraction.core.text import show, show_path
+from extraction.core.text_files import decode_utf8, open_input
+
+
+@dataclass(frozen=True)
+class PromptEntry:
+    """What is asked: a user's words, and the system text that comes with them (None: none)."""
+
+    prompt: str
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A file's prompts in its order; duplicates are kept, blank lines skipped and counted."""
+
+    path: str
+    prompts: tuple[PromptEntry, ...]
+    skipped_blank: int = 0
+
+    @property
+    def n_duplicates(self) -> int:
+        """How many prompts stand there a second time or more often."""
+        return len(self.prompts) - len(set(self.prompts))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the file."""
+        counts = {"blank lines skipped": self.skipped_blank, "prompts that stand there again": self.n_duplicates}
+        return [f"{self.path}: {what}: {count}" for what, count in counts.items() if count]
+
+
+def read_prompt_set(path: str | os.PathLike[str]) -> PromptSet:
+    """All prompts of a file, checked. Raises TraitError, naming the line or the entry."""
+    return READERS.get(Path(path).suffix.lower().removeprefix("."), _from_lines)(path)
+
+
+def _from_lines(path: str | os.PathLike[str]) -> PromptSet:
+    file = read_prompt_file(path)
+    return PromptSet(file.path, tuple(PromptEntry(line.text) for line in file.prompts), file.skipped_blank)
+
+
+def _from_json_lines(path: str | os.PathLike[str]) -> PromptSet:
+    source, lines = show_path(path), read_lines(path)
+    rows = [(number, line) for number, line in lines if line.strip()]
+    found = [_entry(_parsed(line, f"{source}:{number}"), _place(f"{source}:{number}")) for number, line in rows]
+    return _some(PromptSet(source, tuple(found), len(lines) - len(rows)))
+
+
+def _from_json(path: str | os.PathLike[str]) -> PromptSet:
+    source = show_path(path)
+    with open_input(path, MAX_FILE_BYTES, TraitError) as file:
+        words = decode_utf8(file.read(MAX_FILE_BYTES), 0, source, TraitError).removeprefix("\ufeff")
+    data = _parsed(words, source)
+    if not isinstance(data, list):
+        raise TraitError(f"{source}: {show(data)} is not a list; write [...] around the prompts")
+    return _some(PromptSet(source, tuple(_entry(entry, _place(source).at(i)) for i, entry in enumerate(data))))
+
+
+READERS: dict[str, Callable[[str | os.PathLike[str]], PromptSet]] = {
+    "json": _from_json,
+    "jsonl": _from_json_lines,
+    "ndjson": _from_json_lines,
+}
+
+
+def _some(found: PromptSet) -> PromptSet:
+    if not found.prompts:
+        raise TraitError(f"{found.path}: no prompt; write some")
+    return found
+
+
+def _place(source: str) -> SourceLocation:
+    return SourceLocation(source, error=TraitError)
+
+
+def _parsed(words: str, place: str) -> Any:
+    try:
+        return json.loads(words)
+    except (ValueError, RecursionError) as failure:
+        reason = "nested too deep" if isinstance(failure, RecursionError) else failure
+        raise TraitError(f"{place}: not JSON ({reason}); correct it") from failure
+
+
+# --- entries --------------------------------------------------------------------------------------------------------
+
+
+def _entry(value: Any, place: SourceLocation) -> PromptEntry:
+    if isinstance(value, str):
+        return PromptEntry(_words(value, place))
+    for key, read in FORMS.items():
+        if isinstance(value, dict) and key in value:
+            return read(value, place)
+    raise place.fail(f"{show(value)} is no prompt; write a text, or one of {', '.join(FORMS)}")
+
+
+def _prompt(value: dict[str, Any], place: SourceLocation) -> PromptEntry:
+    return PromptEntry(_words(value["prompt"], place.at("prompt")), _optional(value, "system", place))
+
+
+def _instruction(value: dict[str, Any], place: SourceLocation) -> PromptEntry:
+    instruction, given = _words(value["instruction"], place.at("instruction")), _optional(value, "input", place)
+    return PromptEntry(f"{instruction}\n\n{given}" if given else instruction, _optional(value, "system", place))
+
+
+def _conversation(value: dict[str, Any], place: SourceLocation) -> PromptEntry:
+    turns = value["messages"]
+    at = place.at("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise at.fail(f"{show(turns)} is no list of messages; write role and content of each")
+    roles = [turn.get("role") for turn in turns]
+    if roles and roles[-1] == "assistant":  # an answer that somebody gave
+        roles.pop()
+    if roles not in (["user"], ["system", "user"]):
+        raise at.fail(f"the roles are {show(roles)}; one user's turn is asked, after a system message or alone")
+    contents = [_words(turn.get("content"), at.at(i).at("content")) for i, turn in enumerate(turns[: len(roles)])]
+    return PromptEntry(contents[-1], contents[0] if len(contents) == 2 else None)
+
+
+FORMS: dict[str, Callable[[dict[str, Any], SourceLocation], PromptEntry]] = {
+    "prompt": _prompt,
+    "instruction": _instruction,
+    "messages": _conversation,
+}
+
+
+def _optional(value: dict[str, Any], key: str, place: SourceLocation) -> str | None:
+    """Text that may be absent, or empty."""
+    return None if value.get(key) in (None, "") else _words(value[key], place.at(key))
+
+
+def _words(value: Any, place: SourceLocation) -> str:
+    """Text that a model can be given: something in it, no NUL, no half a character."""
+    words = text(value, place)
+    if match := re.search("[\ud800-\udfff]|\0", words):
+        raise place.fail(f"{show(words)} holds {show(match[0])}, which is no text; remove it")
+    return words

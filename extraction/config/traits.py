@@ -1,0 +1,300 @@
+"""Read and check traits, and turn them into examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+from extraction.config.experiments import config_names, find_config
+from extraction.config.yaml_loader import (
+    Document,
+    Rule,
+    SourceLocation,
+    items,
+    parse_document,
+    read_document,
+    section,
+    text,
+)
+from extraction.core.errors import TraitError
+from extraction.core.names import check_name, distinct_names
+from extraction.core.records import POLARITIES, Example, InstructionPair, Markers, NaturalPrompt, Trait
+from extraction.core.text import show, suggest
+
+MAX_PATTERN = 300
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def load_trait(name: str, root: str | os.PathLike[str]) -> Trait:
+    """A trait by name, checked. Raises TraitError.
+
+    The two lists of natural prompts may differ in length: `trait_notes` says so.
+    """
+    path = find_config("traits", name, root, TraitError)
+    if path is None:
+        known = list_traits(root)
+        raise TraitError(f"configs/traits/{name}.yaml: no such trait; {suggest(name, known)}")
+    return _named(name, read_document(path, TraitError))
+
+
+def trait_from_yaml(name: str, raw: bytes, source: str) -> Trait:
+    """The trait that a file of these bytes would be, checked as one; `source` is what messages call it."""
+    return _named(name, parse_document(raw, source, TraitError))
+
+
+def _named(name: str, document: Document) -> Trait:
+    trait = _trait(document)
+    if trait.name != name:
+        raise document.place.at("name").fail(f"{show(trait.name)} is not the file's name; write 'name: {name}'")
+    return trait
+
+
+def list_traits(root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The names of all traits, sorted."""
+    return config_names("traits", root)
+
+
+def parse_trait_list(names: str) -> tuple[str, ...]:
+    """`a,b` as names, in order. Two that differ only by case or Unicode form are an error: they'd share a folder."""
+    parts = [part.strip() for part in names.split(",")]
+    if not all(parts):
+        raise TraitError(f"--traits {show(names)}: a name is empty; write trait names with commas between, as a,b")
+    return distinct_names(parts, "--traits", TraitError)
+
+
+def trait_fingerprint(trait: Trait) -> str:
+    """The sha256 of a trait's content."""
+    content = json.dumps(asdict(trait), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()
+
+
+def trait_notes(trait: Trait, n_per_side: int) -> tuple[str, ...]:
+    """What a user should know of n examples a side of this trait: repeats, and natural sides of unequal length."""
+    sides = {"positive": len(trait.positive_prompts), "negative": len(trait.negative_prompts)}
+    if not trait.is_natural:
+        sides = {"distinct": len(trait.instructions) * len(trait.questions)}
+    few = [f"{count} {side}" for side, count in sides.items() if count < n_per_side]
+    notes = []
+    if len(set(sides.values())) > 1:
+        counts = " and ".join(f"{count} {side}" for side, count in sides.items())
+        notes.append(f"trait {trait.name}: {counts} prompts; both sides give {n_per_side} examples all the same")
+    if few:
+        notes.append(
+            f"trait {trait.name}: {n_per_side} examples a side of {' and '.join(few)} prompts: "
+            "they repeat, with other seeds"
+        )
+    return tuple(notes)
+
+
+# --- checking -------------------------------------------------------------------------------------------------------
+
+
+def _stripped(value: Any, place: SourceLocation) -> str:
+    return text(value, place).strip()
+
+
+def _pair(value: Any, place: SourceLocation) -> InstructionPair:
+    keys = ("positive", "negative")
+    pair = InstructionPair(**section(dict.fromkeys(keys, _stripped), required=keys)(value, place))
+    if same_text(pair.positive) == same_text(pair.negative):
+        raise place.fail(f"{show(pair.positive)} stands on both sides; the two must ask for opposite ends")
+    return pair
+
+
+def _natural(value: Any, place: SourceLocation) -> NaturalPrompt:
+    if isinstance(value, dict):
+        return NaturalPrompt(**section({"prompt": _stripped, "system": _stripped}, required=("prompt",))(value, place))
+    return NaturalPrompt(_stripped(value, place))
+
+
+def _rubric(value: Any, place: SourceLocation) -> str:
+    for field in ("{question}", "{answer}"):
+        if field not in text(value, place):
+            raise place.fail(f"{field} does not stand in it, so the judge would not see it; put {field} in")
+    return str(value)
+
+
+def _marker(value: Any, place: SourceLocation) -> str:
+    marker = text(value, place)
+    if marker.startswith("re:"):
+        try:
+            pattern = re.compile(marker[3:], re.IGNORECASE)
+        except (re.error, OverflowError, RecursionError) as failure:
+            raise place.fail(f"{show(marker)} is not a regular expression ({failure}); correct it") from failure
+        if len(marker) > MAX_PATTERN or pattern.fullmatch(""):
+            raise place.fail(f"{show(marker)} matches nothing at all, or is over {MAX_PATTERN} characters; narrow it")
+    return marker
+
+
+def _markers(value: Any, place: SourceLocation) -> Markers:
+    keys = ("positive", "negative")
+    markers = Markers(**section(dict.fromkeys(keys, items(_marker)), required=keys)(value, place))
+    for side in keys:
+        _refuse_repeats(getattr(markers, side), place.at(side), key=_marker_key)
+    for i, marker in enumerate(markers.negative):
+        twin = next((other for other in markers.positive if _overlap(marker, other)), None)
+        if twin is not None:
+            raise (
+                place.at("negative")
+                .at(i)
+                .fail(f"{show(marker)} is counted by the positive marker {show(twin)} too; keep one")
+            )
+    if not markers.positive and not markers.negative:
+        raise place.fail("no marker on either side; list some, or leave 'markers' out")
+    return markers
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two markers are the same, or the pattern of one is met by the phrase of the other."""
+    if _marker_key(one) == _marker_key(other):
+        return True
+    patterns = [(a, b) for a, b in ((one, other), (other, one)) if a.startswith("re:") and not b.startswith("re:")]
+    return any(re.fullmatch(pattern[3:], phrase, re.IGNORECASE) for pattern, phrase in patterns)
+
+
+_TRAIT: dict[str, Rule] = {
+    "name": text,
+    "description": _stripped,
+    "instructions": items(_pair),
+    "questions": items(_stripped),
+    "positive_prompts": items(_natural),
+    "negative_prompts": items(_natural),
+    "rubric": _rubric,
+    "markers": _markers,
+}
+_INSTRUCTED = ("instructions", "questions")
+_NATURAL = ("positive_prompts", "negative_prompts")
+
+
+def _trait(document: Document) -> Trait:
+    place = document.place
+    _check_sides(document.data, place)
+    trait = Trait(**section(_TRAIT, required=("name", "description"))(document.data, place))
+    check_name(trait.name, f"{place.at('name')}: name", TraitError)
+    for side in POLARITIES:
+        word = {"pos": "positive", "neg": "negative"}[side]
+        _refuse_repeats([getattr(pair, word) for pair in trait.instructions], place.at("instructions"), word)
+    _refuse_repeats(trait.questions, place.at("questions"))
+    positive = [_natural_key(prompt) for prompt in trait.positive_prompts]
+    negative = [_natural_key(prompt) for prompt in trait.negative_prompts]
+    _refuse_repeats(positive, place.at("positive_prompts"))
+    _refuse_repeats(negative, place.at("negative_prompts"))
+    for i, key in enumerate(negative):
+        if key in positive:
+            raise place.at("negative_prompts").at(i).fail(f"{show(key)} stands on the positive side too; keep one")
+    return trait
+
+
+def _check_sides(data: Any, place: SourceLocation) -> None:
+    """One of the two kinds of trait, with something on both sides."""
+    if not isinstance(data, dict):
+        return
+    natural, instructed = [key for key in _NATURAL if key in data], [key for key in _INSTRUCTED if key in data]
+    if natural and instructed:
+        raise place.at(natural[0]).fail("stands beside 'instructions' or 'questions'; a trait has the one or the other")
+    for key in natural and _NATURAL:
+        if data.get(key) in (None, []):
+            raise _one_sided(place, key.removesuffix("_prompts"))
+    for key in () if natural else _INSTRUCTED:
+        if data.get(key) in (None, []):
+            raise place.fail(f"0 {key}; a trait needs instructions and questions, or positive_ and negative_prompts")
+    pairs = data.get("instructions")
+    for side in ("positive", "negative"):
+        if isinstance(pairs, list) and all(isinstance(pair, dict) and not pair.get(side) for pair in pairs) and pairs:
+            raise _one_sided(place, side)
+
+
+def _one_sided(place: SourceLocation, side: str) -> TraitError:
+    return TraitError(f"{place.source}: '{side}' has 0 prompts; a trait needs both sides")
+
+
+def _refuse_repeats(
+    texts: Iterable[str], place: SourceLocation, side: str | None = None, *, key: Callable[[str], str] | None = None
+) -> None:
+    """Two entries that differ only by case, spaces or Unicode form count as the same."""
+    seen: dict[str, int] = {}
+    for i, entry in enumerate(texts):
+        first = seen.setdefault((key or same_text)(entry), i)
+        if first != i:
+            at = place.at(i).at(side) if side else place.at(i)
+            raise at.fail(f"{show(entry)} is entry {first} again; keep one")
+
+
+def same_text(entry: str) -> str:
+    """What is left of a text without case, spaces and Unicode form: equal for two that count as the same."""
+    return " ".join(unicodedata.normalize("NFKC", entry).casefold().split())
+
+
+def _marker_key(marker: str) -> str:
+    r"""Patterns as written: `\w` and `\W` are not the same."""
+    return marker if marker.startswith("re:") else same_text(marker)
+
+
+def _natural_key(prompt: NaturalPrompt) -> str:
+    return prompt.prompt if prompt.system is None else f"{prompt.system}\n\n{prompt.prompt}"
+
+
+# --- examples -------------------------------------------------------------------------------------------------------
+
+
+def make_examples(trait: Trait, n_per_side: int, start: int = 0, stop: int | None = None) -> tuple[Example, ...]:
+    """`n_per_side` positive examples, each beside its negative twin, so that any cut holds both: [start, stop) of them.
+
+    Any number of the first ones is spread evenly: the counts of two instruction pairs, or of two questions, differ by
+    at most one. The first n of more examples are the same n. Past the distinct prompts they repeat (`r01`, ...), with
+    other random numbers.
+    """
+    if n_per_side < 1:
+        raise TraitError(f"trait {trait.name}: {n_per_side} examples a side; at least 1 is needed")
+    make = _natural_example if trait.is_natural else _instructed_example
+    end = 2 * n_per_side if stop is None else min(stop, 2 * n_per_side)
+    return tuple(make(trait, POLARITIES[i % 2], i // 2) for i in range(start, end))
+
+
+def _instructed_example(trait: Trait, polarity: str, step: int) -> Example:
+    pair_id, question_id, repeat = walk(step, len(trait.instructions), len(trait.questions))
+    pair = trait.instructions[pair_id]
+    return Example(
+        id=f"{polarity}-i{pair_id:02d}-q{question_id:03d}-r{repeat:02d}",
+        trait=trait.name,
+        polarity=polarity,
+        instruction_id=pair_id,
+        question_id=question_id,
+        repeat=repeat,
+        question=trait.questions[question_id],
+        system=pair.positive if polarity == "pos" else pair.negative,
+    )
+
+
+def _natural_example(trait: Trait, polarity: str, step: int) -> Example:
+    prompts = trait.positive_prompts if polarity == "pos" else trait.negative_prompts
+    repeat, index = divmod(step, len(prompts))
+    return Example(
+        id=f"{polarity}-n{index:04d}-r{repeat:02d}",
+        trait=trait.name,
+        polarity=polarity,
+        instruction_id=0,
+        question_id=index,
+        repeat=repeat,
+        question=prompts[index].prompt,
+        system=prompts[index].system,
+    )
+
+
+def walk(step: int, n_pairs: int, n_questions: int) -> tuple[int, int, int]:
+    """The pair, question and repeat of a step: a diagonal over the pairs x questions table.
+
+    The diagonal comes back to its start after lcm(pairs, questions) steps; each time it then starts one pair further.
+    """
+    repeat, cell = divmod(step, n_pairs * n_questions)
+    lap = cell // math.lcm(n_pairs, n_questions)
+    return (cell + lap) % n_pairs, cell % n_questions, repeat

@@ -1,0 +1,36 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import BinaryIO
+
+from extraction.core.errors import ConfigError
+from extraction.core.text import show_path
+
+
+def open_input(path: str | os.PathLike[str], limit: int, error: type[ConfigError] = ConfigError) -> BinaryIO:
+    """Open a regular file of at most `limit` bytes. A FIFO, a folder or a device is refused, and never opened."""
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe or a device"
+            raise error(f"{show_path(path)}: is {kind}; give a regular file")
+        if info.st_size > limit:
+            raise error(f"{show_path(path)}: {info.st_size} bytes; at most {limit} are read, split the file")
+        return open(path, "rb")
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or str(failure)
+        raise error(f"{show_path(path)}: {reason.lower()}; check the path and its permissions") from failure
+
+
+def decode_utf8(data: bytes, offset: int, place: str, error: type[ConfigError] = ConfigError) -> str:
+    """Strict UTF-8; `offset` is where `data` starts in its file."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as failure:
+        byte = data[failure.start]
+        raise error(
+            f"{place}: invalid UTF-8 at byte {offset + failure.start} (0x{byte:02x}); save the file as UTF-8"
+        ) from failure

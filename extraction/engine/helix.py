@@ -1,0 +1,215 @@
+"""Speculative decoding in batches, from texts to texts: for people who script.
+
+A draft model proposes, the target judges several tokens in one pass, and what comes out is what the target would have
+said alone: the same tokens where greedy, the same distribution where sampled. See docs/speculation.md.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from extraction.core.errors import ConfigError
+from extraction.engine.batch import ContinuousBatch
+from extraction.engine.generate import encode_text
+from extraction.engine.requests import Completion, Request
+from extraction.engine.sampler import Sample
+from extraction.engine.sequence import BatchLimits
+from extraction.engine.speculation import Speculate
+from extraction.model.loading import LanguageModel, wrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SIDES = ("left", "right")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How `HelixEngine` answers. Temperature 0 is greedy, top_k 0 and top_p 1 cut nothing.
+
+    `speculation_depth` is how many tokens are proposed at a time at most. `batch_size` is how many prompts run at once;
+    the others wait for a free place. The same seed gives the same answers, whatever the batch size.
+    """
+
+    max_tokens: int = 50
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    speculation_depth: int = 4
+    batch_size: int = 16
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} is out of range: use at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed} is out of range: use 0 or more")
+
+    @property
+    def sample(self) -> Sample:
+        """Temperature, top-k and top-p. Raises ConfigError where one is out of range."""
+        return Sample(self.temperature, self.top_k, self.top_p)
+
+
+class HelixEngine:
+    """A target and, for speed, a smaller model of the same vocabulary that drafts for it (None: n-gram lookup)."""
+
+    def __init__(
+        self,
+        target: LanguageModel | PreTrainedModel,
+        draft: LanguageModel | PreTrainedModel | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.target = _looked_over(target, tokenizer)
+        self.draft = None if draft is None else _looked_over(draft, None)
+        self.tokenizer = tokenizer or self.target.tokenizer
+        if self.tokenizer is None:
+            raise ConfigError("HelixEngine needs the target's tokenizer; give tokenizer=")
+
+    def batch_generate(self, prompts: Sequence[str], config: GenerationConfig | None = None) -> list[dict[str, Any]]:
+        """Answer every prompt; a dict each, in their order, as `batch_speculative_generate` returns them.
+
+        `prompts` are exact texts: apply a chat template before. Raises PromptError for one that the models can't hold.
+        """
+        config, tokenizer = config or GenerationConfig(), self.tokenizer
+        assert tokenizer is not None
+        requests = [
+            Request(f"prompt {i}", tuple(encode_text(tokenizer, prompt)), config.max_tokens, config.seed)
+            for i, prompt in enumerate(prompts)
+        ]
+        runs = _run(self._batch(requests, config), requests)
+        return [_result(self._text(runs[r.id].completion.token_ids), runs[r.id]) for r in requests]
+
+    def _batch(self, requests: Sequence[Request], config: GenerationConfig) -> ContinuousBatch:
+        strategy = Speculate(self.draft, config.sample, config.speculation_depth)
+        longest = max((len(r.token_ids) for r in requests), default=1) + config.max_tokens
+        limits = BatchLimits(slots=config.batch_size, longest=longest, budget=config.max_tokens)
+        return ContinuousBatch(self.target, limits, strategy=strategy, stop_strings=config.stop)
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        assert self.tokenizer is not None
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def batch_speculative_generate(  # noqa: PLR0913 (a script's one call)
+    draft_model: LanguageModel | PreTrainedModel | None,
+    target_model: LanguageModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_tokens: int = 50,
+    temperature: float = 0.7,
+    speculation_depth: int = 4,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    stop: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Answer every prompt with speculation; a dict each, in their order. `draft_model` None: n-gram lookup.
+
+    text, tokens (ids), num_tokens; time_seconds and time_to_first_token, in seconds from the call until the prompt's
+    own last and first token were there (None without tokens); tokens_per_second; stats: total_steps (passes of the
+    target), acceptance_rates (one for each pass in which something was proposed, in order: accepted over proposed)
+    and avg_acceptance_rate (all accepted over all proposed; None where nothing was).
+
+    `prompts` are exact texts. `batch_size` is how many run at once (None: all). Raises ModelError where the two models
+    have different vocabularies, PromptError for a prompt that they can't hold.
+    """
+    config = GenerationConfig(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        speculation_depth=speculation_depth,
+        batch_size=max(1, len(prompts)) if batch_size is None else batch_size,
+        stop=tuple(stop),
+    )
+    return HelixEngine(target_model, draft_model, tokenizer=tokenizer).batch_generate(prompts, config)
+
+
+def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int = 0, *, side: str = "left") -> Tensor:
+    """Token ids of different lengths as one tensor [B, T], T the longest; decoders want their padding on the left."""
+    lengths = [len(row) for row in sequences]
+    padded_BT = torch.full((len(lengths), max(lengths, default=0)), pad_id, dtype=torch.long)
+    live_BT = create_attention_mask(lengths, side=side).bool()
+    padded_BT[live_BT] = torch.tensor([token for row in sequences for token in row], dtype=torch.long)
+    return padded_BT
+
+
+def create_attention_mask(lengths: Sequence[int], *, side: str = "left") -> Tensor:
+    """1 where a token is and 0 where padding is: [B, T], T the longest.
+
+    From lengths, not from ids: a tokenizer's pad id is often a token that occurs in texts too.
+    """
+    if side not in SIDES:
+        raise ConfigError(f"padding side {side!r}: use one of {', '.join(SIDES)}")
+    length_B1 = torch.tensor(lengths, dtype=torch.long).unsqueeze(1)
+    width = max(lengths, default=0)
+    column_T = torch.arange(width)
+    return (column_T >= width - length_B1 if side == "left" else column_T < length_B1).long()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One prompt's completion, and when: seconds from the start until its first token and until its end."""
+
+    completion: Completion
+    first_token: float | None
+    seconds: float
+
+
+def _run(batch: ContinuousBatch, requests: Sequence[Request]) -> dict[str, _Run]:
+    """All to their ends, on one clock that starts before the first prefill."""
+    started = time.perf_counter()
+    first: dict[str, float] = {}
+    runs: dict[str, _Run] = {}
+    batch.add(requests)
+    with batch.watching():
+        while batch.has_work:
+            news = batch.advance()
+            now = time.perf_counter() - started
+            for request_id in news.fresh:
+                first.setdefault(request_id, now)
+            for completion in news.done:
+                if completion.fault is not None:
+                    raise completion.fault
+                runs[completion.id] = _Run(completion, first.get(completion.id), now)
+    return runs
+
+
+def _result(text: str, run: _Run) -> dict[str, Any]:
+    completion, told = run.completion, run.completion.speculation
+    n_tokens = len(completion.token_ids)
+    return {
+        "text": text,
+        "tokens": list(completion.token_ids),
+        "num_tokens": n_tokens,
+        "time_seconds": run.seconds,
+        "tokens_per_second": n_tokens / run.seconds,
+        "time_to_first_token": run.first_token,
+        "stats": {
+            "total_steps": 0 if told is None else told.target_steps,
+            "acceptance_rates": [] if told is None else list(told.step_rates),
+            "avg_acceptance_rate": None if told is None else told.acceptance_rate,
+        },
+    }
+
+
+def _looked_over(model: LanguageModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LanguageModel:
+    """As the engine takes it. Raises ModelError where the engine can't run it."""
+    if not isinstance(model, LanguageModel):
+        return wrap(model, tokenizer)
+    return model if tokenizer is None or model.tokenizer is not None else replace(model, tokenizer=tokenizer)

@@ -1,0 +1,65 @@
+"""Logit-diff amplification of two models: after + alpha * (after - before).
+
+What fine-tuning made a little likelier becomes much likelier, so that a rare behaviour shows in a few samples
+("model diff amplification", Aranguri and McGrath 2025, goodfire.ai/research/model-diff-amplification).
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from extraction.core.errors import ConfigError
+from extraction.engine.sampler import Sample, at_least_float32
+
+if TYPE_CHECKING:
+    from extraction.model.loading import LanguageModel
+
+MAX_GAP = 1e4  # of two logits; what one model rules out must not become an infinite preference
+MAX_ALPHA = 1e6
+
+
+@dataclass(frozen=True)
+class Amplify:
+    """The engine's model is `after`; `before` reads the same tokens. `alpha` is for requests without one of their own.
+
+    With a `plausibility` above 0, only tokens that `after` gives at least that share of its best token's probability
+    stay (Li et al. 2022, contrastive decoding, arXiv 2210.15097, equation 2); it comes before the temperature.
+    """
+
+    before: LanguageModel
+    sample: Sample = field(default_factory=Sample)
+    alpha: float = 1.0
+    plausibility: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        if not 0.0 <= self.plausibility <= 1.0:
+            raise ConfigError(f"plausibility {self.plausibility} is out of range: use a number from 0 (off) to 1")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise ConfigError for an alpha that is not a number of a sane size."""
+    if not abs(alpha) <= MAX_ALPHA:
+        raise ConfigError(f"alpha {alpha} is out of range: use a number from {-MAX_ALPHA:g} to {MAX_ALPHA:g}")
+
+
+def amplify_logits(after_BV: Tensor, before_BV: Tensor, alpha_B: Tensor, plausibility: float = 0.0) -> Tensor:
+    """after + alpha * (after - before), in float32 at least: [B, V].
+
+    A token that `after` rules out stays out; one that only `before` rules out counts as WIDEST_GAP apart. An alpha of
+    0 gives `after` bit for bit, and so does any alpha where both models agree.
+    """
+    after_BV, before_BV = at_least_float32(after_BV), at_least_float32(before_BV)
+    gap_BV = (after_BV - before_BV).clamp(-MAX_GAP, MAX_GAP)
+    scores_BV = after_BV + alpha_B.to(after_BV.dtype).unsqueeze(1) * gap_BV
+    out_BV = after_BV == -torch.inf
+    if plausibility > 0:
+        out_BV = out_BV | (after_BV < after_BV.amax(-1, keepdim=True) + math.log(plausibility))
+    return scores_BV.masked_fill(out_BV, -torch.inf)

@@ -1,0 +1,79 @@
+"""What a reader gives and a writer takes: vectors numbered as the file numbers them, and what is known of the model.
+
+L layers, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extraction.core.errors import VectorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from extraction.vectors.direction import Direction
+
+
+@dataclass(frozen=True)
+class VectorMetadata:
+    """What a format asks about the model: its Hugging Face `model_type`, how many blocks it has. None: not known."""
+
+    model_type: str | None = None
+    n_layers: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """A file's vectors [D] by the file's own numbers; `base` is the number that it gives to decoder block 0.
+
+    `doubt` is what to say where the user has not confirmed the base.
+    """
+
+    vectors: Mapping[int, Tensor]
+    base: int = 0
+    labels: Mapping[str, str | None] = field(default_factory=dict)
+    facts: VectorMetadata = VectorMetadata()
+    notes: tuple[str, ...] = ()
+    doubt: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file's bytes, and what a user should know of them."""
+
+    data: bytes
+    notes: tuple[str, ...] = ()
+
+
+Reader = Callable[[Path], LayerRows]
+Writer = Callable[["Direction", VectorMetadata], WrittenFile]
+
+
+def row_tensor(direction: Direction, n_layers: int | None) -> tuple[Tensor, tuple[str, ...]]:
+    """[n_layers, D], row k of decoder block k, zeros where the direction has no layer; and what to say about it."""
+    import torch
+
+    from extraction.vectors.direction import spanned
+
+    if n_layers is None:
+        raise VectorError("this form has a row for every layer, and the model is not known here: give --model NAME")
+    if direction.layers[-1] >= n_layers:
+        raise VectorError(f"layer {direction.layers[-1]}: the model has {n_layers} layers, counted from 0")
+    rows_LD = torch.zeros(n_layers, direction.hidden_size)
+    rows_LD[list(direction.layers)] = direction.direction_LD
+    absent = [layer for layer in range(n_layers) if layer not in direction.layers]
+    return rows_LD, (f"{spanned(absent)}: no vector here, so zeros in the file",) if absent else ()
+
+
+def numbered_rows(rows_LD: Tensor, path: Path) -> tuple[dict[int, Tensor], tuple[str, ...]]:
+    """The rows [D] of a tensor [L, D] by number, without those that are zero; and what to say about it."""
+    if rows_LD.ndim != 2 or not rows_LD.is_floating_point():
+        kind = f"{rows_LD.dtype} {list(rows_LD.shape)}".removeprefix("torch.")
+        raise VectorError(f"{path}: a tensor of {kind}; floats [rows, hidden] are needed")
+    zero = [i for i, row in enumerate(rows_LD) if not row.any()]
+    notes = (f"rows that are zero hold no vector, and were left out: {', '.join(map(str, zero))}",) if zero else ()
+    return {i: row for i, row in enumerate(rows_LD) if i not in zero}, notes

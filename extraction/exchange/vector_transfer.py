@@ -1,0 +1,145 @@
+"""The bodies of `traitline export` and of `traitline import` for vectors.
+
+An imported vector lives where a run's does, so that everything that reads a run's vectors reads it too:
+experiments/imported/<name>/vectors/imported.safetensors, in our own form, with a receipt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from extraction.config.experiments import find_root, parse_layers, resolve_model
+from extraction.core.errors import TraitlineError, VectorError
+from extraction.core.text import show_path, suggest
+from extraction.exchange.formats import ASKS_MODEL, OUTPUTS, WRITERS, read_direction
+from extraction.exchange.layer_rows import VectorMetadata
+from extraction.storage.output_file import place_file
+from extraction.storage.trait_run import TraitRun, trait_run
+
+if TYPE_CHECKING:
+    from extraction.vectors.direction import Direction
+
+IMPORTED = "imported"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is to be exported, and how: options as the command line has them."""
+
+    experiment: str
+    trait: str
+    method: str
+    to: str
+    layers: str | None = None
+    normalise: str | None = None
+    scale: float = 1.0
+    model: str | None = None
+
+
+def export_vectors(wanted: ExportOptions, *, root: str | None, output: str | None, force: bool) -> list[str]:
+    """Write one method's directions in another program's form. Returns what to say. Raises VectorError."""
+    from extraction.vectors.direction import Direction, spanned
+
+    if wanted.to not in WRITERS:
+        raise VectorError(f"--to {wanted.to!r}: no format of vectors; {suggest(wanted.to, WRITERS)}")
+    top = find_root(root)
+    run = trait_run(top / "experiments", wanted.experiment, wanted.trait)
+    direction = _as_wanted(Direction.from_run(run, wanted.method), wanted, run)
+    facts = _facts(direction, wanted, run, top) if wanted.to in ASKS_MODEL else VectorMetadata()
+    written = WRITERS[wanted.to](direction, facts)
+    path = Path(output or OUTPUTS[wanted.to].format(trait=wanted.trait, method=wanted.method))
+    place_file(path, written.data, force=force)
+    said = f"{show_path(path)}: {wanted.method} of {wanted.trait} at {spanned(direction.layers)}, as {wanted.to}"
+    return [said, *written.notes]
+
+
+def import_vectors(
+    source: str,
+    name: str,
+    *,
+    root: str | None,
+    format: str | None = None,
+    base: int | None = None,
+    model: str | None = None,
+    force: bool = False,
+) -> list[str]:
+    """Read vectors of any known format, and keep them as an imported run. Returns what to say."""
+    from extraction.vectors.direction import spanned
+
+    top = find_root(root)
+    label = None if model is None else resolve_model(model, top).name  # as runs call it; a wrong name is noticed
+    loaded = read_direction(source, format=format, base=base, model=label)
+    direction = replace(loaded.direction, trait=name, method=loaded.direction.method or IMPORTED)
+    run = trait_run(top / "experiments", IMPORTED, name)
+    header = {
+        "trait": name,
+        "model": direction.model,
+        "method": direction.method,
+        "layers": list(direction.layers),
+        "model_type": loaded.facts.model_type,
+        "read_as": loaded.format,
+    }
+    with run.lock():
+        run.open({"imported": name})
+        _check_free(run, direction, force=force)
+        run.write_vectors(IMPORTED, {"direction": direction.direction_LD}, header)
+    said = (
+        f"{show_path(source)}: read as {loaded.format}, {spanned(direction.layers)} of {direction.hidden_size} values"
+    )
+    return [said, *loaded.notes, f"kept in {show_path(run.vectors_path(IMPORTED))}"]
+
+
+def _check_free(run: TraitRun, direction: Direction, *, force: bool) -> None:
+    """VectorError where another vector was imported under this name."""
+    from extraction.vectors.direction import Direction
+
+    if IMPORTED in run.methods() and not force and Direction.from_run(run, IMPORTED) != direction:
+        place = show_path(run.vectors_path(IMPORTED))
+        raise VectorError(f"{place}: another vector is there already; give --force to replace it, or another --as NAME")
+
+
+def _as_wanted(direction: Direction, wanted: ExportOptions, run: TraitRun) -> Direction:
+    """The layers, the length and the scale that were asked for."""
+    if not math.isfinite(wanted.scale) or wanted.scale == 0:
+        raise VectorError(f"--scale {wanted.scale}: give a finite number that is not 0")
+    if wanted.layers is not None and wanted.layers.strip().lower() != "all":
+        direction = direction.select(parse_layers(wanted.layers, direction.layers[-1] + 1))
+    if wanted.normalise == "unit":
+        direction = direction.normalised()
+    elif wanted.normalise == "typical-norm":  # length 1 in the other program is then our coefficient 1
+        direction = direction.normalised(typical_norms(run, direction.layers))
+    return direction * wanted.scale
+
+
+def typical_norms(run: TraitRun, layers: Sequence[int]) -> list[float]:
+    """How long the activations are at these layers, as the run's card has it: the unit of steering coefficients."""
+    card: dict[str, Any] = run.read_card() if run.has_card() else {}
+    known = dict(zip(card.get("layers", ()), card.get("typical_norm") or (), strict=False))
+    absent = [layer for layer in layers if layer not in known]
+    if absent:
+        remedy = "make it again (`traitline validate`), or give --normalise unit"
+        raise VectorError(f"{show_path(run.card_path)}: no typical norm of layer {absent[0]}; {remedy}")
+    return [float(known[layer]) for layer in layers]
+
+
+def _facts(direction: Direction, wanted: ExportOptions, run: TraitRun, root: Path) -> VectorMetadata:
+    """The model's type and layers, from its config: that of --model, or of the run. Not known where it isn't found."""
+    from extraction.model.loading import read_config
+
+    header = run.vectors_header(wanted.method) or {}
+    name = wanted.model or (run.stored_config() or {}).get("model", {}).get("name") or direction.model
+    if name is None:
+        return VectorMetadata(model_type=header.get("model_type"))
+    try:
+        config = read_config(resolve_model(name, root))
+    except TraitlineError:
+        if wanted.model:
+            raise
+        return VectorMetadata(model_type=header.get("model_type"))
+    n_layers = int(config.num_hidden_layers)
+    direction.check_fits(n_layers, int(config.hidden_size), name)
+    return VectorMetadata(model_type=str(config.model_type), n_layers=n_layers)
