@@ -30,7 +30,7 @@ PROGRAM = (
     + """
 import sys
 path = sys.argv.pop(1)
-from extraction.cli import main
+from extraction.cli.commands import main
 try:
     main()
 finally:

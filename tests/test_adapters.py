@@ -266,9 +266,9 @@ def test_a_field_of_tomorrow_that_says_nothing_does_no_harm(adapter: Path) -> No
 
 LOADED_BY_HUB_ID = """
 import sys, torch
-from extraction.configs import resolve_model
-from extraction.models import load
-from extraction.pairs import load_pair
+from extraction.config.experiments import resolve_model
+from extraction.model.loading import load
+from extraction.model.pairs import load_pair
 adapter, base = (resolve_model(name, ".", {"device": "cpu"}) for name in ("owner/adapter", "owner/base"))
 lm = load(adapter)
 pair = load_pair(adapter, base)

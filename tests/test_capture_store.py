@@ -247,7 +247,7 @@ def test_a_harmed_config_stops_the_set(tmp_path: Path, harm: str) -> None:
 
 def test_a_sound_set_has_no_finding_and_needs_no_torch(finished: CaptureSet) -> None:
     assert finished.verify() == []
-    code = "import sys; from extraction.shelf import verify_tree; print(verify_tree(sys.argv[1]), *sys.modules)"
+    code = "import sys; from extraction.storage.experiment_dir import verify_tree; print(verify_tree(sys.argv[1]), *sys.modules)"
     command = [sys.executable, "-c", code, str(finished.path)]
     result = subprocess.run(command, capture_output=True, check=True, text=True, env=environment(), cwd="/")
     assert result.stdout.startswith("[] ")
@@ -464,8 +464,8 @@ def test_files_obey_the_umask(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_share_a_set(tmp_path: Path) -> None:
     folder = filled(tmp_path)
-    code = "import sys; from extraction.capture_store import CaptureFolder; from pathlib import Path\n"
-    code += "with CaptureFolder(Path(sys.argv[1])).lock(): print('in', flush=True); sys.stdin.read()"
+    code = "import sys; from extraction.storage.token_captures import CaptureSet; from pathlib import Path\n"
+    code += "with CaptureSet(Path(sys.argv[1])).lock(): print('in', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(folder.path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()

@@ -207,9 +207,9 @@ READ = (
 import sys
 import torch, safetensors
 from pathlib import Path
-from extraction.store import RunFolder
+from extraction.storage.trait_run import TraitRun
 
-folder, n_layers = RunFolder(Path(sys.argv[1])), int(sys.argv[2])
+folder, n_layers = TraitRun(Path(sys.argv[1])), int(sys.argv[2])
 stored = folder.open_activations("residual.response_mean")
 before = peak()
 for step in (1, n_layers):

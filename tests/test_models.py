@@ -303,8 +303,8 @@ def test_a_device_that_is_not_there_is_refused(saved: Path, device: str) -> None
 
 LOADING = """
 import sys, threading
-from extraction.configs import ModelSpec
-from extraction.models import load
+from extraction.config.experiments import ModelSpec
+from extraction.model.loading import load
 
 def held():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -159,5 +159,5 @@ def test_all_keeps_every_token():
 
 
 def test_reading_a_pooling_needs_no_torch():
-    check = "import sys, extraction.pooling as room; room.parse_pooling('all'); assert 'torch' not in sys.modules"
+    check = "import sys, extraction.activations.pooling as room; room.parse_pooling('all'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from extraction.config import prompt_lines
 from extraction.config.prompt_lines import read_prompt_file
 from extraction.core.errors import PromptError, TraitError
 from extraction.core.records import Example
@@ -337,7 +338,7 @@ def test_a_huge_file_or_line_is_refused_with_flat_memory(tmp_path, size):
 
 
 def test_a_file_that_grows_past_the_limit_while_it_is_read_is_refused(monkeypatch):
-    monkeypatch.setattr(chat_template, "MAX_FILE_BYTES", 300)
+    monkeypatch.setattr(prompt_lines, "MAX_FILE_BYTES", 300)
     assert len(list(chat_template._raw_lines(io.BytesIO(b"abc\n" * 75), "x"))) == 75
     grown = chat_template._raw_lines(io.BytesIO(b"abc\n" * 76), "x")
     assert "more than 300 bytes" in refusal(TraitError, list, grown)
@@ -357,7 +358,7 @@ def test_prompts_survive_the_file(tmp_path_factory, lines, end, bom, last_end, c
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + body.encode())
     expected = [text for text in texts if text.strip()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_template, "CHUNK_BYTES", chunk)
+        patch.setattr(prompt_lines, "CHUNK_BYTES", chunk)
         if expected:
             assert [line.text for line in read_prompt_file(path).prompts] == expected
         else:

@@ -543,9 +543,7 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path: Path, monkeypat
 
 
 def test_the_store_is_importable_and_verifies_without_torch(finished: TraitRun) -> None:
-    code = (
-        "import sys; from extraction.shelf import verify_tree; print(verify_tree(sys.argv[1]), 'torch' in sys.modules)"
-    )
+    code = "import sys; from extraction.storage.experiment_dir import verify_tree; print(verify_tree(sys.argv[1]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(finished.path)]
     assert subprocess.run(command, capture_output=True, check=True, text=True, cwd=ROOT).stdout == "[] False\n"
 

@@ -406,7 +406,7 @@ def test_methods_and_cards_run_on_several_threads_and_leave_them():
 import torch
 torch.set_num_threads(2)
 from extraction.vectors.methods import METHODS
-from extraction.vectors.validation import build_card
+from extraction.vectors.card import build_card
 rows = torch.randn(200, 6, 193, generator=torch.Generator().manual_seed(0))
 for method in METHODS.values():
     method(rows[:100], 1 + rows[100:], seed=0)
