@@ -222,6 +222,7 @@ def test_a_full_experiment_reads_as_written(root):
             "temperature": 0.0,
             "top_k": 4,
             "top_p": 0.5,
+            "min_p": 0.0,
             "stop_strings": ["no", "\n\n."],
         },
         "capture": {

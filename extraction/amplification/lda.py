@@ -19,13 +19,15 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from extraction.config.experiments import find_root, resolve_model
+from extraction.config.settings import SamplingSettings, Temperature, TopP
+from extraction.config.validation import checked
 from extraction.core.errors import ConfigError, ModelError, TraitlineError
 from extraction.core.records import Example, Prompt
 from extraction.engine.batch import ContinuousBatch
@@ -43,18 +45,19 @@ DRAWS = "lda"  # the name of every row's random numbers, so that its seed alone 
 SEEDS = 2**31
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(SamplingSettings):
     """How prompts are answered. `apply_chat_template` None: where the model has one."""
 
     max_new_tokens: int = 80
-    temperature: float = 0.8
-    top_p: float = 0.95
-    top_k: int = 0
+    temperature: Temperature = 0.8
+    top_p: TopP = 0.95
     plausibility: float = 0.0
     apply_chat_template: bool | None = None
     system_prompt: str | None = None
     ignore_eos: bool = False
+
+
+DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,16 @@ class LDAModelPair:
         its own, with which `generate_lda` gives it again. None: drawn. With `capture`, results hold the after model's
         activations. Raises PromptError for a prompt that the model can't take, ActivationError for NaN.
         """
-        settings = Settings(
-            max_new_tokens, temperature, top_p, top_k, plausibility, apply_chat_template, system_prompt, ignore_eos
+        settings = checked(
+            Settings,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            plausibility=plausibility,
+            apply_chat_template=apply_chat_template,
+            system_prompt=system_prompt,
+            ignore_eos=ignore_eos,
         )
         alphas, seeds = _one_each(alpha, len(prompts), "alpha"), _seeds(seed, len(prompts))
         questions = [Question(*row) for row in zip(prompts, alphas, seeds, strict=True)]
@@ -165,7 +176,7 @@ class LDAModelPair:
     def stream(
         self,
         questions: Sequence[Question],
-        settings: Settings = Settings(),
+        settings: Settings = DEFAULTS,
         *,
         batch_size: int = 8,
         capture: Capture | None = None,
@@ -175,7 +186,7 @@ class LDAModelPair:
 
         `on_progress` is told the number of new tokens after each step.
         """
-        sample = Sample(settings.temperature, settings.top_k, settings.top_p)
+        sample = Sample.of(settings)
         strategy = Amplify(self.pair.before, sample, plausibility=settings.plausibility)
         encoded = self._encoded(questions, settings)
         yield from ((i, found) for i, found in enumerate(encoded) if isinstance(found, TraitlineError))
@@ -207,7 +218,7 @@ class LDAModelPair:
     def _readable(self, question: Question, settings: Settings, name: str) -> Prompt | TraitlineError:
         system = settings.system_prompt if question.system is None else question.system
         try:
-            return self.encode(question.prompt, replace(settings, system_prompt=system), name)
+            return self.encode(question.prompt, settings.model_copy(update={"system_prompt": system}), name)
         except TraitlineError as failure:
             return failure
 

@@ -19,6 +19,7 @@ from extraction.amplification.lda import LDAModelPair, Question, Settings
 from extraction.amplification.ngram_diff import risen
 from extraction.amplification.stats import fisher_exact, holm, wilson
 from extraction.config.prompt_files import PromptEntry
+from extraction.config.settings import SamplingSettings
 from extraction.core.errors import ConfigError, RequestError, TraitlineError
 from extraction.core.text import one_line, show
 from extraction.engine.logit_diff import check_alpha
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind")
 PATH = "/generate_lda_batch"
 MODELS = ("model_after", "model_before")
-ONLY_HERE = {"plausibility": 0.0, "top_k": 0}  # settings that a server's users don't choose
+ONLY_HERE = {"plausibility": 0.0}  # settings that a server does not take with a request
+
+# sampling options that are off by default; other servers may not know them, so they are sent where they are on
+OFF = {
+    name: info.default
+    for name, info in SamplingSettings.model_fields.items()
+    if Settings.model_fields[name].default == info.default
+}
 
 
 class StudyProgress(Protocol):
@@ -160,7 +168,11 @@ def batches(trials: Sequence[Trial], size: int) -> Iterator[list[int]]:
 def body_of(study: Study, batch: Sequence[Trial]) -> dict[str, Any]:
     """What a server is asked. Row i of a request draws with the request's seed + i."""
     system = batch[0].system if batch[0].system is not None else study.settings.system_prompt
-    given = {key: value for key, value in asdict(study.settings).items() if key not in ONLY_HERE}
+    given = {
+        key: value
+        for key, value in study.settings.model_dump().items()
+        if key not in ONLY_HERE and (key not in OFF or value != OFF[key])
+    }
     body = {**given, "system_prompt": system, "alpha": batch[0].alpha, "seed": batch[0].seed}
     known = {key: value for key, value in body.items() if value is not None}
     return {"prompts": [trial.prompt for trial in batch], **known}
@@ -281,7 +293,7 @@ def outcome_json(outcome: Outcome, facts: Mapping[str, Any]) -> bytes:
         "samples_per_prompt": study.samples,
         "seed": study.seed,
         "batch_size": study.batch_size,
-        **asdict(study.settings),
+        **study.settings.model_dump(),
         "detector": asdict(study.detector),
         "traitline": __version__,
         **facts,

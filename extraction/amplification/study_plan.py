@@ -26,6 +26,8 @@ from extraction.amplification.study import (
 )
 from extraction.config.experiments import find_root, resolve_model
 from extraction.config.prompt_files import PromptSet, read_prompt_set
+from extraction.config.settings import SAMPLING
+from extraction.config.validation import checked
 from extraction.core.errors import ConfigError
 from extraction.core.text import show_path
 from extraction.engine.sampler import Sample
@@ -68,10 +70,10 @@ def study_of(given: Mapping[str, Any]) -> Plan:
     """The plan that a command's options make. Raises ConfigError for what can't be; no model is loaded."""
     output, plot = _place(given, "output"), _plot_place(given)
     found = read_prompt_set(given["prompts_file"])
-    settings = Settings(
+    settings = checked(
+        Settings,
+        **{name: given[name] for name in SAMPLING},
         max_new_tokens=given["max_new_tokens"],
-        temperature=given["temperature"],
-        top_p=given["top_p"],
         plausibility=given["plausibility"],
         apply_chat_template=False if given["no_chat_template"] else None,
         system_prompt=given["system_prompt"],
@@ -100,7 +102,7 @@ def study_of(given: Mapping[str, Any]) -> Plan:
 
 def _check(settings: Settings) -> None:
     """What the engine would refuse, before models are loaded."""
-    Sample(settings.temperature, settings.top_k, settings.top_p)
+    Sample.of(settings)
     if not 0 <= settings.plausibility <= 1:
         raise ConfigError(f"--plausibility {settings.plausibility}: out of range; use a number from 0 (off) to 1")
 

@@ -10,27 +10,20 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from extraction.config.experiments import config_names, find_config
-from extraction.config.yaml_loader import (
-    Document,
-    Rule,
-    SourceLocation,
-    items,
-    parse_document,
-    read_document,
-    section,
-    text,
-)
+from extraction.config.patterns import check_pattern
+from extraction.config.validation import Model, Text, problem, validate
+from extraction.config.yaml_loader import Document, SourceLocation, parse_document, read_document
 from extraction.core.errors import TraitError
 from extraction.core.names import check_name, distinct_names
 from extraction.core.records import POLARITIES, Example, InstructionPair, Markers, NaturalPrompt, Trait
 from extraction.core.text import show, suggest
 
-MAX_PATTERN = 300
-
-
+T = TypeVar("T")
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
@@ -97,60 +90,75 @@ def trait_notes(trait: Trait, n_per_side: int) -> tuple[str, ...]:
 
 # --- checking -------------------------------------------------------------------------------------------------------
 
-
-def _stripped(value: Any, place: SourceLocation) -> str:
-    return text(value, place).strip()
-
-
-def _pair(value: Any, place: SourceLocation) -> InstructionPair:
-    keys = ("positive", "negative")
-    pair = InstructionPair(**section(dict.fromkeys(keys, _stripped), required=keys)(value, place))
-    if same_text(pair.positive) == same_text(pair.negative):
-        raise place.fail(f"{show(pair.positive)} stands on both sides; the two must ask for opposite ends")
-    return pair
+Stripped = Annotated[Text, AfterValidator(str.strip)]
+List = Annotated[tuple[T, ...], Field(strict=False)]
 
 
-def _natural(value: Any, place: SourceLocation) -> NaturalPrompt:
-    if isinstance(value, dict):
-        return NaturalPrompt(**section({"prompt": _stripped, "system": _stripped}, required=("prompt",))(value, place))
-    return NaturalPrompt(_stripped(value, place))
-
-
-def _rubric(value: Any, place: SourceLocation) -> str:
+def _rubric(value: str) -> str:
     for field in ("{question}", "{answer}"):
-        if field not in text(value, place):
-            raise place.fail(f"{field} does not stand in it, so the judge would not see it; put {field} in")
-    return str(value)
+        if field not in value:
+            raise problem(f"{field} does not stand in it, so the judge would not see it; put {field} in")
+    return value
 
 
-def _marker(value: Any, place: SourceLocation) -> str:
-    marker = text(value, place)
-    if marker.startswith("re:"):
-        try:
-            pattern = re.compile(marker[3:], re.IGNORECASE)
-        except (re.error, OverflowError, RecursionError) as failure:
-            raise place.fail(f"{show(marker)} is not a regular expression ({failure}); correct it") from failure
-        if len(marker) > MAX_PATTERN or pattern.fullmatch(""):
-            raise place.fail(f"{show(marker)} matches nothing at all, or is over {MAX_PATTERN} characters; narrow it")
-    return marker
+def _marker(value: str) -> str:
+    if value.startswith("re:"):
+        check_pattern(value.removeprefix("re:"), problem)
+    return value
 
 
-def _markers(value: Any, place: SourceLocation) -> Markers:
-    keys = ("positive", "negative")
-    markers = Markers(**section(dict.fromkeys(keys, items(_marker)), required=keys)(value, place))
-    for side in keys:
-        _refuse_repeats(getattr(markers, side), place.at(side), key=_marker_key)
-    for i, marker in enumerate(markers.negative):
-        twin = next((other for other in markers.positive if _overlap(marker, other)), None)
+class _Pair(Model):
+    positive: Stripped
+    negative: Stripped
+
+
+def _pair(pair: _Pair) -> InstructionPair:
+    if same_text(pair.positive) == same_text(pair.negative):
+        raise problem(f"{show(pair.positive)} stands on both sides; the two must ask for opposite ends")
+    return InstructionPair(pair.positive, pair.negative)
+
+
+class _Natural(Model):
+    prompt: Stripped
+    system: Stripped | None = None
+
+
+class _Markers(Model):
+    positive: List[Annotated[Text, AfterValidator(_marker)]]
+    negative: List[Annotated[Text, AfterValidator(_marker)]]
+
+
+def _markers(sides: _Markers) -> Markers:
+    for side in ("positive", "negative"):
+        _refuse_repeats(getattr(sides, side), side, normal=_marker_key)
+    for i, marker in enumerate(sides.negative):
+        twin = next((other for other in sides.positive if _overlap(marker, other)), None)
         if twin is not None:
-            raise (
-                place.at("negative")
-                .at(i)
-                .fail(f"{show(marker)} is counted by the positive marker {show(twin)} too; keep one")
-            )
-    if not markers.positive and not markers.negative:
-        raise place.fail("no marker on either side; list some, or leave 'markers' out")
-    return markers
+            raise problem(f"{show(marker)} is counted by the positive marker {show(twin)} too; keep one", "negative", i)
+    if not sides.positive and not sides.negative:
+        raise problem("no marker on either side; list some, or leave 'markers' out")
+    return Markers(sides.positive, sides.negative)
+
+
+Pair = Annotated[_Pair, AfterValidator(_pair)]
+Natural = Annotated[
+    _Natural,
+    BeforeValidator(lambda value: value if isinstance(value, dict) else {"prompt": value}),
+    AfterValidator(lambda entry: NaturalPrompt(entry.prompt, entry.system)),
+]
+
+
+class TraitFile(Model):
+    """The keys of a file in configs/traits."""
+
+    name: Text
+    description: Stripped
+    instructions: List[Pair] = ()
+    questions: List[Stripped] = ()
+    positive_prompts: List[Natural] = ()
+    negative_prompts: List[Natural] = ()
+    rubric: Annotated[Text, AfterValidator(_rubric)] | None = None
+    markers: Annotated[_Markers, AfterValidator(_markers)] | None = None
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -161,16 +169,6 @@ def _overlap(one: str, other: str) -> bool:
     return any(re.fullmatch(pattern[3:], phrase, re.IGNORECASE) for pattern, phrase in patterns)
 
 
-_TRAIT: dict[str, Rule] = {
-    "name": text,
-    "description": _stripped,
-    "instructions": items(_pair),
-    "questions": items(_stripped),
-    "positive_prompts": items(_natural),
-    "negative_prompts": items(_natural),
-    "rubric": _rubric,
-    "markers": _markers,
-}
 _INSTRUCTED = ("instructions", "questions")
 _NATURAL = ("positive_prompts", "negative_prompts")
 
@@ -178,20 +176,26 @@ _NATURAL = ("positive_prompts", "negative_prompts")
 def _trait(document: Document) -> Trait:
     place = document.place
     _check_sides(document.data, place)
-    trait = Trait(**section(_TRAIT, required=("name", "description"))(document.data, place))
+    trait = Trait(**dict(validate(CheckedTraitFile, document.data, place)))
     check_name(trait.name, f"{place.at('name')}: name", TraitError)
-    for side in POLARITIES:
-        word = {"pos": "positive", "neg": "negative"}[side]
-        _refuse_repeats([getattr(pair, word) for pair in trait.instructions], place.at("instructions"), word)
-    _refuse_repeats(trait.questions, place.at("questions"))
+    return trait
+
+
+def _no_repeats(trait: TraitFile) -> TraitFile:
+    for side in ("positive", "negative"):
+        _refuse_repeats([getattr(pair, side) for pair in trait.instructions], "instructions", side)
+    _refuse_repeats(trait.questions, "questions")
     positive = [_natural_key(prompt) for prompt in trait.positive_prompts]
     negative = [_natural_key(prompt) for prompt in trait.negative_prompts]
-    _refuse_repeats(positive, place.at("positive_prompts"))
-    _refuse_repeats(negative, place.at("negative_prompts"))
+    _refuse_repeats(positive, "positive_prompts")
+    _refuse_repeats(negative, "negative_prompts")
     for i, key in enumerate(negative):
         if key in positive:
-            raise place.at("negative_prompts").at(i).fail(f"{show(key)} stands on the positive side too; keep one")
+            raise problem(f"{show(key)} stands on the positive side too; keep one", "negative_prompts", i)
     return trait
+
+
+CheckedTraitFile = Annotated[TraitFile, AfterValidator(_no_repeats)]
 
 
 def _check_sides(data: Any, place: SourceLocation) -> None:
@@ -218,15 +222,14 @@ def _one_sided(place: SourceLocation, side: str) -> TraitError:
 
 
 def _refuse_repeats(
-    texts: Iterable[str], place: SourceLocation, side: str | None = None, *, key: Callable[[str], str] | None = None
+    texts: Iterable[str], key: str, side: str | None = None, *, normal: Callable[[str], str] | None = None
 ) -> None:
-    """Two entries that differ only by case, spaces or Unicode form count as the same."""
+    """Refuse an entry that differs from another only by case, spaces or Unicode form."""
     seen: dict[str, int] = {}
     for i, entry in enumerate(texts):
-        first = seen.setdefault((key or same_text)(entry), i)
+        first = seen.setdefault((normal or same_text)(entry), i)
         if first != i:
-            at = place.at(i).at(side) if side else place.at(i)
-            raise at.fail(f"{show(entry)} is entry {first} again; keep one")
+            raise problem(f"{show(entry)} is entry {first} again; keep one", key, i, *([side] if side else []))
 
 
 def same_text(entry: str) -> str:
@@ -239,7 +242,7 @@ def _marker_key(marker: str) -> str:
     return marker if marker.startswith("re:") else same_text(marker)
 
 
-def _natural_key(prompt: NaturalPrompt) -> str:
+def _natural_key(prompt: NaturalPrompt | _Natural) -> str:
     return prompt.prompt if prompt.system is None else f"{prompt.system}\n\n{prompt.prompt}"
 
 

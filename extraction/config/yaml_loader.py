@@ -1,7 +1,6 @@
-"""Strict YAML, and schemas as tables of rules.
+"""Strict YAML that keeps the line of every value, and three checks for records that are not settings.
 
-A rule is a function of a value and its place: it returns the value, or raises the place's error. A schema is a table of
-rules. Unknown keys are errors that name the nearest known key.
+Settings are checked by `extraction.config.validation`. The checks at the end serve the formats of other programs.
 """
 
 from __future__ import annotations
@@ -205,51 +204,6 @@ def text(value: Any, place: SourceLocation) -> str:
     if not value.strip():
         raise place.fail(f"{show(value)} is empty; write some text")
     return value
-
-
-def flag(value: Any, place: SourceLocation) -> bool:
-    """true or false."""
-    if not isinstance(value, bool):
-        raise place.fail(f"{show(value)} is not true or false; write one of them, unquoted")
-    return value
-
-
-def whole(low: int, high: int = 2**63 - 1) -> Rule:
-    """A whole number from low to high."""
-
-    def rule(value: Any, place: SourceLocation) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise place.fail(f"{show(value)} is not a whole number; give one from {low} up")
-        if not low <= value <= high:
-            raise place.fail(f"{value} is out of range; give a whole number from {low} to {high}")
-        return value
-
-    return rule
-
-
-def number(low: float, high: float, *, above: bool = False) -> Rule:
-    """A finite number from low (or above it) to high."""
-    span = f"{'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
-
-    def rule(value: Any, place: SourceLocation) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise place.fail(f"{show(value)} is not a number; give one {span}")
-        if not low <= value <= high or (above and value == low):  # NaN fails every comparison
-            raise place.fail(f"{value} is out of range; give a number {span}")
-        return float(value)
-
-    return rule
-
-
-def choice(*known: str) -> Rule:
-    """One of the known words."""
-
-    def rule(value: Any, place: SourceLocation) -> str:
-        if value not in known:
-            raise place.fail(f"{show(value)} is not known; {suggest(value, known)}")
-        return str(value)
-
-    return rule
 
 
 def items(rule: Rule, *, distinct: bool = False) -> Rule:

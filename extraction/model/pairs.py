@@ -58,7 +58,9 @@ def _root(spec: ModelSpec) -> ModelSpec:
 def _is_same(one: ModelSpec, other: ModelSpec) -> bool:
     """Whether two would load the same weights; a dtype of `auto` goes along with any."""
     same_dtype = one.dtype == other.dtype or "auto" in (one.dtype, other.dtype)
-    return same_dtype and replace(one, name="", dtype="", raw=False) == replace(other, name="", dtype="", raw=False)
+    return same_dtype and replace(one, name="", dtype="auto", raw=False) == replace(
+        other, name="", dtype="auto", raw=False
+    )
 
 
 def _load_shared(after: ModelSpec, before: ModelSpec, root: ModelSpec) -> tuple[LanguageModel, LanguageModel]:

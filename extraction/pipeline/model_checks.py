@@ -43,8 +43,8 @@ def capture_without_instruction(
     site, pooling = tensor.split(".", 1)
     settings = engine.job.experiment
     layers = ",".join(map(str, folder.shard_facts("activations", 0)["meta"]["layers"]))
-    capture = replace(settings.capture, layers=layers, sites=(site,), poolings=(pooling,))
-    reader = engine.turned_to(replace(engine.job, experiment=replace(settings, capture=capture)))
+    capture = settings.capture.model_copy(update={"layers": layers, "sites": (site,), "poolings": (pooling,)})
+    reader = engine.turned_to(replace(engine.job, experiment=settings.with_(capture=capture)))
     n_examples, n_pending = (sum(map(len, some)) for some in (shards, pending.values()))
     listener.begin(f"{trait.name}: instruction removed", n_examples, n_examples - n_pending)
     try:
@@ -163,7 +163,7 @@ def _trying(engine: ModelSession, plan: SweepPlan, scorer: Scorer, listener: Pro
     lengths = [len(prompt.token_ids) for prompt in (*plan.choose_on, *plan.report_on)]
     return SteeredGeneration(
         engine.lm,
-        Sample(settings.generation.temperature, settings.generation.top_k, settings.generation.top_p),
+        Sample.of(settings.generation),
         scorer,
         settings.generation.max_new_tokens,
         engine.batch_size(MODES["batched"], lengths),

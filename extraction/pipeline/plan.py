@@ -83,7 +83,7 @@ class RunPlan:
 
     def config(self, trait: Trait) -> dict[str, Any]:
         """What run.json pins: all that decides the bytes of the result."""
-        fields = experiment_to_dict(replace(self.experiment, traits=()))
+        fields = experiment_to_dict(self.experiment.with_(traits=()))
         if trait.name in self.unqueued:
             del fields["queue_size"]
         named = {"name": trait.name, "sha256": trait_fingerprint(trait)}
@@ -233,7 +233,7 @@ def _unqueued(root: Path, settings: Experiment, traits: Iterable[Trait]) -> froz
 
     Where another size is asked for, they are refused, as for any setting that is not theirs.
     """
-    if settings.queue_size not in (1, Experiment.queue_size):
+    if settings.queue_size not in (1, Experiment.model_fields["queue_size"].default):
         return frozenset()
     stored = {
         trait.name: trait_run(root / "experiments", settings.name, trait.name).stored_config() for trait in traits

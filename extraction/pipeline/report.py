@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extraction import __version__
+from extraction.config.settings import EXECUTION_FIELDS
 from extraction.core.errors import StoreError
 from extraction.core.records import POLARITIES, Trait
 from extraction.core.text import show_path
@@ -16,7 +17,7 @@ from extraction.pipeline.score import kept_responses
 from extraction.report.data import ReportData
 from extraction.storage.atomic import read_receipt
 from extraction.storage.experiment_dir import trait_runs, write_index
-from extraction.storage.run_dir import EXECUTION_FIELDS, fingerprint
+from extraction.storage.run_dir import fingerprint
 from extraction.storage.trait_run import TraitRun
 
 

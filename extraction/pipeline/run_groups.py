@@ -249,8 +249,7 @@ def _request(job: RunPlan, prompt: Prompt) -> Request:
 def _strategy(job: RunPlan) -> Sample:
     from extraction.engine.sampler import Sample
 
-    settings = job.experiment.generation
-    return Sample(settings.temperature, settings.top_k, settings.top_p)
+    return Sample.of(job.experiment.generation)
 
 
 def _row(lm: LanguageModel, prompt: Prompt, completion: Completion) -> Row:

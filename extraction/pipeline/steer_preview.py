@@ -113,7 +113,7 @@ def steer_preview(engine: ModelSession, trait: Trait, place: SteerSite, look: St
     judge = JUDGES[resolve_judge("auto", trait)]
     trying = SteeredGeneration(
         engine.lm,
-        Sample(settings.generation.temperature, settings.generation.top_k, settings.generation.top_p),
+        Sample.of(settings.generation),
         lambda pairs: [Judgement(judge(question, answer, trait)) for question, answer in pairs],
         settings.generation.max_new_tokens,
         batch_size=len(look.prompts) * len(conditions),

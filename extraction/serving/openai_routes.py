@@ -100,10 +100,9 @@ def routes(desk: Service) -> APIRouter:
 
 
 def _order(body: Completions | ChatCompletions, budget: int | None, field: str) -> RequestHandle:
-    temperature = 1.0 if body.temperature is None else body.temperature
     return RequestHandle(
         lane=(PLAIN, 0),
-        sample=Sample(temperature, body.top_k, 1.0 if body.top_p is None else body.top_p),
+        sample=Sample.of(body),
         max_new_tokens=budget,
         seed=seed_or_any(body.seed),
         field=field,

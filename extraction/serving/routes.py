@@ -74,7 +74,7 @@ def _order(
     desk.served.of(kind)
     return RequestHandle(
         lane=(kind, depth),
-        sample=Sample(body.temperature, body.top_k, body.top_p),
+        sample=Sample.of(body),
         max_new_tokens=budget,
         seed=seed_or_any(body.seed),
         field=field,
