@@ -13,7 +13,7 @@ from torch import Tensor
 
 from extraction.core.errors import ModelError
 from extraction.engine.generate import generate
-from extraction.model.attention_weights import NAME, AttentionReading, watch_attention
+from extraction.model.attention_weights import ATTENTION_NAME, AttentionReading, watch_attention
 from extraction.model.loading import LanguageModel, wrap
 from extraction.model.lora import share_weights
 from extraction.utils_batch import Request
@@ -297,7 +297,7 @@ def test_a_model_is_watched_once_at_a_time() -> None:
             pass
         logits_of(model, LONG)
     assert [len(found) for found in seen.values()] == [1, 1, 1]
-    assert model.config._attn_implementation != NAME
+    assert model.config._attn_implementation != ATTENTION_NAME
 
 
 def test_only_the_layers_asked_for_are_told_of() -> None:

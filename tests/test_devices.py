@@ -26,7 +26,7 @@ from extraction.engine.likelihood import divergences
 from extraction.engine.logit_diff import Amplify
 from extraction.engine.speculation import Speculate
 from extraction.engine.steering import Steering
-from extraction.model.devices import device_list, pick_device, placing, to_host
+from extraction.model.devices import device_list, pick_device, device_map_for, to_host
 from extraction.model.loading import LanguageModel, load, wrap
 from extraction.model.lora import share_weights
 from extraction.model.memory import CPU_AUTO_BATCH, auto_batch_size
@@ -175,14 +175,14 @@ def test_where_the_embeddings_are_fetched_the_device_is_where_they_compute(tmp_p
 
 def test_words_for_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
-        assert placing("balanced") == {"device_map": "cpu"}  # there is nothing to spread over
+        assert device_map_for("balanced") == {"device_map": "cpu"}  # there is nothing to spread over
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     assert (pick_device("auto"), pick_device("cuda:1"), pick_device("balanced")) == ("cuda", "cuda:1", "cuda:0")
     assert (device_list("auto"), device_list("sequential")) == (("cuda",), ("cuda:0", "cuda:1"))
-    assert placing("auto") == {"device_map": "cuda"}
-    spread = placing("balanced")
+    assert device_map_for("auto") == {"device_map": "cuda"}
+    spread = device_map_for("balanced")
     assert spread["device_map"] == "balanced"
     assert {spread["max_memory"][i] for i in (0, 1)} == {800}
     with pytest.raises(ModelError, match="cuda:2"):

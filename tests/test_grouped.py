@@ -63,7 +63,7 @@ def test_the_engine_answers_as_the_model_does(name: str) -> None:
     requests = [Request(str(i), ids, 14) for i, ids in enumerate(prompts(9))]
     wanted = {request.id: reference_greedy(lm.model, request.token_ids, 14, lm.stop_ids) for request in requests}
     with gqa_decoding(lm):
-        assert implementation(lm) == gqa_decode.NAMES["eager"]
+        assert implementation(lm) == gqa_decode.ATTENTION_NAMES["eager"]
     assert {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)} == wanted
 
 

@@ -15,18 +15,18 @@ from torch.nn import functional
 from extraction.engine.generate import generate
 from extraction.model import onednn_linear
 from extraction.model.loading import wrap
-from extraction.model.onednn_linear import OneDnnLinear, is_proven, is_worthwhile, use_onednn, without_onednn
+from extraction.model.onednn_linear import OneDnnLinear, is_accurate, is_worthwhile, use_onednn, without_onednn
 from extraction.utils_batch import Capture, Request
 from tests.tiny import deviation, prompts, tiny_model
 
-needs_op = pytest.mark.skipif(not is_proven(), reason="this torch has no such operation")
+needs_op = pytest.mark.skipif(not is_accurate(), reason="this torch has no such operation")
 
 
 @pytest.fixture
 def paying(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an AMD processor, and for layers of any size."""
     monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: True)
-    monkeypatch.setattr(onednn_linear, "SMALL", 0)
+    monkeypatch.setattr(onednn_linear, "MIN_MULTIPLICATIONS", 0)
 
 
 def layer(n_in: int = 64, n_out: int = 96, *, bias: bool = True) -> nn.Linear:
@@ -119,7 +119,7 @@ def test_few_programs_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_linear, "onednn_linear", lambda *_: pytest.fail("asked oneDNN"))
     weight = torch.randn(96, 64)
-    n_small = onednn_linear.SMALL // weight.numel()
+    n_small = onednn_linear.MIN_MULTIPLICATIONS // weight.numel()
     onednn_linear.linear(torch.randn(n_small, 64), weight, None)
     with pytest.raises(pytest.fail.Exception, match="asked oneDNN"):
         onednn_linear.linear(torch.randn(n_small + 1, 64), weight, None)

@@ -221,7 +221,7 @@ def test_the_careful_way_is_the_plain_way_for_plain_text(kind, template, questio
     tok = tokenizer(kind, template)
     messages = (("user", f"{system}\n\n{question}"),)
     rendered = chat_template._render(tok, messages)
-    pieces = chat_template._Skeleton.of(tok, messages, rendered).pieces(messages, rendered)
+    pieces = chat_template._TemplateOutline.of(tok, messages, rendered).split(messages, rendered)
     assert chat_template._literal_ids(tok, pieces) == chat_template._ids(tok, rendered)
 
 

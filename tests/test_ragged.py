@@ -55,9 +55,9 @@ needs_op = pytest.mark.skipif(not _works(), reason="this torch has no sampled pr
 def paying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on an AMD processor; what is proven here is forgotten."""
     monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: True)
-    gqa_decode._proven.clear()
+    gqa_decode._is_equal.clear()
     yield
-    gqa_decode._proven.clear()
+    gqa_decode._is_equal.clear()
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -104,10 +104,10 @@ def test_a_mask_is_listed_once_and_forgotten() -> None:
     assert live_columns(other, key) is not found
     narrow = torch.randn(B, G, S, C)
     assert live_columns(mask, narrow).n_keys != found.n_keys  # keys that lie otherwise
-    n_listed = len(sparse_decode._listed)
+    n_listed = len(sparse_decode._cached)
     del mask, other, found
     gc.collect()
-    assert len(sparse_decode._listed) == n_listed - 2
+    assert len(sparse_decode._cached) == n_listed - 2
 
 
 def test_what_does_not_suit_is_refused() -> None:
@@ -152,12 +152,12 @@ def test_the_engine_answers_as_the_model_does(name: str, monkeypatch: pytest.Mon
     requests = [Request(str(i), ids, 4 + 3 * (i % 5)) for i, ids in enumerate(prompts(11))]
     wanted = {r.id: reference_greedy(lm.model, r.token_ids, r.max_new_tokens, lm.stop_ids) for r in requests}
     with gqa_decoding(lm):
-        assert implementation(lm) == gqa_decode.NAMES["sdpa"]
+        assert implementation(lm) == gqa_decode.ATTENTION_NAMES["sdpa"]
     n_calls[0] = 0
     found = {c.id: c for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers))))}
     assert {key: c.token_ids for key, c in found.items()} == wanted
     assert n_calls[0] > 8 * lm.n_layers
-    monkeypatch.setattr(gqa_decode, "_pays", lambda *_: False)
+    monkeypatch.setattr(gqa_decode, "_is_faster", lambda *_: False)
     for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers)))):
         key = "residual.response_mean"
         assert deviation(found[c.id].activations[key], c.activations[key]) < 1e-5
