@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from extraction.activations.experts import find_mixture
+from extraction.activations.experts import find_mixture_of_experts
 from extraction.activations.internals import Part, parts_of, stream_of
 from extraction.activations.sites import watch_taps
 from extraction.core.errors import ModelError
@@ -361,11 +361,11 @@ def test_a_mixture_is_known_by_what_it_gives() -> None:
     _, weights_Nk, experts_Nk = block.mlp.gate(hidden_ND)
     output_ND = block.mlp.experts(hidden_ND, experts_Nk, weights_Nk)
     routers: list[nn.Module] = [block.mlp.gate]
-    assert find_mixture(routers, block.mlp.experts, hidden_ND, output_ND, 1e-4) is not None
+    assert find_mixture_of_experts(routers, block.mlp.experts, hidden_ND, output_ND, 1e-4) is not None
     swapped_ND = block.mlp.experts(hidden_ND, experts_Nk, weights_Nk.flip(-1))
     for wrong_ND in (swapped_ND, 1.01 * output_ND, -output_ND):
-        assert find_mixture(routers, block.mlp.experts, hidden_ND, wrong_ND, 1e-4) is None
-    assert find_mixture([block.self_attn.q_proj], block.mlp.experts, hidden_ND, output_ND, 1e-4) is None
+        assert find_mixture_of_experts(routers, block.mlp.experts, hidden_ND, wrong_ND, 1e-4) is None
+    assert find_mixture_of_experts([block.self_attn.q_proj], block.mlp.experts, hidden_ND, output_ND, 1e-4) is None
 
 
 # --- in the engine ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from extraction.engine.generate import generate
 from extraction.model.loading import wrap
 from extraction.utils_batch import Completion, Request
 from tests.test_engine_laws import case_of, one_line, run, tokens_of
-from tests.test_readings_laws import (
+from tests.test_per_token_laws import (
     ALL_LAYERS,
     POISON,
     broken_at,

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from extraction.activations.internals import parts_of
 from extraction.activations.pooled import EndedRow, reshape_hidden
-from extraction.activations.sites import Tap, points_of, watch_taps
+from extraction.activations.sites import Tap, stream_points, watch_taps
 from extraction.core.errors import ActivationError, ConfigError
 from extraction.core.records import POINTS
 from extraction.model.attention_weights import AttentionReading, watch_attention
@@ -112,7 +112,7 @@ class ProjectionReader:
         self.units_DK: dict[tuple[int, torch.device], Tensor] = {
             (i, lm.device): unit_DK.to(lm.device, self.wide) for i, unit_DK in enumerate(unit_LDK)
         }
-        self.points = points_of(lm, layers)
+        self.points = stream_points(lm, layers)
         self.pass_BTMK: Tensor | None = None
 
     def watching(self) -> AbstractContextManager[None]:
@@ -203,7 +203,7 @@ class MeanAttentionReader(AttentionReader):
     def finish(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
         """Rows as wide as the text, with zeros to the right."""
         none = torch.zeros(0, len(self.layers), n_tokens)
-        return {"attention": stacked([none, *(part["attention"] for part in parts)], n_tokens)}
+        return {"attention": stack_padded([none, *(part["attention"] for part in parts)], n_tokens)}
 
 
 class HeadAttentionReader(AttentionReader):
@@ -215,9 +215,9 @@ class HeadAttentionReader(AttentionReader):
         """What was noted."""
         (attended,) = self._noted()
         return {
-            "attention": _on_host(attended.weights_BHTS.transpose(1, 2)),
-            "rot_q": _on_host(attended.q_BTHC),
-            "rot_k": _on_host(attended.k_BTGC),
+            "attention": _to_host(attended.weights_BHTS.transpose(1, 2)),
+            "rot_q": _to_host(attended.q_BTHC),
+            "rot_k": _to_host(attended.k_BTGC),
         }
 
     def of_row(self, given: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
@@ -228,7 +228,7 @@ class HeadAttentionReader(AttentionReader):
     def finish(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
         """Rows as wide as the text, with zeros to the right."""
         joined = {name: torch.cat([part[name] for part in parts]) for name in ("rot_q", "rot_k")}
-        return {"attention": stacked([part["attention"] for part in parts], n_tokens), **joined}
+        return {"attention": stack_padded([part["attention"] for part in parts], n_tokens), **joined}
 
 
 class InternalsReader:
@@ -262,7 +262,7 @@ class InternalsReader:
         as_tokens = {tap: hidden.reshape(*self.shape, hidden.shape[-1]) for tap, hidden in noted.items()}
         given = {part.name: as_tokens[part.tap] for part in self.parts}
         sums = {part.name: given[part.name] + as_tokens[part.added] for part in self.parts if part.added is not None}
-        return {part.name: _on_host(part.read((given | sums)[part.name])) for part in self.parts}
+        return {part.name: _to_host(part.read((given | sums)[part.name])) for part in self.parts}
 
     def of_row(self, given: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
         """Its tokens end at the right edge."""
@@ -282,12 +282,12 @@ def last_tokens(given: TokenRecord, row: int, n_new: int) -> TokenRecord:
     return {name: tensor[row, tensor.shape[1] - n_new :] for name, tensor in given.items()}
 
 
-def _on_host(tensor: Tensor) -> Tensor:
+def _to_host(tensor: Tensor) -> Tensor:
     """A copy there: numbers in float32 (whole ones as they are)."""
     return tensor.to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def stacked(rows: Sequence[Tensor], width: int) -> Tensor:
+def stack_padded(rows: Sequence[Tensor], width: int) -> Tensor:
     """Rows [n, ..., S], one below the other, with zeros to the right."""
     return torch.cat([pad(row, (0, width - row.shape[-1])) for row in rows])
 
@@ -295,13 +295,13 @@ def stacked(rows: Sequence[Tensor], width: int) -> Tensor:
 # --- the observer ---------------------------------------------------------------------------------------------------
 
 
-def _owned(kept: TokenRecord) -> TokenRecord:
+def _clone_tensors(kept: TokenRecord) -> TokenRecord:
     """Copies: a view of one row would keep its neighbours' share of the pass alive, however soon those have ended."""
     return {name: part.clone() for name, part in kept.items()}
 
 
 @dataclass
-class _Text:
+class _SlotText:
     """What is kept of the request in one slot: the tokens read so far, and what every stream gave, pass by pass."""
 
     n_prompt: int = 0
@@ -317,7 +317,7 @@ class TokenCapture:
         if width > 1:
             raise ConfigError("tokens are read one at a time: generate without speculation")
         self.streams, self.dtype = streams, lm.dtype
-        self.texts = [_Text() for _ in range(slots)]
+        self.texts = [_SlotText() for _ in range(slots)]
         self.given: list[TokenRecord] = []
 
     @contextmanager
@@ -332,7 +332,7 @@ class TokenCapture:
     def entering(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
         """Around the prefill of the rows that enter."""
         for row, n_prompt in zip(rows_R.tolist(), mask_RP.sum(1).tolist(), strict=True):
-            self.texts[row] = _Text(n_prompt=n_prompt, n_read=n_prompt, live=True, parts=[[] for _ in self.streams])
+            self.texts[row] = _SlotText(n_prompt=n_prompt, n_read=n_prompt, live=True, parts=[[] for _ in self.streams])
         readers = [stream for stream in self.streams if stream.reads_prompts]
         for stream in readers:
             stream.open(*mask_RP.shape)
@@ -342,7 +342,7 @@ class TokenCapture:
                 given = stream.close()
                 for place, row in enumerate(rows_R.tolist()):
                     text = self.texts[row]
-                    text.parts[i].append(_owned(stream.of_row(given, place, text.n_prompt, 0)))
+                    text.parts[i].append(_clone_tensors(stream.of_row(given, place, text.n_prompt, 0)))
 
     @contextmanager
     def stepping(self, width: int) -> Iterator[None]:
@@ -357,7 +357,7 @@ class TokenCapture:
         for row, text in enumerate(self.texts):
             if text.live:
                 for stream, given, parts in zip(self.streams, self.given, text.parts, strict=True):
-                    parts.append(_owned(stream.of_row(given, row, 1, text.n_read)))
+                    parts.append(_clone_tensors(stream.of_row(given, row, 1, text.n_read)))
                 text.n_read += 1
         self.given = []
 
@@ -374,7 +374,7 @@ class TokenCapture:
         return found
 
     def _finished(self, ended: EndedRow) -> TokenRecord:
-        text, self.texts[ended.slot] = self.texts[ended.slot], _Text()
+        text, self.texts[ended.slot] = self.texts[ended.slot], _SlotText()
         kept: TokenRecord = {}
         for stream, parts in zip(self.streams, text.parts, strict=True):
             counted = parts[: ended.n_tokens + int(stream.reads_prompts)]
@@ -384,4 +384,4 @@ class TokenCapture:
     def repack(self, rows_B: Tensor) -> None:
         """Keep only these slots; one that is named again is an empty one."""
         rows = rows_B.tolist()
-        self.texts = [self.texts[row] if row not in rows[:i] else _Text() for i, row in enumerate(rows)]
+        self.texts = [self.texts[row] if row not in rows[:i] else _SlotText() for i, row in enumerate(rows)]

@@ -142,7 +142,7 @@ def test_only_neighbouring_columns_of_one_cache_will_do() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine_answers_as_the_model_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = wrap(tiny_model(name, **MODELS[name]))
-    n_calls, own = [0], gqa_decode.ragged_attention
+    n_calls, own = [0], gqa_decode.sparse_attention
 
     def counted(query: Tensor, key: Tensor, value: Tensor, columns: LiveColumns, *, scaling: float) -> Tensor:
         n_calls[0] += 1
@@ -192,7 +192,7 @@ def test_no_more_columns_are_read_than_rows_need(monkeypatch: pytest.MonkeyPatch
 @needs_op
 @pytest.mark.usefixtures("paying")
 def test_without_a_proof_the_models_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = gqa_decode.ragged_attention
+    own = gqa_decode.sparse_attention
     monkeypatch.setattr(gqa_decode, "sparse_attention", lambda *given, **settings: own(*given, **settings) * 1.01)
     lm = wrap(tiny_model("llama", **ONE_EACH))
     before = implementation(lm)
