@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from extraction.core.errors import ActivationError, ModelError
+from extraction.core.records import SITES
 from extraction.model.hooks import watch, watch_inputs
 
 if TYPE_CHECKING:
     from extraction.model.loading import LanguageModel
-
-SITES = ("residual", "attention", "mlp", "residual_mid")
 
 
 @dataclass(frozen=True)

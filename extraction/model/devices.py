@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from extraction.core.errors import ModelError
+from extraction.core.records import DEVICE_STRATEGIES
 
-SPREADS = ("balanced", "balanced_low_0", "sequential")  # accelerate's strategies to place a model over all GPUs
 # most tokens of a prefill, with padding: a CPU is fastest while a layer's intermediate results fit its caches
 PREFILL_TOKENS_BY_DEVICE, PREFILL_TOKENS_DEFAULT = {"cpu": 1024}, 8192
 WEIGHTS_FRACTION = (
@@ -27,20 +27,20 @@ WEIGHTS_FRACTION = (
 def pick_device(requested: str) -> str:
     """Return the requested device; for `auto` CUDA (or ROCm), else MPS, else the CPU.
 
-    For a model over several GPUs (SPREADS), the first of them. Raises ModelError if this machine lacks the device.
+    For a model over several GPUs, the first of them. Raises ModelError if this machine lacks the device.
     """
-    if requested not in ("auto", *SPREADS):
+    if requested not in ("auto", *DEVICE_STRATEGIES):
         _check_present(requested)
         return requested
     if torch.cuda.is_available():
-        return "cuda:0" if requested in SPREADS else "cuda"
+        return "cuda:0" if requested in DEVICE_STRATEGIES else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def device_map_for(requested: str) -> dict[str, Any]:
     """Return `from_pretrained`'s placement arguments: one device, or a strategy with the bytes that each may hold."""
     devices = device_list(requested)
-    if requested not in SPREADS or not is_cuda(devices[0]):
+    if requested not in DEVICE_STRATEGIES or not is_cuda(devices[0]):
         return {"device_map": devices[0]}
     limits: dict[int | str, int] = {
         i: int(WEIGHTS_FRACTION * (_free_on(device) or 0)) for i, device in enumerate(devices)
@@ -80,9 +80,9 @@ def compute_device(module: nn.Module, weight: Tensor) -> torch.device:
 
 
 def device_list(requested: str) -> tuple[str, ...]:
-    """Return the devices that a model is placed on: all GPUs for one of SPREADS, else one."""
+    """Return the devices that a model is placed on: all GPUs for one of DEVICE_STRATEGIES, else one."""
     first = pick_device(requested)
-    if requested in SPREADS and is_cuda(first):
+    if requested in DEVICE_STRATEGIES and is_cuda(first):
         return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
     return (first,)
 
