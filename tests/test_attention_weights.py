@@ -104,8 +104,8 @@ def test_observed_weights_equal_transformers_own_and_the_model_is_unchanged(name
     assert deviation(during_TV, before_TV) < 2e-5
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        wanted = model(input_ids=torch.tensor([LONG]), use_cache=False, output_attentions=True).attentions
-    for (reading,), weights_BHTS in zip(seen.values(), wanted, strict=True):
+        expected = model(input_ids=torch.tensor([LONG]), use_cache=False, output_attentions=True).attentions
+    for (reading,), weights_BHTS in zip(seen.values(), expected, strict=True):
         assert deviation(reading.weights_BHTS, weights_BHTS) < 2e-5
         row_BHT = reading.weights_BHTS.sum(-1)
         assert (row_BHT < 1 + 1e-6).all()

@@ -225,15 +225,15 @@ LACKS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, LACKS_CUDA])])
 def test_to_host_copies_tensors_unchanged(device: str) -> None:
-    given = [
+    tensors = [
         torch.randn(n, 3, device=device, dtype=dtype) for n in (0, 1, 900) for dtype in (torch.float32, torch.half)
     ]
-    wanted = [tensor.clone() for tensor in given]
-    found = to_host(given)
+    expected = [tensor.clone() for tensor in tensors]
+    found = to_host(tensors)
     if device == "cuda":
-        for tensor in given:
+        for tensor in tensors:
             tensor.zero_()  # the result is a copy
-    for tensor, same in zip(found, wanted, strict=True):
+    for tensor, same in zip(found, expected, strict=True):
         assert tensor.device.type == "cpu"
         assert not tensor.is_pinned()
         assert tensor.dtype == same.dtype

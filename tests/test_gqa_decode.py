@@ -49,8 +49,8 @@ def repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: f
 @pytest.mark.parametrize("kind", ["boolean", "added"])
 def test_it_equals_attention_with_copied_heads(width: int, softcap: float | None, kind: str) -> None:
     query, key, value, mask = drawn(width)
-    given = mask if kind == "boolean" else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    found = gqa_attention(query, key, value, given, scaling=C**-0.5, softcap=softcap)
+    mask_or_bias = mask if kind == "boolean" else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    found = gqa_attention(query, key, value, mask_or_bias, scaling=C**-0.5, softcap=softcap)
     assert deviation(found, repeated(query, key, value, mask, softcap)) < 1e-6
     others = query.view(B, H // G, G, width, C).transpose(1, 2).reshape(query.shape)  # heads assigned to groups in turn
     assert deviation(found, repeated(others, key, value, mask, softcap)) > 1e-2
@@ -61,10 +61,10 @@ def test_it_equals_attention_with_copied_heads(width: int, softcap: float | None
 def test_the_engines_tokens_equal_the_models(name: str) -> None:
     lm = wrap(shared_model(name))
     requests = [Request(str(i), ids, 14) for i, ids in enumerate(prompts(9))]
-    wanted = {request.id: reference_greedy(lm.model, request.token_ids, 14, lm.stop_ids) for request in requests}
+    expected = {request.id: reference_greedy(lm.model, request.token_ids, 14, lm.stop_ids) for request in requests}
     with gqa_decoding(lm):
         assert implementation(lm) == gqa_decode.ATTENTION_NAMES["eager"]
-    assert {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)} == wanted
+    assert {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)} == expected
 
 
 def test_decode_steps_use_it_and_prefills_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +74,9 @@ def test_decode_steps_use_it_and_prefills_do_not(monkeypatch: pytest.MonkeyPatch
     lm, seen = wrap(tiny_model("gemma2")), []
     own = modeling_gemma2.eager_attention_forward
 
-    def counted(module: torch.nn.Module, query: Tensor, *given: Tensor, **settings: object) -> tuple[Tensor, Tensor]:
+    def counted(module: torch.nn.Module, query: Tensor, *args: Tensor, **settings: object) -> tuple[Tensor, Tensor]:
         seen.append(query.shape[2])
-        return own(module, query, *given, **settings)
+        return own(module, query, *args, **settings)
 
     monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", counted)
     requests = [Request("a", tuple(range(3, 90)), 6)]
@@ -113,6 +113,6 @@ def test_the_former_implementation_is_restored_after_an_error() -> None:
 def test_observed_attention_is_not_replaced() -> None:
     lm = wrap(shared_model("gemma2"))
     with watch_attention(lm, (0,), lambda *_: None):
-        watched = implementation(lm)
+        observed = implementation(lm)
         with gqa_decoding(lm):
-            assert implementation(lm) == watched
+            assert implementation(lm) == observed

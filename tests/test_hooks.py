@@ -109,8 +109,8 @@ def test_inputs_are_observed_by_position_and_by_keyword() -> None:
 def test_the_rest_of_a_tuple_output_is_kept() -> None:
     pair, seen = Pair(), []
     with watch({0: pair}, lambda _key, hidden: seen.append(hidden.clone())):
-        watched = pair(torch.zeros(1, 1, 2))
-    assert watched[1] == "extra"
+        observed = pair(torch.zeros(1, 1, 2))
+    assert observed[1] == "extra"
     assert torch.equal(seen[0], torch.ones(1, 1, 2))
     with steer({0: pair}, lambda _key, hidden: hidden * 5):
         steered = pair(torch.zeros(1, 1, 2))
@@ -121,15 +121,15 @@ def test_the_rest_of_a_tuple_output_is_kept() -> None:
 
 def test_steering_changes_later_modules_only() -> None:
     model, ones = chain(), torch.ones(1, 1, 4)
-    given: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def shift(_key: object, hidden: Tensor) -> Tensor:
-        given.append(hidden)
+        inputs.append(hidden)
         return hidden + 10
 
     with steer({0: model[0]}, shift):
         assert float(model(ones)[0, 0, 0]) == 36.0
-    assert float(given[0][0, 0, 0]) == 2.0
+    assert float(inputs[0][0, 0, 0]) == 2.0
     assert float(ones[0, 0, 0]) == 1.0
     assert float(model(ones)[0, 0, 0]) == 6.0
 

@@ -163,15 +163,19 @@ def picked(name: str, layer: int, ids: Sequence[int], dtype: torch.dtype = torch
     block = blocks(model)[layer]
     text = torch.tensor([list(ids)])
     seen: Seen = {}
-    side = PARALLEL.get(name)
+    parallel = PARALLEL.get(name)
     for part, (path, inputs, read) in BY_HAND[name].items():
         with taps([block.get_submodule(path)], inputs=inputs) as got:
             model(input_ids=text, use_cache=False)
         seen[part] = read(got[0].reshape(len(ids), -1))
-    with taps([block], inputs=True) as given, taps([block]) as gave, taps([block.get_submodule(side or "")]) as added:
+    with (
+        taps([block], inputs=True) as inputs,
+        taps([block]) as outputs,
+        taps([block.get_submodule(parallel or "")]) as added,
+    ):
         model(input_ids=text, use_cache=False)
-    seen |= {"residual_in": given[0][0], "residual_out": gave[0][0]}
-    return seen | ({"residual_mid": given[0][0] + added[0][0]} if side else {})
+    seen |= {"residual_in": inputs[0][0], "residual_out": outputs[0][0]}
+    return seen | ({"residual_mid": inputs[0][0] + added[0][0]} if parallel else {})
 
 
 @pytest.mark.parametrize(
@@ -179,13 +183,13 @@ def picked(name: str, layer: int, ids: Sequence[int], dtype: torch.dtype = torch
     [(name, layer) for name in BY_HAND for layer in ((0, LAYERS - 1) if name in ("llama", "gemma2") else (0,))],
 )
 def test_parts_equal_those_named_by_hand(name: str, layer: int) -> None:
-    read, wanted = (
+    read, expected = (
         read_alone(wrap(shared_model(name, torch.float32)), found(name, layer), LONG),
         picked(name, layer, LONG),
     )
     of_a_mixture = {"mlp_up", "mlp_gate", "mlp_activation", "mlp_down", "experts", "expert_weights"}
-    assert set(read) - (of_a_mixture if name in MIXTURES else set()) == set(wanted)
-    for part, value in wanted.items():
+    assert set(read) - (of_a_mixture if name in MIXTURES else set()) == set(expected)
+    for part, value in expected.items():
         assert deviation(read[part], value) < 1e-6, part
 
 
@@ -194,9 +198,9 @@ def test_parts_are_found_in_float64_too(name: str) -> None:
     if name == "mixtral":
         pytest.skip("torch multiplies grouped matrices in float32 at most")
     read = read_alone(wrap(shared_model(name, torch.float64)), found(name, 1, torch.float64), LONG)
-    wanted = picked(name, 1, LONG, torch.float64)
-    assert set(read) == set(wanted)
-    for part, value in wanted.items():
+    expected = picked(name, 1, LONG, torch.float64)
+    assert set(read) == set(expected)
+    for part, value in expected.items():
         assert read[part].dtype == torch.float64
         assert deviation(read[part], value) < 1e-14, part
 
@@ -281,12 +285,12 @@ def test_weighted_values_through_the_output_projection_are_what_attention_adds(
     with watch_attention(lm, [1], lambda _, a: seen.update(weights=a.weights_BHTS[0].clone())):
         v_TGC = read_alone(lm, parts, LONG)["v"]
     module: Any = blocks(model)[1].get_submodule(attention)
-    with taps([module]) as gave, torch.no_grad():
+    with taps([module]) as outputs, torch.no_grad():
         model(input_ids=torch.tensor([list(LONG)]), use_cache=False)
         v_THC = v_TGC.repeat_interleave(HEADS // v_TGC.shape[1], dim=1)
         mixed_THC = torch.einsum("hts,shc->thc", seen["weights"], v_THC)
-        assert deviation(getattr(module, out)(mixed_THC.flatten(1)), gave[0][0]) < 1e-5
-        assert deviation(getattr(module, out)(mixed_THC.flip(1).flatten(1)), gave[0][0]) > 1e-2
+        assert deviation(getattr(module, out)(mixed_THC.flatten(1)), outputs[0][0]) < 1e-5
+        assert deviation(getattr(module, out)(mixed_THC.flip(1).flatten(1)), outputs[0][0]) > 1e-2
 
 
 def test_the_parts_of_llamas_mlp_compose_to_its_output() -> None:
@@ -334,16 +338,16 @@ def test_the_parts_of_a_mixture_are_those_of_each_tokens_experts(name: str, by_h
     model = shared_model(name, torch.float32)
     read = read_alone(wrap(model), found(name, 1), LONG)
     mlp: Any = blocks(model)[1].mlp
-    with taps([mlp], inputs=True) as given, torch.no_grad():
+    with taps([mlp], inputs=True) as inputs, torch.no_grad():
         model(input_ids=torch.tensor([list(LONG)]), use_cache=False)
     assert read["experts"].dtype == torch.int64
-    for t, x_D in enumerate(given[0][0]):
+    for t, x_D in enumerate(inputs[0][0]):
         chosen, rows = by_hand(mlp, x_D)
         weights, ups, gates, activations, outs = zip(*rows, strict=True)
         assert read["experts"][t].tolist() == chosen.tolist()
         assert deviation(read["expert_weights"][t], torch.tensor(weights)) < 1e-5
-        for part, wanted in {"mlp_up": ups, "mlp_gate": gates, "mlp_activation": activations}.items():
-            assert deviation(read[part][t], torch.stack(wanted)) < 1e-5, part
+        for part, expected in {"mlp_up": ups, "mlp_gate": gates, "mlp_activation": activations}.items():
+            assert deviation(read[part][t], torch.stack(expected)) < 1e-5, part
         out_D = sum(weight * out_D for weight, out_D in zip(weights, outs, strict=True))
         assert deviation(read["mlp_down"][t], torch.as_tensor(out_D)) < 1e-5
 
@@ -353,9 +357,9 @@ def test_mlp_down_includes_a_shared_expert(name: str) -> None:
     model = shared_model(name, torch.float32)
     read = read_alone(wrap(model), found(name, 1, attention=name != "deepseek_v2"), LONG)
     mlp: Any = blocks(model)[1].mlp
-    with taps([mlp]) as gave, taps([mlp.experts]) as routed, torch.no_grad():
+    with taps([mlp]) as outputs, taps([mlp.experts]) as routed, torch.no_grad():
         model(input_ids=torch.tensor([list(LONG)]), use_cache=False)
-    assert deviation(read["mlp_down"], gave[0][0]) < 1e-6
+    assert deviation(read["mlp_down"], outputs[0][0]) < 1e-6
     assert deviation(read["mlp_down"], routed[0]) > 1e-2
     weights: Tensor = mlp.experts.down_proj
     out_TkD = torch.einsum("tkf,tkdf->tkd", read["mlp_activation"], weights[read["experts"]])
@@ -391,10 +395,10 @@ def test_parts_in_the_engines_batch_equal_those_of_one_pass(name: str) -> None:
     assert done == plain
     for row, request in enumerate(requests):
         text = request.token_ids + done[request.id][:-1]
-        for part, wanted in read_alone(lm, parts, text).items():
+        for part, expected in read_alone(lm, parts, text).items():
             prefill, *steps = (value[row] for value in seen[part])
             read = torch.cat([prefill[-len(request.token_ids) :], *steps])
-            assert deviation(read, wanted) < 1e-5, part
+            assert deviation(read, expected) < 1e-5, part
 
 
 # --- layouts, and parts that can't be found ---------------------------------------------------------------------------
@@ -425,8 +429,8 @@ def test_a_projection_is_identified_by_its_numbers_not_by_its_width(seed: int) -
     lm = wrap(model)
     parts = parts_of(lm, 1)
     assert all(part.tap.module is block.attn.c_attn for part in parts[:2])
-    for part, wanted in picked("gpt2", 1, LONG).items():
-        assert deviation(read_alone(lm, parts, LONG)[part], wanted) < 1e-5, part
+    for part, expected in picked("gpt2", 1, LONG).items():
+        assert deviation(read_alone(lm, parts, LONG)[part], expected) < 1e-5, part
 
 
 class Nudged(nn.Module):

@@ -21,7 +21,7 @@ from extraction.engine.generate import generate
 from extraction.engine.steering import Steering
 from extraction.model.loading import LanguageModel, load, load_over, read_config, read_tokenizer
 from extraction.utils_batch import Capture, Request
-from tests.lora import CONFIG, WEIGHTS, as_peft_has_it, change_config, saved_adapter, saved_base
+from tests.lora import CONFIG, WEIGHTS, change_config, peft_reference, saved_adapter, saved_base
 from tests.runs import environment
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY, deviation, prompts, tiny_tokenizer
 
@@ -70,10 +70,10 @@ def test_an_adapters_logits_equal_pefts(tmp_path: Path, kind: str) -> None:
     base = saved_base(tmp_path / "base", name)
     adapter = saved_adapter(tmp_path / "adapter", base, **options)
     with torch.inference_mode():
-        wanted = as_peft_has_it(adapter, base)(input_ids=IDS_BT).logits
+        expected = peft_reference(adapter, base)(input_ids=IDS_BT).logits
     lm = load(spec(adapter))
-    assert deviation(logits(lm), wanted) < 1e-5
-    assert deviation(logits(load(spec(base))), wanted) > 1e-2  # negative control: without the adapter
+    assert deviation(logits(lm), expected) < 1e-5
+    assert deviation(logits(load(spec(base))), expected) > 1e-2  # negative control: without the adapter
     assert lm.n_layers == LAYERS
     assert not [name for name, _ in lm.model.named_parameters() if "lora" in name]
 
@@ -131,9 +131,9 @@ def test_capture_and_steering_are_equal_with_a_merged_and_an_attached_adapter(ad
     found = []
     for lm in (load(spec(adapter)), load_over(load(spec(base)), spec(adapter))):
         found.append({c.id: c for c in generate(lm, requests, batch_size=3, capture=capture)})
-    for name, wanted in found[0].items():
-        assert found[1][name].token_ids == wanted.token_ids
-        for key, tensor in wanted.activations.items():
+    for name, expected in found[0].items():
+        assert found[1][name].token_ids == expected.token_ids
+        for key, tensor in expected.activations.items():
             assert deviation(found[1][name].activations[key], tensor) < 1e-4
 
 
@@ -257,9 +257,9 @@ def test_a_damaged_adapter_is_refused_in_one_line(adapter: Path, name: str) -> N
 
 
 def test_unknown_fields_at_their_defaults_are_ignored(adapter: Path) -> None:
-    wanted = logits(load(spec(adapter)))
+    expected = logits(load(spec(adapter)))
     change_config(adapter, use_new_feature=False, new_size=16, new_list=[])
-    assert torch.equal(logits(load(spec(adapter))), wanted)
+    assert torch.equal(logits(load(spec(adapter))), expected)
 
 
 # --- by hub ids -------------------------------------------------------------------------------------------------------
@@ -296,6 +296,6 @@ def test_an_adapter_and_its_base_are_found_in_the_hub_cache(tmp_path: Path, adap
     )
     alone, after, before, shares = result.stdout.split()
     change_config(adapter, base_model_name_or_path=str(base))
-    wanted = [float(logits(load(spec(folder)))[0, -1, 3]) for folder in (adapter, base)]
-    assert [float(alone), float(after), float(before)] == pytest.approx([wanted[0], *wanted], rel=1e-4)
+    expected = [float(logits(load(spec(folder)))[0, -1, 3]) for folder in (adapter, base)]
+    assert [float(alone), float(after), float(before)] == pytest.approx([expected[0], *expected], rel=1e-4)
     assert shares == "True"

@@ -146,9 +146,9 @@ def test_amplification_steering_and_capture_are_equal_with_shared_weights(adapte
     apart = ModelPair(load(spec(adapter)), load(spec(base)), "adapter", "base", False)
     capture = Capture((0, 1, 2))
     one, two = amplified_answers(shared, capture=capture), amplified_answers(apart, capture=capture)
-    for name, wanted in two.items():
-        assert one[name].token_ids == wanted.token_ids
-        for key, tensor in wanted.activations.items():
+    for name, expected in two.items():
+        assert one[name].token_ids == expected.token_ids
+        for key, tensor in expected.activations.items():
             assert deviation(one[name].activations[key], tensor) < 1e-4
     swapped = amplified_answers(ModelPair(apart.before, apart.after, "base", "adapter", False))
     assert [c.token_ids for c in swapped.values()] != [two[name].token_ids for name in swapped]  # negative control

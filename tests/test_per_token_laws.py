@@ -205,9 +205,9 @@ def test_projections_equal_transformers_in_every_other_kind_of_block(name: str) 
     requests = [Request(f"e{i}", row, n) for i, (row, n) in enumerate(zip(prompts(4), (6, 9, 2, 4), strict=True))]
     done = run(wrap(model, stop_ids=()), requests, 2, TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
     for r in requests:
-        wanted = projected(points_TL3D(model, name, r.token_ids + done[r.id].token_ids), units_LDK())
-        assert deviation(done[r.id].activations["projections"], wanted) < TOLERANCE
-        assert deviation(done[r.id].activations["projections"], wanted.roll(1, 2)) > 1e-2
+        expected = projected(points_TL3D(model, name, r.token_ids + done[r.id].token_ids), units_LDK())
+        assert deviation(done[r.id].activations["projections"], expected) < TOLERANCE
+        assert deviation(done[r.id].activations["projections"], expected.roll(1, 2)) > 1e-2
 
 
 @FIVE
@@ -227,8 +227,8 @@ def test_with_two_models_the_after_model_is_captured(name: str) -> None:
     assert tokens_of(done) == tokens_of(plain)
     assert tokens_of(done) != {key: case.responses[key] for key in done}
     for r in case.requests[:4]:
-        wanted = projected(points_TL3D(case.lm.model, name, r.token_ids + done[r.id].token_ids), units_LDK())
-        assert deviation(done[r.id].activations["projections"], wanted) < TOLERANCE
+        expected = projected(points_TL3D(case.lm.model, name, r.token_ids + done[r.id].token_ids), units_LDK())
+        assert deviation(done[r.id].activations["projections"], expected) < TOLERANCE
 
 
 def test_speculation_is_refused_in_one_line() -> None:
@@ -339,11 +339,11 @@ def test_half_precision_is_projected_in_float32(name: str, dtype: torch.dtype) -
     for r in requests:  # one at a time: the same stream almost to the last bit
         (done,) = generate(lm, [r], batch_size=1, capture=TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
         kept = done.activations["projections"]
-        wanted = projected(points_TL3D(model, name, r.token_ids + done.token_ids), units_LDK())
+        expected = projected(points_TL3D(model, name, r.token_ids + done.token_ids), units_LDK())
         assert kept.dtype == torch.float32
         n_prompt = len(r.token_ids)
-        assert deviation(kept[:n_prompt, :, ::2], wanted[:n_prompt, :, ::2]) < 2e-3
-        assert deviation(kept, wanted) < 0.1
+        assert deviation(kept[:n_prompt, :, ::2], expected[:n_prompt, :, ::2]) < 2e-3
+        assert deviation(kept, expected) < 0.1
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -357,14 +357,14 @@ def test_attention_equals_the_head_mean_of_an_eager_model(name: str, order: int)
     done = run(lm, requests, batch_size, TokenProjections(ALL_LAYERS, units_LDK()))
     assert tokens_of(done) == case.said(done, lm)
     assert worst(name, done, units_LDK()) < TOLERANCE
-    wanted = {r.id: head_mean_LTT(name, r.token_ids + case.responses[r.id]) for r in case.requests}
+    expected = {r.id: head_mean_LTT(name, r.token_ids + case.responses[r.id]) for r in case.requests}
     for completion in done.values():
         key = completion.id.partition("/")[0]
         n_prompt, n_new = reference_of(name).n_prompt[key], len(completion.token_ids)
         weights_RLT = completion.activations["attention"]
         assert weights_RLT.shape == (n_new, LAYERS, n_prompt + n_new)
         assert (weights_RLT.dtype, weights_RLT.device.type) == (torch.float32, "cpu")
-        reference = wanted[key][:, n_prompt : n_prompt + n_new, : n_prompt + n_new].transpose(0, 1)
+        reference = expected[key][:, n_prompt : n_prompt + n_new, : n_prompt + n_new].transpose(0, 1)
         if n_new:
             assert deviation(weights_RLT, reference) < TOLERANCE
         for r, row_LT in enumerate(weights_RLT):
@@ -393,8 +393,8 @@ def test_attention_with_sinks_sums_to_less_than_one_and_equals_transformers() ->
     assert tokens_of(done) == case.responses
     for r in case.requests:
         n_prompt = len(r.token_ids)
-        wanted = head_mean_LTT("gpt_oss", r.token_ids + case.responses[r.id])[:, n_prompt:].transpose(0, 1)
-        assert deviation(done[r.id].activations["attention"], wanted) < TOLERANCE
+        expected = head_mean_LTT("gpt_oss", r.token_ids + case.responses[r.id])[:, n_prompt:].transpose(0, 1)
+        assert deviation(done[r.id].activations["attention"], expected) < TOLERANCE
         assert done[r.id].activations["attention"].sum(-1).max() < 1
 
 
@@ -511,9 +511,9 @@ def test_rows_end_where_a_stop_string_ends_the_response(name: str) -> None:
     for i, row in enumerate(rows):
         completion = done[f"e{i}"]
         assert completion.token_ids == unstopped[i][: len(completion.token_ids)]
-        wanted = projected(points_TL3D(model, name, row + completion.token_ids), units_LDK())
-        assert deviation(completion.activations["projections"], wanted) < TOLERANCE
-        assert completion.activations["attention"].shape[::2] == (len(completion.token_ids), len(wanted))
+        expected = projected(points_TL3D(model, name, row + completion.token_ids), units_LDK())
+        assert deviation(completion.activations["projections"], expected) < TOLERANCE
+        assert completion.activations["attention"].shape[::2] == (len(completion.token_ids), len(expected))
 
 
 def test_a_response_of_one_token_has_one_row() -> None:

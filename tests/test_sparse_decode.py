@@ -73,15 +73,15 @@ def implementation(lm: LanguageModel) -> str:
 @pytest.mark.parametrize("start", [0, 7, W - S])
 def test_it_equals_dense_attention(start: int) -> None:
     query, key, value, mask = drawn(start)
-    wanted = plain(query, key, value, mask, 0.3)
+    expected = plain(query, key, value, mask, 0.3)
     with torch.inference_mode():
         columns = LiveColumns.of(mask, key)
         for _ in range(2):  # the buffer of scores is reused
-            assert deviation(sparse_attention(query, key, value, columns, scaling=0.3), wanted) < 1e-6
-        assert deviation(sparse_attention(query, key, value, columns, scaling=0.4), wanted) > 1e-2
+            assert deviation(sparse_attention(query, key, value, columns, scaling=0.3), expected) < 1e-6
+        assert deviation(sparse_attention(query, key, value, columns, scaling=0.4), expected) > 1e-2
         others = LiveColumns.of(mask.roll(1, 0), key)
-        assert deviation(sparse_attention(query, key, value, others, scaling=0.3), wanted) > 1e-2
-        assert deviation(sparse_attention(query, value, key, columns, scaling=0.3), wanted) > 1e-2
+        assert deviation(sparse_attention(query, key, value, others, scaling=0.3), expected) > 1e-2
+        assert deviation(sparse_attention(query, value, key, columns, scaling=0.3), expected) > 1e-2
 
 
 @needs_op
@@ -150,12 +150,12 @@ def test_the_engines_tokens_equal_the_models(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(gqa_decode, "sparse_attention", counted)
     requests = [Request(str(i), ids, 4 + 3 * (i % 5)) for i, ids in enumerate(prompts(11))]
-    wanted = {r.id: reference_greedy(lm.model, r.token_ids, r.max_new_tokens, lm.stop_ids) for r in requests}
+    expected = {r.id: reference_greedy(lm.model, r.token_ids, r.max_new_tokens, lm.stop_ids) for r in requests}
     with gqa_decoding(lm):
         assert implementation(lm) == gqa_decode.ATTENTION_NAMES["sdpa"]
     n_calls[0] = 0
     found = {c.id: c for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers))))}
-    assert {key: c.token_ids for key, c in found.items()} == wanted
+    assert {key: c.token_ids for key, c in found.items()} == expected
     assert n_calls[0] > 8 * lm.n_layers
     monkeypatch.setattr(gqa_decode, "_is_faster", lambda *_: False)
     for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers)))):
@@ -193,7 +193,7 @@ def test_only_the_rows_own_columns_are_read(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("worthwhile")
 def test_with_unequal_logits_the_models_own_attention_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     own = gqa_decode.sparse_attention
-    monkeypatch.setattr(gqa_decode, "sparse_attention", lambda *given, **settings: own(*given, **settings) * 1.01)
+    monkeypatch.setattr(gqa_decode, "sparse_attention", lambda *args, **settings: own(*args, **settings) * 1.01)
     lm = wrap(tiny_model("llama", **ONE_EACH))
     before = implementation(lm)
     with gqa_decoding(lm):

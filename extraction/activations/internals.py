@@ -232,9 +232,9 @@ def _layouts(shapes: Mapping[str, torch.Size], name: str) -> Iterator[tuple[int,
 def _projections(probe: _Probe) -> tuple[Part, ...]:
     assert probe.attended is not None
     a = probe.attended
-    given = {"q": a.q_BTHC[0], "k": a.k_BTGC[0], "v": a.v_BTGC[0]}
-    shapes = {name: attended_TNC.shape[1:] for name, attended_TNC in given.items()}
-    return tuple(_projection(probe, shapes, name, given[name]) for name in QKV)
+    attended = {"q": a.q_BTHC[0], "k": a.k_BTGC[0], "v": a.v_BTGC[0]}
+    shapes = {name: attended_TNC.shape[1:] for name, attended_TNC in attended.items()}
+    return tuple(_projection(probe, shapes, name, attended[name]) for name in QKV)
 
 
 def _projection(probe: _Probe, shapes: Mapping[str, torch.Size], name: str, attended_TNC: Tensor) -> Part:

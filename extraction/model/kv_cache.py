@@ -99,7 +99,7 @@ class ColumnMove:
 
 
 class SlotLayer(Protocol):
-    """What one layer keeps of every slot: a transformers cache layer that can also follow the slots."""
+    """State that one layer keeps per slot: a transformers cache layer that can also follow the slots."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new tokens' state; return what the layer attends to. Called by transformers."""
