@@ -22,7 +22,7 @@ from extraction.engine.requests import SpeculationStats
 from extraction.engine.row_state import RowBuffers
 from extraction.engine.sampler import Sample, Sampler, sample_from
 from extraction.engine.speculation import AdaptiveDepth, NgramLookup, Proposal, Speculate
-from extraction.model.kv_cache import CacheWindow, SlotKVCache
+from extraction.model.kv_cache import CacheWindow, make_cache
 
 if TYPE_CHECKING:
     from extraction.model.loading import LanguageModel
@@ -38,7 +38,7 @@ class ModelWithCache:
     """
 
     def __init__(self, lm: LanguageModel, window: CacheWindow, *, clamps: bool = False) -> None:
-        self.lm, self.cache = lm, SlotKVCache(lm.n_layers, window)
+        self.lm, self.cache = lm, make_cache(lm.model, window)
         embeddings: Any = lm.model.get_input_embeddings()
         self.last_id = int(embeddings.weight.shape[0]) - 1 if clamps else None
 
