@@ -14,10 +14,6 @@ from extraction.config.settings import (
     EXPERIMENT_SETTINGS,
     JUDGE_NAMES,
     MODEL_SETTINGS,
-    POOLINGS,
-    QUANTIZED,
-    SITES,
-    SPREADS,
     CaptureSettings,
     Experiment,
     ExperimentSettings,
@@ -33,10 +29,6 @@ from extraction.core.text import show, show_path, suggest
 
 __all__ = [
     "JUDGE_NAMES",
-    "POOLINGS",
-    "QUANTIZED",
-    "SITES",
-    "SPREADS",
     "CaptureSettings",
     "Experiment",
     "GenerationSettings",

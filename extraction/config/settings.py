@@ -21,19 +21,15 @@ from pydantic.fields import FieldInfo
 from extraction.config.validation import Model, Text, distinct, nonempty, problem, spec_bounds
 from extraction.core.errors import ConfigError
 from extraction.core.names import distinct_names
+from extraction.core.records import COUNTED_POOLINGS, DEVICE_STRATEGIES, POOLINGS, SITES
 from extraction.core.text import show, suggest
 
 MAX_INT = 2**63 - 1
-POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_last", "all")
-
-Site = Literal["residual", "attention", "mlp", "residual_mid"]
-Spread = Literal["balanced", "balanced_low_0", "sequential"]
-Quantized = Literal["8bit", "4bit"]
 JudgeName = Literal["auto", "lexical", "none", "local", "openai"]
-SITES, SPREADS, QUANTIZED, JUDGE_NAMES = map(get_args, (Site, Spread, Quantized, JudgeName))
+JUDGE_NAMES = get_args(JudgeName)
 
-_DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?|balanced(_low_0)?|sequential")
-_POOLING = re.compile(r"response_first:[1-9][0-9]{0,5}")
+_DEVICE = re.compile("|".join((r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?", *DEVICE_STRATEGIES)))
+_COUNTED_POOLING = re.compile("(" + "|".join(COUNTED_POOLINGS) + "):[1-9][0-9]{0,5}")
 _LAYER_RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?")
 
 
@@ -86,9 +82,16 @@ def _layers(value: Any) -> str:
 
 
 def _pooling(value: Any) -> str:
-    if value in POOLINGS or (isinstance(value, str) and _POOLING.fullmatch(value)):
+    if value in POOLINGS or (isinstance(value, str) and _COUNTED_POOLING.fullmatch(value)):
         return str(value)
-    raise problem(f"{show(value)} is not a pooling; {suggest(value, [*POOLINGS, 'response_first:8'])}")
+    known = [*POOLINGS, *(f"{name}:8" for name in COUNTED_POOLINGS)]
+    raise problem(f"{show(value)} is not a pooling; {suggest(value, known)}")
+
+
+def _site(value: Any) -> str:
+    if value not in SITES:
+        raise problem(f"{show(value)} is not known; {suggest(value, SITES)}")
+    return str(value)
 
 
 def _device(value: Any) -> str:
@@ -192,7 +195,7 @@ class CaptureSettings(Model):
         Option("L"),
     ] = "all"
     sites: Annotated[
-        Annotated[tuple[Site, ...], Field(strict=False)],
+        Annotated[tuple[Annotated[str, PlainValidator(_site)], ...], Field(strict=False)],
         AfterValidator(nonempty),
         AfterValidator(distinct),
         Field(description=f"Points of a decoder block that are captured: {', '.join(SITES)}."),
@@ -203,8 +206,8 @@ class CaptureSettings(Model):
         AfterValidator(nonempty),
         AfterValidator(distinct),
         Field(
-            description="How a response's tokens become one vector: response_mean, response_first:N, response_last, "
-            "prompt_mean, prompt_last, all."
+            description="How the activations of tokens become one vector: response_mean, response_first:N, "
+            "response_last, prompt_mean, prompt_last; all: every token is kept."
         ),
         Option("A,B"),
     ] = ("response_mean",)
@@ -324,7 +327,7 @@ class ModelSpec:
         False
     )
     quantize: Annotated[
-        Quantized | None,
+        Literal["8bit", "4bit"] | None,
         Field(description="Round the weights of linear layers to 8 or 4 bits while they load (bitsandbytes)."),
         Option("BITS"),
     ] = None
