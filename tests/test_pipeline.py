@@ -29,7 +29,7 @@ def root(tmp_path: Path) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of `traitline extract`, for tests that only read."""
     root = make_root(tmp_path_factory.mktemp("finished"))
-    succeed("extract", "--root", root, "--experiment", "demo", "--answers", "2")
+    succeed("extract", "--root", root, "--experiment", "demo", "--samples-per-coef", "2")
     return root / "experiments/demo/calm"
 
 
@@ -52,10 +52,10 @@ def activations_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_extract_does_all_and_a_second_one_does_nothing(root):
-    first = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    first = succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     run = run_of(root)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*") if path.name != ".lock"}
-    second = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    second = succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*") if path.name != ".lock"}
     files = {path: stamp for path, stamp in before.items() if path.is_file()}
     assert {path: after[path] for path in files} == files
@@ -69,7 +69,7 @@ def test_extract_does_all_and_a_second_one_does_nothing(root):
 
 def test_the_summary_says_where_things_lie_and_what_they_are_worth(finished):
     root = finished.parents[2]
-    lines = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo").stdout.splitlines()
+    lines = succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo").stdout.splitlines()
     text = "\n".join(lines)
     card = json.loads((finished / "vectors/card.json").read_text())
     assert lines[0] == "calm on tiny"
@@ -111,7 +111,7 @@ def test_every_response_is_labelled_and_whole(finished):
 
 
 def test_stage_by_stage_equals_extract(root, finished):
-    for stage, *options in (["batched"], ["vectors"], ["validate", "--answers", "2"]):
+    for stage, *options in (["batched"], ["vectors"], ["validate", "--samples-per-coef", "2"]):
         succeed(stage, "--root", root, "--experiment", "demo", *options)
     succeed("report", "--root", root, "--experiment", "demo")
     assert contents(run_of(root)) == contents(finished)
@@ -147,7 +147,7 @@ def test_stored_responses_are_read_not_made_again(root):
     succeed("generate", "--root", root, "--experiment", "demo")
     generated = payloads(run_of(root), "responses")
     receipts = contents(run_of(root) / "responses")
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     assert payloads(run_of(root), "responses") == generated
     assert contents(run_of(root) / "responses") == receipts
     receipt = json.loads((run_of(root) / "activations/0000.receipt.json").read_text())
@@ -179,19 +179,19 @@ def test_the_judge_keeps_drops_and_counts(root):
 
 
 def test_extract_with_another_judge_generates_nothing(root):
-    first = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    first = succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     card = (run_of(root) / "vectors/card.json").read_bytes()
     second = succeed("extract", "--root", root, "--experiment", "demo", "--judge", "none")
     assert "tokens at" in first.stdout
     assert "from stored activations" in second.stdout
     assert "no judge" in second.stdout
     assert (run_of(root) / "vectors/card.json").read_bytes() != card
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     assert (run_of(root) / "vectors/card.json").read_bytes() == card
 
 
 def test_vectors_and_a_card_of_other_responses_are_not_shown(root):
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     result = succeed("extract", "--root", root, "--experiment", "demo", "--threshold", "0")
     assert "no mean_diff vector: negative side: 0 examples" in result.stderr
     assert "vectors  " not in result.stdout
@@ -283,16 +283,16 @@ def test_slices_and_a_plain_run_equal_one_run(root, finished):
     for part in ("2/2", "1/2"):
         assert "Took " in succeed("extract", "--root", root, "--experiment", "demo", "--slice", part).stdout
         assert not (run_of(root) / "responses/pos.jsonl").exists()
-    assert "new vectors" in succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo").stdout
+    assert "new vectors" in succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo").stdout
     assert contents(run_of(root)) == contents(finished)
 
 
 def test_a_damaged_shard_is_made_again_with_the_same_bytes(root, finished):
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     for name in ("responses/shards/0001.jsonl", "activations/0000.safetensors"):
         (run_of(root) / name).write_bytes((run_of(root) / name).read_bytes()[:-9])
     assert invoke("verify", run_of(root)).exit_code == 1
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     assert contents(run_of(root)) == contents(finished)
 
 

@@ -245,7 +245,7 @@ def pocket_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("pocket")
     (root / "configs").symlink_to(REPOSITORY / "configs")
-    options = ("--n-examples", "40", "--max-new-tokens", "40", "--answers", "8", "--batch-size", "64")
+    options = ("--n-examples", "40", "--max-new-tokens", "40", "--samples-per-coef", "8", "--batch-size", "64")
     succeed("extract", "--root", root, "--experiment", "pocket", "--trait", "commitment_strength", *options)
     return root
 
@@ -302,12 +302,12 @@ def test_a_look_that_can_not_be_had_is_refused_in_one_line(pocket_root, options,
 def test_a_second_validation_makes_nothing_new_and_more_answers_make_the_sweep_again(tmp_path):
     options = ("--root", make_root(tmp_path), "--experiment", "demo")
     run = tmp_path / "experiments/demo/calm"
-    succeed("extract", *options, "--answers", "2")
+    succeed("extract", *options, "--samples-per-coef", "2")
     before = contents(run)
-    assert "Nothing left to do" in succeed("validate", *options, "--answers", "2").stdout
+    assert "Nothing left to do" in succeed("validate", *options, "--samples-per-coef", "2").stdout
     assert "Nothing left to do" in succeed("validate", *options, "--quick").stdout
     assert contents(run) == before
-    assert "1 new." in succeed("validate", *options, "--answers", "8").stdout
+    assert "1 new." in succeed("validate", *options, "--samples-per-coef", "8").stdout
     after = contents(run)
     changed = {name for name in after if after[name] != before.get(name)}
     assert {"vectors/steering.json"} <= changed <= {"vectors/steering.json", "vectors/card.json"}  # the verdict tells
@@ -316,7 +316,7 @@ def test_a_second_validation_makes_nothing_new_and_more_answers_make_the_sweep_a
 def test_a_sweep_whose_memory_runs_out_is_made_again_with_half_the_batch_and_the_same_result(tmp_path):
     from tests.test_pipeline import room_for
 
-    options = ("--root", make_root(tmp_path), "--experiment", "demo", "--answers", "2")
+    options = ("--root", make_root(tmp_path), "--experiment", "demo", "--samples-per-coef", "2")
     succeed("extract", *options)
     run = tmp_path / "experiments/demo/calm"
     sweep = run / "vectors/steering.json"
@@ -371,7 +371,7 @@ def test_responses_without_their_instruction_are_captured_as_they_were_said(tmp_
     from extraction.utils_batch import get_activations_from_texts
 
     root = make_root(tmp_path)
-    succeed("extract", "--root", root, "--experiment", "demo", "--answers", "2")
+    succeed("extract", "--root", root, "--experiment", "demo", "--samples-per-coef", "2")
     run = root / "experiments/demo/calm"
     rows = [json.loads(line) for line in (run / "responses/shards/0000.jsonl").read_text().splitlines()]
     path = run / "stripped/0000.safetensors"

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -129,7 +129,20 @@ def _is_number(text: str) -> bool:
 
 
 class Group(click.Group):
-    """Commands, with the same way of saying what is wrong."""
+    """Commands in named sections; a usage error is one line."""
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[click.Command]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+        for commands in sections.values():
+            for command in commands:
+                self.add_command(command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands of every section with the first sentence of their help."""
+        for title, commands in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(command.name or "", command.get_short_help_str(500)) for command in commands])
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the options."""
