@@ -20,6 +20,8 @@ import pytest
 import yaml
 
 from extraction.model.memory import CPU_AUTO_BATCH
+from extraction.storage.atomic import read_document, write_document
+from extraction.storage.run_dir import fingerprint
 from tests.forks import Forks, forks
 from tests.runs import (
     REPOSITORY,
@@ -171,6 +173,32 @@ def test_a_start_that_fails_pins_nothing(root):
     assert contents(root / "experiments") == {}
     assert invoke("verify", "--root", root).exit_code == 0
     succeed(*options)
+
+
+# --- runs of older versions -----------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_newer_setting_goes_on_with_its_default(root):
+    """run.json of an older version lacks min_p: the run verifies, goes on and is the same; another value is refused."""
+    options = ("--root", root, "--experiment", "demo")
+    succeed("batched", *options, "--slice", "1/2")
+    run = root / "experiments/demo/calm"
+    stored = read_document(run / "run.json", "")
+    config = dict(stored["config"], generation=dict(stored["config"]["generation"]))
+    assert config["generation"].pop("min_p") == 0
+    assert fingerprint(config) == stored["fingerprint"]
+    write_document(run / "run.json", {"config": config, "fingerprint": fingerprint(config)})
+    assert "generation.min_p was absent" in refused("batched", *options, "--min-p", "0.1")
+    succeed("batched", *options)
+    succeed("vectors", *options)
+    assert invoke("verify", run).exit_code == 0
+
+
+def test_a_newer_setting_that_is_not_at_its_default_is_part_of_a_runs_identity():
+    """The negative control: only the default may be absent."""
+    older, newer = {"generation": {"top_k": 0}}, {"generation": {"top_k": 0, "min_p": 0.1}}
+    assert fingerprint(older) != fingerprint(newer)
+    assert fingerprint(older) == fingerprint({"generation": {"top_k": 0, "min_p": 0.0}})
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------

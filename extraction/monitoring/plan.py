@@ -18,6 +18,7 @@ from extraction.config.experiments import (
     resolve_model,
 )
 from extraction.config.prompt_files import PromptEntry, PromptSet, read_prompt_set
+from extraction.config.settings import SAMPLING
 from extraction.config.traits import parse_trait_list
 from extraction.core.errors import ConfigError, StoreError, TraitlineError
 from extraction.core.text import show, show_path
@@ -134,7 +135,7 @@ def plan_of(tier: int, given: Mapping[str, Any]) -> MonitoringPlan:
 
 
 OPTIONS = (
-    *("model", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "shard_size"),
+    *("model", "max_new_tokens", *SAMPLING, "seed", "batch_size", "shard_size"),
     *MODEL_OPTIONS,
 )
 
