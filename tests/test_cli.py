@@ -75,7 +75,8 @@ def test_help_by_path_from_anywhere_imports_nothing_heavy(door):
 
 
 def test_help_of_the_group_imports_nothing_heavy():
-    code = "import sys; from extraction.cli.commands import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
+    code = "import sys; from extraction.cli.commands import main\n"
+    code += "main(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
     result = python("-c", code, "--help", cwd=REPOSITORY)
     *_, last = result.stdout.splitlines()
     assert {name.split(".")[0] for name in last.split()}.isdisjoint(HEAVY)
@@ -152,7 +153,8 @@ def test_a_read_only_folder_is_refused_before_torch_is_imported():
         root = make_root(top)
         (root / "experiments").mkdir(mode=0o555)
         code = (
-            "import atexit, os, sys; import extraction.cli.commands, extraction.pipeline.stages, extraction.cli.summaries, click.testing\n"
+            "import atexit, os, sys, click.testing\n"
+            "import extraction.cli.commands, extraction.pipeline.stages, extraction.cli.summaries\n"
             "atexit.register(lambda: print('torch' in sys.modules))\n"
             "os.getuid() or os.setuid(65534)\n"
             "extraction.cli.commands.main(prog_name='traitline')"

@@ -97,9 +97,10 @@ def test_min_p_before_the_temperature_is_another_distribution() -> None:
     swapped_BV = TemperatureLogitsWarper(2.5)(no_ids, MinPLogitsWarper(0.2)(no_ids, logits())) > -math.inf
     assert not torch.equal(kept_BV, swapped_BV)
     assert 32 <= int(kept_BV.sum()) < kept_BV.numel()
-    assert not torch.equal(
-        PerRow([strategy, Sample(2.5)], torch.device("cpu")).warp(logits(rows=2)) > -math.inf, kept_BV
-    )
+    each_BV = PerRow([strategy, Sample(2.5)], torch.device("cpu")).warp(logits(rows=2)) > -math.inf
+    assert torch.equal(each_BV[0], (strategy.warp(logits(rows=2)) > -math.inf)[0])
+    assert not each_BV[0].all()
+    assert each_BV[1].all()
 
 
 def test_a_sample_of_settings_has_each_of_their_sampling_fields() -> None:
