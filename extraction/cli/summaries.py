@@ -1,4 +1,7 @@
-"""What a job says when it ends, and before it starts: lines of text, at most 80 columns where names allow."""
+"""Lines that commands print before and after their work, 80 columns wide where names allow.
+
+A figure stands with its n and its condition, and is explained below it; one that was not measured is not printed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from extraction.pipeline.steer_preview import SteerSample, SteerSite
 
 WIDTH = 80
-INDENT = 15
+INDENT = 18
 SIDES = dict(zip(POLARITIES, ("positive", "negative"), strict=True))
 
 
@@ -196,50 +199,75 @@ def _counts(job: RunPlan, trait: Trait) -> Iterator[str]:
 
 
 def _worth(job: RunPlan, trait: Trait) -> Iterator[str]:
-    """The verdict; the chosen layer and method on questions and instructions that had no part in it; the controls."""
+    """Yield the verdict, the figures on held-out questions, the controls and what steering did."""
     folder = job.folder(trait)
     card = folder.read_card() if folder.has_card() else None
     if card is None or "verdict" not in card or card["made_of"]["sources"] != _sources(job, trait):
         return
-    chosen, held_out, verdict = card["chosen"], card["split"]["test"], card["verdict"]
+    chosen, verdict = card["chosen"], card["verdict"]
     grave = [] if verdict["word"] == "usable" else verdict["reasons"][:1]
     yield from item("verdict", ": ".join([verdict["word"], *grave]))
-    yield from item("best", f"layer {chosen['layer']} of {ranges(card['layers'])}, {chosen['method']}")
-    rows = held_out["positive"] + held_out["negative"]
-    yield from item("held out", f"{_figures(chosen['test'])} ({rows} responses to {held_out['questions']} questions)")
-    yield from item("controls", _controls(card["controls"]))
-    if chosen["stripped"] is not None:
-        yield from item("stripped", f"AUROC {_bounded(chosen['stripped']['auroc'])} without the instruction")
+    choice = f"layer {chosen['layer']} of {ranges(card['layers'])}, {chosen['method']}"
+    yield from item("best vector", f"{choice} (chosen on validation questions)")
+    yield from _test(card)
     steering = folder.read_steering() if folder.has_steering() else None
     if steering is not None and steering["made_of"]["sources"] == card["made_of"]["sources"]:
-        yield from item("steering", _steering(steering))
+        yield from _steering(steering)
 
 
-def _steering(steering: Mapping[str, Any]) -> str:
-    """How often the trait shows at the largest coherent coefficient each way, and with random directions there."""
+def _test(card: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the chosen vector's figures on the test part, with the instruction and without, and the controls."""
+    test, without = card["chosen"]["test"], card["chosen"]["stripped"]
+    part, controls = card["split"]["test"], card["controls"]
+    n_responses = part["positive"] + part["negative"]
+    yield f"On {n_responses} responses to {part['questions']} test questions that had no part in making the vector"
+    yield from item("vector", _figures(test))
+    if without is not None:
+        yield from item("no instruction", f"AUROC {_bounded(without['auroc'])}: instruction removed from the prompt")
+    random = controls["random"]
+    yield from item(
+        "random",
+        f"random directions {_two(random['median'])}, 95th percentile {_two(random['high'])} "
+        f"(AUROC of {random['draws']} draws)",
+    )
+    if controls["shuffled_labels"]:
+        shuffled = ", ".join(_two(each["test"]["auroc"]["value"]) for each in controls["shuffled_labels"])
+        yield from item("shuffled", f"AUROC {shuffled}: all done again with the sides mixed up")
+    yield from _wrapped(TEST_WORDS, "  ", "  ")
+
+
+TEST_WORDS = (
+    "AUROC: how often a positive response scores above a negative one; 0.5 is chance, in brackets the 95% interval. "
+    "Cohen's d: distance of the two sides' means in standard deviations. Accuracy: share on the right side. A vector "
+    "must beat random directions and shuffled labels; without the instruction, its AUROC shows what lies in the "
+    "responses themselves."
+)
+
+
+def _steering(steering: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how often the trait shows at the largest coherent coefficient each way, for the vector and at random."""
     layers = f"{steering['method']} at layer{'s' * (len(steering['layers']) > 1)} {ranges(steering['layers'])}"
-    plain = next(each["rate"]["value"] for each in steering["conditions"] if each["kind"] == "none")
-    parts = [f"{_percent(plain)} of answers show the trait unsteered"]
+    plain = next(each for each in steering["conditions"] if each["kind"] == "none")
+    yield f"Steering with {layers}: responses that show the trait, no instruction given"
+    yield from item("unsteered", f"{_percent(plain['rate']['value'])} of {plain['n']} responses")
     for side in ("negative", "positive"):
         size, reached = steering["largest_coherent"][side], steering["reached"]
-        if size is not None:
-            at_random = _percent(reached["random"][side])
-            parts.append(f"{_percent(reached[side])} at {size:+g} (random directions {at_random})")
-    return f"{layers}: {', '.join(parts)}"
+        if size is None:
+            yield from item(side, "no coefficient gave coherent responses")
+            continue
+        at_random = _percent(reached["random"][side])
+        yield from item(f"coef {size:+g}", f"{_percent(reached[side])}; with random directions {at_random}")
+    yield from _wrapped(STEERING_WORDS, "  ", "  ")
+
+
+STEERING_WORDS = (
+    "The coefficients are the largest with coherent responses; 1 adds a vector as long as the layer's typical "
+    "activation. Positive ones should raise the share, negative ones lower it."
+)
 
 
 def _percent(share: float | None) -> str:
-    return "an unknown share" if share is None else f"{share:.0%}"
-
-
-def _controls(controls: Mapping[str, Any]) -> str:
-    random, shuffled = (
-        controls["random"],
-        [_two(each["test"]["auroc"]["value"]) for each in controls["shuffled_labels"]],
-    )
-    return f"AUROC of random directions {_two(random['median'])}, 95th percentile {_two(random['high'])}" + (
-        f"; of shuffled labels {', '.join(shuffled)}" if shuffled else ""
-    )
+    return "not measured" if share is None else f"{share:.0%}"
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
@@ -248,13 +276,13 @@ def _figures(figures: Mapping[str, Any]) -> str:
 
 
 def _bounded(figure: Mapping[str, float | None]) -> str:
-    """A figure and its interval: `0.93 (0.88 to 0.97)`."""
+    """Return a figure and its interval: `0.93 (0.88 to 0.97)`."""
     ends = "" if figure["low"] is None else f" ({_two(figure['low'])} to {_two(figure['high'])})"
     return _two(figure["value"]) + ends
 
 
 def _two(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
+    return "not measured" if value is None else f"{value:.2f}"
 
 
 def _took(engine: ModelSession, seconds: float, gpu_price: float | None) -> str:
