@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from extraction.pipeline.steer_preview import SteerSample, SteerSite
 
 WIDTH = 80
-INDENT = 18
+INDENT = 15
 SIDES = dict(zip(POLARITIES, ("positive", "negative"), strict=True))
 
 
 def of_plan(job: RunPlan, forecast: Forecast, *, steered: int | None = None) -> Iterator[str]:
-    """What a job would do and take; `steered`: how many answers to a coefficient stage 4 is asked for."""
+    """Yield the plan of a job and its forecast. `steered`: responses for every coefficient; None: no steering."""
     settings = job.experiment
     size_of_model = f"{forecast.n_parameters / 1e6:,.1f}M parameters"
     capture = f"{ranges(job.layers)}; {', '.join(settings.capture.sites)}; {', '.join(settings.capture.poolings)}"
@@ -59,13 +59,13 @@ def _steered(job: RunPlan, forecast: Forecast, answers: int) -> str:
 
     count = usual_answers(len(job.layers), answers) * len(job.traits)
     seconds = forecast.seconds * count / max(forecast.n_examples, 1)
-    return f"about {count:,} steered answers, {duration(seconds)} more (--quick leaves them out)"
+    return f"about {count:,} steered responses, {duration(seconds)} more (none with --quick)"
 
 
 def of_generation(
     jobs: Iterable[RunPlan], engine: ModelSession, seconds: float, gpu_price: float | None
 ) -> Iterator[str]:
-    """Where stage 1 or 2 put things, and what it took."""
+    """Yield the folders that stage 1 or 2 wrote, and time, memory and cost."""
     for job, trait in _each(jobs):
         yield from _heading(job, trait)
         yield from _places(job.folder(trait), ("responses", "activations"))
@@ -75,7 +75,7 @@ def of_generation(
 
 
 def of_vectors(jobs: Iterable[RunPlan], n_written: int) -> Iterator[str]:
-    """Where the vectors lie."""
+    """Yield the folders of the vectors."""
     for job, trait in _each(jobs):
         yield from _heading(job, trait)
         yield from _vectors(job, trait)
@@ -85,7 +85,7 @@ def of_vectors(jobs: Iterable[RunPlan], n_written: int) -> Iterator[str]:
 
 
 def of_cards(jobs: Iterable[RunPlan], n_written: int) -> Iterator[str]:
-    """What each trait's vectors are worth."""
+    """Yield the test of each trait's vectors."""
     for job, trait in _each(jobs):
         folder = job.folder(trait)
         yield from _heading(job, trait)
@@ -96,7 +96,7 @@ def of_cards(jobs: Iterable[RunPlan], n_written: int) -> Iterator[str]:
 
 
 def of_job(job: RunPlan, engine: ModelSession, n_new: int, seconds: float, gpu_price: float | None) -> Iterator[str]:
-    """The end of the whole job: where things lie, what was kept, what the vectors are worth, what it took."""
+    """Yield the end of a whole job: folders, responses kept, the test of the vectors, time and memory."""
     for trait in job.traits:
         folder = job.folder(trait)
         yield from _heading(job, trait)
@@ -114,12 +114,12 @@ def of_job(job: RunPlan, engine: ModelSession, n_new: int, seconds: float, gpu_p
 
 
 def of_steer_preview(job: RunPlan, place: SteerSite, seen: Sequence[SteerSample]) -> Iterator[str]:
-    """Steered answers under each other, by prompt."""
+    """Yield steered responses under each other, by prompt."""
     layers = f"layer{'s' * (len(place.layers) > 1)} {ranges(place.layers)}"
     yield f"{job.traits[0].name} on {job.spec.name}: {place.method} at {layers}"
     unit = "A coefficient of 1 adds a vector as long as the layer's typical activation."
     low, high = place.coherent or (0.0, 0.0)
-    held = f" Answers stayed coherent from {low:+g} to {high:+g} in the steering sweep." if place.coherent else ""
+    held = f" Responses were coherent from {low:+g} to {high:+g} in the steering sweep." if place.coherent else ""
     yield from _wrapped(unit + held, "", "")
     prompt = None
     for each in seen:
@@ -135,7 +135,7 @@ def of_steer_preview(job: RunPlan, place: SteerSite, seen: Sequence[SteerSample]
 
 
 def of_reports(pages: Iterable[Path], index: Path) -> Iterator[str]:
-    """Where the reports lie."""
+    """Yield the files of the reports."""
     for page in pages:
         yield from item("report", shown(page))
     yield from item("index", shown(index))
@@ -150,7 +150,7 @@ def _heading(job: RunPlan, trait: Trait) -> Iterator[str]:
 
 
 def item(label: str, text: str) -> Iterator[str]:
-    """A label and what it is; long text goes on, indented, at a space."""
+    """Yield a label and its text; long text is wrapped at spaces and indented."""
     yield from _wrapped(text, f"  {label}".ljust(INDENT), " " * INDENT)
 
 
@@ -167,7 +167,7 @@ def _places(folder: TraitRun, stages: Iterable[str]) -> Iterator[str]:
 
 
 def _vectors(job: RunPlan, trait: Trait) -> Iterator[str]:
-    """The methods whose vectors are made from the responses that count now."""
+    """Yield the folder and the methods of vectors that were made from the responses that count now."""
     folder, sources = job.folder(trait), _sources(job, trait)
     headers = {method: folder.vectors_header(method) for method in sorted(folder.methods())}
     current = [method for method, header in headers.items() if header and header["sources"] == sources]
@@ -223,7 +223,7 @@ def _test(card: Mapping[str, Any]) -> Iterator[str]:
     yield f"On {n_responses} responses to {part['questions']} test questions that had no part in making the vector"
     yield from item("vector", _figures(test))
     if without is not None:
-        yield from item("no instruction", f"AUROC {_bounded(without['auroc'])}: instruction removed from the prompt")
+        yield from item("uninstructed", f"AUROC {_bounded(without['auroc'])}: instruction removed from the prompt")
     random = controls["random"]
     yield from item(
         "random",
@@ -298,7 +298,7 @@ def _took(engine: ModelSession, seconds: float, gpu_price: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`12.3 s`, `4 min 05 s`, `3 h 20 min`."""
+    """Return seconds as `12.3 s`, `4 min 05 s` or `3 h 20 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -306,7 +306,7 @@ def duration(seconds: float) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """`3.1 MB`, `5.2 GB`."""
+    """Return bytes as `3.1 MB` or `5.2 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
@@ -315,12 +315,12 @@ def size(n_bytes: float) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as short as it can be typed from here."""
+    """Return a path relative to this folder if it lies in it."""
     relative = os.path.relpath(path)
     return relative if not relative.startswith("..") else str(path)
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """`0-5`, or each of them where some are left out."""
+    """Return `0-5`, or a list of layers where some are left out."""
     whole = list(layers) == list(range(layers[0], layers[-1] + 1))
     return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))

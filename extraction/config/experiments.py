@@ -51,7 +51,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def find_root(explicit: str | os.PathLike[str] | None = None) -> Path:
-    """The folder whose configs are read and whose experiments are written.
+    """Return the folder whose configs are read and whose experiments are written.
 
     `--root` or TRAITLINE_ROOT; else the current folder if it has `configs/`; else the checkout that holds this
     package; else the current folder.
@@ -71,14 +71,14 @@ def find_root(explicit: str | os.PathLike[str] | None = None) -> Path:
 
 
 def config_folders(kind: str, root: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Where configs of a kind are looked for, nearest first: the root, the checkout, the copy in the package."""
+    """Return the folders of a kind of config, nearest first: in the root, the checkout, the package."""
     bases = (Path(root) / "configs", PACKAGE.parent / "configs", PACKAGE / "_configs")
     found = {(base / kind).resolve(): base / kind for base in reversed(bases) if (base / kind).is_dir()}
     return tuple(reversed(found.values()))
 
 
 def config_names(kind: str, root: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The names of all configs of a kind, sorted."""
+    """Return the names of all configs of a kind, sorted."""
     paths = (path for folder in config_folders(kind, root) for path in folder.glob("*.yaml"))
     return tuple(sorted({path.stem for path in paths if is_safe_name(path.stem)}))
 
@@ -86,7 +86,7 @@ def config_names(kind: str, root: str | os.PathLike[str]) -> tuple[str, ...]:
 def find_config(
     kind: str, name: str, root: str | os.PathLike[str], error: type[ConfigError] = ConfigError
 ) -> Path | None:
-    """The file of a named config, or None. Raises for an unsafe name, and for a link that leads out of its folder."""
+    """Return the file of a named config, or None. Raises for an unsafe name, and for a link out of the folder."""
     check_name(name, kind.removesuffix("s"), error)
     for folder in config_folders(kind, root):
         path = folder / f"{name}.yaml"
@@ -101,7 +101,10 @@ def find_config(
 
 
 def resolve_model(name: str, root: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> ModelSpec:
-    """A short name of configs/models, else a folder, else a hub id with a `/`. An override of None was not given."""
+    """Return the model of a short name (configs/models), else a folder, else a hub id with a `/`.
+
+    An override of None is no override.
+    """
     options = {key: value for key, value in (overrides or {}).items() if value is not None}
     spec = _named_model(name, root) or _model_at(name)
     if spec is None:
@@ -165,7 +168,7 @@ def _model_at(name: str) -> ModelSpec | None:
 
 
 def parse_layers(spec: str, n_layers: int, place: str = "--layers") -> tuple[int, ...]:
-    """`all`, `16`, `10-20` (both ends), `3,5,8-10` as increasing layer numbers, counted from 0."""
+    """Return increasing layer numbers, counted from 0, of `all`, `16`, `10-20` (both ends) or `3,5,8-10`."""
     ranges = layer_ranges(spec, place)
     if ranges is None:
         return tuple(range(n_layers))
@@ -185,9 +188,9 @@ def parse_layers(spec: str, n_layers: int, place: str = "--layers") -> tuple[int
 def load_experiment(
     name: str, root: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
 ) -> tuple[Experiment, tuple[str, ...]]:
-    """An experiment by name, and notes for the user where something was inferred.
+    """Return an experiment by name, and notes for the user where something was inferred.
 
-    Overrides are flat (`model`, `temperature`, `layers`, ...), as options are; one that is None was not given. A name
+    Overrides are flat (`model`, `temperature`, `layers`, ...), as options are; one of None is no override. A name
     without a file takes its model from its prefix (`gemma_2b_foo` -> gemma_2b) and the other settings by default.
     """
     path = find_config("experiments", name, root)
@@ -223,7 +226,7 @@ def _experiment(name: str, settings: ExperimentSettings, options: Mapping[str, A
 
 
 def _inferred(name: str, root: str | os.PathLike[str], model: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The fields of an experiment that has no file, and the note that says so."""
+    """Return the fields of an experiment without a file, and a note about it."""
     experiments, models = config_names("experiments", root), config_names("models", root)
     prefixes = [known for known in models if re.match(rf"{re.escape(known)}([._-]|$)", name)]
     near = difflib.get_close_matches(name, experiments, n=1)

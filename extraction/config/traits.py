@@ -28,10 +28,7 @@ T = TypeVar("T")
 
 
 def load_trait(name: str, root: str | os.PathLike[str]) -> Trait:
-    """A trait by name, checked. Raises TraitError.
-
-    The two lists of natural prompts may differ in length: `trait_notes` says so.
-    """
+    """Return a trait by name. Raises TraitError."""
     path = find_config("traits", name, root, TraitError)
     if path is None:
         known = list_traits(root)
@@ -40,7 +37,7 @@ def load_trait(name: str, root: str | os.PathLike[str]) -> Trait:
 
 
 def trait_from_yaml(name: str, raw: bytes, source: str) -> Trait:
-    """The trait that a file of these bytes would be, checked as one; `source` is what messages call it."""
+    """Return the trait of a file with these bytes; messages call the file `source`."""
     return _named(name, parse_document(raw, source, TraitError))
 
 
@@ -52,12 +49,12 @@ def _named(name: str, document: Document) -> Trait:
 
 
 def list_traits(root: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The names of all traits, sorted."""
+    """Return the names of all traits, sorted."""
     return config_names("traits", root)
 
 
 def parse_trait_list(names: str) -> tuple[str, ...]:
-    """`a,b` as names, in order. Two that differ only by case or Unicode form are an error: they'd share a folder."""
+    """Return the names of `a,b`. Raises TraitError for two that differ only by case or Unicode form: one folder."""
     parts = [part.strip() for part in names.split(",")]
     if not all(parts):
         raise TraitError(f"--traits {show(names)}: a name is empty; write trait names with commas between, as a,b")
@@ -65,13 +62,13 @@ def parse_trait_list(names: str) -> tuple[str, ...]:
 
 
 def trait_fingerprint(trait: Trait) -> str:
-    """The sha256 of a trait's content."""
+    """Return the sha256 of a trait's content."""
     content = json.dumps(asdict(trait), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(content.encode("utf-8")).hexdigest()
 
 
 def trait_notes(trait: Trait, n_per_side: int) -> tuple[str, ...]:
-    """What a user should know of n examples a side of this trait: repeats, and natural sides of unequal length."""
+    """Return notes about repeated prompts, and about sides of natural prompts with unequal length."""
     sides = {"positive": len(trait.positive_prompts), "negative": len(trait.negative_prompts)}
     if not trait.is_natural:
         sides = {"distinct": len(trait.instructions) * len(trait.questions)}
@@ -162,7 +159,7 @@ class TraitFile(Model):
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two markers are the same, or the pattern of one is met by the phrase of the other."""
+    """Return True if two markers are the same, or one is a pattern that matches the other."""
     if _marker_key(one) == _marker_key(other):
         return True
     patterns = [(a, b) for a, b in ((one, other), (other, one)) if a.startswith("re:") and not b.startswith("re:")]
@@ -199,7 +196,7 @@ CheckedTraitFile = Annotated[TraitFile, AfterValidator(_no_repeats)]
 
 
 def _check_sides(data: Any, place: SourceLocation) -> None:
-    """One of the two kinds of trait, with something on both sides."""
+    """Check that a trait is of one kind, instructed or natural, and has both sides."""
     if not isinstance(data, dict):
         return
     natural, instructed = [key for key in _NATURAL if key in data], [key for key in _INSTRUCTED if key in data]
@@ -233,12 +230,12 @@ def _refuse_repeats(
 
 
 def same_text(entry: str) -> str:
-    """What is left of a text without case, spaces and Unicode form: equal for two that count as the same."""
+    """Return a text without case, extra spaces and Unicode form, for comparison."""
     return " ".join(unicodedata.normalize("NFKC", entry).casefold().split())
 
 
 def _marker_key(marker: str) -> str:
-    r"""Patterns as written: `\w` and `\W` are not the same."""
+    r"""Return a marker for comparison; a pattern as it is: `\w` and `\W` differ."""
     return marker if marker.startswith("re:") else same_text(marker)
 
 
@@ -250,7 +247,7 @@ def _natural_key(prompt: NaturalPrompt | _Natural) -> str:
 
 
 def make_examples(trait: Trait, n_per_side: int, start: int = 0, stop: int | None = None) -> tuple[Example, ...]:
-    """`n_per_side` positive examples, each beside its negative twin, so that any cut holds both: [start, stop) of them.
+    """Return examples [start, stop) of `n_per_side` positive ones, each followed by its negative counterpart.
 
     Any number of the first ones is spread evenly: the counts of two instruction pairs, or of two questions, differ by
     at most one. The first n of more examples are the same n. Past the distinct prompts they repeat (`r01`, ...), with
@@ -294,7 +291,7 @@ def _natural_example(trait: Trait, polarity: str, step: int) -> Example:
 
 
 def walk(step: int, n_pairs: int, n_questions: int) -> tuple[int, int, int]:
-    """The pair, question and repeat of a step: a diagonal over the pairs x questions table.
+    """Return the pair, question and repeat of a step: a diagonal over the pairs x questions table.
 
     The diagonal comes back to its start after lcm(pairs, questions) steps; each time it then starts one pair further.
     """

@@ -1,24 +1,21 @@
-"""TODO."""
+"""The protocol by which stages report progress."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    pass
+from typing import Protocol
 
 
 class ProgressReporter(Protocol):
-    """What a door gives a stage, to hear how the work goes."""
+    """Receives the progress of stages; the command line prints it."""
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
+        """Report a line of text."""
 
     def begin(self, title: str, n_examples: int, n_done: int) -> None:
-        """A stage of one trait starts; `n_done` examples are there already."""
+        """Report that a stage starts; `n_done` examples were done before."""
 
     def advance(self, n_examples: int, n_tokens: int) -> None:
-        """So many more examples and response tokens."""
+        """Report that many more examples and response tokens."""
 
     def end(self) -> None:
-        """The stage has ended."""
+        """Report the end of the stage."""
