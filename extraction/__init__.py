@@ -19,5 +19,5 @@ _EXPORTS = {
     "load_trait": "config.traits",
     "resolve_model": "config.experiments",
 }
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = list(_EXPORTS)
 __getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -1,4 +1,4 @@
-"""The doors as users type them: by path, as modules, as `traitline`; quick help; progress; what is said and where."""
+"""The command line as users type it: by path, as modules, as `traitline`; help, progress, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -72,6 +72,35 @@ def test_help_by_path_from_anywhere_imports_nothing_heavy(door):
     assert f"Usage: {door}.py [OPTIONS]" in result.stdout
     assert "--experiment NAME" in result.stdout
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize("module", ["extraction", "extraction.cli"])
+def test_the_package_as_a_module_is_the_same_program(module):
+    by_module, by_group = python("-m", module, "traits", cwd=REPOSITORY), succeed("traits")
+    assert (by_module.returncode, by_module.stdout) == (0, by_group.stdout)
+
+
+def test_help_names_every_command_once_in_a_section_within_80_columns():
+    from extraction.cli.commands import SECTIONS, main
+
+    lines = succeed("--help").stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert {f"{title}:" for title in SECTIONS} <= set(lines)
+    named = [command.name for commands in SECTIONS.values() for command in commands]
+    assert sorted(named) == sorted(main.commands)
+    text = " ".join(" ".join(lines).split())
+    for command in main.commands.values():
+        assert " ".join(command.get_short_help_str(500).split()) in text
+
+
+def test_every_option_shows_its_default_or_is_required():
+    from extraction.cli.commands import main
+
+    for command in main.commands.values():
+        for option in command.params:
+            shown = option.param_type_name == "argument" or option.required or option.is_flag or option.multiple
+            text = option.get_help_record(command.make_context(command.name, [], resilient_parsing=True))
+            assert shown or "default: " in " ".join(text), (command.name, option.name)
 
 
 def test_help_of_the_group_imports_nothing_heavy():
@@ -260,7 +289,7 @@ def test_debug_shows_the_traceback(root):
     from extraction.cli.commands import main
     from extraction.core.errors import ConfigError
 
-    options = ["generate", "--root", str(root), "--experiment", "demo", "--temperature", "-1", "--debug"]
+    options = ["generate", "--root", str(root), "--experiment", "demo", "--layers", "x", "--debug"]
     assert isinstance(CliRunner().invoke(main, options).exception, ConfigError)
 
 

@@ -12,7 +12,7 @@ import click
 
 from extraction.cli.terminal import Command
 from extraction.config.settings import EXPERIMENT_SETTINGS, MODEL_SETTINGS, SAMPLING, Setting
-from extraction.config.validation import Bounds, spec_bounds
+from extraction.config.validation import Bounds
 from extraction.core.text import show, suggest
 
 CONTEXT: dict[str, Any] = {
@@ -81,7 +81,7 @@ class ListType(click.ParamType[Any]):
 
 
 def _type(setting: Setting) -> click.ParamType[Any]:
-    bounds = spec_bounds(setting.info)
+    bounds = setting.bounds
     if bounds is not None:
         return NumberType(bounds)
     if setting.choices:
@@ -90,7 +90,7 @@ def _type(setting: Setting) -> click.ParamType[Any]:
 
 
 def _range(setting: Setting) -> str:
-    bounds = spec_bounds(setting.info)
+    bounds = setting.bounds
     if bounds is None:
         return f"{', '.join(setting.choices)}; " if setting.choices else ""
     low = f"above {bounds.low:g}" if bounds.above else f"{bounds.low:g}"

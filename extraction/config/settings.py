@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainVa
 from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic.fields import FieldInfo
 
-from extraction.config.validation import Model, Text, distinct, nonempty, problem, spec_bounds
+from extraction.config.validation import Bounds, Model, Text, distinct, nonempty, problem, spec_bounds
 from extraction.core.errors import ConfigError
 from extraction.core.names import distinct_names
 from extraction.core.records import COUNTED_POOLINGS, DEVICE_STRATEGIES, POOLINGS, SITES
@@ -355,6 +355,11 @@ class Setting:
         return next((item for item in self.info.metadata if isinstance(item, Option)), Option())
 
     @property
+    def bounds(self) -> Bounds | None:
+        """Bounds of a number; None for other values."""
+        return spec_bounds(self.info)
+
+    @property
     def flag(self) -> str:
         """The option on the command line."""
         return "--" + self.name.replace("_", "-")
@@ -378,7 +383,7 @@ class Setting:
     @property
     def values(self) -> str:
         """Allowed values in words, for tables and messages; empty where the help says them."""
-        return ", ".join(self.choices) or (str(bounds) if (bounds := spec_bounds(self.info)) else "")
+        return ", ".join(self.choices) or (str(self.bounds or ""))
 
     @property
     def default_text(self) -> str:
