@@ -83,8 +83,6 @@ class CacheWindow:
         finally:
             self.cursor = previous
 
-    entering, at = prefilling, cursor_at  # former names
-
 
 @dataclass(frozen=True)
 class ColumnMove:
@@ -254,5 +252,3 @@ class SlotKVCache(Cache):
         """Zero these slots."""
         for layer in self.slot_layers:
             layer.clear(rows)
-
-    repack, align = select_rows, gather_columns  # former names
