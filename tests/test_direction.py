@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from extraction.core.errors import VectorError
 from extraction.storage.trait_run import TraitRun
-from extraction.vectors.direction import Direction, spanned
+from extraction.vectors.direction import Direction, format_layers
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -186,4 +186,4 @@ def test_a_run_gives_its_vectors(tmp_path: Path):
 
 
 def test_spans():
-    assert spanned([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8"
+    assert format_layers([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8"

@@ -22,10 +22,10 @@ from extraction.storage.trait_run import TraitRun
 from extraction.vectors import chunked
 from extraction.vectors.bootstrap import Resamples, resample_questions, resampled_auroc
 from extraction.vectors.card import build_card
-from extraction.vectors.chunked import Block, RowsInMemory, blocks_of, typical_norms
+from extraction.vectors.chunked import LayerBlock, RowsInMemory, layer_blocks, typical_norms
 from extraction.vectors.methods import METHODS, fit_block, fit_layers
 from extraction.vectors.metrics import project
-from extraction.vectors.prepare import PreparedSides, span
+from extraction.vectors.prepare import PreparedSides, prepare_sides
 from tests.planted import gaussian, trait_rows
 from tests.runs import environment
 
@@ -47,7 +47,7 @@ class Counted:
         n, n_layers, hidden = self.rows_nLD.shape
         return n, n_layers, hidden
 
-    def at(self, layers: slice) -> Tensor:
+    def read_layers(self, layers: slice) -> Tensor:
         self.asked.extend(range(*layers.indices(self.rows_nLD.shape[1])))
         return self.rows_nLD[:, layers].clone()
 
@@ -88,15 +88,15 @@ def alike(a: object, b: object) -> bool:
 
 
 def test_blocks_cover_every_layer_once_and_hold_at_most_what_they_may(few_layers: int):
-    blocks = list(blocks_of((N, LAYERS, HIDDEN)))
+    blocks = list(layer_blocks((N, LAYERS, HIDDEN)))
     assert [layer for block in blocks for layer in range(LAYERS)[block.layers]] == list(range(LAYERS))
     assert max(block.stop - block.start for block in blocks) == few_layers
-    assert len(list(blocks_of((10**9, 5, HIDDEN)))) == 5  # one layer at least
+    assert len(list(layer_blocks((10**9, 5, HIDDEN)))) == 5  # one layer at least
 
 
 def test_what_fits_is_one_block():
-    assert list(blocks_of((200, 26, 2304))) == [Block(0, 26, 26)]
-    assert list(blocks_of((0, 3, 8))) == [Block(0, 3, 3)]
+    assert list(layer_blocks((200, 26, 2304))) == [LayerBlock(0, 26, 26)]
+    assert list(layer_blocks((0, 3, 8))) == [LayerBlock(0, 3, 3)]
 
 
 # --- some layers == all layers
@@ -106,7 +106,7 @@ def test_what_fits_is_one_block():
 def test_a_method_finds_at_some_layers_what_it_finds_at_all(name: str, few_layers: int):
     rows_nLD = torch.cat(ROWS.sides)
     n_positive = ROWS.counts[0]
-    all_LD = METHODS[name](*ROWS.sides, seed=3)
+    all_LD = METHODS[name].fit(*ROWS.sides, seed=3)
     some_LD = fit_layers([name], RowsInMemory(rows_nLD), n_positive, seed=3)[name]
     torch.testing.assert_close(some_LD, all_LD, rtol=0, atol=1e-7 * float(all_LD.abs().max()))
     if name != "probe":  # all layers of a block stop at the same Newton step
@@ -115,8 +115,8 @@ def test_a_method_finds_at_some_layers_what_it_finds_at_all(name: str, few_layer
 
 def test_a_random_direction_at_the_wrong_place_is_another():
     sides = [side[:, 1:2] for side in ROWS.sides]
-    here, elsewhere = (fit_block("random", *sides, Block(start, start + 1, LAYERS), seed=0) for start in (1, 0))
-    assert torch.equal(here, METHODS["random"](*ROWS.sides, seed=0)[1:2])
+    here, elsewhere = (fit_block("random", *sides, LayerBlock(start, start + 1, LAYERS), seed=0) for start in (1, 0))
+    assert torch.equal(here, METHODS["random"].fit(*ROWS.sides, seed=0)[1:2])
     assert not torch.allclose(here.abs(), elsewhere.abs())
 
 
@@ -156,17 +156,17 @@ def test_stored_rows_are_the_rows_in_any_order(tmp_path: Path):
     columns = [2, 0, 3]
     picked = stored.pick([ids[place] for place in places], columns)
     assert picked.shape == (20, 3, HIDDEN)
-    assert torch.equal(picked.at(slice(None)), ROWS.activations_nLD[places][:, columns])
-    assert torch.equal(picked.at(slice(1, 3)), ROWS.activations_nLD[places][:, columns[1:3]])
+    assert torch.equal(picked.read_layers(slice(None)), ROWS.activations_nLD[places][:, columns])
+    assert torch.equal(picked.read_layers(slice(1, 3)), ROWS.activations_nLD[places][:, columns[1:3]])
     assert torch.equal(folder.load_activations(NAME)[1], ROWS.activations_nLD)
     with pytest.raises(KeyError, match="nobody"):
-        stored.pick(["nobody", ids[0]], columns).at(slice(None))
+        stored.pick(["nobody", ids[0]], columns).read_layers(slice(None))
 
 
 def test_the_dtype_is_the_one_that_is_stored(tmp_path: Path):
     rows_nLD = ROWS.activations_nLD.bfloat16()
     folder, ids = store(tmp_path, rows_nLD)
-    assert torch.equal(folder.open_activations(NAME).pick(ids, range(LAYERS)).at(slice(1, 2)), rows_nLD[:, 1:2])
+    assert torch.equal(folder.open_activations(NAME).pick(ids, range(LAYERS)).read_layers(slice(1, 2)), rows_nLD[:, 1:2])
 
 
 def test_a_card_from_the_disk_is_the_card_from_memory(tmp_path: Path, few_layers: int):
@@ -196,8 +196,8 @@ def test_a_file_that_changes_after_it_was_checked_is_refused(tmp_path: Path):
     picked = opened(folder).pick(ids, range(LAYERS))
     folder.write_activations_shard(0, ids[:9], {NAME: ROWS.activations_nLD[:9] + 1, "other": torch.zeros(9, 1)}, {})
     with pytest.raises(StoreError, match="changed while it was in use"):
-        picked.at(slice(0, 1))
-    changed = opened(folder).pick(ids, range(LAYERS)).at(slice(0, 1))  # checked again, it is as good as another
+        picked.read_layers(slice(0, 1))
+    changed = opened(folder).pick(ids, range(LAYERS)).read_layers(slice(0, 1))  # checked again, it is as good as another
     assert torch.equal(changed[:9], ROWS.activations_nLD[:9, :1] + 1)
 
 
@@ -214,7 +214,7 @@ stored = folder.open_activations("residual.response_mean")
 before = peak()
 for step in (1, n_layers):
     for start in range(0, n_layers, step):
-        stored.pick(stored.ids, range(n_layers)).at(slice(start, start + step)).mean()
+        stored.pick(stored.ids, range(n_layers)).read_layers(slice(start, start + step)).mean()
     print(peak() - before)
 """
 )
@@ -275,9 +275,9 @@ def test_centred_rows_are_what_they_were_and_the_arguments_are_left_alone():
     for dtype in (torch.float32, torch.float64):
         sides = [side.to(dtype) for side in ROWS.sides]
         copies = [side.clone() for side in sides]
-        found = span(*sides)
+        found = prepare_sides(*sides)
         assert torch.equal(found.rows_LnR, span_before(*copies))
-        assert torch.equal(torch.cat(list(found.within()), 1), within_before(found))
+        assert torch.equal(torch.cat(list(found.deviations()), 1), within_before(found))
         assert all(torch.equal(side, copy) for side, copy in zip(sides, copies, strict=True))
 
 
@@ -291,7 +291,7 @@ def test_resampled_auroc_is_what_it_was(questions: int, strata: int, ties: bool)
     asked = [i % questions for i in range(60)]
     resamples = resample_questions(positive_n, asked, count=40, seed=0)
     resamples = replace(resamples, stratum_n=torch.randint(strata, (60,), generator=generator))
-    for each in (resamples, resamples.once()):
+    for each in (resamples, resamples.original()):
         torch.testing.assert_close(
             resampled_auroc(scores_nC, each), auroc_before(scores_nC, each), rtol=0, atol=0, equal_nan=True
         )

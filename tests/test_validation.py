@@ -16,9 +16,15 @@ from sklearn.metrics import roc_auc_score
 from extraction.core.errors import ActivationError, TraitError
 from extraction.core.records import Example
 from extraction.vectors.card import build_card, choose_method
-from extraction.vectors.chunked import Block
-from extraction.vectors.controls import best, half_cosines, placebo, placebo_scores, split_half_cosine
-from extraction.vectors.held_out import by_methods, fit_scorer, held_out_scores
+from extraction.vectors.chunked import LayerBlock
+from extraction.vectors.controls import (
+    choose_best,
+    choose_for_shuffled_labels,
+    half_direction_cosines,
+    shuffled_label_scores,
+    split_half_cosine,
+)
+from extraction.vectors.held_out import fit_scorer, fit_with_methods, held_out_scores
 from extraction.vectors.methods import DEFAULT_METHODS, find_method, mean_diff
 from extraction.vectors.metrics import (
     accuracy_at,
@@ -33,11 +39,11 @@ from extraction.vectors.splits import (
     Fold,
     LabelledRows,
     apportion,
-    check_apart,
+    check_no_leak,
     deal_questions,
-    halves,
     question_keys,
     shuffled_labels,
+    split_halves,
     split_rows,
 )
 from tests.planted import gaussian, memorised_instructions, natural_rows, trait_rows
@@ -52,10 +58,10 @@ def card_of(rows: LabelledRows, **asked: object) -> dict:
     )  # fmt: skip
 
 
-def whole(rows: LabelledRows) -> Block:
+def whole(rows: LabelledRows) -> LayerBlock:
     """All layers."""
     n_layers = rows.activations_nLD.shape[1]
-    return Block(0, n_layers, n_layers)
+    return LayerBlock(0, n_layers, n_layers)
 
 
 # --- figures against oracles
@@ -192,24 +198,24 @@ def test_every_row_outside_the_fit_part_is_held_once_by_a_fold_that_saw_neither_
     assert torch.equal(held == 1, ~split.part_n["fit"])
     assert torch.equal(sum(part.int() for part in split.part_n.values()), torch.ones_like(held).int())
     for fold in split.folds:
-        seen, unseen = rows.pick(fold.fit_n), rows.pick(fold.held_n)
+        seen, unseen = rows.select(fold.fit_n), rows.select(fold.held_n)
         assert set(seen.question_ids).isdisjoint(unseen.question_ids)
         assert set(seen.instruction_ids).isdisjoint(unseen.instruction_ids) or instructions == 1
-    assert {len(set(rows.pick(part).question_ids)) for part in split.part_n.values()} == {8, 4}
+    assert {len(set(rows.select(part).question_ids)) for part in split.part_n.values()} == {8, 4}
 
 
 def test_a_leak_is_refused():
     """The check itself: a fold with one test row among the fitted ones, by question and by instruction."""
     rows = trait_rows(questions=6, instructions=2)
     fold = split_rows(rows, seed=0).folds[0]
-    check_apart(rows, fold, instructions=True)
+    check_no_leak(rows, fold, instructions=True)
     of_question = fold.held_n.nonzero()[0]
     with pytest.raises(AssertionError, match=r"a leak: 1 questions"):
-        check_apart(rows, Fold(fold.fit_n.index_fill(0, of_question, True), fold.held_n), instructions=False)
+        check_no_leak(rows, Fold(fold.fit_n.index_fill(0, of_question, True), fold.held_n), instructions=False)
     questions = {rows.question_ids[i] for i in fold.fit_n.nonzero().flatten().tolist()}
     of_instruction = [i for i, question in enumerate(rows.question_ids) if question in questions and not fold.fit_n[i]]
     with pytest.raises(AssertionError, match=r"a leak: 1 instructions"):
-        check_apart(
+        check_no_leak(
             rows, Fold(fold.fit_n.index_fill(0, torch.tensor(of_instruction[:1]), True), fold.held_n), instructions=True
         )
 
@@ -217,7 +223,7 @@ def test_a_leak_is_refused():
 def test_too_few_rows_to_leave_an_instruction_out_hold_out_questions_only():
     rows = trait_rows(questions=4, instructions=2)
     thin_n = torch.tensor([instruction == 0 or i % 8 == 0 for i, instruction in enumerate(rows.instruction_ids)])
-    card = card_of(rows.pick(thin_n), placebos=0)
+    card = card_of(rows.select(thin_n), placebos=0)
     assert card["split"]["instruction_folds"] == 1
     assert "No instruction was held out: only questions were." in card["verdict"]["reasons"]
 
@@ -231,12 +237,12 @@ def test_too_few_questions_for_three_parts_are_refused(questions: int):
 def test_a_side_with_no_rows_is_refused():
     rows = trait_rows()
     with pytest.raises(TraitError, match="0 negative rows"):
-        split_rows(rows.relabelled(torch.ones(200, dtype=torch.bool)), seed=0)
+        split_rows(rows.with_labels(torch.ones(200, dtype=torch.bool)), seed=0)
 
 
 def test_halves_share_no_question():
     for rows in (trait_rows(), natural_rows()):
-        first, second = halves(rows, seed=1)
+        first, second = split_halves(rows, seed=1)
         assert set(first.question_ids).isdisjoint(second.question_ids)
         assert len(first.question_ids) + len(second.question_ids) == len(rows.question_ids)
         assert min(first.counts + second.counts) > 10
@@ -268,12 +274,12 @@ def test_shuffled_labels_stay_in_their_question_and_part():
 
 def test_scores_are_standardised_by_the_fitted_rows_alone():
     rows = trait_rows(effect=3.0)
-    gauge = fit_scorer(rows, by_methods(["mean_diff"], seed=0))
-    scores = gauge.read(rows.activations_nLD)[:, 0]
+    scorer = fit_scorer(rows, fit_with_methods(["mean_diff"], seed=0))
+    scores = scorer.score(rows.activations_nLD)[:, 0]
     above, below = scores[rows.positive_n], scores[~rows.positive_n]
-    raw = project(rows.activations_nLD, gauge.direction_KLD)[:, 0]
+    raw = project(rows.activations_nLD, scorer.direction_KLD)[:, 0]
     pooled = np.sqrt((raw[rows.positive_n].numpy().var(0, ddof=1) + raw[~rows.positive_n].numpy().var(0, ddof=1)) / 2)
-    np.testing.assert_allclose(gauge.spread_KL[0].numpy(), pooled)
+    np.testing.assert_allclose(scorer.spread_KL[0].numpy(), pooled)
     torch.testing.assert_close(fit_threshold(above, below), torch.zeros(4).double(), atol=1e-9, rtol=0)
     torch.testing.assert_close(cohens_d(above, below), above.mean(0) - below.mean(0))
 
@@ -282,10 +288,10 @@ def test_every_row_is_scored_by_the_direction_of_its_fold():
     """Each fold by hand: directions of the other instructions' fit rows, read on this one's rows."""
     rows = trait_rows(effect=2.0)
     split = split_rows(rows, seed=1)
-    (scores_nKL,) = held_out_scores(rows, split, by_methods(["mean_diff"], seed=0))
+    (scores_nKL,) = held_out_scores(rows, split, fit_with_methods(["mean_diff"], seed=0))
     assert torch.equal(scores_nKL.isnan().all((1, 2)), split.part_n["fit"])
     for fold in split.folds:
-        fitted = rows.pick(fold.fit_n)
+        fitted = rows.select(fold.fit_n)
         way = mean_diff(*fitted.sides, seed=0).double()
         train = [torch.einsum("nld,ld->nl", side.double(), way) for side in fitted.sides]
         spread = (sum((side - side.mean(0)).square().sum(0) for side in train) / (len(fitted.positive_n) - 2)).sqrt()
@@ -300,13 +306,13 @@ def test_directions_see_no_held_out_row():
     poisoned = torch.where(split.part_n["test"][:, None, None], 1e4 + rows.activations_nLD, rows.activations_nLD)
     for fold in split.folds:
         clean, other = (
-            fit_scorer(replace(rows, activations_nLD=each).pick(fold.fit_n), by_methods(["mean_diff", "probe"], seed=0))
+            fit_scorer(replace(rows, activations_nLD=each).select(fold.fit_n), fit_with_methods(["mean_diff", "probe"], seed=0))
             for each in (rows.activations_nLD, poisoned)
         )
         assert all(torch.equal(a, b) for a, b in zip(vars(clean).values(), vars(other).values(), strict=True))
     validation_n = split.part_n["validation"]
     scores = [
-        held_out_scores(replace(rows, activations_nLD=each), split, by_methods(["mean_diff"], seed=0))[0][validation_n]
+        held_out_scores(replace(rows, activations_nLD=each), split, fit_with_methods(["mean_diff"], seed=0))[0][validation_n]
         for each in (rows.activations_nLD, poisoned)
     ]
     assert torch.equal(*scores)
@@ -326,14 +332,14 @@ def test_the_threshold_comes_from_the_fitted_rows():
 
 def test_the_best_layer_is_by_auroc_then_effect_then_depth():
     def at(areas: list[float], effects: list[float]) -> tuple[int, int]:
-        return best(torch.tensor([areas]), torch.tensor([effects]))
+        return choose_best(torch.tensor([areas]), torch.tensor([effects]))
 
     assert at([0.5, 0.9, 0.8], [9, 1, 9]) == (0, 1)
     assert at([1.0, 1.0, 1.0], [1, 3, 2]) == (0, 1)
     assert at([1.0, 1.0], [2, 2]) == (0, 0)
     assert at([1.0, 1.0], [float("nan"), 2]) == (0, 1)
     assert at([1.0, 1.0], [float("nan")] * 2) == (0, 0)
-    assert best(torch.tensor([[0.7, 0.6], [0.6, 0.8]]), torch.zeros(2, 2)) == (1, 1)
+    assert choose_best(torch.tensor([[0.7, 0.6], [0.6, 0.8]]), torch.zeros(2, 2)) == (1, 1)
 
 
 def figures_of(area: float | None, effect: float | None, around: float | None = None) -> dict:
@@ -462,7 +468,7 @@ def test_norms_are_of_the_activations_and_of_the_written_direction(card: dict):
     rows = trait_rows(effect=3.0)
     norm = rows.activations_nLD.double().norm(dim=-1).mean(0)
     assert card["typical_norm"] == pytest.approx(norm.tolist())
-    way = find_method("mean_diff")(*rows.sides, seed=0)
+    way = find_method("mean_diff").fit(*rows.sides, seed=0)
     assert card["methods"]["mean_diff"]["per_layer"]["norm"] == pytest.approx(way.norm(dim=-1).tolist(), rel=1e-5)
     assert card["methods"]["probe"]["per_layer"]["norm"] == pytest.approx([1.0] * 4)
 
@@ -484,10 +490,10 @@ def test_placebos_go_the_whole_way_and_average_to_chance():
     split = split_rows(rows, seed=0)
     areas = []
     for seed in range(40):
-        shuffled = rows.relabelled(shuffled_labels(rows, split, seed=seed))
-        scores_nKL = placebo_scores(shuffled, split, ["mean_diff"], whole(rows), seed=seed)
+        shuffled = rows.with_labels(shuffled_labels(rows, split, seed=seed))
+        scores_nKL = shuffled_label_scores(shuffled, split, ["mean_diff"], whole(rows), seed=seed)
         assert scores_nKL is not None
-        found = placebo(shuffled, split, ["mean_diff"], scores_nKL)
+        found = choose_for_shuffled_labels(shuffled, split, ["mean_diff"], scores_nKL)
         test_n = split.part_n["test"]
         areas.append(auroc(*(found.scores_n[test_n & (found.positive_n == side), None] for side in (True, False))))
     assert abs(torch.cat(areas).mean().item() - 0.5) < 0.06
@@ -563,7 +569,7 @@ def test_a_card_of_mismatched_rows_is_our_own_bug():
 
 
 def agreement(rows: LabelledRows, method: str) -> torch.Tensor:
-    return split_half_cosine(half_cosines(rows, method, whole(rows), seed=0))
+    return split_half_cosine(half_direction_cosines(rows, method, whole(rows), seed=0))
 
 
 def test_two_halves_agree_on_a_trait_and_on_nothing_else():

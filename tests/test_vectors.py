@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from extraction.core.errors import ActivationError, ConfigError, TraitError
-from extraction.vectors import prepare as sides_room
+from extraction.vectors import prepare
 from extraction.vectors.methods import (
     DEFAULT_METHODS,
     METHODS,
@@ -194,7 +194,7 @@ def test_no_direction_separates_better_than_gradients():
 @pytest.mark.parametrize("hidden", [16, 120])
 def test_shape_dtype_norm_and_sign(name: str, hidden: int):
     positive, negative = two_sides(21, 34, 4, hidden)
-    found = METHODS[name](positive.float(), negative.float(), seed=5)
+    found = METHODS[name].fit(positive.float(), negative.float(), seed=5)
     assert found.shape == (4, hidden)
     assert found.dtype == torch.float32
     higher, lower = (torch.einsum("nld,ld->nl", side, found.double()).mean(0) for side in (positive, negative))
@@ -208,14 +208,14 @@ def test_shape_dtype_norm_and_sign(name: str, hidden: int):
 @pytest.mark.parametrize("name", METHODS)
 def test_swapping_the_sides_turns_the_direction_round(name: str):
     positive, negative = two_sides(30, 20, 3, 40)
-    there, back = METHODS[name](positive, negative, seed=1), METHODS[name](negative, positive, seed=1)
+    there, back = METHODS[name].fit(positive, negative, seed=1), METHODS[name].fit(negative, positive, seed=1)
     torch.testing.assert_close(there, -back, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_bits(name: str):
     positive, negative = two_sides()
-    assert torch.equal(METHODS[name](positive, negative, seed=3), METHODS[name](positive, negative, seed=3))
+    assert torch.equal(METHODS[name].fit(positive, negative, seed=3), METHODS[name].fit(positive, negative, seed=3))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -223,7 +223,7 @@ def test_the_same_seed_gives_the_same_bits(name: str):
 def test_permuting_rows_changes_nothing(name: str, hidden: int):
     positive, negative, _ = planted(hidden=hidden, n=40)
     shuffled = positive[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
-    same, moved = METHODS[name](positive, negative, seed=0), METHODS[name](shuffled, negative.flip(0), seed=0)
+    same, moved = METHODS[name].fit(positive, negative, seed=0), METHODS[name].fit(shuffled, negative.flip(0), seed=0)
     torch.testing.assert_close(moved, same, rtol=0, atol=1e-5)
 
 
@@ -232,8 +232,8 @@ def test_adding_a_vector_to_all_rows_changes_nothing(name: str):
     positive, negative, _ = planted()
     constant = 100 * gaussian(3, 32, seed=50)
     found, moved = (
-        METHODS[name](positive, negative, seed=0),
-        METHODS[name](positive + constant, negative + constant, seed=0),
+        METHODS[name].fit(positive, negative, seed=0),
+        METHODS[name].fit(positive + constant, negative + constant, seed=0),
     )
     torch.testing.assert_close(moved, found, rtol=0, atol=1e-5)
 
@@ -242,7 +242,7 @@ def test_adding_a_vector_to_all_rows_changes_nothing(name: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_scaling_all_activations_changes_only_mean_diffs_norm(name: str, scale: float):
     positive, negative, _ = planted()
-    found, scaled = METHODS[name](positive, negative, seed=0), METHODS[name](positive * scale, negative * scale, seed=0)
+    found, scaled = METHODS[name].fit(positive, negative, seed=0), METHODS[name].fit(positive * scale, negative * scale, seed=0)
     torch.testing.assert_close(scaled / (scale if name == "mean_diff" else 1), found, rtol=1e-5, atol=1e-5)
 
 
@@ -252,8 +252,8 @@ def test_turning_the_space_turns_the_direction(name: str, hidden: int):
     positive, negative, _ = planted(n=40, hidden=hidden)
     turn = turned(hidden)
     torch.testing.assert_close(
-        METHODS[name](positive @ turn, negative @ turn, seed=0),
-        (METHODS[name](positive, negative, seed=0).double() @ turn).float(),
+        METHODS[name].fit(positive @ turn, negative @ turn, seed=0),
+        (METHODS[name].fit(positive, negative, seed=0).double() @ turn).float(),
         rtol=0,
         atol=2e-5,
     )
@@ -269,25 +269,25 @@ def test_random_does_not_turn_with_the_space():
 @pytest.mark.parametrize("name", DEFAULT_METHODS)
 def test_a_layer_depends_on_itself_alone(name: str):
     positive, negative = two_sides(20, 25, 5, 60)
-    together = METHODS[name](positive, negative, seed=0)
+    together = METHODS[name].fit(positive, negative, seed=0)
     for layer in range(5):
-        alone = METHODS[name](positive[:, layer : layer + 1], negative[:, layer : layer + 1], seed=0)
+        alone = METHODS[name].fit(positive[:, layer : layer + 1], negative[:, layer : layer + 1], seed=0)
         torch.testing.assert_close(together[layer], alone[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FITTED)
 def test_layers_by_the_chunk_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
     positive, negative = two_sides(20, 25, 5, 60)
-    whole = METHODS[name](positive, negative, seed=0)
-    monkeypatch.setattr(sides_room, "CHUNK_BYTES", 1)
-    torch.testing.assert_close(METHODS[name](positive, negative, seed=0), whole, rtol=1e-5, atol=1e-6)
+    whole = METHODS[name].fit(positive, negative, seed=0)
+    monkeypatch.setattr(prepare, "LAYER_CHUNK_BYTES", 1)
+    torch.testing.assert_close(METHODS[name].fit(positive, negative, seed=0), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_inputs_are_left_alone(name: str):
     positive, negative = two_sides()
     before = positive.clone(), negative.clone()
-    METHODS[name](positive, negative, seed=0)
+    METHODS[name].fit(positive, negative, seed=0)
     assert torch.equal(positive, before[0])
     assert torch.equal(negative, before[1])
 
@@ -295,7 +295,7 @@ def test_inputs_are_left_alone(name: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_planted_direction_is_found(name: str):
     positive, negative, way = planted(n=1000, hidden=16, shift=2.0, noise=1.0)
-    found = cosine(METHODS[name](positive.float(), negative.float(), seed=0), way)
+    found = cosine(METHODS[name].fit(positive.float(), negative.float(), seed=0), way)
     if name == "random":
         assert (found < 0.7).all()  # the negative control
     else:
@@ -308,7 +308,7 @@ def test_large_norms_and_massive_dimensions_stay_finite(name: str, dtype: torch.
     positive, negative = (1e3 * side for side in two_sides(20, 20, 2, 300))
     positive[..., 7] += 3e4
     negative[..., 7] += 3e4
-    found = METHODS[name](positive.to(dtype), negative.to(dtype), seed=0)
+    found = METHODS[name].fit(positive.to(dtype), negative.to(dtype), seed=0)
     assert torch.isfinite(found).all()
     assert (found.norm(dim=-1) > 0.5).all()
 
@@ -327,20 +327,20 @@ def test_one_example_a_side_does_for_mean_diff_and_random():
 def test_one_example_is_refused_with_the_remedy_by_the_rest(name: str, n: int, m: int):
     positive, negative = two_sides(n, m)
     with pytest.raises(TraitError, match=r"side: 1 examples; .* at least 2 .* mean_diff works with 1"):
-        METHODS[name](positive, negative, seed=0)
+        METHODS[name].fit(positive, negative, seed=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_empty_side_is_refused(name: str):
     positive, negative = two_sides()
     with pytest.raises(TraitError, match="negative side: 0 examples"):
-        METHODS[name](positive, negative[:0], seed=0)
+        METHODS[name].fit(positive, negative[:0], seed=0)
 
 
 @pytest.mark.parametrize("name", FITTED)
 def test_two_rows_a_side_are_enough(name: str):
     positive, negative = two_sides(2, 2, 3, 30)
-    found = METHODS[name](positive, negative, seed=0)
+    found = METHODS[name].fit(positive, negative, seed=0)
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(3))
 
@@ -348,7 +348,7 @@ def test_two_rows_a_side_are_enough(name: str):
 @pytest.mark.parametrize("name", FITTED)
 def test_sides_without_spread_give_their_difference(name: str):
     positive, negative = (side.expand(3, 2, 30) for side in two_sides(1, 1, 2, 30))
-    assert (cosine(METHODS[name](positive, negative, seed=0), (positive - negative)[0]) > 1 - 1e-6).all()
+    assert (cosine(METHODS[name].fit(positive, negative, seed=0), (positive - negative)[0]) > 1 - 1e-6).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -356,7 +356,7 @@ def test_sides_with_the_same_mean_are_refused_with_their_layer(name: str):
     positive, negative = two_sides(8, 8, 3, 10)
     negative[:, 1] = positive[torch.randperm(8), 1]
     with pytest.raises(TraitError, match=r"layer 1: both sides have the same mean activation .*prompts differ"):
-        METHODS[name](positive, negative, seed=0)
+        METHODS[name].fit(positive, negative, seed=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -365,7 +365,7 @@ def test_non_finite_activations_are_refused(name: str, value: float):
     positive, negative = two_sides()
     negative[4, 2, 7] = value
     with pytest.raises(ActivationError, match=rf"layer 2, row 4 of the negative side: activation 7 is {value} "):
-        METHODS[name](positive, negative, seed=0)
+        METHODS[name].fit(positive, negative, seed=0)
 
 
 def test_the_door_names_absolute_layers_and_examples():
@@ -385,7 +385,7 @@ def test_sides_of_different_shapes_are_our_own_bug():
 
 
 def test_a_method_is_found_by_name_or_the_nearest_is_named():
-    assert find_method("probe") is probe
+    assert find_method("probe").fit is probe
     with pytest.raises(ConfigError, match=r"'meandiff' is not known; did you mean 'mean_diff'\?"):
         find_method("meandiff")
 
@@ -409,7 +409,7 @@ from extraction.vectors.methods import METHODS
 from extraction.vectors.card import build_card
 rows = torch.randn(200, 6, 193, generator=torch.Generator().manual_seed(0))
 for method in METHODS.values():
-    method(rows[:100], 1 + rows[100:], seed=0)
+    method.fit(rows[:100], 1 + rows[100:], seed=0)
 sides, questions = [True] * 100 + [False] * 100, [row % 20 for row in range(200)]
 build_card(rows, sides, questions, layers=range(6), seed=0, placebos=0, bootstraps=10)
 print(torch.get_num_threads())

@@ -104,7 +104,7 @@ def one_layer_late(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int) -> 
 
 
 def faulty(monkeypatch: pytest.MonkeyPatch, rows: LabelledRows, fault: Any) -> dict[str, Any]:
-    monkeypatch.setitem(METHODS, "mean_diff", fault)
+    monkeypatch.setitem(METHODS, "mean_diff", replace(METHODS["mean_diff"], fit=fault))
     return card_of(rows, methods=["mean_diff"])
 
 

@@ -57,7 +57,7 @@ def row_tensor(direction: Direction, n_layers: int | None) -> tuple[Tensor, tupl
     """[n_layers, D], row k of decoder block k, zeros where the direction has no layer; and what to say about it."""
     import torch
 
-    from extraction.vectors.direction import spanned
+    from extraction.vectors.direction import format_layers
 
     if n_layers is None:
         raise VectorError("this form has a row for every layer, and the model is not known here: give --model NAME")
@@ -66,7 +66,7 @@ def row_tensor(direction: Direction, n_layers: int | None) -> tuple[Tensor, tupl
     rows_LD = torch.zeros(n_layers, direction.hidden_size)
     rows_LD[list(direction.layers)] = direction.direction_LD
     absent = [layer for layer in range(n_layers) if layer not in direction.layers]
-    return rows_LD, (f"{spanned(absent)}: no vector here, so zeros in the file",) if absent else ()
+    return rows_LD, (f"{format_layers(absent)}: no vector here, so zeros in the file",) if absent else ()
 
 
 def numbered_rows(rows_LD: Tensor, path: Path) -> tuple[dict[int, Tensor], tuple[str, ...]]:

@@ -42,7 +42,7 @@ class ExportOptions:
 
 def export_vectors(wanted: ExportOptions, *, root: str | None, output: str | None, force: bool) -> list[str]:
     """Write one method's directions in another program's form. Returns what to say. Raises VectorError."""
-    from extraction.vectors.direction import Direction, spanned
+    from extraction.vectors.direction import Direction, format_layers
 
     if wanted.to not in WRITERS:
         raise VectorError(f"--to {wanted.to!r}: no format of vectors; {suggest(wanted.to, WRITERS)}")
@@ -53,7 +53,7 @@ def export_vectors(wanted: ExportOptions, *, root: str | None, output: str | Non
     written = WRITERS[wanted.to](direction, facts)
     path = Path(output or OUTPUTS[wanted.to].format(trait=wanted.trait, method=wanted.method))
     place_file(path, written.data, force=force)
-    said = f"{show_path(path)}: {wanted.method} of {wanted.trait} at {spanned(direction.layers)}, as {wanted.to}"
+    said = f"{show_path(path)}: {wanted.method} of {wanted.trait} at {format_layers(direction.layers)}, as {wanted.to}"
     return [said, *written.notes]
 
 
@@ -68,7 +68,7 @@ def import_vectors(
     force: bool = False,
 ) -> list[str]:
     """Read vectors of any known format, and keep them as an imported run. Returns what to say."""
-    from extraction.vectors.direction import spanned
+    from extraction.vectors.direction import format_layers
 
     top = find_root(root)
     label = None if model is None else resolve_model(model, top).name  # as runs call it; a wrong name is noticed
@@ -88,7 +88,7 @@ def import_vectors(
         _check_free(run, direction, force=force)
         run.write_vectors(IMPORTED, {"direction": direction.direction_LD}, header)
     said = (
-        f"{show_path(source)}: read as {loaded.format}, {spanned(direction.layers)} of {direction.hidden_size} values"
+        f"{show_path(source)}: read as {loaded.format}, {format_layers(direction.layers)} of {direction.hidden_size} values"
     )
     return [said, *loaded.notes, f"kept in {show_path(run.vectors_path(IMPORTED))}"]
 
