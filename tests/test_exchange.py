@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from extraction.core.errors import VectorError
-from extraction.exchange.formats import ASKS_MODEL, OUTPUTS, READERS, WRITERS, load_direction, read_direction, recognise
+from extraction.exchange.formats import FORMATS, load_direction, read_direction, recognise
 from extraction.exchange.layer_rows import VectorMetadata
 from extraction.storage.experiment_dir import verify_tree
 from extraction.storage.trait_run import TraitRun, trait_run
 from extraction.vectors.direction import Direction
 from tests.gguf_by_hand import INT32, STRING, UINT32, Rejected, load_as_llama_cpp, write_by_hand
-from tests.runs import make_root, refused, succeed
+from tests.runs import REPOSITORY, make_root, refused, succeed
 
 QUICK = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -50,7 +50,7 @@ def put(folder: Path, data: bytes) -> Path:
 
 
 def written(name: str, direction: Direction = DIRECTION) -> bytes:
-    return WRITERS[name](direction, FACTS).data
+    return FORMATS[name].write(direction, FACTS).data
 
 
 def torch_bytes(value: Any) -> bytes:
@@ -74,10 +74,10 @@ def test_gguf_is_the_file_made_by_hand():
     tensors = {f"direction.{k}": f32(VALUES[k]) for k in (1, 2, 3)}
     made = write_by_hand([ARCHITECTURE, ("controlvector.layer_count", UINT32, 3)], tensors)
     assert written("gguf") == made
-    assert WRITERS["gguf"](DIRECTION, FACTS).notes == (
+    assert FORMATS["gguf"].write(DIRECTION, FACTS).notes == (
         "layer 0 was left out: this format can't address the output of decoder block 0",
     )
-    assert WRITERS["gguf"](WITHOUT_BLOCK_0, FACTS).notes == ()
+    assert FORMATS["gguf"].write(WITHOUT_BLOCK_0, FACTS).notes == ()
 
 
 def test_repeng_is_the_file_made_by_hand():
@@ -87,7 +87,7 @@ def test_repeng_is_the_file_made_by_hand():
         ("controlvector.layer_count", UINT32, 3),
     ]
     assert written("repeng") == write_by_hand(metadata, {f"direction.{k}": f32(VALUES[k]) for k in (1, 2, 3)})
-    untyped = WRITERS["repeng"](DIRECTION, VectorMetadata())
+    untyped = FORMATS["repeng"].write(DIRECTION, VectorMetadata())
     assert load_as_llama_cpp(untyped.data)[2]["controlvector.model_hint"] == "m"
     assert "model_hint is its name, m" in untyped.notes[-1]
 
@@ -186,31 +186,32 @@ ROWS = st.dictionaries(
 )
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FORMATS)
 @QUICK
 @given(rows=ROWS)
 def test_what_is_written_reads_back_exactly(name, rows, tmp_path):
     direction = Direction.from_layers({k: torch.tensor(v) for k, v in rows.items()}, model="m")
-    data = WRITERS[name](direction, VectorMetadata("llama", n_layers=10)).data
+    data = FORMATS[name].write(direction, VectorMetadata("llama", n_layers=10)).data
     path = put(tmp_path, data)
     assert load_direction(path, format=name, model="m") == direction
     assert load_direction(path, model="m") == direction  # by its content
     assert (
-        WRITERS[name](load_direction(path, model="m"), VectorMetadata("llama", n_layers=10)).data == data
+        FORMATS[name].write(load_direction(path, model="m"), VectorMetadata("llama", n_layers=10)).data == data
         or name == "traitline"
     )
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_file_is_recognised_by_its_content(name, tmp_path):
     assert recognise(put(tmp_path, written(name))) == ("gguf" if name == "repeng" else name)
 
 
-def test_the_tables_agree():
-    assert set(WRITERS) == set(READERS) == set(OUTPUTS)
-    assert set(WRITERS) > ASKS_MODEL
-    for table in (WRITERS, READERS):
-        assert all(function.__doc__ for function in table.values())
+def test_every_format_documents_what_it_reads_and_writes():
+    page = (REPOSITORY / "docs/exchange.md").read_text()
+    for name, form in FORMATS.items():
+        assert form.write.__doc__
+        assert form.read.__doc__
+        assert f"| `{name}` |" in page
 
 
 # --- what is wrong with a file --------------------------------------------------------------------------------------
@@ -302,14 +303,14 @@ def test_numpy_archives_hold_no_pickles(tmp_path):
 
 def test_forms_that_hold_every_layer_need_the_model():
     for name in ("persona_vectors", "assistant_axis"):
-        assert "give --model NAME" in said(WRITERS[name], DIRECTION, VectorMetadata())
-        assert "layer 3: the model has 3 layers" in said(WRITERS[name], DIRECTION, VectorMetadata(n_layers=3))
-    assert "layer 0 alone" in said(WRITERS["gguf"], DIRECTION.select([0]), VectorMetadata())
+        assert "give --model NAME" in said(FORMATS[name].write, DIRECTION, VectorMetadata())
+        assert "layer 3: the model has 3 layers" in said(FORMATS[name].write, DIRECTION, VectorMetadata(n_layers=3))
+    assert "layer 0 alone" in said(FORMATS["gguf"].write, DIRECTION.select([0]), VectorMetadata())
 
 
 def test_without_its_package_gguf_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install 'traitline[exchange]'" in said(WRITERS["gguf"], DIRECTION, FACTS)
+    assert "pip install 'traitline[exchange]'" in said(FORMATS["gguf"].write, DIRECTION, FACTS)
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -337,10 +338,10 @@ def vectors_of(root: Path) -> Direction:
     return Direction.from_run(TraitRun(root / "experiments/demo/calm"), "pca")
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_what_is_exported_can_be_imported_and_exported_again(name, root):
     succeed("export", *RUN, "--to", name)
-    path = root / OUTPUTS[name].format(trait="calm", method="pca")
+    path = root / FORMATS[name].file_name.format(trait="calm", method="pca")
     output = succeed("import", path, "--as", "back", "--model", "tiny").output
     assert "read as " in output
     back = Direction.from_run(TraitRun(root / "experiments/imported/back"), "imported")

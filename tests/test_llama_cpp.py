@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from extraction.exchange.formats import WRITERS
+from extraction.exchange.formats import FORMATS
 from extraction.exchange.layer_rows import VectorMetadata
 from extraction.model.hooks import steer
 from extraction.model.loading import wrap
@@ -140,7 +140,7 @@ def test_llama_cpp_adds_each_direction_where_we_do(lm, loaded) -> None:
     assert np.abs(their_logits(loaded, None, n_layers) - plain).max() < 0.02
     for layers in ((1,), (3,), (n_layers - 1,), tuple(range(1, n_layers))):
         for form in ("gguf", "repeng"):
-            file = WRITERS[form](direction.select(layers), VectorMetadata("llama", n_layers)).data
+            file = FORMATS[form].write(direction.select(layers), VectorMetadata("llama", n_layers)).data
             theirs = their_logits(loaded, file, n_layers)
             assert np.abs(theirs - our_logits(lm, direction, layers)).max() < 0.02, (form, layers)
             assert np.abs(theirs - plain).max() > 0.2  # the controls: nothing added, and one block off

@@ -16,7 +16,7 @@ from extraction.core.errors import TraitError
 from extraction.core.records import InstructionPair, Markers, NaturalPrompt, Trait
 from extraction.exchange.persona_traits import trait_to_persona
 from extraction.exchange.trait_files import read_trait_files, trait_yaml
-from extraction.exchange.trait_forms import FORMS, find_form
+from extraction.exchange.trait_formats import TRAIT_FORMATS, find_trait_format
 from extraction.exchange.trait_transfer import export_trait, import_trait
 from tests.runs import contents, make_root, refused, succeed
 
@@ -347,7 +347,7 @@ ANY = st.recursive(
 
 
 @settings(QUICK, max_examples=300)
-@given(data=ANY, other=ANY, format=st.sampled_from([None, None, *FORMS]), part=st.sampled_from(["a", "definition"]))
+@given(data=ANY, other=ANY, format=st.sampled_from([None, None, *TRAIT_FORMATS]), part=st.sampled_from(["a", "definition"]))
 def test_any_json_is_a_trait_or_refused_in_one_line(data, other, format, part, root):
     paths = put(root, **{f"{part}__json": json.dumps(data), "b_negative__json": json.dumps(other)})
     for given_paths in (paths[:1], paths):
@@ -404,9 +404,9 @@ def test_an_imported_trait_is_listed_planned_and_exported(tmp_path, monkeypatch)
 
 
 def test_every_format_says_what_it_reads():
-    assert all(form.convert.__doc__ for form in FORMS.values())
+    assert all(form.convert.__doc__ for form in TRAIT_FORMATS.values())
     with pytest.raises(TraitError, match="no format of traits"):
-        find_form([], "pickle")
+        find_trait_format([], "pickle")
 
 
 def test_a_folder_without_sides_is_refused(root):

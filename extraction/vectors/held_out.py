@@ -49,7 +49,7 @@ def fit_scorer(rows: LabelledRows, fit: FitDirections) -> HeldOutScorer:
 
 
 def held_out_scores(rows: LabelledRows, split: Split, fit: FitDirections, *others_nLD: Tensor) -> list[Tensor]:
-    """Score the held-out rows of every fold: a tensor [n, K, L] for the rows and each of `others_nLD`; NaN for fit rows.
+    """Score the held-out rows of every fold: [n, K, L] for the rows and for each of `others_nLD`; NaN for fit rows.
 
     `others_nLD` are the same rows captured in another way. In each fold a scorer is fitted on the fit questions of the
     other instructions, and scores the fold's own rows about validation and test questions. The fitted rows alone

@@ -222,7 +222,7 @@ def _fit_logistic(sides: PreparedSides, c: float) -> Tensor:
 
 
 def _halving_step(loss: Callable[[Tensor], Tensor], weights: Tensor, step: Tensor) -> Tensor:
-    """Return `weights - step` for each layer, the step halved until the loss does not rise; no step if it always does."""
+    """Return `weights - step` for each layer, the step halved until the loss does not rise; 0 if it always does."""
     before = loss(weights)
     size = torch.ones_like(before)
     for _ in range(40):
