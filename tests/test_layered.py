@@ -166,7 +166,9 @@ def test_stored_rows_are_the_rows_in_any_order(tmp_path: Path):
 def test_the_dtype_is_the_one_that_is_stored(tmp_path: Path):
     rows_nLD = ROWS.activations_nLD.bfloat16()
     folder, ids = store(tmp_path, rows_nLD)
-    assert torch.equal(folder.open_activations(NAME).pick(ids, range(LAYERS)).read_layers(slice(1, 2)), rows_nLD[:, 1:2])
+    assert torch.equal(
+        folder.open_activations(NAME).pick(ids, range(LAYERS)).read_layers(slice(1, 2)), rows_nLD[:, 1:2]
+    )
 
 
 def test_a_card_from_the_disk_is_the_card_from_memory(tmp_path: Path, few_layers: int):
@@ -197,7 +199,9 @@ def test_a_file_that_changes_after_it_was_checked_is_refused(tmp_path: Path):
     folder.write_activations_shard(0, ids[:9], {NAME: ROWS.activations_nLD[:9] + 1, "other": torch.zeros(9, 1)}, {})
     with pytest.raises(StoreError, match="changed while it was in use"):
         picked.read_layers(slice(0, 1))
-    changed = opened(folder).pick(ids, range(LAYERS)).read_layers(slice(0, 1))  # checked again, it is as good as another
+    changed = (
+        opened(folder).pick(ids, range(LAYERS)).read_layers(slice(0, 1))
+    )  # checked again, it is as good as another
     assert torch.equal(changed[:9], ROWS.activations_nLD[:9, :1] + 1)
 
 

@@ -306,13 +306,17 @@ def test_directions_see_no_held_out_row():
     poisoned = torch.where(split.part_n["test"][:, None, None], 1e4 + rows.activations_nLD, rows.activations_nLD)
     for fold in split.folds:
         clean, other = (
-            fit_scorer(replace(rows, activations_nLD=each).select(fold.fit_n), fit_with_methods(["mean_diff", "probe"], seed=0))
+            fit_scorer(
+                replace(rows, activations_nLD=each).select(fold.fit_n), fit_with_methods(["mean_diff", "probe"], seed=0)
+            )
             for each in (rows.activations_nLD, poisoned)
         )
         assert all(torch.equal(a, b) for a, b in zip(vars(clean).values(), vars(other).values(), strict=True))
     validation_n = split.part_n["validation"]
     scores = [
-        held_out_scores(replace(rows, activations_nLD=each), split, fit_with_methods(["mean_diff"], seed=0))[0][validation_n]
+        held_out_scores(replace(rows, activations_nLD=each), split, fit_with_methods(["mean_diff"], seed=0))[0][
+            validation_n
+        ]
         for each in (rows.activations_nLD, poisoned)
     ]
     assert torch.equal(*scores)

@@ -242,7 +242,10 @@ def test_adding_a_vector_to_all_rows_changes_nothing(name: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_scaling_all_activations_changes_only_mean_diffs_norm(name: str, scale: float):
     positive, negative, _ = planted()
-    found, scaled = METHODS[name].fit(positive, negative, seed=0), METHODS[name].fit(positive * scale, negative * scale, seed=0)
+    found, scaled = (
+        METHODS[name].fit(positive, negative, seed=0),
+        METHODS[name].fit(positive * scale, negative * scale, seed=0),
+    )
     torch.testing.assert_close(scaled / (scale if name == "mean_diff" else 1), found, rtol=1e-5, atol=1e-5)
 
 
