@@ -1,4 +1,4 @@
-"""Intervals: exactly what resampling the rows one by one would give, and as wide as they should be."""
+"""Intervals: equal to those of rows resampled one by one, and with their nominal coverage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = (4, 1, 3, 2, 5, 3, 4)  # rows of each question
 
 
 def cluster_rows(*, natural: bool, columns: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, list[str]]:
-    """Scores with ties, labels and questions; the last question but one of an instructed trait is one-sided."""
+    """Make scores with ties, labels and questions; the last question but one has one side unless `natural`."""
     questions = [f"q{index}" for index, size in enumerate(SIZES) for _ in range(size)]
     place = torch.tensor([int(name[1:]) for name in questions])
     positive_n = place % 2 == 0 if natural else (torch.arange(len(place)) % 2 == 0) | (place == 5)
@@ -27,7 +27,7 @@ def cluster_rows(*, natural: bool, columns: int = 3, seed: int = 0) -> tuple[Ten
 
 
 def naive(scores_n: np.ndarray, labels_n: np.ndarray, rows: list[int]) -> dict[str, float]:
-    """The figures of some rows, each as often as it is named."""
+    """Compute the metrics of some rows, each as often as it is listed."""
     scores, labels = scores_n[rows], labels_n[rows]
     above, below = scores[labels], scores[~labels]
     if min(len(above), len(below)) == 0:
@@ -42,7 +42,7 @@ def naive(scores_n: np.ndarray, labels_n: np.ndarray, rows: list[int]) -> dict[s
 
 
 @pytest.mark.parametrize("natural", [False, True])
-def test_every_resample_is_what_its_rows_would_give(natural: bool):
+def test_every_resample_has_the_metrics_of_its_rows(natural: bool):
     scores_nC, positive_n, questions = cluster_rows(natural=natural)
     resamples = resample_questions(positive_n, questions, count=60, seed=1)
     found = {name: figure(scores_nC, resamples) for name, figure in RESAMPLED_METRICS.items()}
@@ -55,8 +55,8 @@ def test_every_resample_is_what_its_rows_would_give(natural: bool):
                 assert found[name][b, column].item() == pytest.approx(value, abs=1e-9, nan_ok=True), (name, b)
 
 
-def test_the_twin_notices_a_question_too_many():
-    """The negative control: a resample with another question drawn once more is another."""
+def test_another_question_in_a_resample_changes_its_metrics():
+    """The negative control: one question is drawn once more."""
     scores_nC, positive_n, questions = cluster_rows(natural=False)
     resamples = resample_questions(positive_n, questions, count=5, seed=1)
     other = replace(resamples, counts_BQ=resamples.counts_BQ + torch.tensor([1.0, 0, 0, 0, 0, 0, 0]))
@@ -139,8 +139,8 @@ def sample(seed: int, questions: int = 12) -> tuple[Tensor, Resamples, Resamples
     return scores_nC, *(resample_questions(positive_n, ids, count=300, seed=seed) for ids in (place.tolist(), by_row))  # type: ignore[return-value]
 
 
-def test_the_interval_covers_the_truth_and_one_over_rows_would_not():
-    """100 samples of 12 questions. Row by row, answers to one question would pass for independent."""
+def test_the_interval_over_questions_covers_the_truth_and_one_over_rows_does_not():
+    """100 samples of 12 questions. An interval over rows treats responses to one question as independent."""
     truth = NormalDist().cdf(1 / (2 * (1.5**2 + 0.5**2)) ** 0.5)
     covered = {"question": 0, "row": 0}
     for seed in range(100):

@@ -1,4 +1,4 @@
-"""The card: figures against scikit-learn and scipy, what is split from what, and what comes out where."""
+"""The card: metrics against scikit-learn and scipy, splits, held-out scores, choices, controls and planted leaks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from tests.planted import gaussian, memorised_instructions, natural_rows, trait_
 
 
 def card_of(rows: LabelledRows, **asked: object) -> dict:
-    """A card of rows; two methods, one placebo and 200 resamples unless asked."""
+    """Build a card of rows with two methods, one shuffle of the labels and 200 resamples, unless given."""
     settings = {"layers": range(rows.activations_nLD.shape[1]), "seed": 0, "methods": ["mean_diff", "gradient"],
                 "placebos": 1, "bootstraps": 200, "instruction_ids": rows.instruction_ids}  # fmt: skip
     return build_card(
@@ -58,13 +58,13 @@ def card_of(rows: LabelledRows, **asked: object) -> dict:
     )  # fmt: skip
 
 
-def whole(rows: LabelledRows) -> LayerBlock:
-    """All layers."""
+def all_layers(rows: LabelledRows) -> LayerBlock:
+    """Return one block of all layers."""
     n_layers = rows.activations_nLD.shape[1]
     return LayerBlock(0, n_layers, n_layers)
 
 
-# --- figures against oracles
+# --- metrics against scikit-learn and scipy
 
 few_values = st.integers(-3, 3).map(float)  # few values: many ties
 
@@ -92,7 +92,7 @@ def test_auroc_of_an_empty_side_is_undefined():
     assert auroc(gaussian(3, 2, seed=0), torch.zeros(0, 2)).isnan().all()
 
 
-def test_cohens_d_is_the_textbooks():
+def test_cohens_d_equals_numpys():
     above, below = gaussian(9, 5, seed=0) * 2 + 3, gaussian(14, 5, seed=1)
     a, b = above.numpy(), below.numpy()
     pooled = np.sqrt((8 * a.var(0, ddof=1) + 13 * b.var(0, ddof=1)) / 21)
@@ -146,7 +146,7 @@ def test_rows_on_the_wrong_side_of_zero_are_counted_row_by_row():
 
 
 @given(st.integers(0, 200), st.sampled_from([(40, 20, 40), (50, 50), (10, 80, 10), (100,)]))
-def test_apportioning_loses_nothing_and_is_off_by_less_than_one(count: int, shares: tuple[int, ...]):
+def test_apportion_adds_up_and_is_off_by_less_than_one(count: int, shares: tuple[int, ...]):
     parts = apportion(count, shares)
     assert sum(parts) == count
     assert all(abs(part - share * count / 100) < 1 for part, share in zip(parts, shares, strict=True))
@@ -166,7 +166,7 @@ def test_every_question_is_dealt_once_whatever_the_order_of_rows(rows: list[tupl
     assert deal_questions(questions[::-1], labels.flip(0), (40, 20, 40), seed=seed) == dealt
 
 
-def test_the_seed_decides():
+def test_the_seed_decides_the_split():
     rows = trait_rows()
     splits = {tuple(split_rows(rows, seed=seed).part_n["test"].tolist()) for seed in range(20)}
     assert len(splits) > 15
@@ -205,16 +205,16 @@ def test_every_row_outside_the_fit_part_is_held_once_by_a_fold_that_saw_neither_
 
 
 def test_a_leak_is_refused():
-    """The check itself: a fold with one test row among the fitted ones, by question and by instruction."""
+    """A fold with one test row among the fitted ones, by question and by instruction."""
     rows = trait_rows(questions=6, instructions=2)
     fold = split_rows(rows, seed=0).folds[0]
     check_no_leak(rows, fold, instructions=True)
     of_question = fold.held_n.nonzero()[0]
-    with pytest.raises(AssertionError, match=r"a leak: 1 questions"):
+    with pytest.raises(AssertionError, match="1 questions"):
         check_no_leak(rows, Fold(fold.fit_n.index_fill(0, of_question, True), fold.held_n), instructions=False)
     questions = {rows.question_ids[i] for i in fold.fit_n.nonzero().flatten().tolist()}
     of_instruction = [i for i, question in enumerate(rows.question_ids) if question in questions and not fold.fit_n[i]]
-    with pytest.raises(AssertionError, match=r"a leak: 1 instructions"):
+    with pytest.raises(AssertionError, match="1 instructions"):
         check_no_leak(
             rows, Fold(fold.fit_n.index_fill(0, torch.tensor(of_instruction[:1]), True), fold.held_n), instructions=True
         )
@@ -225,18 +225,17 @@ def test_too_few_rows_to_leave_an_instruction_out_hold_out_questions_only():
     thin_n = torch.tensor([instruction == 0 or i % 8 == 0 for i, instruction in enumerate(rows.instruction_ids)])
     card = card_of(rows.select(thin_n), placebos=0)
     assert card["split"]["instruction_folds"] == 1
-    assert "No instruction was held out: only questions were." in card["verdict"]["reasons"]
 
 
 @pytest.mark.parametrize("questions", [1, 2])
 def test_too_few_questions_for_three_parts_are_refused(questions: int):
-    with pytest.raises(TraitError, match="add questions"):
+    with pytest.raises(TraitError, match=" 0 positive"):
         split_rows(trait_rows(questions=questions), seed=0)
 
 
 def test_a_side_with_no_rows_is_refused():
     rows = trait_rows()
-    with pytest.raises(TraitError, match="0 negative rows"):
+    with pytest.raises(TraitError, match=" 0 negative"):
         split_rows(rows.with_labels(torch.ones(200, dtype=torch.bool)), seed=0)
 
 
@@ -269,7 +268,7 @@ def test_shuffled_labels_stay_in_their_question_and_part():
     )
 
 
-# --- reading
+# --- held-out scores
 
 
 def test_scores_are_standardised_by_the_fitted_rows_alone():
@@ -361,7 +360,7 @@ def test_of_methods_that_validation_cannot_tell_apart_the_first_is_taken():
 
 
 def test_the_card_does_not_choose_by_test():
-    """Layer 1 is good everywhere but in the test part, layer 0 in fit and test only: the card says 1, and owns up."""
+    """Layer 1 separates except on test, layer 0 on fit and test only: the card takes 1 and reports its test AUROC."""
     rows = trait_rows(layers=2, effect=0.0)
     split = split_rows(rows, seed=0)
     sign_n = torch.where(rows.positive_n, 4.0, -4.0)
@@ -393,7 +392,7 @@ def test_the_card_is_plain_json_without_nan(card: dict):
 
 
 def shape_of(value: object) -> object:
-    """Keys all the way down; a list is its length."""
+    """Return the keys at every depth, with lists as their lengths."""
     if isinstance(value, dict):
         return {key: shape_of(each) for key, each in value.items()}
     return len(value) if isinstance(value, list) else type(value).__name__
@@ -404,7 +403,7 @@ FIGURES = {"auroc": BOUNDED, "accuracy": BOUNDED, "cohens_d": BOUNDED}
 LAYERED = {name: dict.fromkeys(BOUNDED, 4) for name in FIGURES}
 
 
-def test_the_card_has_the_keys_that_its_readers_know(card: dict):
+def test_the_card_has_its_documented_keys(card: dict):
     method = {
         "layer": "int", "index": "int", "validation": FIGURES, "test": FIGURES, "wrong_side": "float",
         "per_layer": {"validation": LAYERED, "test": LAYERED, "norm": 4, "top_1_percent": 4, "split_half_cosine": 4,
@@ -477,7 +476,7 @@ def test_norms_are_of_the_activations_and_of_the_written_direction(card: dict):
     assert card["methods"]["probe"]["per_layer"]["norm"] == pytest.approx([1.0] * 4)
 
 
-def test_the_controls_find_nothing(card: dict):
+def test_the_controls_are_below_the_direction(card: dict):
     placebo_areas = [control["test"]["auroc"]["value"] for control in card["controls"]["shuffled_labels"]]
     assert abs(sum(placebo_areas) / 4 - 0.5) < 0.15
     assert max(placebo_areas) < card["chosen"]["test"]["auroc"]["low"]
@@ -488,14 +487,14 @@ def test_the_controls_find_nothing(card: dict):
     assert "ica" not in card["controls"]["placebo_methods"]
 
 
-def test_placebos_go_the_whole_way_and_average_to_chance():
+def test_shuffled_labels_average_to_chance():
     """40 shuffles of a strong trait: their mean has a standard error near 0.015."""
     rows = trait_rows(effect=4.0)
     split = split_rows(rows, seed=0)
     areas = []
     for seed in range(40):
         shuffled = rows.with_labels(shuffled_labels(rows, split, seed=seed))
-        scores_nKL = shuffled_label_scores(shuffled, split, ["mean_diff"], whole(rows), seed=seed)
+        scores_nKL = shuffled_label_scores(shuffled, split, ["mean_diff"], all_layers(rows), seed=seed)
         assert scores_nKL is not None
         found = choose_for_shuffled_labels(shuffled, split, ["mean_diff"], scores_nKL)
         test_n = split.part_n["test"]
@@ -557,58 +556,58 @@ def test_the_card_names_the_layer_and_example_of_a_nan():
     spoiled[6, 2, 0] = torch.nan
     for asked in ({"stripped_nLD": spoiled}, {}):
         used = rows if asked else replace(rows, activations_nLD=spoiled)
-        with pytest.raises(ActivationError, match="layer 12, example row-6"):
+        with pytest.raises(ActivationError, match=r"layer 12, .*row-6"):
             card_of(used, layers=[10, 11, 12, 13], example_ids=ids, **asked)
 
 
-def test_a_card_of_mismatched_rows_is_our_own_bug():
+def test_mismatched_rows_raise_value_error():
     rows = trait_rows(questions=4)
     with pytest.raises(ValueError, match="3 layer numbers"):
         card_of(rows, layers=[0, 1, 2])
-    with pytest.raises(ValueError, match="stripped rows"):
+    with pytest.raises(ValueError, match=r"\(40, 2, 24\)"):
         card_of(rows, stripped_nLD=rows.activations_nLD[:, :2])
 
 
 # --- stability
 
 
-def agreement(rows: LabelledRows, method: str) -> torch.Tensor:
-    return split_half_cosine(half_direction_cosines(rows, method, whole(rows), seed=0))
+def mean_cosines(rows: LabelledRows, method: str) -> torch.Tensor:
+    return split_half_cosine(half_direction_cosines(rows, method, all_layers(rows), seed=0))
 
 
-def test_two_halves_agree_on_a_trait_and_on_nothing_else():
+def test_two_halves_agree_on_a_trait_and_not_on_noise():
     strong, nothing = trait_rows(effect=6.0, hidden=200), trait_rows(effect=0.0, hidden=200)
     for name in DEFAULT_METHODS:
         if name != "ica":
-            assert agreement(strong, name)[2] > 0.5, name
-        assert agreement(nothing, name).abs().max() < 0.3, name
+            assert mean_cosines(strong, name)[2] > 0.5, name
+        assert mean_cosines(nothing, name).abs().max() < 0.3, name
 
 
 def test_two_rows_have_no_halves():
-    assert agreement(trait_rows(questions=1, instructions=1), "probe").isnan().all()
+    assert mean_cosines(trait_rows(questions=1, instructions=1), "probe").isnan().all()
 
 
-# --- what a leak would look like
+# --- planted leaks
 
 
 def area_of(rows: LabelledRows, **asked: object) -> float:
     return card_of(rows, methods=["probe"], placebos=0, random_draws=2, **asked)["chosen"]["test"]["auroc"]["value"]
 
 
-def test_splitting_by_row_would_flatter_a_memory_of_questions_and_we_do_not():
+def test_a_split_by_row_would_score_a_memory_of_questions_and_a_split_by_question_does_not():
     """Each question's rows are nearly the same, and the trait does nothing."""
     by_question, by_row = [], []
     for seed in range(8):
         rows = natural_rows(repeats=12, hidden=64, seed=10 * seed)
         by_question.append(area_of(rows, seed=seed))
-        row_ids = tuple(range(len(rows.question_ids)))  # what a split by row amounts to
+        row_ids = tuple(range(len(rows.question_ids)))  # a split by row
         by_row.append(area_of(replace(rows, question_ids=row_ids), seed=seed))
     assert min(by_row) > 0.95  # the leak
     assert abs(sum(by_question) / 8 - 0.5) < 0.15
 
 
-def test_a_memory_of_instructions_would_flatter_and_does_not():
-    """Each instruction pair is read along its own direction: only leaving it out shows that there is no trait."""
+def test_without_instruction_folds_a_memory_of_instructions_would_score():
+    """Each instruction pair has a direction of its own: only leaving it out shows that there is no trait."""
     kept_out, kept_in = [], []
     for seed in range(6):
         rows = memorised_instructions(seed=10 * seed)
