@@ -52,7 +52,7 @@ from tests.planted import gaussian, memorised_instructions, natural_rows, trait_
 def card_of(rows: LabelledRows, **asked: object) -> dict:
     """Build a card of rows with two methods, one shuffle of the labels and 200 resamples, unless given."""
     settings = {"layers": range(rows.activations_nLD.shape[1]), "seed": 0, "methods": ["mean_diff", "gradient"],
-                "placebos": 1, "bootstraps": 200, "instruction_ids": rows.instruction_ids}  # fmt: skip
+                "label_shuffles": 1, "bootstraps": 200, "instruction_ids": rows.instruction_ids}  # fmt: skip
     return build_card(
         rows.activations_nLD, rows.positive_n, rows.question_ids, **{**settings, **asked}
     )  # fmt: skip
@@ -223,7 +223,7 @@ def test_a_leak_is_refused():
 def test_too_few_rows_to_leave_an_instruction_out_hold_out_questions_only():
     rows = trait_rows(questions=4, instructions=2)
     thin_n = torch.tensor([instruction == 0 or i % 8 == 0 for i, instruction in enumerate(rows.instruction_ids)])
-    card = card_of(rows.select(thin_n), placebos=0)
+    card = card_of(rows.select(thin_n), label_shuffles=0)
     assert card["split"]["instruction_folds"] == 1
 
 
@@ -324,7 +324,7 @@ def test_directions_see_no_held_out_row():
 def test_the_threshold_comes_from_the_fitted_rows():
     rows = trait_rows(effect=8.0)
     moved = rows.activations_nLD + 100 * mean_diff(*rows.sides, seed=0)
-    card = card_of(rows, stripped_nLD=moved, methods=["mean_diff"])
+    card = card_of(rows, without_instruction_nLD=moved, methods=["mean_diff"])
     assert card["chosen"]["test"]["accuracy"]["value"] > 0.95
     assert card["chosen"]["stripped"]["accuracy"]["value"] == 0.5  # separable, but all of it above the threshold
     assert card["chosen"]["stripped"]["auroc"]["value"] > 0.95
@@ -382,8 +382,8 @@ def card() -> dict:
     rows = trait_rows(effect=3.0)
     facts = {"judge": "lexical", "total": 210, "kept_pos": 100, "kept_neg": 100}
     return card_of(
-        rows, layers=[3, 5, 7, 9], methods=[*DEFAULT_METHODS, "random"], placebos=4, facts=facts,
-        stripped_nLD=rows.activations_nLD + 0.1, token_0_ratio_L=[1, 2, 3, 4],
+        rows, layers=[3, 5, 7, 9], methods=[*DEFAULT_METHODS, "random"], label_shuffles=4, judge_facts=facts,
+        without_instruction_nLD=rows.activations_nLD + 0.1, token_0_ratio_L=[1, 2, 3, 4],
     )  # fmt: skip
 
 
@@ -504,7 +504,7 @@ def test_shuffled_labels_average_to_chance():
 
 def test_the_card_is_the_same_twice_and_in_any_order_of_rows():
     rows = trait_rows(questions=8, instructions=2)
-    asked = {"seed": 1, "methods": ["mean_diff", "random"], "placebos": 0}
+    asked = {"seed": 1, "methods": ["mean_diff", "random"], "label_shuffles": 0}
     first = card_of(rows, **asked)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     mixed = LabelledRows(
@@ -554,7 +554,7 @@ def test_the_card_names_the_layer_and_example_of_a_nan():
     ids = [f"row-{k}" for k in range(8)]
     spoiled = rows.activations_nLD.clone()
     spoiled[6, 2, 0] = torch.nan
-    for asked in ({"stripped_nLD": spoiled}, {}):
+    for asked in ({"without_instruction_nLD": spoiled}, {}):
         used = rows if asked else replace(rows, activations_nLD=spoiled)
         with pytest.raises(ActivationError, match=r"layer 12, .*row-6"):
             card_of(used, layers=[10, 11, 12, 13], example_ids=ids, **asked)
@@ -565,7 +565,7 @@ def test_mismatched_rows_raise_value_error():
     with pytest.raises(ValueError, match="3 layer numbers"):
         card_of(rows, layers=[0, 1, 2])
     with pytest.raises(ValueError, match=r"\(40, 2, 24\)"):
-        card_of(rows, stripped_nLD=rows.activations_nLD[:, :2])
+        card_of(rows, without_instruction_nLD=rows.activations_nLD[:, :2])
 
 
 # --- stability
@@ -591,7 +591,9 @@ def test_two_rows_have_no_halves():
 
 
 def area_of(rows: LabelledRows, **asked: object) -> float:
-    return card_of(rows, methods=["probe"], placebos=0, random_draws=2, **asked)["chosen"]["test"]["auroc"]["value"]
+    return card_of(rows, methods=["probe"], label_shuffles=0, random_draws=2, **asked)["chosen"]["test"]["auroc"][
+        "value"
+    ]
 
 
 def test_a_split_by_row_would_score_a_memory_of_questions_and_a_split_by_question_does_not():

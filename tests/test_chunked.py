@@ -70,7 +70,7 @@ def store(path: Path, rows_nLD: Tensor, shard_size: int = 9) -> tuple[TraitRun, 
 
 
 def card(activations: object, **asked: object) -> dict:
-    settings = {"methods": ["mean_diff", "pca", "random"], "bootstraps": 50, "placebos": 2, "random_draws": 4}
+    settings = {"methods": ["mean_diff", "pca", "random"], "bootstraps": 50, "label_shuffles": 2, "random_draws": 4}
     settings = {**settings, "layers": range(LAYERS), "instruction_ids": ROWS.instruction_ids, "seed": 0}
     return build_card(activations, ROWS.positive_n, ROWS.question_ids, **{**settings, **asked})
 
@@ -121,18 +121,21 @@ def test_a_random_direction_depends_on_the_layer_index():
 
 
 def test_a_card_is_the_same_for_any_block_size(few_layers: int, monkeypatch: pytest.MonkeyPatch):
-    stripped_nLD = ROWS.activations_nLD + 0.1 * gaussian(*ROWS.activations_nLD.shape, seed=9)
-    some = card(ROWS.activations_nLD, stripped_nLD=stripped_nLD)
+    without_instruction_nLD = ROWS.activations_nLD + 0.1 * gaussian(*ROWS.activations_nLD.shape, seed=9)
+    some = card(ROWS.activations_nLD, without_instruction_nLD=without_instruction_nLD)
     monkeypatch.undo()
-    assert alike(some, card(ROWS.activations_nLD, stripped_nLD=stripped_nLD))
-    assert not alike(some, card(ROWS.activations_nLD + 1e-6 * stripped_nLD, stripped_nLD=stripped_nLD))
+    assert alike(some, card(ROWS.activations_nLD, without_instruction_nLD=without_instruction_nLD))
+    assert not alike(
+        some,
+        card(ROWS.activations_nLD + 1e-6 * without_instruction_nLD, without_instruction_nLD=without_instruction_nLD),
+    )
 
 
 def test_a_card_reads_every_layer_once(few_layers: int):
     rows, stripped = Counted(ROWS.activations_nLD), Counted(ROWS.activations_nLD)
-    found = card(rows, stripped_nLD=stripped)
+    found = card(rows, without_instruction_nLD=stripped)
     assert rows.read == stripped.read == list(range(LAYERS))
-    assert found == card(ROWS.activations_nLD, stripped_nLD=ROWS.activations_nLD)
+    assert found == card(ROWS.activations_nLD, without_instruction_nLD=ROWS.activations_nLD)
 
 
 def test_typical_norms_are_means_over_all_rows(few_layers: int):

@@ -46,7 +46,7 @@ def test_laws_of_sums(a, b):
 @given(DIRECTIONS)
 def test_laws_of_length(a):
     if not a.norms_L.all():
-        with pytest.raises(VectorError, match="layer [237]"):
+        with pytest.raises(VectorError, match=r"layer [237]"):
             a.normalised()
         return
     unit = a.normalised()
@@ -78,7 +78,7 @@ def test_a_layer_is_found_by_its_own_number():
     assert a.at(7).tolist() == [5, 6]
     assert a.select([3, 7]) == of([[3.0, 4], [5, 6]], layers=(3, 7))
     assert Direction.from_layers({7: torch.tensor([5.0, 6]), 2: torch.tensor([1.0, 2]), 3: torch.tensor([3.0, 4])}) == a
-    with pytest.raises(VectorError, match="layer 0: .*layers 2-3, 7"):
+    with pytest.raises(VectorError, match=r"layer 0: .*layers 2-3, 7"):
         a.at(0)
 
 

@@ -77,7 +77,7 @@ def test_means_norms_and_projections_are_the_same_in_chunks(few_rows: int):
 def test_a_nan_in_any_chunk_is_found_and_named(few_rows: int):
     broken = NEGATIVE.clone()
     broken[150, 1, 3] = torch.nan
-    with pytest.raises(ActivationError, match="layer 1, row 150 .*negative.* 3 is nan"):
+    with pytest.raises(ActivationError, match=r"layer 1, row 150 .*negative.* 3 is nan"):
         check_sides(POSITIVE, broken)
 
 
@@ -139,7 +139,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="reads the peak memory of a child process from POSIX")
 def test_a_method_has_one_float64_copy_of_its_rows() -> None:
-    """70 MiB of rows, 18 MiB for the copy of the positive side, and chunks; all at once, two more copies of the rows."""
+    """70 MiB of rows, 18 MiB for a copy of the positive side, and chunks; at once, two more copies of the rows."""
 
     def grown(name: str, chunk_bytes: int) -> float:
         command = [sys.executable, "-c", FIT, name, str(chunk_bytes)]

@@ -420,7 +420,7 @@ rows = torch.randn(200, 6, 193, generator=torch.Generator().manual_seed(0))
 for method in METHODS.values():
     method.fit(rows[:100], 1 + rows[100:], seed=0)
 sides, questions = [True] * 100 + [False] * 100, [row % 20 for row in range(200)]
-build_card(rows, sides, questions, layers=range(6), seed=0, methods=["probe", "pca"], placebos=0, bootstraps=10)
+build_card(rows, sides, questions, layers=range(6), seed=0, methods=["probe", "pca"], label_shuffles=0, bootstraps=10)
 print(torch.get_num_threads())
 """
     result = subprocess.run(

@@ -54,16 +54,16 @@ def test_a_signal_of_the_instruction_alone_is_weak_at_most():
     """The sides differ while the instruction is in the context, and not once it is removed."""
     for seed in range(3):
         shown, stripped = (trait_rows(effect=effect, seed=10 * seed) for effect in (4.0, 0.0))
-        card = card_of(shown, stripped_nLD=stripped.activations_nLD)
+        card = card_of(shown, without_instruction_nLD=stripped.activations_nLD)
         assert card["chosen"]["test"]["auroc"]["low"] > 0.9
         assert card["verdict"]["word"] == "weak"
         assert re.search("instruction removed.*AUROC", card["verdict"]["reasons"][0])
-        assert card_of(shown, stripped_nLD=shown.activations_nLD)["verdict"]["word"] == "usable"
+        assert card_of(shown, without_instruction_nLD=shown.activations_nLD)["verdict"]["word"] == "usable"
 
 
 def test_half_of_a_signal_left_without_the_instruction_is_weak():
     shown, stripped = (trait_rows(effect=effect, seed=10) for effect in (4.0, 0.45))
-    card = card_of(shown, stripped_nLD=stripped.activations_nLD)
+    card = card_of(shown, without_instruction_nLD=stripped.activations_nLD)
     assert card["chosen"]["stripped"]["auroc"]["low"] > 0.5
     assert card["verdict"]["word"] == "weak"
     assert re.search("instruction removed.*AUROC", card["verdict"]["reasons"][0])
@@ -72,7 +72,7 @@ def test_half_of_a_signal_left_without_the_instruction_is_weak():
 def test_a_shift_of_all_rows_without_the_instruction_is_no_loss():
     """All rows shift far when the instruction is removed; the sides still differ."""
     rows = trait_rows(effect=3.0)
-    card = card_of(rows, stripped_nLD=rows.activations_nLD + 40 * ways(4, 24, seed=77).float())
+    card = card_of(rows, without_instruction_nLD=rows.activations_nLD + 40 * ways(4, 24, seed=77).float())
     assert card["chosen"]["stripped"]["auroc"]["low"] > 0.9
     assert card["verdict"]["word"] == "usable"
 
@@ -135,8 +135,8 @@ def test_an_off_by_one_layer_is_caught(monkeypatch: pytest.MonkeyPatch):
 def test_a_judge_with_one_score_for_every_response_is_caught():
     rows = trait_rows(effect=4.0)
     facts = {"judge": "lexical", "total": 200, "kept_pos": 100, "kept_neg": 100}
-    assert card_of(rows, facts={**facts, "distinct_scores": 17})["verdict"]["word"] == "usable"
-    card = card_of(rows, facts={**facts, "distinct_scores": 1})
+    assert card_of(rows, judge_facts={**facts, "distinct_scores": 17})["verdict"]["word"] == "usable"
+    card = card_of(rows, judge_facts={**facts, "distinct_scores": 1})
     assert card["verdict"]["word"] == "not shown"
     assert "judge" in card["verdict"]["reasons"][0]
 
@@ -149,7 +149,7 @@ def good() -> dict[str, Any]:
     """Build a usable card, of which tests change one value."""
     rows = trait_rows(effect=3.0)
     facts = {"judge": "lexical", "total": 210, "kept_pos": 100, "kept_neg": 100}
-    return card_of(rows, stripped_nLD=rows.activations_nLD, facts=facts)
+    return card_of(rows, without_instruction_nLD=rows.activations_nLD, judge_facts=facts)
 
 
 def changed(card: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -293,7 +293,7 @@ def test_a_direction_that_does_not_steer_is_weak_at_most(
 
 
 def test_the_best_of_many_coefficients_does_not_decide(good: dict[str, Any]):
-    """Conditions with high rates at a smaller coefficient and at other layers; the largest coherent one does nothing."""
+    """High rates at a smaller coefficient and at other layers; the largest coherent coefficient has no effect."""
     steering = steered(0.55, 0.45)
     lucky = [condition("trait", 0.5, 1.0), {**condition("trait", 1.0, 1.0), "layers": [0, 1, 2]}]
     assert verdict(good, {**steering, "conditions": [*lucky, *steering["conditions"]]})["word"] == "weak"

@@ -67,9 +67,9 @@ def read_assistant_axis(path: Path) -> LayerRows:
 
 
 def write_steering_vectors(direction: Direction, metadata: VectorMetadata) -> WrittenFile:
-    """Write the arguments of their SteeringVector: `{"layer_activations": {k: [D]}, "layer_type": "decoder_block"}`.
+    """Write the arguments of steering-vectors' class SteeringVector.
 
-    k is the decoder block, counted from 0.
+    `{"layer_activations": {k: [D]}, "layer_type": "decoder_block"}`, where k is the decoder block, counted from 0.
     """
     vectors = {layer: direction.at(layer) for layer in direction.layers}
     return WrittenFile(_torch_bytes({"layer_activations": vectors, "layer_type": LAYER_TYPE}))

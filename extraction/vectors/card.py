@@ -55,12 +55,12 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
     seed: int,
     methods: Sequence[str] = DEFAULT_METHODS,
     example_ids: Sequence[str] | None = None,
-    stripped_nLD: Tensor | ChunkedRows | None = None,
+    without_instruction_nLD: Tensor | ChunkedRows | None = None,
     token_0_ratio_L: Sequence[float] | None = None,
-    placebos: int = 3,
+    label_shuffles: int = 3,
     random_draws: int = 20,
     bootstraps: int = 1000,
-    facts: Mapping[str, Any] | None = None,
+    judge_facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the card of one trait's rows as JSON: plain numbers, None where a metric is undefined.
 
@@ -75,12 +75,12 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
         instruction_ids: the instruction pair of each row; None for natural prompts.
         layers: the number of each of the L layers in the model.
         example_ids: the rows' ids, for error messages.
-        stripped_nLD: the same rows, captured again with the instruction removed from the context.
+        without_instruction_nLD: the same rows, captured again with the instruction removed from the context.
         token_0_ratio_L: norm at the first token over the median of the others.
-        placebos: how often to shuffle the labels.
+        label_shuffles: how often to shuffle the labels.
         random_draws: number of random directions.
         bootstraps: number of resamples for the intervals.
-        facts: the judge's settings and counts, stored under `judge`.
+        judge_facts: the judge's settings and counts, stored under `judge`.
 
     Raises:
         ActivationError: an activation is NaN or Inf.
@@ -89,14 +89,16 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
     positive_n = torch.as_tensor(labels, dtype=torch.bool)
     instructions = (0,) * len(positive_n) if instruction_ids is None else tuple(instruction_ids)
     rows = LabelledRows(torch.empty(len(positive_n), 0, 0), positive_n, tuple(question_ids), instructions)
-    inputs = _CardInputs(rows, _as_chunked(activations_nLD), _as_chunked(stripped_nLD), tuple(layers), example_ids)
+    inputs = _CardInputs(
+        rows, _as_chunked(activations_nLD), _as_chunked(without_instruction_nLD), tuple(layers), example_ids
+    )
     _check_shapes(inputs)
-    counts = {"placebos": placebos, "random_draws": random_draws, "bootstraps": bootstraps}
+    counts = {"label_shuffles": label_shuffles, "random_draws": random_draws, "bootstraps": bootstraps}
     with single_threaded():
         card = _compute_card(inputs, tuple(methods), counts, seed)
     card["token_0"] = None if token_0_ratio_L is None else {"ratio": [float(ratio) for ratio in token_0_ratio_L]}
-    if facts is not None:
-        card["judge"] = dict(facts)
+    if judge_facts is not None:
+        card["judge"] = dict(judge_facts)
     return {**card, "verdict": verdict(card)}
 
 
@@ -165,7 +167,7 @@ def _measure(
     for block in layer_blocks(inputs.activations.shape):
         rows, without_instruction_nkD = inputs.read_block(block)
         split = split or split_rows(inputs.rows, seed=seed)
-        shuffle_seeds = [seed + 1 + i for i in range(counts["placebos"])]
+        shuffle_seeds = [seed + 1 + i for i in range(counts["label_shuffles"])]
         of_blocks.append(
             {
                 **_measure_methods(rows, split, without_instruction_nkD, methods, block, seed),

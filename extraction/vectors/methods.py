@@ -126,7 +126,7 @@ class VectorMethod:
     """A row of METHODS.
 
     `fit`: the function, [N, L, D], [M, L, D], seed -> float32 [L, D]. `is_slow`: the fit takes as long as all other
-    methods together, so the card repeats it less often. `is_control`: fitted only where it is asked for, and never
+    methods together, so the card repeats it less often. `is_control`: fitted only on request, and never
     chosen. `needs_block`: the direction depends on the layer's index, so `fit` takes the rows' LayerBlock.
     """
 
