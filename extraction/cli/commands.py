@@ -267,7 +267,7 @@ def traits_command(root: str | None) -> None:
 @click.option(
     "--to",
     metavar="FORMAT",
-    help="gguf, repeng, persona_vectors, assistant_axis, steering_vectors, numpy, traitline.",
+    help="Format of the file, such as gguf: one of those in docs/exchange.md.",
 )
 @click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all of the vector.")
 @click.option(

@@ -132,7 +132,7 @@ VECTORS: tuple[Decorator, ...] = (
         "--method",
         "methods",
         metavar="A,B",
-        help="mean_diff, probe, pca, ica, gradient, random; default: all but random.",
+        help="Methods, such as mean_diff,probe: those in docs/guide.md; default: all but the control, random.",
     ),
     click.option("--site", metavar="SITE", help="Which site's activations; default: the first captured."),
     click.option("--pooling", metavar="POOLING", help="Which pooling; default: the first captured."),

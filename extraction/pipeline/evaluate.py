@@ -90,9 +90,9 @@ def _write_card(
         seed=plan.seed,
         methods=plan.methods,
         example_ids=ids,
-        stripped_nLD=plan.stripped if stripped else None,
+        without_instruction_nLD=plan.stripped if stripped else None,
         token_0_ratio_L=ratio_L,
-        facts=plan.kept.facts(),
+        judge_facts=plan.kept.facts(),
     )
     folder.write_card({**card, "made_of": made_of})
     return 1

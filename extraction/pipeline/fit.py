@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from extraction.storage.lazy_tensors import PickedRows, StoredTensors
-    from extraction.vectors.chunked import Block
+    from extraction.vectors.chunked import LayerBlock
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class StoredRows:
         """[n, L, D]."""
         return self.picked.shape
 
-    def at(self, layers: slice) -> Tensor:
+    def read_layers(self, layers: slice) -> Tensor:
         """Some layers of all rows: [n, k, D]."""
-        return self.picked.at(layers).float()
+        return self.picked.read_layers(layers).float()
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,13 @@ def _find_directions(plan: FitInputs, methods: Sequence[str]) -> dict[str, Tenso
     """Each method's directions [L, D], or why there are none; all methods in one pass over the layers."""
     import torch
 
-    from extraction.vectors.chunked import blocks_of
+    from extraction.vectors.chunked import layer_blocks
 
     found: dict[str, list[Tensor]] = {name: [] for name in methods}
     failed: dict[str, TraitError] = {}
     rows = plan.rows
-    for block in blocks_of(rows.shape):
-        rows_nkD = rows.at(block.layers)
+    for block in layer_blocks(rows.shape):
+        rows_nkD = rows.read_layers(block.layers)
         sides = rows_nkD[: plan.n_positive], rows_nkD[plan.n_positive :]
         for name in [name for name in methods if name not in failed]:
             try:
@@ -219,7 +219,7 @@ def _find_directions(plan: FitInputs, methods: Sequence[str]) -> dict[str, Tenso
     return {name: failed[name] if name in failed else torch.cat(parts) for name, parts in found.items()}
 
 
-def _fit(plan: FitInputs, method: str, sides: tuple[Tensor, Tensor], block: Block) -> Tensor:
+def _fit(plan: FitInputs, method: str, sides: tuple[Tensor, Tensor], block: LayerBlock) -> Tensor:
     from extraction.vectors.methods import fit_block
     from extraction.vectors.prepare import check_sides
 

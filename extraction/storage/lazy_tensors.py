@@ -73,7 +73,7 @@ class PickedRows:
         """[m, L, D]."""
         return len(self.ids), len(self.columns), self.stored.shape[2]
 
-    def at(self, layers: slice) -> Tensor:
+    def read_layers(self, layers: slice) -> Tensor:
         """[m, k, D], in the dtype that is stored; takes the room of the result and of one file."""
         import torch
 

@@ -137,7 +137,7 @@ class TraitRun(RunDir):
     def load_activations(self, name: str, *, stage: str = "activations") -> tuple[list[str], Tensor]:
         """All rows of one tensor, [n, L, D], in shard order; takes the room of the result and of one shard."""
         stored = self.open_activations(name, stage=stage)
-        return list(stored.ids), stored.pick(stored.ids, range(stored.shape[1])).at(slice(None))
+        return list(stored.ids), stored.pick(stored.ids, range(stored.shape[1])).read_layers(slice(None))
 
     # Results
 
