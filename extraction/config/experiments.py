@@ -31,7 +31,6 @@ PACKAGE = Path(__file__).resolve().parent.parent
 SITES = ("residual", "attention", "mlp", "residual_mid")
 SPREADS = ("balanced", "balanced_low_0", "sequential")
 QUANTIZED = ("8bit", "4bit")
-JUDGE_NAMES = ("auto", "lexical", "none", "local", "openai")
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_last", "all")
 
 _DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?|balanced(_low_0)?|sequential")
@@ -349,7 +348,7 @@ _EXPERIMENT: dict[str, Rule] = {
     "seed": whole(0),
     "generation": section(_GENERATION),
     "capture": section(_CAPTURE),
-    "judge": choice(*JUDGE_NAMES),
+    "judge": text,  # one of judging.registry.JUDGE_NAMES, which check_judge compares
     "judge_model": _optional(text),
     "judge_url": _optional(_address),
     "judge_concurrency": whole(1, 1000),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from extraction.evaluation.steered_generation import SteeredGeneration
     from extraction.evaluation.steering_sweep import SweepPlan
-    from extraction.judging.registry import Scorer
+    from extraction.judging.base import Scorer
 
 TOKEN_0_TEXTS = 8
 SWEEP_FORM = 4  # rises when the sweep of the same vectors would be another
