@@ -117,15 +117,15 @@ def test_a_judge_judges_the_answer_and_not_the_question() -> None:
 
 
 def test_an_unknown_judge_is_an_error_with_the_nearest_known() -> None:
-    with pytest.raises(ConfigError, match="'lexicall'.*'lexical'"):
+    with pytest.raises(ConfigError, match=r"'lexicall'.*'lexical'"):
         resolve_judge("lexicall", TRAIT)
-    with pytest.raises(ConfigError, match=f"'zzz'.*{', '.join(sorted(JUDGE_NAMES))}"):
+    with pytest.raises(ConfigError, match=rf"'zzz'.*{', '.join(sorted(JUDGE_NAMES))}"):
         resolve_judge("zzz", TRAIT)
 
 
 def test_an_unknown_judge_of_an_experiment_is_an_error_with_the_experiment(tmp_path: Path) -> None:
     root = make_root(tmp_path)
-    with pytest.raises(ConfigError, match="demo.*'lexcial'.*'lexical'"):
+    with pytest.raises(ConfigError, match=r"demo.*'lexcial'.*'lexical'"):
         make_plan("demo", "calm", root=str(root), options={"judge": "lexcial"})
 
 
@@ -284,7 +284,7 @@ def test_a_model_judge_of_the_table_rates_a_run_once(tmp_path: Path, monkeypatch
     monkeypatch.setitem(JUDGES, "length", ModelJudge("any name", rate))
     monkeypatch.setattr(registry, "JUDGE_NAMES", ("auto", *JUDGES))
     root = str(make_root(tmp_path))
-    with pytest.raises(ConfigError, match="--judge length.*--judge-model.*any name"):
+    with pytest.raises(ConfigError, match=r"--judge length.*--judge-model.*any name"):
         make_plan("demo", "calm", root=root, options={"judge": "length"})
     job = make_plan("demo", "calm", root=root, options={"judge": "length", "judge_model": "m"})
     folder = job.folder(job.traits[0])

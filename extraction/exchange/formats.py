@@ -58,7 +58,7 @@ OUTPUTS = {  # what a file is called where no name is given
     "assistant_axis": "{trait}_{method}_axis.pt",
     "steering_vectors": "{trait}_{method}_steering.pt",
     "numpy": "{trait}_{method}.npz",
-    "traitline": "{trait}_{method}" + TraitRun.PAYLOADS["vectors"],
+    "traitline": "{trait}_{method}" + TraitRun.DATA_FOLDERS["vectors"],
 }
 # what a writer asks about the model, which takes reading its config
 ASKS_MODEL = {"repeng", "persona_vectors", "assistant_axis"}

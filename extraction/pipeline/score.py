@@ -133,8 +133,8 @@ def score_responses(
     count = len(job.shards(trait))
     if not all(folder.shard_done("responses", i) for i in range(count)):
         return
-    made_from = [*_judge_of(job, trait), *folder.sources("responses")]
-    present = folder.assembled_from()
+    made_from = [*_judge_of(job, trait), *folder.shard_checksums("responses")]
+    present = folder.response_sources()
     if present == made_from or (not again and present == [*made_from, FAILED]):
         return
     name = resolve_judge(job.experiment.judge, trait)

@@ -89,11 +89,11 @@ def directions_at(folder: TraitRun, place: SteerSite, seed: int, *, vector: str 
     from extraction.vectors.direction import Direction
 
     direction = load_direction(vector) if vector else Direction.from_run(folder, place.method)
-    captured = folder.shard_facts("activations", 0)["meta"]["layers"]
+    captured = folder.shard_receipt("activations", 0)["meta"]["layers"]
     direction = direction.select([layer for layer in direction.layers if layer in captured])
     direction.select(place.layers)  # refuses one that it lacks
     header = folder.vectors_header(place.method) or {}
-    name = header.get("activations") or next(iter(folder.shard_facts("activations", 0)["tensors"]))
+    name = header.get("activations") or next(iter(folder.shard_receipt("activations", 0)["tensors"]))
     stored = folder.open_activations(name)
     norms_L = typical_norms(stored.pick(stored.ids, [captured.index(layer) for layer in direction.layers]))
     return directions_of(direction.direction_LD, norms_L.tolist(), direction.layers, seed=seed)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from extraction.core.records import LAYER_CONVENTION
 from extraction.vectors.bootstrap import Bounded, Resamples, bounded_figures, resample_questions
 from extraction.vectors.chunked import Block, ChunkedRows, RowsInMemory, blocks_of, row_pieces
 from extraction.vectors.controls import (
@@ -35,7 +36,6 @@ from extraction.vectors.prepare import check_finite, check_sides, one_thread
 from extraction.vectors.splits import LabelledRows, Split, shuffled_labels, split_rows
 from extraction.vectors.verdict import verdict
 
-LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0"
 UNIT = "pooled standard deviations within a side of the fitted rows; 0 is the threshold fitted on them"
 CARD_FORM = 2  # rises when the card of the same activations would be another
 CONTROL_QUANTILE = 0.95

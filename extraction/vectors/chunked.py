@@ -22,7 +22,7 @@ FEATURES = 64  # at a time, or a multiple
 
 
 class ChunkedRows(Protocol):
-    """Rows that need not be in memory (`extraction.storage.lazy_tensors.PickedRows`), or are (`Held`)."""
+    """Rows that need not be in memory (`extraction.storage.lazy_tensors.LazyRows`), or are (`Held`)."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
