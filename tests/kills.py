@@ -1,8 +1,8 @@
 """A worker process that kills attempts at small jobs of the storage package, at any call that changes the disk.
 
-Run as a module it is the worker: it forks a process for every attempt. It imports no torch, since a small process forks in
-a millisecond: a `Block` stands for a tensor. Within an attempt the calls that change the disk are counted, and one of
-them can be the last.
+Run as a module it is the worker: it forks a process for every attempt. It imports no torch (a `Block` stands for a
+tensor), since a small process forks in a millisecond. Within an attempt the calls that change the disk are counted, and
+one of them can be the last.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,10 +345,24 @@ def test_no_more_calls_at_a_time_than_asked_for(served):
 # --- in a run -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root whose responses are made, and scored by the lexical judge."""
+    root = make_root(tmp_path_factory.mktemp("generated"))
+    succeed("batched", "--root", root, "--experiment", "demo")
+    return root
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A fresh root."""
-    return make_root(tmp_path)
+def root(generated: Path, tmp_path: Path) -> Path:
+    """A copy of that root: a test's first command judges its responses, and makes none."""
+    return Path(shutil.copytree(generated, tmp_path / "root"))
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the SDK's waits between retries short, but for those that a server asks for."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def options(served: Scripted, *more: object) -> tuple[object, ...]:
@@ -371,7 +386,7 @@ def rows_of(root: Path) -> list[dict]:
 
 def test_a_run_is_scored_and_its_calls_are_counted(root, served):
     served.script = by_letters
-    result = succeed("extract", "--quick", "--root", root, *options(served, "--judge-price", "1000,1000"))
+    result = succeed("batched", "--root", root, *options(served, "--judge-price", "1000,1000"))
     rows = [row for row in rows_of(root) if row["response"].strip()]
     distinct = {(row["question"], row["response"]) for row in rows}
     assert len(served.asked) == 2 * len(distinct)
@@ -380,9 +395,10 @@ def test_a_run_is_scored_and_its_calls_are_counted(root, served):
     assert "openai judge m" in " ".join(result.stdout.split())
     assert {row["scores"]["openai_coherence"] for row in rows} == {95.0}
     assert served.keys == {f"Bearer {SECRET}"}
-    asked, again = len(served.asked), succeed("extract", "--quick", "--root", root, *options(served))
-    assert "Nothing left to do" in again.stdout
+    asked, before = len(served.asked), contents(root / "experiments")
+    succeed("batched", "--root", root, *options(served))
     assert len(served.asked) == asked
+    assert contents(root / "experiments") == before
 
 
 def test_scores_missing_refused_and_incoherent_are_dropped_and_counted(root, served):
@@ -414,15 +430,16 @@ def test_a_run_that_fails_halfway_pays_nothing_twice(root, served):
         return by_letters(text)
 
     served.script = script
-    result = invoke("extract", "--root", root, *options(served, "--judge-concurrency", 3))
+    scored = (root / "experiments/demo/calm/responses/pos.jsonl").read_bytes()
+    result = invoke("batched", "--root", root, *options(served, "--judge-concurrency", 3))
     assert result.exit_code == 2
     assert "401" in result.stderr
-    assert not (root / "experiments/demo/calm/responses/pos.jsonl").exists()
+    assert (root / "experiments/demo/calm/responses/pos.jsonl").read_bytes() == scored
     log = root / "experiments/demo/calm/judgements/openai.jsonl"
     assert len(log.read_text().splitlines()) == 20
     log.write_bytes(log.read_bytes() + b'{"key": "torn')
     served.script, before = by_letters, len(served.asked)
-    again = succeed("extract", "--quick", "--root", root, *options(served))
+    again = succeed("batched", "--root", root, *options(served))
     assert "20 ratings known" in again.stderr
     assert set(served.texts()[before:]).isdisjoint(heard)
     lines = log.read_text().splitlines()
@@ -446,13 +463,13 @@ def test_a_line_of_the_log_that_was_changed_is_found_and_judged_again(root, serv
 
 def test_the_next_start_requests_what_failed_and_only_that(root, served):
     served.script = lambda text, before: refusal(400, "too spicy") if "Why?" in text else by_letters(text)
-    first = succeed("extract", "--quick", "--root", root, *options(served))
+    first = succeed("batched", "--root", root, *options(served))
     n_failed = sum(row["question"] == "Why?" and bool(row["response"].strip()) for row in rows_of(root))
     failed = rf"\b{n_failed} with a failed judge call"
     assert re.search(failed, " ".join(first.stdout.split()))
     before = len(served.asked)
     served.script = by_letters
-    second = succeed("extract", "--quick", "--root", root, *options(served))
+    second = succeed("batched", "--root", root, *options(served))
     assert all("Why?" in text for text in served.texts()[before:])
     assert len(served.asked) > before
     assert "failed judge call" not in second.stdout
@@ -460,8 +477,8 @@ def test_the_next_start_requests_what_failed_and_only_that(root, served):
 
 def test_a_killed_run_continues_from_its_log(root, served):
     served.script = lambda text, before: Reply(by_letters(text).content, delay=0.05)
-    command = [sys.executable, "-c", "from extraction.cli.commands import main; main()", "extract", "--root", root]
-    command += [*options(served, "--judge-concurrency", 2), "--self-check", "0"]
+    command = [sys.executable, "-c", "from extraction.cli.commands import main; main()", "batched", "--root", root]
+    command += [*options(served, "--judge-concurrency", 2)]
     process = subprocess.Popen(
         [str(word) for word in command],
         env=environment(OPENAI_API_KEY=SECRET, NO_PROXY="127.0.0.1"),
@@ -476,7 +493,7 @@ def test_a_killed_run_continues_from_its_log(root, served):
     process.wait()
     known, before = log.read_bytes().count(b"\n"), len(served.asked)
     assert known >= 8
-    result = succeed("extract", "--quick", "--root", root, *options(served, "--judge-concurrency", 8))
+    result = succeed("batched", "--root", root, *options(served, "--judge-concurrency", 8))
     assert f"{known} ratings known" in result.stderr
     repeated = Counter(served.texts()) - Counter(set(served.texts()))
     assert repeated.total() <= 2  # those in flight when it was killed
@@ -494,24 +511,27 @@ def test_the_key_gets_nowhere(root, served):
         return by_letters(text)
 
     served.script = script
-    said = [succeed("extract", "--quick", "--root", root, *options(served))]
+    results = [succeed("extract", "--quick", "--root", root, *options(served), "--method", "mean_diff")]
     served.script = lambda text, before: refusal(401, f"Incorrect API key provided: {SECRET}")
-    said.append(invoke("extract", "--root", root, *options(served, "--judge-model", "other")))
-    said.append(invoke("extract", "--root", root, *options(served), "--judge-url", f"http://u:{SECRET}@127.0.0.1/v1"))
-    assert [result.exit_code for result in said] == [0, 2, 2]
+    results.append(invoke("extract", "--root", root, *options(served, "--judge-model", "other")))
+    results.append(
+        invoke("extract", "--root", root, *options(served), "--judge-url", f"http://u:{SECRET}@127.0.0.1/v1")
+    )
+    assert [result.exit_code for result in results] == [0, 2, 2]
     assert not [name for name, data in contents(root).items() if SECRET.encode() in data]
-    assert not [result.output for result in said if SECRET in result.output]
+    assert not [result.output for result in results if SECRET in result.output]
     assert "[key]" in (root / "experiments/demo/calm/judgements/openai.jsonl").read_text()
 
 
 def test_a_judge_that_gives_50_to_everything_is_refused(root, served):
     served.script = lambda text, before: Reply("50")
-    line = refused("extract", "--root", root, *options(served), notes=("calm: ",))
+    line = refused("vectors", "--root", root, *options(served), notes=("calm: ",))
     assert "openai judge m" in line
     assert "(50)" in line
 
 
 def test_a_missing_model_key_or_address_is_refused_before_anything_is_made(root, served, monkeypatch):
+    shutil.rmtree(root / "experiments")
     started = ("extract", "--root", root, "--experiment", "demo", "--judge", "openai")
     assert "--judge-model" in refused(*started)
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -528,13 +548,12 @@ def test_a_missing_model_key_or_address_is_refused_before_anything_is_made(root,
 def test_without_the_openai_package_the_extra_is_named(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     options = ("--experiment", "demo", "--judge", "openai", "--judge-model", "m", "--judge-url", "http://x")
-    assert "pip install 'traitline[judge]'" in refused("extract", "--root", root, *options)
+    assert "traitline[judge]" in refused("extract", "--root", root, *options)
     succeed("generate", "--root", root, "--experiment", "demo")
 
 
 def test_stage_3_judges_stored_responses_and_needs_no_key_for_what_is_known(root, served, monkeypatch):
     served.script = by_letters
-    succeed("batched", "--root", root, "--experiment", "demo")
     stored = contents(root / "experiments/demo/calm/responses/shards")
     succeed("vectors", "--root", root, *options(served), "--method", "mean_diff")
     assert contents(root / "experiments/demo/calm/responses/shards") == stored
