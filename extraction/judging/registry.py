@@ -36,7 +36,7 @@ def resolve_judge(name: str, trait: Trait, *, place: str = "") -> str:
     Raises ConfigError for an unknown name (`place` starts its message), TraitError for a trait that it can't judge.
     """
     if name not in JUDGE_NAMES:
-        raise ConfigError(f"{place}judge {show(name)}: not known; {suggest(name, JUDGE_NAMES)}")
+        raise ConfigError(f"{place}--judge {show(name)}: not known; {suggest(name, JUDGE_NAMES)}")
     if name == "auto":
         name = "lexical" if trait.markers else "none"
     judge = JUDGES[name]
@@ -51,7 +51,7 @@ def rule_judge(name: str, trait: Trait) -> RuleJudge:
     """Return a trait's judge, which must be one without a model. Raises ConfigError otherwise."""
     judge = JUDGES[resolve_judge(name, trait)]
     if isinstance(judge, ModelJudge):
-        raise ConfigError(f"judge {show(name)}: needs a model; give lexical, none or auto")
+        raise ConfigError(f"--judge {show(name)}: needs a model; give lexical, none or auto")
     return judge
 
 

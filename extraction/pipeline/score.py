@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from extraction.core.errors import TraitError
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import POLARITIES, Trait
-from extraction.judging.base import EMPTY, FAILED, MAX_CHARACTERS, Judgement, Pair, Rating, RatingContext, Scorer
+from extraction.judging.base import (
+    EMPTY,
+    FAILED,
+    MAX_CHARACTERS,
+    Judgement,
+    Pair,
+    Rating,
+    RatingContext,
+    RuleJudge,
+    Scorer,
+)
 from extraction.judging.filtering import COHERENCE, KeptResponses, filter_responses
 from extraction.judging.registry import is_model_judge, judge_model, model_judge, resolve_judge, rule_judge
 from extraction.judging.rubric import fill, rubrics_of
@@ -36,9 +47,18 @@ def make_scorer(job: RunPlan, trait: Trait, listener: ProgressReporter, *, folde
     """
     name = resolve_judge(job.experiment.judge, trait)
     if not is_model_judge(name):
-        judge = rule_judge(name, trait)
-        return lambda pairs: [_at_once(judge.score(question, answer, trait), name) for question, answer in pairs]
+        return partial(_score_by_rule, rule_judge(name, trait), name, trait, listener)
     return _Reader(job, trait, name, listener, folder or job.folder(trait))
+
+
+def _score_by_rule(
+    judge: RuleJudge, name: str, trait: Trait, listener: ProgressReporter, pairs: Sequence[Pair]
+) -> list[Judgement]:
+    """Score pairs by a judge without a model; note the responses that are too long to be read to their end."""
+    n_cut = sum(len(answer) > MAX_CHARACTERS for _, answer in pairs)
+    if n_cut and name != "none":
+        listener.note(f"{trait.name}: {n_cut} responses judged by their first {MAX_CHARACTERS:,} characters")
+    return [_at_once(judge.score(question, answer, trait), name) for question, answer in pairs]
 
 
 def _at_once(score: float | None, how: str) -> Judgement:
