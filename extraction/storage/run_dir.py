@@ -62,6 +62,7 @@ class RunDir:
 
     DATA_FOLDERS: ClassVar[Mapping[str, str]]  # a folder in it: the suffix of its data files
     PLAIN_FOLDERS: ClassVar[tuple[str, ...]]  # folders without data files
+    DOCUMENTS: ClassVar[tuple[str, ...]]  # JSON files with a checksum, besides run.json
     MAIN_REPORT: ClassVar[str]  # the page to open first
     RESTART_CHOICE: ClassVar[str]  # starts the remedy for another config
     LOCKED_REMEDY: ClassVar[str]  # the remedy while another process holds the lock
@@ -158,6 +159,17 @@ class RunDir:
 
     def _orphans(self) -> list[Path]:
         return [path for name in (".", *self.DATA_FOLDERS, *self.PLAIN_FOLDERS) for path in orphans(self.path / name)]
+
+    def _verify_documents(self) -> list[Finding]:
+        """Return the temporary files of killed processes, and the documents that are damaged."""
+        findings = self._leftovers()
+        with collecting_findings(findings):
+            self.read_config()
+        for path in (self.path / name for name in self.DOCUMENTS):
+            with collecting_findings(findings):
+                if path.exists():
+                    read_document(path)
+        return findings
 
     def _leftovers(self) -> list[Finding]:
         return [Finding(path, "was left by a process that was killed", RERUN) for path in self._orphans()]

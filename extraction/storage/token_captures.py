@@ -4,7 +4,7 @@
       run.json                      the config and its fingerprint, with a checksum
       prompts/<id>.safetensors      one prompt's tensors, labelled in the file's header; ids p0000, p0001, ...
       prompts/<id>.receipt.json     its sha256; written last
-      prompts/<id>.json             the same as plain JSON (with --json)
+      prompts/<id>.json             the same as plain JSON (optional)
       dynamics.json                 every trait's projection along every response, with a checksum
       reports/                      a page and pictures
 
@@ -80,6 +80,7 @@ class CaptureSet(RunDir):
 
     DATA_FOLDERS: ClassVar[Mapping[str, str]] = {"prompts": ".safetensors"}
     PLAIN_FOLDERS = ("reports",)
+    DOCUMENTS = ("dynamics.json",)
     MAIN_REPORT = "page.html"
     RESTART_CHOICE = ""  # another config already has another name
     LOCKED_REMEDY = "wait for it to end"
@@ -159,12 +160,7 @@ class CaptureSet(RunDir):
 
     def verify(self) -> list[Finding]:
         """Check every file's checksum and labels and return the problems found. Needs no torch."""
-        findings = self._leftovers()
-        with collecting_findings(findings):
-            self.read_config()
-        with collecting_findings(findings):
-            if self.has_dynamics():
-                self.read_dynamics()
+        findings = self._verify_documents()
         with collecting_findings(findings):
             for path in self._data_paths("prompts"):
                 with collecting_findings(findings):

@@ -75,6 +75,7 @@ class TraitRun(RunDir):
         "vectors": ".safetensors",
     }
     PLAIN_FOLDERS = ("judgements", "reports")
+    DOCUMENTS = ("vectors/card.json", "vectors/steering.json")
     MAIN_REPORT = "report.html"
     RESTART_CHOICE = "choose another --experiment name, or "
     LOCKED_REMEDY = "wait for it to end, or give this run another --experiment name"
@@ -236,15 +237,7 @@ class TraitRun(RunDir):
 
     def verify(self) -> list[Finding]:
         """Check every file's checksum and the examples of every shard; return the problems found. Needs no torch."""
-        findings = self._leftovers()
-        with collecting_findings(findings):
-            self.read_config()
-        with collecting_findings(findings):
-            if self.has_card():
-                self.read_card()
-        with collecting_findings(findings):
-            if self.has_steering():
-                self.read_steering()
+        findings = self._verify_documents()
         for path in sorted((self.path / "judgements").glob("*.jsonl")):
             if None in read_lines(path):
                 findings.append(
