@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import shutil
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,15 +80,16 @@ def next_of(lm: LanguageModel, ids: tuple[int, ...]) -> torch.Tensor:
 def by_hand(lm: LanguageModel, ids: tuple[int, ...], spellings: Spellings) -> list[float]:
     """P(n) of every number: the product of its tokens, times the chance that no further digit of a number follows."""
     found = [0.0] * 101
+    next_after = functools.cache(lambda path: next_of(lm, (*ids, *path)))
     for path, number in spellings.numbers.items():
         chance = 1.0
         for i, token in enumerate(path):
-            chance *= float(next_of(lm, (*ids, *path[:i]))[token])
+            chance *= float(next_after(path[:i])[token])
         longer = {
             other[len(path)] for other in spellings.numbers if len(other) > len(path) and other[: len(path)] == path
         }
         if longer:
-            chance *= 1 - float(next_of(lm, (*ids, *path))[sorted(longer)].sum())
+            chance *= 1 - float(next_after(path)[sorted(longer)].sum())
         found[number] += chance
     return found
 
@@ -242,15 +245,22 @@ def save_judge(root: Path, name: str, model: PreTrainedModel) -> None:
     (root / "configs/models" / f"{name}.yaml").write_text(f"path: {name}\n")
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A root with two judges: one whose scores depend on the text, one that gives 50 to everything."""
-    make_root(tmp_path)
-    save_judge(tmp_path, "eager", number_model())
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with responses and two judges: one whose scores depend on the text, one that gives 50 to everything."""
+    root = make_root(tmp_path_factory.mktemp("generated"))
+    save_judge(root, "eager", number_model())
     dull = number_model()
     dull.model.norm.weight.data.zero_()
-    save_judge(tmp_path, "dull", dull)
-    return tmp_path
+    save_judge(root, "dull", dull)
+    succeed("batched", "--root", root, "--experiment", "demo")
+    return root
+
+
+@pytest.fixture
+def root(generated: Path, tmp_path: Path) -> Path:
+    """A copy of that root."""
+    return Path(shutil.copytree(generated, tmp_path / "root"))
 
 
 def rows_of(root: Path) -> list[dict]:
@@ -292,6 +302,7 @@ def test_a_judge_with_the_same_score_for_everything_is_refused(root):
 
 
 def test_an_unknown_or_unable_judge_is_refused_before_anything_is_made(root):
+    shutil.rmtree(root / "experiments")
     assert "'eager'" in refused("extract", "--root", root, *LOCAL, "eagr")
     assert "--judge-model" in refused("extract", "--root", root, "--experiment", "demo", "--judge", "local")
     save_judge(root, "mute", tiny_model("llama"))

@@ -240,8 +240,8 @@ def test_an_intact_set_is_verified_without_torch(finished: CaptureSet) -> None:
 @settings(QUICK, max_examples=150)
 @given(data=st.data())
 def test_verify_finds_any_flipped_bit_and_any_cut(finished: CaptureSet, data: st.DataObject) -> None:
-    sealed = [name for name in contents(finished.path) if name.endswith((".safetensors", ".receipt.json"))]
-    name = data.draw(st.sampled_from(sorted([*sealed, "run.json", "dynamics.json"])))
+    checked = [name for name in contents(finished.path) if name.endswith((".safetensors", ".receipt.json"))]
+    name = data.draw(st.sampled_from(sorted([*checked, "run.json", "dynamics.json"])))
     path = finished.path / name
     whole = path.read_bytes()
     body, position = bytearray(whole), data.draw(st.integers(0, len(whole) - 1))

@@ -231,7 +231,7 @@ def test_verify_finds_any_flipped_bit_and_any_cut(finished: TraitRun, data: st.D
         (finished.path / name).write_bytes(files[name])
 
 
-def test_every_single_bit_of_a_payload_counts(folder: TraitRun) -> None:
+def test_every_single_bit_of_a_data_file_counts(folder: TraitRun) -> None:
     folder.write_activations_shard(0, [], {"x.y": torch.empty(0, 1, 1)}, META)
     path = folder.path / "activations/0000.safetensors"
     whole = path.read_bytes()
@@ -248,17 +248,17 @@ def test_every_single_bit_of_a_payload_counts(folder: TraitRun) -> None:
 @pytest.mark.parametrize(
     ("harm", "suffixes"),
     [
-        ("delete", ("payload", "receipt")),
-        ("cut", ("payload", "receipt")),
-        ("empty", ("payload", "receipt")),
+        ("delete", ("data", "receipt")),
+        ("cut", ("data", "receipt")),
+        ("empty", ("data", "receipt")),
         ("zero", ("receipt",)),
     ],
 )
 def test_a_harmed_shard_is_not_done(tmp_path: Path, name: str, harm: str, suffixes: tuple[str, ...]) -> None:
     folder = fill(tmp_path)
     stage, index = name.partition("/")[0], int(name[-4:])
-    payload = next(path for path in tmp_path.glob(f"{name}.*") if not path.name.endswith(".json"))
-    files = {"payload": payload, "receipt": tmp_path / f"{name}.receipt.json"}
+    data = next(path for path in tmp_path.glob(f"{name}.*") if not path.name.endswith(".json"))
+    files = {"data": data, "receipt": tmp_path / f"{name}.receipt.json"}
     for suffix in suffixes:
         path = files[suffix]
         body = path.read_bytes()

@@ -51,7 +51,7 @@ def check_inside(path: Path, root: Path) -> None:
 
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Return the sha256 of a config's fields that decide the results: all but EXECUTION_FIELDS, at any depth."""
-    return digest(dict(_pinned_fields(config)))
+    return digest(dict(_result_fields(config)))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class RunDir:
 
     def _check_same(self, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """Raise RunMismatch with the first field that differs, by dotted name."""
-        old, new = dict(_pinned_fields(stored)), dict(_pinned_fields(wanted))
+        old, new = dict(_result_fields(stored)), dict(_result_fields(wanted))
         for name in sorted(old | new):
             was, now = (_short(fields[name]) if name in fields else "absent" for fields in (old, new))
             if (name in old) != (name in new) or old[name] != new[name]:
@@ -184,7 +184,7 @@ def collecting_findings(findings: list[Finding]) -> Iterator[None]:
         findings.append(error.args[0])
 
 
-def _pinned_fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _result_fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield a config's leaves by dotted name, without the EXECUTION_FIELDS."""
     if isinstance(value, Mapping):
         items = {key: item for key, item in value.items() if key not in EXECUTION_FIELDS}
@@ -196,7 +196,7 @@ def _pinned_fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if not items:
         yield name, items if isinstance(value, Mapping) else []
     for key, item in items.items():
-        yield from _pinned_fields(item, f"{name}.{key}" if name else str(key))
+        yield from _result_fields(item, f"{name}.{key}" if name else str(key))
 
 
 def _short(value: Any) -> str:
