@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.processes import PEAK
 from extraction.core.errors import StoreError, TraitError
-from extraction.storage.lazy_tensors import StoredTensors
+from extraction.storage.lazy_tensors import LazyTensor
 from extraction.storage.trait_run import TraitRun
 from extraction.vectors import chunked
 from extraction.vectors.bootstrap import Resamples, resample_questions, resampled_auroc
@@ -192,7 +192,7 @@ def test_a_damaged_file_is_found_before_anything_is_read(tmp_path: Path):
         folder.open_activations(NAME)
 
 
-def opened(folder: TraitRun) -> StoredTensors:
+def opened(folder: TraitRun) -> LazyTensor:
     return folder.open_activations(NAME)
 
 

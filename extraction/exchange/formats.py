@@ -64,7 +64,7 @@ FORMATS: dict[str, VectorFormat] = {
     ),
     "steering_vectors": VectorFormat(write_steering_vectors, read_steering_vectors, "{trait}_{method}_steering.pt"),
     "numpy": VectorFormat(write_numpy, read_numpy, "{trait}_{method}.npz"),
-    "traitline": VectorFormat(write_traitline, read_traitline, "{trait}_{method}" + TraitRun.PAYLOADS["vectors"]),
+    "traitline": VectorFormat(write_traitline, read_traitline, "{trait}_{method}" + TraitRun.DATA_FOLDERS["vectors"]),
 }
 
 

@@ -37,7 +37,7 @@ def levels_of(vector: Vector, layers: tuple[int, ...], unit_LD: Tensor) -> np.nd
         stored = vector.folder.open_activations(name)
     except TraitlineError:
         return None
-    captured = vector.folder.shard_facts("activations", 0)["meta"]["layers"]
+    captured = vector.folder.shard_receipt("activations", 0)["meta"]["layers"]
     columns = [captured.index(layer) for layer in layers]
     sides = [stored.pick(kept.ids[polarity], columns) for polarity in reversed(POLARITIES)]
     return np.stack([_mean_projection(side, unit_LD) for side in sides], axis=1)

@@ -72,7 +72,7 @@ def _write_card(
         **plan.header("card"),
         "methods": list(plan.methods),
         "form": CARD_FORM,
-        "stripped": folder.sources("stripped") if stripped else None,
+        "stripped": folder.shard_checksums("stripped") if stripped else None,
         "token_0": ratio_L is not None,
     }
     if old.get("made_of") == made_of:

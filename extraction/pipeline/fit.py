@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from extraction.config.experiments import parse_layers
 from extraction.core.errors import ConfigError, StoreError, TraitError
 from extraction.core.progress import ProgressReporter
-from extraction.core.records import POLARITIES, Trait
+from extraction.core.records import LAYER_CONVENTION, POLARITIES, Trait
 from extraction.core.text import show_path
 from extraction.judging.filtering import KeptResponses
 from extraction.pipeline.plan import MODES, RunPlan
 from extraction.pipeline.score import score_responses, usable_kept_responses
 from extraction.pipeline.session import is_done, locked_run
 from extraction.storage.atomic import digest
-from extraction.storage.trait_run import LAYER_CONVENTION, TraitRun
+from extraction.storage.trait_run import TraitRun
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from extraction.storage.lazy_tensors import PickedRows, StoredTensors
+    from extraction.storage.lazy_tensors import LazyRows, LazyTensor
     from extraction.vectors.chunked import LayerBlock
 
 
@@ -63,7 +63,7 @@ def _of_trait(job: RunPlan, trait: Trait, wanted: VectorOptions, listener: Progr
 class StoredRows:
     """Stored rows [n, L, D] in float32."""
 
-    picked: PickedRows
+    picked: LazyRows
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -100,7 +100,7 @@ class FitInputs:
         return len(self.kept.ids["pos"])
 
     @cached_property
-    def stored(self) -> StoredTensors:
+    def stored(self) -> LazyTensor:
         """The activations of all examples."""
         return self.folder.open_activations(self.tensor)
 
@@ -114,7 +114,7 @@ class FitInputs:
         """The same rows without the instruction in their context."""
         return self.pick(self._ids, self.folder.open_activations(self.tensor, stage="stripped"))
 
-    def pick(self, ids: Sequence[str], stored: StoredTensors) -> StoredRows:
+    def pick(self, ids: Sequence[str], stored: LazyTensor) -> StoredRows:
         """Some examples' rows, in the order of their ids."""
         return StoredRows(stored.pick(ids, [self.captured.index(layer) for layer in self.layers]))
 
@@ -152,7 +152,7 @@ def fit_inputs(
             f"{show_path(folder.path)}: {len(missing)} of {count} shards have no activations yet; "
             "run 1_generate_batched_simple.py first (`traitline extract` does all)"
         )
-    facts = folder.shard_facts("activations", 0)
+    facts = folder.shard_receipt("activations", 0)
     captured = tuple(facts["meta"]["layers"])
     layers = _chosen_layers(wanted.layers, captured)
     tensor = chosen_tensor(job, facts["tensors"], wanted)
@@ -172,7 +172,7 @@ def fit_inputs(
 
 def sources_digest(folder: TraitRun, kept: KeptResponses) -> str:
     """The digest of what vectors are made from: the activations, and which of them count."""
-    return digest([folder.sources("activations"), kept.ids])
+    return digest([folder.shard_checksums("activations"), kept.ids])
 
 
 def _chosen_layers(spec: str | None, captured: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from extraction.core.records import LAYER_CONVENTION
 from extraction.vectors.bootstrap import Estimate, Resamples, estimate_metrics, resample_questions
 from extraction.vectors.chunked import ChunkedRows, LayerBlock, RowsInMemory, layer_blocks, row_chunks
 from extraction.vectors.controls import (
@@ -37,7 +38,6 @@ from extraction.vectors.prepare import check_finite, check_sides, single_threade
 from extraction.vectors.splits import LabelledRows, Split, shuffled_labels, split_rows
 from extraction.vectors.verdict import verdict
 
-LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0"
 UNIT = "pooled standard deviations within a side of the fitted rows; 0 is the threshold fitted on them"
 CARD_FORM = 2  # rises when the card of the same activations would be another
 CONTROL_QUANTILE = 0.95

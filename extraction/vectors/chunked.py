@@ -22,7 +22,7 @@ FEATURE_MULTIPLE = 64
 
 
 class ChunkedRows(Protocol):
-    """Rows on disk (`extraction.storage.lazy_tensors.PickedRows`) or in memory (`RowsInMemory`)."""
+    """Rows that need not be in memory (`extraction.storage.lazy_tensors.LazyRows`), or are (`RowsInMemory`)."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

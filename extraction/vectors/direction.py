@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from extraction.core.errors import VectorError
-from extraction.storage.trait_run import LAYER_CONVENTION, TraitRun
+from extraction.core.records import LAYER_CONVENTION
+from extraction.storage.trait_run import TraitRun
 
 LABELS = ("trait", "method", "model")
 
