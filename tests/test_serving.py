@@ -418,7 +418,7 @@ def test_health_and_metrics(server):
     count = series['traitline_row_seconds_count{kind="plain"}']
     assert series['traitline_row_seconds_bucket{kind="plain",le="+Inf"}'] == count
     buckets = [
-        int(value) for key, value in series.items() if key.startswith('traitline_row_seconds_bucket{kind="plain"')
+        float(value) for key, value in series.items() if key.startswith('traitline_row_seconds_bucket{kind="plain"')
     ]
     assert buckets == sorted(buckets)
 

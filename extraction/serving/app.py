@@ -38,6 +38,10 @@ def make_app(desk: Service, meter: Metrics, say: Say) -> App:
 
 
 def _add_pages(app: FastAPI, desk: Service, meter: Metrics) -> None:
+    meter.add_gauge("rows_now", "Rows that wait or run.", lambda: desk.scheduler.n_rows)
+    meter.add_gauge("queue_limit", "Limit on the rows that wait or run.", lambda: desk.settings.queue)
+    meter.add_gauge("ready", "1 while requests are accepted.", lambda: desk.scheduler.state == "ready")
+
     @app.get("/health")
     async def health() -> Response:
         scheduler = desk.scheduler
@@ -53,14 +57,7 @@ def _add_pages(app: FastAPI, desk: Service, meter: Metrics) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        scheduler = desk.scheduler
-        gauges = {
-            "rows_now": ("Rows that wait or run.", scheduler.n_rows),
-            "queue_limit": ("Rows that may wait or run.", desk.settings.queue),
-            "ready": ("1 while requests are taken.", int(scheduler.state == "ready")),
-            "start_time_seconds": ("When the server started, in Unix time.", meter.started),
-        }
-        return PlainTextResponse(meter.exposition(gauges), media_type=CONTENT_TYPE)
+        return PlainTextResponse(meter.exposition(), media_type=CONTENT_TYPE)
 
 
 def _add_errors(app: FastAPI, say: Say) -> None:
@@ -105,7 +102,7 @@ class _Counting:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in self.paths else "other"
-                self.meter.count("requests", path=path, status=str(message["status"]))
+                self.meter.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
         await self.app(scope, receive, sending)

@@ -73,7 +73,7 @@ class EngineThread:
         with self._changed:
             left = [row for row in rows if self._rows.pop(row.id, None) is not None]
             self._gone += left
-            self.meter.count("rows_cancelled", len(left))
+            self.meter.rows_cancelled.inc(len(left))
             self._changed.notify()
 
     def drain(self) -> None:
@@ -139,7 +139,7 @@ class EngineThread:
         before = batch.n_out_of_memory
         began = time.perf_counter()
         ends = batch.advance()
-        self.meter.step(lane[0], time.perf_counter() - began, batch.n_out_of_memory - before)
+        self.meter.count_step(lane[0], time.perf_counter() - began, batch.n_out_of_memory - before)
         if batch.n_out_of_memory > before:
             for other in self._lanes.values():
                 if not other.has_work:
@@ -156,7 +156,7 @@ class EngineThread:
             self._last_end = now
             ends = [(row, event) for row, event in ends if self._rows.pop(row.id, None) is not None]
         for row, event in ends:
-            self.meter.end(row, event)
+            self.meter.count_end(row, event)
             row.tell(event)
 
     def _fail_all(self, error: HttpError) -> None:
