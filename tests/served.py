@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from extraction.model.loading import LanguageModel, wrap
 from extraction.serving.models import ServedModels
-from extraction.serving.server import HttpService
+from extraction.serving.server import HttpServer
 from extraction.serving.settings import Settings, address_of, bind
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -28,7 +28,7 @@ POISON = "$$"  # twice in a row, which no model that looks itself over with sing
 class Running:
     """A server that answers, and a client of it."""
 
-    server: HttpService
+    server: HttpServer
     url: str
     client: httpx2.Client
     said: list[str]
@@ -92,7 +92,7 @@ def running(what: ServedModels | None = None, **settings: Any) -> Iterator[Runni
     limits = {"port": 0, "batch_size": 8, "max_total_tokens": 256, "max_new_tokens": 120, "grace": 5.0}
     chosen = Settings(**(limits | settings))
     taken, said = bind(chosen), []
-    server = HttpService(what or served(), chosen, taken, said.append)
+    server = HttpServer(what or served(), chosen, taken, said.append)
     thread = threading.Thread(target=server.run)
     thread.start()
     headers = {"authorization": f"Bearer {chosen.token}"} if chosen.token else {}

@@ -15,7 +15,7 @@ from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
 from extraction.model.chat_template import encode_conversation, encode_raw
 from extraction.model.pairs import ModelPair
-from extraction.serving.detokenizer import UNFINISHED, Stream, stable_text, text_of
+from extraction.serving.detokenizer import REPLACEMENT, IncrementalDecoder, decode, stable_prefix
 from extraction.utils_batch import Request
 from tests.served import NAMES, Running, language_model, running, served
 from tests.tiny import reference_greedy, tiny_tokenizer
@@ -47,7 +47,7 @@ def alone(kind: str, text: str, n: int, **how: object) -> str:
     _, ids = encode_conversation(lm.tokenizer, (("user", text),))
     request = Request("x", ids, n, seed=5, draws="lda", sample=Sample(1.0, 0, 0.9), **how)
     (completion,) = generate(lm, [request], batch_size=1)
-    return text_of(lm.tokenizer, completion.token_ids)
+    return decode(lm.tokenizer, completion.token_ids)
 
 
 # --- every endpoint -------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_greedy_is_what_transformers_says(server):
     lm = language_model(0)
     answer = server.answer("/generate", prompt="Why?", apply_chat_template=False, **GREEDY)
     wanted = reference_greedy(lm.model, encode_raw(lm.tokenizer, "Why?"), 12)
-    assert answer["completion"] == text_of(lm.tokenizer, wanted)
+    assert answer["completion"] == decode(lm.tokenizer, wanted)
 
 
 def test_amplified_by_nothing_is_the_after_model(server):
@@ -227,31 +227,31 @@ class ByteTokenizer:
 def test_no_piece_breaks_a_character_or_shows_a_part_of_a_stop_string(text, stop):
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
-    stream, shown = Stream(tokenizer, [stop]), ""
+    stream, shown = IncrementalDecoder(tokenizer, [stop]), ""
     for token in ids:
         shown += stream.add([token])
-        assert UNFINISHED not in shown
+        assert REPLACEMENT not in shown
         assert text.startswith(shown)
         assert stop not in shown
-    shown += stream.end(ids)
-    assert shown == text_of(tokenizer, ids, [stop]) == text.partition(stop)[0]
+    shown += stream.finish(ids)
+    assert shown == decode(tokenizer, ids, [stop]) == text.partition(stop)[0]
 
 
 def test_naive_pieces_would_break_characters_and_show_stop_strings():
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode("中")
-    assert any(UNFINISHED in tokenizer.decode(ids[:n]) for n in range(len(ids)))
-    assert stable_text("to be or n", ["not"]) == "to be or "
-    assert stable_text("to be or no", ["not"]) == "to be or "
-    assert stable_text("to be or now", ["not"]) == "to be or now"
+    assert any(REPLACEMENT in tokenizer.decode(ids[:n]) for n in range(len(ids)))
+    assert stable_prefix("to be or n", ["not"]) == "to be or "
+    assert stable_prefix("to be or no", ["not"]) == "to be or "
+    assert stable_prefix("to be or now", ["not"]) == "to be or now"
 
 
 def test_an_unfinished_character_at_the_very_end_is_shown_as_such():
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode("a中")[:-2]
-    stream = Stream(tokenizer)
+    stream = IncrementalDecoder(tokenizer)
     assert "".join(stream.add([token]) for token in ids) == "a"
-    assert stream.end(ids) == UNFINISHED
+    assert stream.finish(ids) == REPLACEMENT
 
 
 # --- OpenAI's client ------------------------------------------------------------------------------------------------

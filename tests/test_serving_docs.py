@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from extraction.cli.server_options import server_of
-from extraction.serving.models import load_served
+from extraction.serving.models import load_models
 from tests.runs import REPOSITORY
 from tests.served import Running, running
 
@@ -26,7 +26,7 @@ ROLES = ("after", "before", "model", "draft", "root", "token_file", "dtype", "de
 def server() -> Iterator[Running]:
     """What `make serve` serves."""
     _, choice = server_of(dict.fromkeys(ROLES))
-    with running(load_served(choice, print), max_total_tokens=1024, max_new_tokens=512) as started:
+    with running(load_models(choice, print), max_total_tokens=1024, max_new_tokens=512) as started:
         yield started
 
 

@@ -445,10 +445,10 @@ def test_scripts_and_escape_sequences_come_back_as_text(server):
 
 
 def test_a_model_that_writes_escape_sequences_is_shown_them(server):
-    from extraction.serving.streaming import dumps
+    from extraction.serving.streaming import to_safe_json
 
-    assert dumps({"text": "\x1b[31m\x9b\u202e</script>"}) == '{"text":"\\u001b[31m\\u009b\\u202e</script>"}'
-    assert json.loads(dumps({"text": NASTY})) == {"text": NASTY}
+    assert to_safe_json({"text": "\x1b[31m\x9b\u202e</script>"}) == '{"text":"\\u001b[31m\\u009b\\u202e</script>"}'
+    assert json.loads(to_safe_json({"text": NASTY})) == {"text": NASTY}
 
 
 def test_every_answer_has_the_headers_that_keep_it_data(server):

@@ -21,7 +21,7 @@ import pytest
 
 from extraction.serving import engine_thread as scheduler_module
 from extraction.serving.batch_queue import ROUNDS, BatchQueue
-from extraction.serving.events import PendingRow
+from extraction.serving.events import PendingRow, QueueName
 from extraction.serving.settings import Settings
 from extraction.utils_batch import Request
 from tests.forks import Forked, Forks, forks
@@ -121,7 +121,7 @@ def test_a_thousand_requests_of_64_clients_are_each_answered_as_alone():
 
 
 def test_rows_that_are_swapped_in_the_server_are_found(monkeypatch):
-    end = scheduler_module.EngineThread._end
+    end = scheduler_module.EngineThread._finish
 
     def swapped(self: Any, ends: list[Any]) -> None:
         """Two rows that end together get each other's answer."""
@@ -134,7 +134,7 @@ def test_rows_that_are_swapped_in_the_server_are_found(monkeypatch):
     with running() as server:
         alone = {repr(each): lasting(server.answer(each[0], **each[1])) for each in asked}
         assert wrong(asyncio.run(storm(server.url, asked, 12)), asked, alone) == 0
-        monkeypatch.setattr(scheduler_module.EngineThread, "_end", swapped)
+        monkeypatch.setattr(scheduler_module.EngineThread, "_finish", swapped)
         assert wrong(asyncio.run(storm(server.url, asked, 12)), asked, alone) > 0
 
 
@@ -353,7 +353,7 @@ def test_a_stream_goes_on_where_it_was_when_memory_runs_out_beside_it(monkeypatc
 
         def forgetful(row: PendingRow) -> None:
             """Tells everything again."""
-            row.made = row.told = 0
+            row.n_generated = row.n_emitted = 0
 
         monkeypatch.setattr(PendingRow, "restart", forgetful)
         text, _ = streamed_beside_a_bad_one(server, body)
@@ -373,13 +373,13 @@ def test_a_batch_that_is_too_large_is_made_smaller_and_grows_again():
 
 def test_a_batch_that_stays_small_grows_while_it_is_never_empty():
     what = served(target=faulty("memory", most_rows=3), draft=None)
-    batch: BatchQueue = what.opener(Settings(batch_size=4, max_total_tokens=64, max_new_tokens=8))(("plain", 0))
-    rows = [PendingRow(("plain", 0), Request(f"{i}", (5, 6, 7 + i % 20), 3), lambda event: None) for i in range(60)]
+    batch: BatchQueue = what.queue_factory(Settings(batch_size=4, max_total_tokens=64, max_new_tokens=8))(QueueName("plain"))
+    rows = [PendingRow(QueueName("plain"), Request(f"{i}", (5, 6, 7 + i % 20), 3), lambda event: None) for i in range(60)]
     for row in rows:
         batch.add(row)
     sizes, n_ended = [], 0
     while batch.has_work:
-        n_ended += len(batch.advance())
+        n_ended += len(batch.step())
         sizes.append(batch.slots)
         if batch.n_out_of_memory and sizes[-1] == 2:
             what.target.model.get_input_embeddings().most_rows = 100  # others have left the device
@@ -405,7 +405,7 @@ def test_an_engine_that_breaks_says_so_and_nobody_waits_for_ever():
 def test_a_batch_that_can_not_be_made_at_all_fails_its_rows_one_by_one(monkeypatch):
     with running(served(target=faulty("memory", most_rows=0), draft=None)) as server:
         assert [response.status_code for response in together(server, GOOD)] == [507] * len(GOOD)
-        server.server.desk.served.target.model.get_input_embeddings().most_rows = 100
+        server.server.service.models.target.model.get_input_embeddings().most_rows = 100
         assert server.answer("/generate", **GOOD[0])
 
 

@@ -51,7 +51,7 @@ class Metrics:
 
     def count_end(self, row: PendingRow, event: Event) -> None:
         """Count a row that ended, with its tokens and latencies where it finished."""
-        kind = row.lane[0]
+        kind = row.queue.kind
         if not isinstance(event, Finished):
             return self.rows.labels(kind, "failed").inc()
         completion = event.completion
