@@ -20,7 +20,7 @@ import httpx2
 import pytest
 
 from extraction.serving import engine_thread as scheduler_module
-from extraction.serving.batch_queue import ROUNDS, BatchQueue
+from extraction.serving.batch_queue import GROW_AFTER, BatchQueue
 from extraction.serving.events import PendingRow, QueueName
 from extraction.serving.settings import Settings
 from extraction.utils_batch import Request
@@ -384,7 +384,7 @@ def test_a_batch_that_stays_small_grows_while_it_is_never_empty():
         if batch.n_out_of_memory and sizes[-1] == 2:
             what.target.model.get_input_embeddings().most_rows = 100  # others have left the device
     assert n_ended == 60
-    assert sizes.count(2) > ROUNDS
+    assert sizes.count(2) > GROW_AFTER
     assert sizes[-2] == 4
 
 

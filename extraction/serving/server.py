@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -29,7 +30,9 @@ FLUSH_SECONDS = 5  # for finished responses to reach their clients
 def serve(settings: Settings, choice: Choice, log: Log) -> None:
     """Serve until a signal arrives. Raises ConfigError and ModelError before it listens."""
     with contextlib.closing(bind(settings)) as listener:
-        HttpServer(load_models(choice, log), settings, listener, log).run()
+        models = load_models(choice, log)
+        gc.collect()
+        HttpServer(models, settings, listener, log).run()
 
 
 class HttpServer(uvicorn.Server):
@@ -62,10 +65,12 @@ class HttpServer(uvicorn.Server):
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until `shut_down` or a signal."""
+        gc.freeze()  # the objects of libraries and models live as long as the server: no collection has to visit them
         self.engine.start()
         try:
             super().run(sockets or [self.listener])
         finally:
+            gc.unfreeze()
             self.engine.stop()
             self.service.prompt_encoder.close()
 
