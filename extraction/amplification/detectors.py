@@ -18,7 +18,9 @@ from extraction.core.text import show
 
 MAX_PATTERN_CHARS = 300
 MAX_TEXT_CHARS = 20_000  # searched, from the start of a text: the time of a search may grow with the square
-PATTERN_TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,\d*\}|.", re.DOTALL)  # escapes, classes and counts are one token
+PATTERN_TOKENS = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,\d*\}|.", re.DOTALL
+)  # escapes, classes and counts are one token
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ class LDAModelPair:
                 try:
                     news = batch.advance()
                 except torch.OutOfMemoryError as failure:
-                    raise ModelError(f"out of memory at batch size {batch_size}: give a smaller one") from failure
+                    raise ModelError(f"out of memory at batch size {batch_size}: lower batch_size") from failure
                 on_progress(sum(map(len, news.fresh.values())))
                 yield from news.done
 
@@ -292,7 +292,7 @@ class LDAModelPair:
         }
         return result | ({"activations": completion.activations} if completion.activations else {})
 
-    # -- one decode step without a cache ---------------------------------------------------------------------------------------
+    # -- one decode step without a cache ------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _lda_step(

@@ -18,7 +18,7 @@ Phrase = tuple[str, ...]
 
 
 def frequent_phrases(texts: Sequence[str], baseline: Sequence[str]) -> list[dict[str, Any]]:
-    """Return up to MAX_PHRASES phrases whose share of the texts exceeds their share of the baseline, largest gain first.
+    """Return the phrases whose share of the texts exceeds that of the baseline, by gain: at most MAX_PHRASES.
 
     A phrase counts once a text. Phrases that overlap one already listed are left out, and so are those that are not
     significant (Fisher's exact test, Bonferroni-corrected for the number of phrases).
