@@ -99,7 +99,7 @@ def running(what: ServedModels | None = None, **settings: Any) -> Iterator[Runni
     try:
         while not server.started:
             assert thread.is_alive()
-        with httpx2.Client(base_url=address_of(taken), timeout=60, headers=headers) as client:
+        with httpx2.Client(verify=False, base_url=address_of(taken), timeout=60, headers=headers) as client:
             yield Running(server, address_of(taken), client, log)
     finally:
         server.shut_down()

@@ -87,7 +87,7 @@ async def send_all(url: str, requests: list[PathAndBody], clients: int) -> list[
     numbers = iter(range(len(requests)))
 
     async def work() -> None:
-        async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
+        async with httpx2.AsyncClient(verify=False, base_url=url, timeout=120) as client:
             for number in numbers:
                 path, body = requests[number]
                 response = await client.post(path, json=body)
@@ -284,7 +284,7 @@ def together(server: Running, bodies: list[dict[str, Any]], path: str = "/genera
     """Send requests at the same time. Returns their responses."""
 
     async def ask() -> list[httpx2.Response]:
-        async with httpx2.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx2.AsyncClient(verify=False, base_url=server.url, timeout=60) as client:
             return await asyncio.gather(*(client.post(path, json=body) for body in bodies))
 
     return asyncio.run(ask())
@@ -458,7 +458,10 @@ def logged_since(process: Forked) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_the_server(start, number):
     process, url = start()
-    with httpx2.Client(base_url=url, timeout=30) as client, httpx2.Client(base_url=url) as other:
+    with (
+        httpx2.Client(verify=False, base_url=url, timeout=30) as client,
+        httpx2.Client(verify=False, base_url=url) as other,
+    ):
         other.get("/health")
         with client.stream("POST", "/generate", json={**LONG, "stream": True}) as response:
             lines = response.iter_lines()
@@ -477,7 +480,10 @@ def test_a_signal_drains_the_server(start, number):
 
 def test_a_second_signal_ends_the_process_at_once(start):
     process, url = start()
-    with httpx2.Client(base_url=url, timeout=30) as client, client.stream("POST", "/generate", json=ENDLESS) as stream:
+    with (
+        httpx2.Client(verify=False, base_url=url, timeout=30) as client,
+        client.stream("POST", "/generate", json=ENDLESS) as stream,
+    ):
         lines = stream.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
@@ -490,7 +496,10 @@ def test_a_second_signal_ends_the_process_at_once(start):
 
 def test_rows_not_finished_within_the_grace_time_fail(start):
     process, url = start("--grace", "0.1")
-    with httpx2.Client(base_url=url, timeout=30) as client, client.stream("POST", "/generate", json=ENDLESS) as stream:
+    with (
+        httpx2.Client(verify=False, base_url=url, timeout=30) as client,
+        client.stream("POST", "/generate", json=ENDLESS) as stream,
+    ):
         lines = stream.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -19,6 +20,8 @@ from extraction.core.errors import ConfigError, RequestError
 from extraction.core.text import one_line, show
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx2
 
 TOKEN_VARIABLE = "TRAITLINE_TOKEN"
@@ -96,8 +99,9 @@ class HttpClient:
         import httpx2
 
         loopback = _is_loopback(urlsplit(self.address).hostname or "")
-        transport = httpx2.HTTPTransport() if loopback else None  # None: with the proxies of the environment
-        return httpx2.Client(transport=transport, timeout=self.timeout, follow_redirects=False)
+        context = _ssl_context()
+        transport = httpx2.HTTPTransport(verify=context) if loopback else None  # None: the environment's proxies apply
+        return httpx2.Client(transport=transport, verify=context, timeout=self.timeout, follow_redirects=False)
 
 
 class _Busy(RequestError):
@@ -106,6 +110,14 @@ class _Busy(RequestError):
     def __init__(self, message: str, retry_seconds: float) -> None:
         super().__init__(message)
         self.retry_seconds = retry_seconds
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """Return the one TLS configuration of the process; loading the certificates takes tens of milliseconds."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
 
 
 def _is_loopback(host: str) -> bool:
