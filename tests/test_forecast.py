@@ -44,17 +44,17 @@ def test_memory_by_part_is_what_the_engine_takes(name):
     requests = [Request(str(i), tuple(range(3, 33)), 20) for i in range(8)]
     batch = ContinuousBatch(lm, BatchLimits.of(requests, 4), capture=Capture((0, 1, 2)))
     batch.add(requests)
-    with batch.watching():
-        batch.advance()
+    with batch.attached():
+        batch.step()
     parts = memory_by_part(shape_of(model.config, torch.float32), work, 4, "cpu")
-    caches = [tensor for layer in batch.lane.cache.layers for tensor in (layer.keys, layer.values)]
+    caches = [tensor for layer in batch.stepper.model.cache.layers for tensor in (layer.keys, layer.values)]
     assert parts["weights"] == sum(p.numel() * 4 for p in model.parameters())
     assert parts["cache"] == sum(tensor.numel() * 4 for tensor in caches)
-    observer = batch.observer
+    observer = batch.stepper.capture
     assert isinstance(observer, PooledCapture)
     sums = [observer.fed_TKBD, *(accumulator.sum_KBD for accumulator in observer.poolings.values())]
     assert parts["running sums"] == sum(tensor.numel() * 4 for tensor in sums)
-    assert batch.mask_BS.shape[1] == work.columns
+    assert batch.kv.mask_BS.shape[1] == work.columns
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

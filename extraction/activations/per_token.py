@@ -43,7 +43,7 @@ class TokenProjections:
     unit_LDK: Tensor
     attention: bool = True
 
-    def observer(self, lm: LanguageModel, slots: int, width: int) -> TokenCapture:
+    def hook(self, lm: LanguageModel, slots: int, width: int) -> TokenCapture:
         """What keeps it for a running batch. Raises ModelError or ConfigError where the model can't be read so."""
         streams: list[TokenReader] = [ProjectionReader(lm, self.layers, self.unit_LDK)]
         if self.attention:
@@ -63,7 +63,7 @@ class TokenInternals:
     layer: int
     attention: bool = True
 
-    def observer(self, lm: LanguageModel, slots: int, width: int) -> TokenCapture:
+    def hook(self, lm: LanguageModel, slots: int, width: int) -> TokenCapture:
         """What keeps it for a running batch. Raises ModelError or ConfigError where the model can't be read so."""
         streams: list[TokenReader] = [InternalsReader(lm, self.layer, attention=self.attention)]
         if self.attention:
@@ -321,15 +321,15 @@ class TokenCapture:
         self.given: list[TokenRecord] = []
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks stay on for a whole run; outside of `entering` and `stepping` they note nothing."""
+    def attached(self) -> Iterator[None]:
+        """Hooks stay on for a whole run; outside of `during_prefill` and `during_step` they note nothing."""
         with ExitStack() as stack:
             for stream in self.streams:
                 stack.enter_context(stream.watching())
             yield
 
     @contextmanager
-    def entering(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
+    def during_prefill(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
         """Around the prefill of the rows that enter."""
         for row, n_prompt in zip(rows_R.tolist(), mask_RP.sum(1).tolist(), strict=True):
             self.texts[row] = _Text(n_prompt=n_prompt, n_read=n_prompt, live=True, parts=[[] for _ in self.streams])
@@ -345,14 +345,14 @@ class TokenCapture:
                     text.parts[i].append(_owned(stream.of_row(given, place, text.n_prompt, 0)))
 
     @contextmanager
-    def stepping(self, width: int) -> Iterator[None]:
+    def during_step(self, width: int) -> Iterator[None]:
         """Around one decode step. It counts when it is credited."""
         for stream in self.streams:
             stream.open(len(self.texts), width)
         yield
         self.given = [stream.close() for stream in self.streams]
 
-    def credit(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
+    def commit_tokens(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
         """Count the step: a token of every slot that holds a text."""
         for row, text in enumerate(self.texts):
             if text.live:
@@ -381,7 +381,7 @@ class TokenCapture:
             kept |= stream.finish(counted, text.n_prompt + ended.n_tokens)
         return kept
 
-    def repack(self, rows_B: Tensor) -> None:
+    def select_rows(self, rows_B: Tensor) -> None:
         """Keep only these slots; one that is named again is an empty one."""
         rows = rows_B.tolist()
         self.texts = [self.texts[row] if row not in rows[:i] else _Text() for i, row in enumerate(rows)]
