@@ -13,7 +13,7 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(if $(filter core,$*),.,".[$*]")
 	@touch $@
 
-.PHONY: extract serve test check bench clean
+.PHONY: extract serve test test-all check bench clean
 
 extract: $(VENV)/.installed-report,lora
 	@$(BIN)/traitline extract --experiment "$(EXPERIMENT)" --traits "$(TRAIT)" \
@@ -26,12 +26,16 @@ serve: $(VENV)/.installed-serve
 	  $(if $(BATCH_SIZE),--batch-size "$(BATCH_SIZE)") $(ARGS)
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(ARGS)
 
 check: $(VENV)/.installed-test $(VENV)/.installed-check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.processes import TRAIT, save_model, words_of
+from benchmarks.processes import TRAIT, run_measured, save_model, words_of
 from benchmarks.reading_cost import device_name
 from benchmarks.shapes import random_model
 from benchmarks.workload import in_turn, make_even_requests

@@ -30,6 +30,7 @@ from extraction.model.loading import LanguageModel, wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     ARCHITECTURES,
+    FAMILIES,
     LAYERS,
     REFUSED,
     blocks,
@@ -53,7 +54,7 @@ ALL_LAYERS = tuple(range(LAYERS))
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_first:2", "response_last", "all")
 BUDGETS = (16, 20, 1, 9, 20, 3, 12, 7, 20)
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
-SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mixtral"])
+SOME = pytest.mark.parametrize("name", FAMILIES)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Others compute attention in float32 whatever the weights are (GPT-J), or mask with what float32 can't hold (Bloom).
 IN_FLOAT64 = ("llama", "mistral", "gemma3", "qwen3", "olmo2", "gpt2", "opt", "gpt_neox", "falcon_alibi")
@@ -187,7 +188,7 @@ def test_teacher_forced_equals_the_hidden_states(name: str) -> None:
         assert worst(case, done) < TOLERANCE[torch.float32]
 
 
-@EVERY
+@SOME
 def test_capturing_changes_no_token(name: str) -> None:
     case = case_of(name)
     batch_size, lm, requests = case.orders()[2]
@@ -229,7 +230,7 @@ def test_a_subset_of_layers_keeps_its_numbers(name: str) -> None:
                 assert deviation(kept, wanted) < TOLERANCE[torch.float32]
 
 
-@EVERY
+@SOME
 def test_the_references_agree_with_each_other_and_can_fail(name: str) -> None:
     """Hidden states are the blocks' outputs; examples, layers and tokens are far enough apart for a mix-up to show."""
     case = case_of(name)
@@ -384,7 +385,7 @@ def at_first_token(inputs: dict[str, Any]) -> Tensor:
     return inputs["position_ids"] == 0
 
 
-@EVERY
+@SOME
 def test_poisoned_padding_changes_nothing(name: str) -> None:
     """Nothing attends to padding and no pooling counts it, so 1e6 in every block's output there leaves no trace."""
     case = case_of(name)
@@ -394,7 +395,7 @@ def test_poisoned_padding_changes_nothing(name: str) -> None:
     assert worst(case, done) < TOLERANCE[torch.float32]
 
 
-@EVERY
+@SOME
 def test_a_poisoned_first_token_leaves_response_means_alone(name: str) -> None:
     """The last block's output at token 0 reaches nothing but its own logits: only the prompt's pooling may see it."""
     case = case_of(name)
@@ -425,7 +426,7 @@ def positions_from_columns(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs | {"position_ids": wrong}
 
 
-@EVERY
+@SOME
 def test_without_the_mask_the_laws_fail(name: str) -> None:
     case = case_of(name)
     with changed_inputs(case.lm, without("attention_mask")):
@@ -433,7 +434,7 @@ def test_without_the_mask_the_laws_fail(name: str) -> None:
     assert tokens_of(done) != case.said(done) or worst(case, done) > 1e-2
 
 
-@EVERY
+@SOME
 def test_with_wrong_positions_the_laws_fail(name: str) -> None:
     case = case_of(name)
     if name in ("bloom", "mpt", "falcon_alibi"):
@@ -452,7 +453,7 @@ def test_without_positions_absolute_ones_are_off(name: str) -> None:
     assert tokens_of(done) != case.said(done) or worst(case, done) > 1e-2
 
 
-@EVERY
+@SOME
 def test_layers_off_by_one_fail(name: str) -> None:
     case = case_of(name)
     done = run(case.lm, case.requests[:3], 3, Capture(ALL_LAYERS))
@@ -662,6 +663,13 @@ SIDE_BY_SIDE = {
 }
 # Normalised, scaled or gated after the addition: the stream is not a sum of its parts.
 NOT_SUMS = ("opt_post_norm", "gemma4")
+# One architecture of each structure above; the others run among the slow tests.
+STRUCTURES = {*FAMILIES, "phi", "gptj", "falcon", "falcon_new", "opt", "olmo2", "apertus", "mpt", "ctrl", "gemma3"}
+SUMS = [
+    name if name in STRUCTURES else pytest.param(name, marks=pytest.mark.slow)
+    for name in ARCHITECTURES
+    if name not in NOT_SUMS
+]
 
 
 def reference_sites(case: Case, name: str, ids: tuple[int, ...]) -> dict[str, Tensor]:
@@ -678,7 +686,7 @@ def reference_sites(case: Case, name: str, ids: tuple[int, ...]) -> dict[str, Te
     return {"residual": end_LTD, "residual_mid": mid_LTD, **parts}
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in NOT_SUMS])
+@pytest.mark.parametrize("name", SUMS)
 def test_sites_are_what_the_blocks_add_to_the_stream(name: str) -> None:
     case = case_of(name)
     requests = case.requests[5:8]

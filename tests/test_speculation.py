@@ -34,7 +34,7 @@ from extraction.engine.steering import Steering
 from extraction.model.loading import LanguageModel, wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
-    ARCHITECTURES,
+    FAMILIES,
     HIDDEN,
     LAYERS,
     MAX_POSITIONS,
@@ -60,7 +60,8 @@ from tests.two_models import (
 # transformers 5.4 warns of its own BioGPT
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_first:2", "response_last", "all")
-EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
+# also ALiBi and windows that a model computes from columns, which rejected proposals leave holes in
+EVERY = pytest.mark.parametrize("name", [*FAMILIES, "mpt", "gpt_neo", "llama4_chunked"])
 SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mixtral"])
 ALL_LAYERS = tuple(range(LAYERS))
 
@@ -132,7 +133,7 @@ def reference(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_B
     return [plain_settle(p, tokens[:depth], q, accept, draws) for p, tokens, depth, q, accept, draws in rows]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rounds())
 def test_settle_is_the_rule_of_one_row_at_a_time(arguments: tuple[Tensor, Proposal, Tensor, Tensor]) -> None:
     verdict = verify_proposal(*arguments)

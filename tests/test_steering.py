@@ -22,10 +22,10 @@ from extraction.engine.sampler import Sample
 from extraction.engine.steering import Steering
 from extraction.model.loading import wrap
 from extraction.utils_batch import Capture, Completion, Request
-from tests.tiny import ARCHITECTURES, LAYERS, blocks, deviation, prompts, reference_greedy, shared_model, taps
+from tests.tiny import FAMILIES, LAYERS, blocks, deviation, prompts, reference_greedy, shared_model, taps
 
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
-EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
+EVERY = pytest.mark.parametrize("name", FAMILIES)
 SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mixtral"])
 BUDGETS = (9, 3, 12, 5, 12, 1, 7)
 ALL_LAYERS = tuple(range(LAYERS))

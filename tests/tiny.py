@@ -179,7 +179,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", _LATENT),
 }
 
-# What the engine refuses: name -> (model type, what differs)
+# One of each kind: rotary with grouped queries, learned positions, parallel residual, ALiBi, sliding window, alternating
+# windows with soft-capping, mixture of experts, latent attention.
+FAMILIES = ("llama", "gpt2", "gpt_neox", "bloom", "mistral", "gemma2", "mixtral", "deepseek_v3")
+
+# Models that the engine refuses: name -> (model type, what differs)
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", {"d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4}),
     "bart": ("bart", {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48}),
