@@ -16,9 +16,9 @@ from extraction.model.loading import wrap
 from extraction.model.memory import (
     CPU_AUTO_BATCH,
     MAX_AUTO_BATCH,
-    Work,
+    Workload,
     auto_batch_size,
-    fitting,
+    largest_batch_size,
     is_out_of_memory,
     memory_by_part,
     shape_of,
@@ -32,8 +32,8 @@ from tests.tiny import shared_model, tiny_tokenizer
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox", "bloom", "opt")
 
 
-def work_of(prompt: int = 30, new: int = 20, points: int = 3) -> Work:
-    return Work(n_examples=8, prompt_mean=prompt, prompt_longest=prompt, max_new_tokens=new, n_points=points)
+def work_of(prompt: int = 30, new: int = 20, points: int = 3) -> Workload:
+    return Workload(n_examples=8, prompt_mean=prompt, prompt_longest=prompt, max_new_tokens=new, n_points=points)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -72,7 +72,7 @@ def test_sizes_are_the_models(name):
 @given(st.integers(1, 10**12), st.integers(1, 4000), st.integers(1, 4000), st.sampled_from(["cpu", "cuda"]))
 def test_the_batch_fits_and_twice_as_much_would_not(free, prompt, new, device):
     shape, work = shape_of(shared_model("llama").config, torch.float32), work_of(prompt, new)
-    size = fitting(shape, work, device, free)
+    size = largest_batch_size(shape, work, device, free)
     most = MAX_AUTO_BATCH if device == "cuda" else CPU_AUTO_BATCH
     assert size in [2**i for i in range(10)]
     assert size <= most

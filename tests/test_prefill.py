@@ -55,7 +55,7 @@ def test_pieces_change_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Scheduler, "assign", watched)
     whole, prefills = said()
     assert prefills[0] == (6, 0)
-    monkeypatch.setattr(devices, "PREFILL_TOKENS", {"cpu": 50})
+    monkeypatch.setattr(devices, "PREFILL_TOKENS_BY_DEVICE", {"cpu": 50})
     pieces, prefills = said()
     assert prefills[0][0] < 6
     full = [sum(n for n, _ in prefills[: i + 1]) for i, (_, n_idle) in enumerate(prefills) if not n_idle]

@@ -22,7 +22,7 @@ from extraction.engine.requests import SpeculationStats
 from extraction.engine.row_state import RowBuffers
 from extraction.engine.sampler import Sample, Sampler, sample_from
 from extraction.engine.speculation import AdaptiveDepth, NgramLookup, Proposal, Speculate
-from extraction.model.kv_cache import CacheWindow, SlotKVCache
+from extraction.model.kv_cache import CacheWindow, make_cache
 
 if TYPE_CHECKING:
     from extraction.model.loading import LanguageModel
@@ -38,7 +38,7 @@ class ModelWithCache:
     """
 
     def __init__(self, lm: LanguageModel, window: CacheWindow, *, clamps: bool = False) -> None:
-        self.lm, self.cache = lm, SlotKVCache(lm.n_layers, window)
+        self.lm, self.cache = lm, make_cache(lm.model, window)
         embeddings: Any = lm.model.get_input_embeddings()
         self.last_id = int(embeddings.weight.shape[0]) - 1 if clamps else None
 
@@ -237,7 +237,7 @@ class SpeculativeProposer(PlainDecoding):
             first = 1 - ids_BT.shape[1]  # -1 in the first pass: the column before the cursor
             position_BT = batch.rows.length_B1 + k + torch.arange(first, 1, device=ids_BT.device)
             mask_BS = batch.mask_BS[:, start : cursor + k + 1]
-            with self.window.at(cursor + k + first):
+            with self.window.cursor_at(cursor + k + first):
                 logits_BTV = draft.forward(ids_BT, mask_BS, position_BT.clamp_(0, batch.last_position))
             prob_BV = batch.sampler.chances(self._fit_to_target(logits_BTV))[:, -1]
             ids_BT = sample_from(prob_BV, uniform_BK[:, k]).unsqueeze(1)
