@@ -267,8 +267,8 @@ def stuck_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def everybody_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens past a stop are counted."""
-    tally = PooledCapture.tally
-    monkeypatch.setattr(PooledCapture, "tally", lambda self, age_B, live_B, t=0: tally(self, age_B, None, t))
+    accumulate = PooledCapture.accumulate
+    monkeypatch.setattr(PooledCapture, "accumulate", lambda self, age_B, live_B, t=0: accumulate(self, age_B, None, t))
 
 
 def nothing_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
