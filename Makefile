@@ -1,4 +1,4 @@
-# Two commands do everything: `make extract TRAIT=uncertainty_calibration` and `make test`.
+# The main commands: `make extract TRAIT=uncertainty_calibration`, `make test`, `make check`.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TRAIT ?= uncertainty_calibration
 EXPERIMENT ?= pocket
 
-# the extras that a target needs are installed once, and again when what is asked for changes
+# installs the extras of a target once, and again when setup.cfg or constraints.txt change
 $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (once)..."

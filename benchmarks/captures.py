@@ -66,7 +66,7 @@ def captures(
             "max_new_tokens": max_new_tokens,
             "repeats": repeats,
             **race(root, common, repeats, say, most),
-            "memory": room(root, common, n_prompts, say),
+            "memory": peak_memory(root, common, n_prompts, say),
         }
 
 
@@ -206,7 +206,7 @@ def _afresh(root: Path) -> Iterator[None]:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def room(root: Path, common: Command, n_prompts: int, say: Callable[[str], None]) -> dict[str, Any]:
+def peak_memory(root: Path, common: Command, n_prompts: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure the peak memory of one command over `n_prompts` prompts at all layers, by number of traits."""
     names = list_traits(find_root())[:MANY_TRAITS]
     path = root / "many.txt"

@@ -22,7 +22,7 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any], Any]  # function, arguments, 
 
 
 class Kernels(TorchDispatchMode):
-    """What was called, in order, with the tensors themselves."""
+    """Records calls in order, with their tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Kernels(TorchDispatchMode):
         return found
 
     def undo(self) -> None:
-        """What was written comes back: recording does nothing."""
+        """Restore what was written, so that recording has no effect."""
         for tensor, was in reversed(self.before):
             tensor.copy_(was)
 

@@ -55,7 +55,7 @@ def say(_text: str) -> None:
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Answers]:
-    """What each peer answers, at its smallest batch size."""
+    """Return the answers of each peer at its smallest batch size."""
     lm = random_model("tiny")
     requests = make_requests(N, lm.vocab_size)
     return {name: peer.run(lm, requests, peer.sizes_for(N)[0]) for name, peer in PEERS.items()}

@@ -40,7 +40,7 @@ WARPED = Sample(0.8, top_k=20, top_p=0.9)
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Processors can record, in this test; and nothing is chosen for their sake."""
+    """Record on the CPU, without the kernels that are chosen for it."""
     recorder = Recorder()
     monkeypatch.setattr(cuda_graphs, "recorder_for", lambda _device: recorder)
     monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: False)
@@ -73,7 +73,7 @@ def test_tokens_and_activations_equal_transformers_in_any_batch_and_order(name: 
 def twice(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, work: Callable[[], dict[str, Any]], *, replays: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Replayed, and step by step: by id."""
+    """Run with recording and step by step; both results by id."""
     replayed = work()
     assert bool(recorder.n_replayed) == replays
     with monkeypatch.context() as patch:
@@ -82,7 +82,7 @@ def twice(
 
 
 def agree(replayed: dict[str, Any], stepped: dict[str, Any]) -> bool:
-    """The same tokens, reasons and, within rounding, activations."""
+    """Return True if tokens and finish reasons are equal, and activations within rounding."""
     if tokens_of(replayed) != tokens_of(stepped):
         return False
     return all(
@@ -94,7 +94,7 @@ def agree(replayed: dict[str, Any], stepped: dict[str, Any]) -> bool:
 
 
 def many(lm: LanguageModel, n: int = 11, **fields: Any) -> list[Request]:
-    """Requests of many lengths, more than slots."""
+    """Return requests of many lengths, more than slots."""
     return [Request(f"e{i}", row, 1 + (5 * i) % 17, **fields) for i, row in enumerate(prompts(n, seed=3))]
 
 
@@ -228,7 +228,7 @@ def test_buffers_keep_their_addresses_and_the_host_syncs_once_a_run(
 
 
 def buffers(batch: ContinuousBatch) -> list[Tensor]:
-    """What a step reads and writes."""
+    """Return the buffers that a step reads and writes."""
     assert batch.stepper.graphs is not None
     assert isinstance(batch.stepper.capture, PooledCapture)
     rows, layers = batch.stepper.rows, batch.stepper.model.cache.slot_layers
@@ -265,18 +265,18 @@ def stuck_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CacheWindow, "recording", stuck)
 
 
-def everybody_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens past a stop are counted."""
+def stopped_rows_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant a fault: tokens past a stop are counted."""
     accumulate = PooledCapture.accumulate
     monkeypatch.setattr(PooledCapture, "accumulate", lambda self, age_B, live_B, t=0: accumulate(self, age_B, None, t))
 
 
-def nothing_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recordings of rows that are gone."""
+def stale_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant a fault: recordings are kept when their rows are gone."""
     monkeypatch.setattr(CudaGraphRunner, "forget", lambda self: None)
 
 
-@pytest.mark.parametrize("harm", [stuck_cursor, everybody_lives, nothing_is_forgotten])
+@pytest.mark.parametrize("harm", [stuck_cursor, stopped_rows_count, stale_recording])
 def test_planted_faults_break_the_laws(
     harm: Callable[[pytest.MonkeyPatch], None], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

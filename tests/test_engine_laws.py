@@ -1,4 +1,4 @@
-"""The engine's laws over every architecture, each with a negative control. See tests/tiny.py for models and references.
+"""The engine's laws, each with a negative control. Models and references are in tests/tiny.py.
 
 Every case has more requests than slots, budgets of 1 to 20 tokens and stop tokens that do occur, so that slots are
 refilled, the window rolls and the batch shrinks (`test_the_matrix_exercises_the_engine` proves it).
@@ -62,7 +62,7 @@ IN_FLOAT64 = ("llama", "mistral", "gemma3", "qwen3", "olmo2", "gpt2", "opt", "gp
 
 @pytest.fixture(scope="module", autouse=True)
 def _layers_of_any_size() -> Iterator[None]:
-    """Where linear layers go through oneDNN, those of tiny models do too, as a real model's would."""
+    """Use oneDNN for the linear layers of tiny models too, where it is used at all."""
     small, onednn_linear.MIN_MULTIPLICATIONS = onednn_linear.MIN_MULTIPLICATIONS, 0
     yield
     onednn_linear.MIN_MULTIPLICATIONS = small
@@ -70,10 +70,10 @@ def _layers_of_any_size() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture's requests, and what transformers alone says of each, to its whole budget.
+    """Requests of one architecture, and transformers' response to each, to its whole budget.
 
-    The same model comes with two stop tokens that it does say, and `endless`, without any. An id may carry a smaller
-    budget (`e3/4`): its answer is the beginning of the whole one.
+    `lm` has two stop tokens that occur in the responses; `endless` is the same model without any. An id may have a
+    smaller budget (`e3/4`): its response is the beginning of the full one.
     """
 
     lm: LanguageModel
@@ -83,7 +83,7 @@ class Case:
     hidden_LTD: dict[str, Tensor]
 
     def said(self, completions: dict[str, Completion], lm: LanguageModel | None = None) -> dict[str, tuple[int, ...]]:
-        """What these completions should say."""
+        """Return the tokens that these completions should have."""
         parts = {key: key.partition("/") for key in completions}
         whole = {key: self.responses[name][: int(n) if n else None] for key, (name, _, n) in parts.items()}
         return {key: until_stop(response, (lm or self.lm).stop_ids) for key, response in whole.items()}
@@ -109,7 +109,7 @@ class Case:
 
 @cache
 def case_of(name: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Nine requests; the stop tokens are two that the model says of itself in mid-response."""
+    """Build nine requests and two stop tokens that occur in mid-response."""
     model = shared_model(name, dtype)
     requests = tuple(
         Request(f"e{i}", prompt, n) for i, (prompt, n) in enumerate(zip(prompts(len(BUDGETS)), BUDGETS, strict=True))
@@ -132,19 +132,19 @@ def _two_stops(responses: Sequence[tuple[int, ...]]) -> frozenset[int]:
 def run(
     lm: LanguageModel, requests: Sequence[Request], batch_size: int, capture: Capture | None = None, **options: Any
 ) -> dict[str, Completion]:
-    """All completions by id; one each."""
+    """Run all requests; return their completions by id."""
     done = list(generate(lm, requests, batch_size=batch_size, capture=capture, **options))
     assert sorted(c.id for c in done) == sorted(r.id for r in requests)
     return {c.id: c for c in done}
 
 
 def tokens_of(completions: dict[str, Completion]) -> dict[str, tuple[int, ...]]:
-    """Id -> tokens."""
+    """Return the tokens by id."""
     return {key: completion.token_ids for key, completion in completions.items()}
 
 
 def worst(case: Case, completions: dict[str, Completion], *, shift: int = 0) -> float:
-    """The largest deviation of any captured residual from the reference; `shift` misnumbers the layers on purpose."""
+    """Return the largest deviation from the reference; `shift` misnumbers the layers on purpose."""
     return max(
         deviation(kept.roll(shift, -2), case.pooled(completion, name.removeprefix("residual.")))
         for completion in completions.values()
@@ -524,7 +524,7 @@ def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
 
 
 def first_tokens(lm: LanguageModel, prompt: tuple[int, ...], strategy: Sample, n: int) -> Tensor:
-    """How often each token came first in `n` requests."""
+    """Count the first tokens of `n` requests."""
     requests = [Request(f"e{i}", prompt, 1) for i in range(n)]
     done = run(lm, requests, 256, strategy=strategy)
     return torch.bincount(torch.tensor([c.token_ids[0] for c in done.values()]), minlength=lm.vocab_size).double()

@@ -67,7 +67,7 @@ ALL_LAYERS = tuple(range(LAYERS))
 
 
 def run(lm: LanguageModel, requests: Sequence[Request], batch_size: int, **options: Any) -> dict[str, Completion]:
-    """All completions by id; one each."""
+    """Run all requests; return their completions by id."""
     done = list(generate(lm, requests, batch_size=batch_size, **options))
     assert sorted(c.id for c in done) == sorted(r.id for r in requests)
     return {c.id: c for c in done}
@@ -241,7 +241,7 @@ def toy(name: str = "llama", seed: int = 0, stops: tuple[int, ...] = (TOYS - 1,)
 
 @cache
 def toy_chances(prompt: tuple[int, ...], sample: Sample) -> dict[Any, float]:
-    """What the target alone would say, to every response its probability."""
+    """Return the probability of every response of the target alone."""
     return outcome_chances(toy(), prompt, N_TOKENS, sample)
 
 
@@ -428,7 +428,7 @@ def tiny_vocab(name: str) -> int:
 
 @cache
 def answers(name: str, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, tuple[int, ...]]:
-    """What transformers says of each alone, to its whole budget."""
+    """Return transformers' response to each request alone, to its whole budget."""
     model = shared_model(name, dtype)
     return {r.id: reference_greedy(model, r.token_ids, r.max_new_tokens) for r in asked(name, n, seed)}
 
@@ -469,7 +469,7 @@ def test_holes_that_are_seen_and_columns_that_are_miscounted_break_the_law(
     lm, capture = wrap(shared_model(name), stop_ids=()), Capture(ALL_LAYERS)
 
     def fill(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if not kwargs["use_cache"]:  # the engine's own proof, whether a model minds holes
+        if not kwargs["use_cache"]:  # the engine's check for models that need contiguous keys
             return args, kwargs
         return args, kwargs | {"attention_mask": kwargs["attention_mask"].cummax(1).values}
 

@@ -180,7 +180,7 @@ def test_steps_and_passes_are_measured_over_their_floors(tmp_path: Path) -> None
 
 
 def test_a_step_is_timed_without_its_prefill() -> None:
-    """A prompt of 60 takes as long as many steps; what is told must not depend on how many steps share it."""
+    """A prompt of 60 tokens takes as long as many steps; the step's time must not depend on their number."""
     lm = random_model("tiny")
     few, many = (min(decode_seconds(lm, 4, n) for _ in range(3)) for n in (3, 20))
     assert 0.2 < few / many < 5
