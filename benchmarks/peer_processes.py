@@ -1,7 +1,7 @@
-"""Peers that pin other versions of torch and transformers: each in an environment of its own, as a process that stays.
+"""Run peers that pin other versions of torch and transformers, each in a process and virtual environment of its own.
 
-The environment is made when it is asked for, in the platform's cache folder, and kept. Requests and tokens go back and
-forth as lines of JSON, means as safetensors.
+The environment is created at first use in the platform's cache folder, and kept. Requests and tokens are exchanged as
+lines of JSON, means as safetensors.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from typing import IO, Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.jobs import Answer
 from benchmarks.peers import Answers, Peer, second_pass
+from benchmarks.workload import Answer
 from extraction.model.loading import LanguageModel
 from extraction.utils_batch import Request
 
-SCRIPTS = Path(__file__).parent / "outsiders"
+SCRIPTS = Path(__file__).parent / "peer_scripts"
 READY = "ready.json"
 Say = Callable[[str], None]
 
 
-class AbsentError(RuntimeError):
-    """A peer that can't be had here; the message says why, in one line."""
+class PeerMissingError(RuntimeError):
+    """Raised where a peer cannot be installed or started, or its process has ended."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an outsider is installed and run. `needless`: what its packages bring and a CPU build of torch can't load."""
+    """Packages and batch sizes of an isolated peer; `unwanted` are dependencies that a CPU build cannot load."""
 
     title: str
     packages: tuple[str, ...]
     batch_sizes: tuple[int, ...]
-    needless: tuple[str, ...] = ()
+    unwanted: tuple[str, ...] = ()
 
 
 RECIPES = {
@@ -60,7 +60,7 @@ RECIPES = {
 
 
 def cache_folder() -> Path:
-    """Where environments are kept: the platform's folder for what can be made again."""
+    """Return the folder of the environments, in the platform's cache folder."""
     home = Path.home()
     usual = {"darwin": home / "Library" / "Caches", "win32": Path(os.environ.get("LOCALAPPDATA", home))}
     base = Path(os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, home / ".cache"))
@@ -68,7 +68,7 @@ def cache_folder() -> Path:
 
 
 def environment(name: str, say: Say) -> Path:
-    """The Python of an outsider's environment, made where it is not there yet. Raises AbsentError."""
+    """Return the Python of a peer's environment; create it if needed. Raises PeerMissingError."""
     recipe = RECIPES[name]
     folder = cache_folder() / f"{name}-{sys.version_info.major}.{sys.version_info.minor}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -76,13 +76,13 @@ def environment(name: str, say: Say) -> Path:
     note = folder / READY
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
         return python
-    say(f"  {name}: making its environment (once; minutes)")
+    say(f"  {name}: creating its environment (once, minutes)")
     venv.create(folder, with_pip=True, clear=True)
     constraints = folder / "constraints.txt"  # the same torch, as far as the peer allows it
     constraints.write_text(f"torch=={torch.__version__.partition('+')[0]}\n", encoding="utf-8")
     _pip(name, python, "install", "-c", str(constraints), "torch", "safetensors", *recipe.packages)
-    if recipe.needless:
-        _pip(name, python, "uninstall", "-y", *recipe.needless)
+    if recipe.unwanted:
+        _pip(name, python, "uninstall", "-y", *recipe.unwanted)
     note.write_text(json.dumps(wanted), encoding="utf-8")
     return python
 
@@ -92,11 +92,11 @@ def _pip(name: str, python: Path, *words: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
-        raise AbsentError(f"pip could not install {name}: {(errors or ['no reason given'])[-1][:160]}")
+        raise PeerMissingError(f"pip could not install {name}: {(errors or ['no reason given'])[-1][:160]}")
 
 
 def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
-    """What is installed of these."""
+    """Return the installed versions of packages."""
     code = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
     done = subprocess.run([str(python), "-c", code, *packages], capture_output=True, text=True, check=True)
     found: dict[str, str] = json.loads(done.stdout)
@@ -107,8 +107,8 @@ def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Outsider:
-    """A peer's process, ready for jobs."""
+class PeerProcess:
+    """A running process of a peer, with the model loaded."""
 
     name: str
     process: subprocess.Popen[str]
@@ -116,27 +116,27 @@ class Outsider:
     folder: Path
 
     def ask(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Send a line, wait for its answer. Raises AbsentError where the process has ended."""
+        """Send a line and return its answer. Raises PeerMissingError if the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(line) + "\n")
             self.process.stdin.flush()
-            said = self.process.stdout.readline()
+            reply = self.process.stdout.readline()
         except BrokenPipeError:
-            said = ""
-        if not said:
-            raise AbsentError(f"{self.name} ended: {self._last_words()}")
-        found: dict[str, Any] = json.loads(said)
+            reply = ""
+        if not reply:
+            raise PeerMissingError(f"{self.name} ended: {self._last_log_line()}")
+        found: dict[str, Any] = json.loads(reply)
         return found
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         self.log.seek(0)
         lines = [line.strip() for line in self.log if line.strip()]
-        return lines[-1][:160] if lines else "it said nothing"
+        return lines[-1][:160] if lines else "empty log"
 
     def run(self, lm: LanguageModel, requests: Sequence[Request], batch_size: int) -> Answers:
-        """The job. A peer without activations of its own is given our best second pass."""
+        """Run the job. A peer that returns no means gets the second pass of `peers`."""
         rows = [{"id": r.id, "token_ids": list(r.token_ids), "max_new_tokens": r.max_new_tokens} for r in requests]
         path = self.folder / f"{self.name}.safetensors"
         found = self.ask({"requests": rows, "batch_size": batch_size, "means": str(path)})
@@ -148,8 +148,8 @@ class Outsider:
 
 
 @contextmanager
-def started(name: str, python: Path, setup: dict[str, Any], folder: Path) -> Iterator[Outsider]:
-    """An outsider with the model loaded. Raises AbsentError where that fails."""
+def start(name: str, python: Path, setup: dict[str, Any], folder: Path) -> Iterator[PeerProcess]:
+    """Start a peer's process and load the model. Raises PeerMissingError if that fails."""
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     quiet = {"OMP_NUM_THREADS": str(setup["threads"]), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     command = [str(python), str(SCRIPTS / f"with_{name}.py")]
@@ -158,19 +158,19 @@ def started(name: str, python: Path, setup: dict[str, Any], folder: Path) -> Ite
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=kept | quiet
         )
         try:
-            outsider = Outsider(name, process, log, folder)
-            outsider.ask(setup)
-            yield outsider
+            peer = PeerProcess(name, process, log, folder)
+            peer.ask(setup)
+            yield peer
         finally:
             process.kill()
             process.communicate()
 
 
 @contextmanager
-def outsiders(
+def peer_processes_for(
     names: Sequence[str], lm: LanguageModel, requests: Sequence[Request], say: Say
 ) -> Iterator[dict[str, tuple[Peer, dict[str, str]]]]:
-    """The outsiders that can be had, as peers, each with its versions; of the others a line says why not.
+    """Yield the isolated peers that start, each with its versions; print a line for each other one.
 
     All load the same weights, saved to a temporary folder.
     """
@@ -181,19 +181,19 @@ def outsiders(
         for name in names:
             try:
                 python = environment(name, say)
-                outsider = stack.enter_context(started(name, python, setup, folder))
-                outsider.run(lm, requests[:2], 2)  # some shapes are refused by the first job only
-            except AbsentError as reason:
+                process = stack.enter_context(start(name, python, setup, folder))
+                process.run(lm, requests[:2], 2)  # some peers reject a shape only at the first job
+            except PeerMissingError as reason:
                 say(f"  {name} is left out: {reason}")
                 continue
             recipe = RECIPES[name]
-            peer = Peer(recipe.title, outsider.run, recipe.batch_sizes)
+            peer = Peer(recipe.title, process.run, recipe.batch_sizes)
             found[name] = (peer, versions(python, ("torch", "transformers", *recipe.packages)))
         yield found
 
 
 def _setup(lm: LanguageModel, requests: Sequence[Request], folder: Path) -> dict[str, Any]:
-    """What an outsider must know: the weights, the longest text, the largest batch, the cache that those need."""
+    """Save the weights; return their folder with the longest text, the largest batch and the size of the cache."""
     lm.model.save_pretrained(folder)
     longest = max(len(request.token_ids) + request.max_new_tokens for request in requests)
     most_rows = min(len(requests), max(size for recipe in RECIPES.values() for size in recipe.batch_sizes))

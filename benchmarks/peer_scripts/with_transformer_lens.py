@@ -1,4 +1,4 @@
-"""TransformerLens: its bridge around a transformers model. `generate` on padded batches, then a pass with its hooks.
+"""Run TransformerLens' bridge around a transformers model: `generate` on padded batches, then a pass with its hooks.
 
 Shapes: B rows, T tokens, L layers, D hidden.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from line import Rows, Run, budgets, cut, left_padded, responses, serve, settings
+from protocol import Rows, Run, budgets, cut, left_padded, responses, serve, settings
 from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import AutoModelForCausalLM
 
 
 def load(setup: dict[str, Any]) -> Run:
-    """A plain transformers model inside the bridge; what generates is the model with the bridge's parts."""
+    """Load a transformers model into the bridge, which generates with its own parts."""
     model = AutoModelForCausalLM.from_pretrained(setup["folder"], dtype=torch.float32).eval()
     bridge = build_bridge_from_module(model, model.config.architectures[0], hf_config=model.config)
     names = [f"blocks.{layer}.hook_out" for layer in range(model.config.num_hidden_layers)]
@@ -40,7 +40,7 @@ def load(setup: dict[str, Any]) -> Run:
 
 
 def _means(bridge: Any, names: list[str], rows: Rows) -> dict[str, Tensor]:
-    """The second pass: rows padded on the right, where none sees its pads; means over the responses."""
+    """Run the second pass on right-padded rows; return the means over the responses."""
     width = max(len(row["token_ids"]) for row in rows)
     ids_BT = torch.tensor([row["token_ids"] + [0] * (width - len(row["token_ids"])) for row in rows])
     end_B1 = torch.tensor([[len(row["token_ids"])] for row in rows])

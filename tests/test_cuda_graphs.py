@@ -1,6 +1,6 @@
-"""Steps that are recorded once and replayed: the engine's laws over every architecture, and what a recording may not.
+"""Tests of CUDA graphs: replayed steps obey the engine's laws, and models that cannot be recorded run step by step.
 
-A stand-in records on the processor what a GPU would (tests/recorder.py); on a GPU the same laws run on its graphs.
+`tests/recorder.py` records on the CPU; on a GPU the same laws run on CUDA graphs.
 
 Shapes: L layers, T tokens, D hidden.
 """
@@ -32,7 +32,7 @@ from extraction.model.loading import LanguageModel, wrap
 from extraction.utils_batch import Capture, Request
 from tests.recorder import Recorder
 from tests.test_engine_laws import ALL_LAYERS, EVERY, TOLERANCE, case_of, run, tokens_of, worst
-from tests.tiny import HIDDEN, deviation, prompts, shared_model, tiny_tokenizer
+from tests.tiny import FAMILIES, HIDDEN, deviation, prompts, shared_model, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
 WARPED = Sample(0.8, top_k=20, top_p=0.9)
@@ -40,7 +40,7 @@ WARPED = Sample(0.8, top_k=20, top_p=0.9)
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Processors can record, in this test; and nothing is chosen for their sake."""
+    """Record on the CPU, without the kernels that are chosen for it."""
     recorder = Recorder()
     monkeypatch.setattr(cuda_graphs, "recorder_for", lambda _device: recorder)
     monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: False)
@@ -51,7 +51,13 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 # --- laws -----------------------------------------------------------------------------------------------------------
 
 
-@EVERY
+NOT_RECORDED = {
+    ("xglm", "mpt"): "not permitted while recording",  # they ask the device for the length of the text
+    ("jetmoe", "gpt_neo"): "a replayed step differs",  # expert counts on the host; windows from the last column
+}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *(name for names in NOT_RECORDED for name in names)])
 def test_tokens_and_activations_equal_transformers_in_any_batch_and_order(name: str, recorder: Recorder) -> None:
     case = case_of(name)
     reason = next((words for names, words in NOT_RECORDED.items() if name in names), "")
@@ -64,16 +70,10 @@ def test_tokens_and_activations_equal_transformers_in_any_batch_and_order(name: 
     assert bool(recorder.n_replayed) == (not reason)
 
 
-NOT_RECORDED = {
-    ("xglm", "mpt"): "not permitted while recording",  # they ask the device how long a text is
-    ("jetmoe", "gpt_neo"): "a replayed step differs",  # experts by numbers of the host; windows from the last column
-}
-
-
 def twice(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, work: Callable[[], dict[str, Any]], *, replays: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Replayed, and step by step: by id."""
+    """Run with recording and step by step; both results by id."""
     replayed = work()
     assert bool(recorder.n_replayed) == replays
     with monkeypatch.context() as patch:
@@ -82,7 +82,7 @@ def twice(
 
 
 def agree(replayed: dict[str, Any], stepped: dict[str, Any]) -> bool:
-    """The same tokens, reasons and, within rounding, activations."""
+    """Return True if tokens and finish reasons are equal, and activations within rounding."""
     if tokens_of(replayed) != tokens_of(stepped):
         return False
     return all(
@@ -94,7 +94,7 @@ def agree(replayed: dict[str, Any], stepped: dict[str, Any]) -> bool:
 
 
 def many(lm: LanguageModel, n: int = 11, **fields: Any) -> list[Request]:
-    """Requests of many lengths, more than slots."""
+    """Return requests of many lengths, more than slots."""
     return [Request(f"e{i}", row, 1 + (5 * i) % 17, **fields) for i, row in enumerate(prompts(n, seed=3))]
 
 
@@ -166,7 +166,7 @@ def test_stop_tokens_that_are_ignored_end_nothing(recorder: Recorder, monkeypatc
     ],
     ids=["every token kept", "speculation", "rows that are sampled in different ways"],
 )
-def test_what_can_not_be_recorded_runs_step_by_step(
+def test_settings_that_cannot_be_recorded_run_step_by_step(
     options: dict[str, Any], samples: Sequence[Sample], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = wrap(shared_model("llama"), stop_ids=())
@@ -177,9 +177,7 @@ def test_what_can_not_be_recorded_runs_step_by_step(
     assert agree(*twice(recorder, monkeypatch, lambda: run(lm, mixed, len(mixed), **options), replays=False))
 
 
-def test_a_step_that_can_not_be_recorded_after_all_is_no_loss(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_recording_falls_back_to_steps(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = wrap(deepcopy(shared_model("llama")), stop_ids=())
     assert unsupported_reason(lm, recorder) == ""
     record = Recorder.__call__
@@ -194,7 +192,7 @@ def test_a_step_that_can_not_be_recorded_after_all_is_no_loss(
     assert "stream is capturing" in unsupported_reason(lm)
 
 
-def test_a_run_says_why_a_model_is_not_recorded(recorder: Recorder) -> None:
+def test_a_run_reports_why_a_model_is_not_recorded(recorder: Recorder) -> None:
     (said,) = cuda_graph_notes(case_of("mpt").lm)
     assert said.startswith("decode steps run one by one")
     assert "not permitted while recording" in said
@@ -204,7 +202,7 @@ def test_a_run_says_why_a_model_is_not_recorded(recorder: Recorder) -> None:
 # --- what a recording may count on ----------------------------------------------------------------------------------
 
 
-def test_buffers_stay_where_they_are_and_the_host_looks_once_a_burst(
+def test_buffers_keep_their_addresses_and_the_host_syncs_once_a_run(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = wrap(shared_model("llama"), stop_ids=())
@@ -230,7 +228,7 @@ def test_buffers_stay_where_they_are_and_the_host_looks_once_a_burst(
 
 
 def buffers(batch: ContinuousBatch) -> list[Tensor]:
-    """What a step reads and writes."""
+    """Return the buffers that a step reads and writes."""
     assert batch.stepper.graphs is not None
     assert isinstance(batch.stepper.capture, PooledCapture)
     rows, layers = batch.stepper.rows, batch.stepper.model.cache.slot_layers
@@ -245,7 +243,7 @@ def buffers(batch: ContinuousBatch) -> list[Tensor]:
     return [rows.token_B1, rows.last_B1, rows.length_B1, *rows.uniform_BT.values(), *kept, *sums, *own]
 
 
-def test_a_recording_is_forgotten_when_the_rows_change(recorder: Recorder) -> None:
+def test_a_recording_is_dropped_when_the_rows_change(recorder: Recorder) -> None:
     lm = wrap(shared_model("llama"), stop_ids=())
     requests = [Request(f"e{i}", row, 4 if i else 40) for i, row in enumerate(prompts(8))]
     done = run(lm, requests, 8, Capture(ALL_LAYERS))
@@ -267,19 +265,19 @@ def stuck_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CacheWindow, "recording", stuck)
 
 
-def everybody_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens past a stop are counted."""
-    tally = PooledCapture.tally
-    monkeypatch.setattr(PooledCapture, "tally", lambda self, age_B, live_B, t=0: tally(self, age_B, None, t))
+def stopped_rows_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant a fault: tokens past a stop are counted."""
+    accumulate = PooledCapture.accumulate
+    monkeypatch.setattr(PooledCapture, "accumulate", lambda self, age_B, live_B, t=0: accumulate(self, age_B, None, t))
 
 
-def nothing_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recordings of rows that are gone."""
+def stale_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant a fault: recordings are kept when their rows are gone."""
     monkeypatch.setattr(CudaGraphRunner, "forget", lambda self: None)
 
 
-@pytest.mark.parametrize("harm", [stuck_cursor, everybody_lives, nothing_is_forgotten])
-def test_the_laws_see_what_goes_wrong(
+@pytest.mark.parametrize("harm", [stuck_cursor, stopped_rows_count, stale_recording])
+def test_planted_faults_break_the_laws(
     harm: Callable[[pytest.MonkeyPatch], None], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = case_of("llama")
@@ -312,6 +310,7 @@ def test_a_model_whose_replay_differs_is_not_recorded(recorder: Recorder, monkey
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @EVERY
 def test_on_a_gpu_the_laws_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

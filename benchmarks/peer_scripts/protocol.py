@@ -1,7 +1,7 @@
-"""What every outsider's script has in common: jobs come as lines of JSON, answers go back the same way.
+"""Protocol of the peer scripts: jobs arrive as lines of JSON on stdin, answers are written to stdout.
 
-These scripts run in environments of their own, by path, and import nothing of this project. Whatever a library prints
-goes to the error stream; the answers have the output stream to themselves.
+The scripts run by path in environments of their own and import nothing of this project. What libraries print is
+redirected to stderr.
 
 Shapes: B rows, T tokens, L layers, D hidden.
 """
@@ -24,7 +24,7 @@ Run = Callable[[Rows, int], tuple[dict[str, list[int]], dict[str, Tensor]]]  # t
 
 
 def serve(load: Callable[[dict[str, Any]], Run]) -> None:
-    """The first line says what to load; every other one is a job: requests, batch size, and where the means go."""
+    """Read the setup from the first line, load, and run every other line as a job."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     setup = json.loads(sys.stdin.readline())
@@ -40,13 +40,13 @@ def serve(load: Callable[[dict[str, Any]], Run]) -> None:
 
 
 def cut(rows: Rows, size: int) -> list[Rows]:
-    """Pieces of `size`, longest prompt first."""
+    """Split rows into batches of `size`, longest prompt first."""
     longest_first = sorted(rows, key=lambda row: -len(row["token_ids"]))
     return [longest_first[i : i + size] for i in range(0, len(longest_first), size)]
 
 
 def left_padded(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T], ending at the right edge."""
+    """Return left-padded ids and their mask, [B, T]."""
     width = max(len(row["token_ids"]) for row in rows)
     ids_BT = torch.tensor([[0] * (width - len(row["token_ids"])) + row["token_ids"] for row in rows])
     start_B1 = torch.tensor([[width - len(row["token_ids"])] for row in rows])
@@ -54,7 +54,7 @@ def left_padded(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def budgets(rows: Rows, width: int, more: int = 0) -> StoppingCriteriaList:
-    """Ends each row at a length of its own, `more` tokens later."""
+    """Return a criterion that ends each row at its own length plus `more` tokens."""
     return StoppingCriteriaList([_Budgets(torch.tensor([width + row["max_new_tokens"] + more for row in rows]))])
 
 
@@ -63,13 +63,13 @@ class _Budgets(StoppingCriteria):
         self.columns_B = columns_B
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Which rows are done."""
+        """Mark the rows that are done."""
         done_B: Tensor = self.columns_B <= input_ids.shape[1]
         return done_B
 
 
 def responses(rows: Rows, out_BT: Tensor, width: int) -> dict[str, list[int]]:
-    """Each row's own tokens."""
+    """Return the new tokens of each row."""
     return {
         row["id"]: out_T[width : width + row["max_new_tokens"]].tolist()
         for row, out_T in zip(rows, out_BT, strict=True)
@@ -77,6 +77,6 @@ def responses(rows: Rows, out_BT: Tensor, width: int) -> dict[str, list[int]]:
 
 
 def settings(rows: Rows, more: int = 0) -> dict[str, Any]:
-    """Greedy, up to the longest answer."""
+    """Return greedy generation settings up to the longest response."""
     most = max(row["max_new_tokens"] for row in rows) + more
     return {"do_sample": False, "max_new_tokens": most, "pad_token_id": 0}

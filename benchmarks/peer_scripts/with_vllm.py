@@ -1,4 +1,4 @@
-"""vLLM: token ids in, token ids out, greedy, every length forced. It has no activations: they take a second pass.
+"""Run vLLM: token ids in and out, greedy, forced lengths. It returns no activations; those take a second pass.
 
 As its documentation asks for on a processor: compiled, Intel's OpenMP loaded before anything else, a thread a core.
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from line import Rows, Run, serve
+from protocol import Rows, Run, serve
 
 GIB = 2**30
 QUIET = {
@@ -26,7 +26,7 @@ ADMISSION = ("max_num_active_reqs", "max_num_running_reqs")
 
 
 def prepared() -> dict[str, str]:
-    """What must be in the environment before the process starts; nothing where it is there, or can't be had."""
+    """Return environment variables that must be set before start; empty if they are set or the library is missing."""
     if not OPENMP.is_file() or str(OPENMP) in os.environ.get("LD_PRELOAD", ""):
         return {}
     threads, cores = int(os.environ["OMP_NUM_THREADS"]), sorted(os.sched_getaffinity(0))
@@ -40,7 +40,7 @@ def prepared() -> dict[str, str]:
 
 
 def load(setup: dict[str, Any]) -> Run:
-    """One engine for all batch sizes; its cache holds the largest batch at full length."""
+    """Load one engine for all batch sizes; its cache holds the largest batch at full length."""
     os.environ |= {**QUIET, "VLLM_CPU_KVCACHE_SPACE": str(1 + setup["cache_bytes"] // GIB)}
     from vllm import LLM, SamplingParams
 
