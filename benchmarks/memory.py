@@ -20,7 +20,7 @@ from benchmarks.processes import ROOT, TRAIT, run_measured, save_model, words_of
 from extraction.config.traits import list_traits
 from extraction.core.records import Example, Trait
 from extraction.pipeline.plan import RunPlan, make_plan
-from extraction.vectors.methods import DEFAULT_METHODS
+from extraction.vectors.names import DEFAULT_METHODS
 
 EXPERIMENT = "memory"
 STEPS = {  # the second finds the first one's work done, and goes on from there

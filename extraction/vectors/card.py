@@ -29,15 +29,15 @@ from extraction.vectors.controls import (
     split_half_cosine,
 )
 from extraction.vectors.held_out import by_methods, held_out_scores
-from extraction.vectors.methods import CONTROL, DEFAULT_METHODS, fit_block
+from extraction.vectors.methods import fit_block
 from extraction.vectors.metrics import auroc, top_1_percent, wrong_side
+from extraction.vectors.names import CONTROL, DEFAULT_METHODS
 from extraction.vectors.prepare import check_finite, check_sides, one_thread
 from extraction.vectors.splits import LabelledRows, Split, shuffled_labels, split_rows
 from extraction.vectors.verdict import verdict
 
 LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0"
 UNIT = "pooled standard deviations within a side of the fitted rows; 0 is the threshold fitted on them"
-CARD_FORM = 2  # rises when the card of the same activations would be another
 CONTROL_QUANTILE = 0.95
 
 Figures = dict[str, Bounded]

@@ -16,8 +16,9 @@ from torch.nn.functional import cosine_similarity
 from extraction.core.errors import TraitError
 from extraction.vectors.chunked import Block
 from extraction.vectors.held_out import by_draws, by_methods, held_out_scores
-from extraction.vectors.methods import CONTROL, fit_block
+from extraction.vectors.methods import fit_block
 from extraction.vectors.metrics import auroc, cohens_d
+from extraction.vectors.names import CONTROL
 from extraction.vectors.splits import LabelledRows, Split, halves
 
 SLOW_METHODS = ("ica",)  # methods whose fit takes as long as all others': fewer halves, and no part in the placebos

@@ -17,15 +17,14 @@ x_i are rows, m+ and m- the sides' means, S+ and S- their covariances (1/N, 1/M)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from extraction.core.errors import ConfigError
 from extraction.vectors.chunked import Block, ChunkedRows, blocks_of, mean_row
+from extraction.vectors.names import CONTROL, DEFAULT_METHODS, check_method
 from extraction.vectors.prepare import PreparedSides, added, by_layers, check_sides, towards
 
 PROBE_C = 1.0
@@ -125,17 +124,13 @@ METHODS: dict[str, Method] = {
     "gradient": gradient,
     "random": random,
 }
-CONTROL = "random"
-DEFAULT_METHODS = tuple(name for name in METHODS if name != CONTROL)
+assert tuple(METHODS) == (*DEFAULT_METHODS, CONTROL)  # the names that need no torch
 
 
 def find_method(name: str) -> Method:
-    """The method of that name; ConfigError names the nearest known one."""
-    if name in METHODS:
-        return METHODS[name]
-    nearest = get_close_matches(name, METHODS, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ConfigError(f"method {name!r} is not known; {hint}known: {', '.join(METHODS)}")
+    """Return the method of that name. Raises ConfigError, with the nearest known name."""
+    check_method(name)
+    return METHODS[name]
 
 
 def fit_block(name: str, positive_NkD: Tensor, negative_MkD: Tensor, block: Block, *, seed: int) -> Tensor:
