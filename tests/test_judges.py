@@ -16,6 +16,7 @@ from extraction.judging.registry import judge_lexical, judge_none, keep, lexical
 from extraction.judging.rubric import expectation, fill, read_score, rubrics_of
 from extraction.pipeline.plan import make_plan
 from extraction.pipeline.score import make_scorer
+from extraction.pipeline.session import ModelSession, TraitContext
 from tests.runs import REPOSITORY, make_root
 
 MARKERS = Markers(positive=("perhaps", "not sure", r"re:\bmight\b"), negative=("certainly", "no doubt"))
@@ -221,7 +222,7 @@ class Silent:
     """A listener that hears nothing."""
 
     def note(self, text: str) -> None: ...
-    def begin(self, title: str, n_examples: int, n_done: int) -> None: ...
+    def begin(self, title: str, n_examples: int, n_done: int, *, seconds_left: object = None) -> None: ...
     def advance(self, n_examples: int, n_tokens: int) -> None: ...
     def end(self) -> None: ...
 
@@ -229,7 +230,7 @@ class Silent:
 def test_a_scorer_judges_pairs_in_their_order(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     job = make_plan("demo", "calm", root=str(root))
-    score = make_scorer(job, job.traits[0], Silent())
+    score = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))
     found = score([("Why?", "aaa"), ("Who?", "zzz"), ("What?", "az"), ("How?", "")])
     assert [each.score for each in found] == [100.0, 0.0, 50.0, None]
     assert score([]) == []

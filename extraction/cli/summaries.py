@@ -49,9 +49,9 @@ def of_plan(job: RunPlan, forecast: Forecast, *, steered: int | None = None) -> 
 
 
 def _steered(job: RunPlan, forecast: Forecast, answers: int) -> str:
-    from extraction.evaluation.steering_sweep import usual_answers
+    from extraction.evaluation.steering_sweep import typical_n_answers
 
-    count = usual_answers(len(job.layers), answers) * len(job.traits)
+    count = typical_n_answers(len(job.layers), answers) * len(job.traits)
     seconds = forecast.seconds * count / max(forecast.n_examples, 1)
     return f"about {count:,} steered answers, {duration(seconds)} more (--quick leaves them out)"
 

@@ -122,7 +122,7 @@ def prompts_without_instruction(context: TraitContext, questions: Sequence[str])
 
 def run_steering_sweep(context: TraitContext, inputs: SteeringInputs, scorer: Scorer) -> dict[str, Any]:
     """Run the steering sweep of one trait, without instructions, sampling as for the run's responses."""
-    from extraction.evaluation.steering_sweep import evaluate
+    from extraction.evaluation.steering_sweep import run_sweep
 
     sweep, progress = _sweep_plan(context, inputs), context.progress
     generation = _steered_generation(context, sweep, scorer)
@@ -131,7 +131,7 @@ def run_steering_sweep(context: TraitContext, inputs: SteeringInputs, scorer: Sc
     def run(batch_size: int) -> None:
         progress.begin(f"{context.trait.name}: steering", sweep.n_answers, 0)
         try:
-            result.update(evaluate(replace(generation, batch_size=batch_size), sweep))
+            result.update(run_sweep(replace(generation, batch_size=batch_size), sweep))
         finally:
             progress.end()
 
@@ -140,12 +140,12 @@ def run_steering_sweep(context: TraitContext, inputs: SteeringInputs, scorer: Sc
 
 
 def _sweep_plan(context: TraitContext, inputs: SteeringInputs) -> SweepPlan:
-    from extraction.evaluation.steered_generation import directions_of
+    from extraction.evaluation.steered_generation import layer_directions
     from extraction.evaluation.steering_sweep import SweepPlan
 
     seed = context.plan.experiment.seed
     candidates = {
-        method: directions_of(direction_LD, inputs.norms_L, inputs.layers, seed=seed)
+        method: layer_directions(direction_LD, inputs.norms_L, inputs.layers, seed=seed)
         for method, direction_LD in inputs.directions.items()
     }
     choose_on, report_on = (

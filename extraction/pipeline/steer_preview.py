@@ -82,7 +82,7 @@ def _coherent(largest: Mapping[str, float | None]) -> tuple[float, float]:
 
 def directions_at(run: TraitRun, site: SteerSite, seed: int, *, vector: str | None = None) -> LayerDirections:
     """Return unit directions of the run's vectors or of a file, with the typical norms of the run's activations."""
-    from extraction.evaluation.steered_generation import directions_of
+    from extraction.evaluation.steered_generation import layer_directions
     from extraction.exchange.formats import load_direction
     from extraction.vectors.chunked import typical_norms
     from extraction.vectors.direction import Direction
@@ -95,7 +95,7 @@ def directions_at(run: TraitRun, site: SteerSite, seed: int, *, vector: str | No
     name = header.get("activations") or next(iter(run.shard_facts("activations", 0)["tensors"]))
     stored = run.open_activations(name)
     norms_L = typical_norms(stored.pick(stored.ids, [captured.index(layer) for layer in direction.layers]))
-    return directions_of(direction.direction_LD, norms_L.tolist(), direction.layers, seed=seed)
+    return layer_directions(direction.direction_LD, norms_L.tolist(), direction.layers, seed=seed)
 
 
 def steer_preview(context: TraitContext, site: SteerSite, options: SteerOptions) -> list[SteerSample]:

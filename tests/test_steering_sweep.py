@@ -22,13 +22,13 @@ from extraction.evaluation.steered_generation import (
     SteeredAnswer,
     SteeredGeneration,
     answer_all,
-    bounded_rate,
-    directions_of,
-    figures_of,
+    condition_metrics,
     is_coherent,
+    layer_directions,
+    rate_with_interval,
     repetition,
 )
-from extraction.evaluation.steering_sweep import SweepPlan, choose_place, counterpart, evaluate, reach, window_of
+from extraction.evaluation.steering_sweep import SweepPlan, choose_site, other_site, reach, run_sweep, window_of
 from extraction.judging.registry import Judgement
 from extraction.model.loading import wrap
 from tests.runs import NATURAL, contents, make_root, refused, succeed
@@ -56,7 +56,7 @@ def vowels(pairs):
 def directions(seed: int = 0, size: float = 3.0):
     width = shared_model("llama").config.hidden_size
     draw = torch.randn(LAYERS, width, generator=torch.Generator().manual_seed(seed))
-    return directions_of(draw, [size] * LAYERS, ALL_LAYERS, seed=seed)
+    return layer_directions(draw, [size] * LAYERS, ALL_LAYERS, seed=seed)
 
 
 CONDITIONS = [
@@ -115,7 +115,7 @@ def answers_of(rows) -> list[SteeredAnswer]:
 
 def test_a_rate_counts_scored_answers_alone_and_is_resampled_by_question():
     rows = [("a", 80.0), ("a", None), ("a", 50.0), ("b", 49.9), ("b", None), ("c", None)]
-    found = figures_of(answers_of(rows), 50.0, seed=0)
+    found = condition_metrics(answers_of(rows), 50.0, seed=0)
     assert (found["n"], found["missing"]) == (6, 3)
     assert found["rate"]["value"] == pytest.approx(2 / 3)
     assert found["score"] == pytest.approx((80 + 50 + 49.9) / 3)
@@ -123,8 +123,8 @@ def test_a_rate_counts_scored_answers_alone_and_is_resampled_by_question():
     # two questions, one always positive and one never: a resample holds either, or both
     assert (found["rate"]["low"], found["rate"]["high"]) == (0.0, 1.0)
     many = answers_of([(f"q{i}", 100.0 * (j % 2)) for i in range(30) for j in range(2)])
-    assert bounded_rate(many, 50.0, seed=0) == {"value": 0.5, "low": 0.5, "high": 0.5}
-    unclear = figures_of(answers_of([("a", None)]), 50.0, seed=0)
+    assert rate_with_interval(many, 50.0, seed=0) == {"value": 0.5, "low": 0.5, "high": 0.5}
+    unclear = condition_metrics(answers_of([("a", None)]), 50.0, seed=0)
     assert unclear["rate"] == {"value": None, "low": None, "high": None}
     assert unclear["score"] is None
 
@@ -172,7 +172,7 @@ def test_an_evaluation_is_whole_and_json_ready_and_reports_on_other_questions_th
 
     counted = []
     plan = plan_of({"mean_diff": directions(0), "probe": directions(1)})
-    found = evaluate(trying_of(scorer, on_progress=lambda n, _: counted.append(n)), plan)
+    found = run_sweep(trying_of(scorer, on_progress=lambda n, _: counted.append(n)), plan)
     json.dumps(found, allow_nan=False)
     assert asked == [set(WORDS[:3])] * 3 + [set(WORDS[3:])]
     assert sum(counted) == plan.n_answers
@@ -180,7 +180,7 @@ def test_an_evaluation_is_whole_and_json_ready_and_reports_on_other_questions_th
     assert seen[:-1] == [(method, (layer,)) for method in ("mean_diff", "probe") for layer in ALL_LAYERS]
     assert seen[-1][1] == ALL_LAYERS
     labels = {(c["direction"], c["kind"], tuple(c["layers"]), c["coefficient"]) for c in found["conditions"]}
-    place, others = tuple(found["layers"]), counterpart(tuple(found["layers"]), ALL_LAYERS)
+    place, others = tuple(found["layers"]), other_site(tuple(found["layers"]), ALL_LAYERS)
     assert len(labels) == len(found["conditions"]) == 1 + 3 * 4 + 2
     assert {size for d, k, layers, size in labels if (d, k, layers) == ("trait", "add", others)} == {
         -1.0,
@@ -204,18 +204,18 @@ def test_neighbours_are_steered_together():
     layers = tuple(range(6))
     assert [window_of(layer, layers) for layer in (0, 3, 5)] == [(0, 1), (2, 3, 4), (4, 5)]
     assert window_of(6, (4, 6, 8, 9)) == (4, 6, 8)
-    assert counterpart((4,), layers) == (3, 4, 5)
-    assert counterpart((0,), layers) == (0, 1)
-    assert counterpart((3, 4, 5), layers) == (4,)
+    assert other_site((4,), layers) == (3, 4, 5)
+    assert other_site((0,), layers) == (0, 1)
+    assert other_site((3, 4, 5), layers) == (4,)
 
 
 def test_a_judge_that_says_the_same_of_everything_finds_no_layer_that_moves_it():
     always_50 = trying_of(lambda pairs: [Judgement(50.0)] * len(pairs))
-    _, _, scan = choose_place(always_50, plan_of({"mean_diff": directions()}))
+    _, _, scan = choose_site(always_50, plan_of({"mean_diff": directions()}))
     assert {each["moved"] for each in scan} == {0.0}
-    found = evaluate(always_50, plan_of({"mean_diff": directions()}))
+    found = run_sweep(always_50, plan_of({"mean_diff": directions()}))
     assert {each["rate"]["value"] for each in found["conditions"]} == {1.0}
-    silent = evaluate(trying_of(lambda pairs: [Judgement(None)] * len(pairs)), plan_of({"mean_diff": directions()}))
+    silent = run_sweep(trying_of(lambda pairs: [Judgement(None)] * len(pairs)), plan_of({"mean_diff": directions()}))
     assert {each["missing"] for each in silent["conditions"]} == {6}
     assert silent["reached"] == {"positive": None, "negative": None, "random": {"positive": None, "negative": None}}
 
@@ -412,7 +412,7 @@ def test_a_reversed_direction_moves_the_trait_the_wrong_way(pocket_root):
     trying = SteeredGeneration(lm, Sample(1.0), scorer, max_new_tokens=30, batch_size=24)
     push = Condition("trait", "add", place.layers, 1.0)
     rates = [
-        figures_of(answer_all(trying, prompts, some, [push], 2)[push], 50.0, seed=0)["rate"]["value"]
+        condition_metrics(answer_all(trying, prompts, some, [push], 2)[push], 50.0, seed=0)["rate"]["value"]
         for some in (right, wrong)
     ]
     assert rates[0] > 0.6
