@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.runs import TRAIT, contents, environment, invoke, make_root, payloads, refused, succeed
+from tests.runs import (
+    TRAIT,
+    contents,
+    environment,
+    extracted_root,
+    invoke,
+    make_extracted_root,
+    make_root,
+    payloads,
+    refused,
+    room_for,
+    succeed,
+)
 from tests.tiny import deviation
 
 COUNT = 48  # 24 of each polarity, in shards of 20, two in a run group
@@ -30,11 +39,15 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished() -> Path:
     """The run of `traitline extract`, for tests that only read."""
-    root = make_root(tmp_path_factory.mktemp("finished"))
-    succeed("extract", "--root", root, "--experiment", "demo", "--answers", "2")
-    return root / "experiments/demo/calm"
+    return extracted_root() / "experiments/demo/calm"
+
+
+@pytest.fixture
+def extracted(tmp_path: Path) -> Path:
+    """A copy of its root, for tests that go on from there."""
+    return make_extracted_root(tmp_path)
 
 
 def run_of(root: Path, experiment: str = "demo", trait: str = "calm") -> Path:
@@ -111,12 +124,11 @@ def test_each_prompt_is_rendered_and_encoded_once_and_responses_are_filtered_onc
     assert len(filtered) == 2
 
 
-def test_a_run_with_nothing_to_do_imports_no_torch(finished, tmp_path):
-    root = shutil.copytree(finished.parents[2], tmp_path / "copy")
+def test_a_run_with_nothing_to_do_imports_no_torch(extracted):
     end = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
     code = f"{end}; from extraction.cli.commands import main; main()"
     for command, imports_torch in ((["extract", "--answers", "2"], False), (["vectors", "--method", "random"], True)):
-        arguments = [sys.executable, "-c", code, *command, "--root", root, "--experiment", "demo"]
+        arguments = [sys.executable, "-c", code, *command, "--root", extracted, "--experiment", "demo"]
         result = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment())
         assert result.stdout.splitlines()[-1] == str(imports_torch), result.stdout
 
@@ -229,12 +241,11 @@ def test_the_judge_keeps_drops_and_counts(root):
     assert contents(run_of(root) / "responses/shards") == generated
 
 
-def test_extract_with_another_judge_generates_nothing(root):
-    first = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+def test_extract_with_another_judge_generates_nothing(extracted):
+    root = extracted
     card = (run_of(root) / "vectors/card.json").read_bytes()
     generated = contents(run_of(root) / "responses/shards")
     second = succeed("extract", "--root", root, "--experiment", "demo", "--judge", "none")
-    assert "tokens at" in first.stdout
     assert "tokens at" not in second.stdout
     assert contents(run_of(root) / "responses/shards") == generated
     assert (run_of(root) / "vectors/card.json").read_bytes() != card
@@ -242,8 +253,8 @@ def test_extract_with_another_judge_generates_nothing(root):
     assert (run_of(root) / "vectors/card.json").read_bytes() == card
 
 
-def test_vectors_and_a_card_of_other_responses_are_not_shown(root):
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+def test_vectors_and_a_card_of_other_responses_are_not_shown(extracted):
+    root = extracted
     result = succeed("extract", "--root", root, "--experiment", "demo", "--threshold", "0")
     assert re.search("calm: .*mean_diff.*negative.* 0 ", result.stderr)
     assert "vectors  " not in result.stdout
@@ -339,8 +350,8 @@ def test_slices_and_a_plain_run_equal_one_run(root, finished):
     assert contents(run_of(root)) == contents(finished)
 
 
-def test_a_damaged_shard_is_made_again_with_the_same_bytes(root, finished):
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+def test_a_damaged_shard_is_made_again_with_the_same_bytes(extracted, finished):
+    root = extracted
     for name in ("responses/shards/0001.jsonl", "activations/0000.safetensors"):
         (run_of(root) / name).write_bytes((run_of(root) / name).read_bytes()[:-9])
     assert invoke("verify", run_of(root)).exit_code == 1
@@ -373,19 +384,3 @@ def test_memory_that_runs_out_at_one_is_refused_and_loses_nothing(root):
 
 
 OUT_NOTES = ("out of memory", "calm: ")
-
-
-@contextmanager
-def room_for(n_rows: int) -> Iterator[None]:
-    """Raise an out-of-memory error for a pass of more rows than this."""
-
-    def hook(module: torch.nn.Module, _args: object, output: object) -> None:
-        rows, width = output.shape[:2] if module.__class__.__name__ == "LlamaDecoderLayer" else (0, 0)
-        if rows > n_rows and width > 8:  # a prompt, not the few tokens of the checks at loading
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    handle = torch.nn.modules.module.register_module_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
