@@ -19,7 +19,7 @@ from extraction.core.text import one_line
 from extraction.pipeline.pace import ExamplePace
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
-BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}| {postfix}"
+BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}|{postfix}"
 
 
 class Interrupted(BaseException):
@@ -235,14 +235,14 @@ class _Stage:
         self.done += n_examples
         self.pace.advance(n_examples)
         now, seconds = time.perf_counter(), self.seconds_left()
-        state = f"{self.tokens / max(now - self.started, 1e-9):,.0f} tokens/s"
-        state += "" if seconds is None else f", about {rough_duration(seconds)} left"
-        self.bar.set_postfix_str(state, refresh=False)
+        rate = f"{self.tokens / max(now - self.started, 1e-9):,.0f} tokens/s"
+        left = "" if seconds is None else f"{rough_duration(seconds)} left"
+        self.bar.set_postfix_str(f"{left}, {rate}" if left else rate, refresh=False)
         self.bar.update(n_examples)
         if not self.bar.disable or now - self.spoke <= SECONDS_BETWEEN_LINES:
             return None
         self.spoke = now
-        return f"{self.title}: {self.done} of {self.bar.total} examples, {state}"
+        return f"{self.title}: {self.done} of {self.bar.total} examples, {rate}" + (f", about {left}" if left else "")
 
 
 def rough_duration(seconds: float) -> str:

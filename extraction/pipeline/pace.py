@@ -126,6 +126,8 @@ class TokenPace(Pace):
     @property
     def work_left(self) -> float | None:
         """Response tokens to make, and the share of the prompts to read; None until whole shards give a mean length."""
+        if not self.n_left:
+            return 0.0
         if self.n_in_shards < MIN_EXAMPLES:
             return None
         n_tokens = self.n_examples * self.tokens_in_shards / self.n_in_shards - self.n_tokens

@@ -217,9 +217,9 @@ class _GroupRun:
 
     def _end_example(self, each: _OpenShard, prompt: Prompt, completion: Completion) -> bool:
         """Count an example that has ended; return True if it was its shard's last."""
+        self.runner.pace.end_example(_length(prompt))
         if each.is_pending:
             self.runner.progress.advance(1, 0)
-        self.runner.pace.end_example(_length(prompt))
         return each.end(completion, _length(prompt))
 
     def _commit(self, each: _OpenShard, batch_size: int, background: BackgroundWriter) -> None:
