@@ -50,6 +50,15 @@ EXPERIMENT = {
 }
 
 
+class Silent:
+    """A progress reporter that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+    def begin(self, title: str, n_examples: int, n_done: int, *, seconds_left: object = None) -> None: ...
+    def advance(self, n_examples: int, n_tokens: int) -> None: ...
+    def end(self) -> None: ...
+
+
 @functools.cache
 def saved_model(name: str = "llama") -> Path:
     """Return a folder with a tiny model and its tokenizer, made once a process; copy it before changing it."""

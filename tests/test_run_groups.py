@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import extraction.pipeline.run_groups
+from extraction.core.progress import ProgressReporter
 from extraction.engine.generate import generate
 from extraction.model.loading import wrap
 from extraction.model.memory import CPU_AUTO_BATCH, corrected
+from extraction.pipeline import stages
+from extraction.pipeline.executors.base import TraitCallback
+from extraction.pipeline.executors.local import LocalExecutor
 from extraction.pipeline.executors.slice import groups_of_slice, shards_of_slice
-from extraction.pipeline.plan import MODES, RunGroup, RunPlan, make_plan, shard_names
+from extraction.pipeline.plan import MODES, GenerationMode, RunGroup, RunPlan, make_plan, shard_names
+from extraction.pipeline.session import ModelSession
 from extraction.storage.trait_run import trait_run
 from extraction.utils_batch import Capture, Request
-from tests.runs import contents, make_root, payloads, refused, succeed
+from tests.runs import Silent, contents, make_root, payloads, refused, succeed
 from tests.tiny import deviation, prompts, shared_model
 
 BOTH = ("--experiment", "demo", "--traits", "calm,warm", "--judge", "none", "--n-examples", "12")
@@ -262,6 +267,29 @@ def test_slices_take_groups_and_one_without_any_names_the_option_that_helps(whol
     for part, count in (("1/4", 1), ("4/4", 0)):
         planned = succeed("batched", "--root", root, *SHORT, *sized, "--slice", part, "--dry-run").stdout
         assert re.search(rf"examples .*\b{count} run group", planned)
+
+
+class BackwardExecutor:
+    """Runs the groups in reverse order."""
+
+    def __init__(self, session: ModelSession, mode: GenerationMode, progress: ProgressReporter) -> None:
+        self.local = LocalExecutor(session, mode, progress)
+
+    def run(self, groups: Sequence[RunGroup], on_trait_end: TraitCallback | None = None) -> None:
+        self.local.run(groups[::-1], on_trait_end)
+
+
+def test_groups_give_the_same_bytes_in_any_order(tmp_path):
+    """What an executor may assume."""
+    options = {"n_examples": 12, "max_new_tokens": 16, "shard_size": 8, "queue_size": 16, "judge": "none"}
+    for make_executor in (LocalExecutor, BackwardExecutor):
+        root = make_root(tmp_path / make_executor.__name__)
+        plan = make_plan("demo", "calm,warm", root=str(root), options=options, self_check=0)
+        assert len(groups_of_slice(plan, MODES["batched"])) == 3
+        result = stages.generate(plan, MODES["batched"], Silent(), make_executor=make_executor)
+        assert [each.kept.total for each in result.traits] == [24, 24]
+    found = [contents(tmp_path / name / "experiments") for name in ("LocalExecutor", "BackwardExecutor")]
+    assert found[0] == found[1]
 
 
 # --- what is refused, and what goes on ------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from extraction.judging.registry import Judgement
 from extraction.model.loading import wrap
 from tests.runs import (
     NATURAL,
+    Silent,
     contents,
     extracted_root,
     make_extracted_root,
@@ -356,15 +357,6 @@ def test_without_a_judge_there_is_no_sweep_and_without_instructions_none_to_remo
     succeed("extract", "--root", root, "--experiment", "demo", "--trait", "bare,warm", "--judge", "none")
     assert not list((root / "experiments/demo/bare/stripped").iterdir())
     assert list((root / "experiments/demo/warm/stripped").iterdir())  # some of its prompts have a system text
-
-
-class Silent:
-    """A progress reporter that shows nothing."""
-
-    def note(self, text: str) -> None: ...
-    def begin(self, title: str, n_examples: int, n_done: int, *, seconds_left: object = None) -> None: ...
-    def advance(self, n_examples: int, n_tokens: int) -> None: ...
-    def end(self) -> None: ...
 
 
 def test_natural_prompts_are_steered_without_their_system_text(tmp_path):

@@ -48,7 +48,11 @@ def generate(
     check_local_judge(plan)
     with locked_runs(contexts):
         _run_groups(contexts, session, mode, progress, make_executor)
-        return RunResult(session, tuple(TraitResult(context, stored_kept_responses(context)) for context in contexts))
+        return _generation_result(session, contexts)
+
+
+def _generation_result(session: ModelSession, contexts: Sequence[TraitContext]) -> RunResult:
+    return RunResult(session, tuple(TraitResult(context, stored_kept_responses(context)) for context in contexts))
 
 
 def _run_groups(
@@ -175,7 +179,7 @@ def extract(
     with locked_runs(contexts):
         _run_groups(contexts, session, MODES["batched"], progress, make_executor)
         if not plan.is_whole:
-            return RunResult(session, tuple(map(TraitResult, contexts)))
+            return _generation_result(session, contexts)
         fitted = [fit_trait(context, options) for context in contexts]
         results: list[TraitResult] = []
         to_report: list[TraitResult] = []
