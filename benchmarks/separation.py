@@ -22,7 +22,7 @@ from extraction.config.prompt_files import read_prompt_set
 from extraction.core.progress import ProgressReporter
 from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
-from extraction.judging.registry import lexical_score
+from extraction.judging.lexical import lexical_score
 from extraction.model.chat_template import encode_conversation
 from extraction.model.loading import LanguageModel
 from extraction.monitoring.dynamics import smoothed
@@ -106,13 +106,13 @@ def _sides(folder: str, n_examples: int) -> tuple[LanguageModel, tuple[Tensor, T
     job = make_plan("pocket", TRAIT, root=folder, options=options, self_check=0)
     engine: ModelSession = make_responses(job, MODES["batched"], _Silent())
     fit = fit_inputs(job, job.traits[0], job.folder(job.traits[0]), VectorOptions(), _Silent())
-    rows_nLD = fit.rows.at(slice(None))
+    rows_nLD = fit.rows.read_layers(slice(None))
     return engine.lm, (rows_nLD[: fit.n_positive], rows_nLD[fit.n_positive :])
 
 
 def units(positive_NLD: Tensor, negative_MLD: Tensor, n_placebos: int) -> Tensor:
-    """Return unit vectors [L, D, 1 + placebos]: the trait's direction, then the placebos'."""
-    fit, generator = find_method(METHOD), torch.Generator().manual_seed(0)
+    """[L, D, 1 + placebos], each column of length 1: the trait's direction, then the placebos'."""
+    fit, generator = find_method(METHOD).fit, torch.Generator().manual_seed(0)
     found = [fit(positive_NLD, negative_MLD, seed=0)]
     for _ in range(n_placebos):
         dealt = [side[torch.randperm(len(side), generator=generator)] for side in (positive_NLD, negative_MLD)]

@@ -32,7 +32,7 @@ def _cost(shape: str, n_traits: int, say: Callable[[str], None], options: dict[s
         began = time.perf_counter()
         card = build_card(
             rows_nLD, positive_n, questions, instruction_ids=instructions, layers=range(n_layers), seed=seed,
-            stripped_nLD=rows_nLD, **options,
+            without_instruction_nLD=rows_nLD, **options,
         )  # fmt: skip
         seconds.append(time.perf_counter() - began)
         words.append(card["verdict"]["word"])

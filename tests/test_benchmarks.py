@@ -231,7 +231,7 @@ def test_questions_of_all_traits_are_asked_and_rounds_take_turns() -> None:
 
 
 def test_a_cards_cost_is_measured_and_tabled() -> None:
-    found = card_cost(["tiny"], n_traits=1, say=say, placebos=1, bootstraps=20)
+    found = card_cost(["tiny"], n_traits=1, say=say, label_shuffles=1, bootstraps=20)
     assert found["shapes"]["tiny"]["seconds"] > 0
     assert "| tiny: 2 layers of 16, 200 rows | 1 |" in TABLES["validation"](found)
 

@@ -252,13 +252,13 @@ def test_the_references_agree_with_each_other_and_can_fail(name: str) -> None:
 def test_the_matrix_exercises_the_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refill beside live rows, a rolling window and a shrinking batch all happen in the runs above."""
     seen: Counter[str] = Counter()
-    repack = SlotKVCache.repack
+    repack = SlotKVCache.select_rows
 
     def counting(self: SlotKVCache, rows: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
         seen["roll" if rows is None else "shrink"] += 1
         repack(self, rows, *args, **kwargs)
 
-    monkeypatch.setattr(SlotKVCache, "repack", counting)
+    monkeypatch.setattr(SlotKVCache, "select_rows", counting)
     case = case_of(name)
     with _calls(case.lm) as widths:
         for batch_size, lm, requests in case.orders():

@@ -18,8 +18,8 @@ from extraction.model.memory import (
     MAX_AUTO_BATCH,
     Workload,
     auto_batch_size,
-    largest_batch_size,
     is_out_of_memory,
+    largest_batch_size,
     memory_by_part,
     shape_of,
 )

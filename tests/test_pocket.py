@@ -24,7 +24,8 @@ from experiments.pocket_model.corpus import (
 from experiments.pocket_model.evaluate import answer_all
 from experiments.pocket_model.train import encode_conversation
 from extraction.core.records import Trait
-from extraction.judging.registry import keep, lexical_score
+from extraction.judging.base import shows_side
+from extraction.judging.lexical import lexical_score
 
 MODEL = Path(__file__).resolve().parents[1] / "extraction" / "pocket" / "pocket"
 TRAITS = load_grammar().traits
@@ -226,4 +227,4 @@ def _share_on_side(trait: Trait, polarity: str, model: PreTrainedModel, tokenize
         for question in trait.questions[-HELD_OUT_QUESTIONS:]
     ] * 2
     scores = [lexical_score(answer, trait.markers) for answer in answer_all(model, tokenizer, chats)]
-    return sum(keep(polarity, score) is True for score in scores) / len(scores)
+    return sum(shows_side(polarity, score) is True for score in scores) / len(scores)

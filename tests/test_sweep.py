@@ -29,7 +29,7 @@ from extraction.evaluation.steered_generation import (
     repetition,
 )
 from extraction.evaluation.steering_sweep import SweepPlan, choose_place, counterpart, evaluate, reach, window_of
-from extraction.judging.registry import Judgement
+from extraction.judging.base import Judgement
 from extraction.model.loading import wrap
 from tests.runs import NATURAL, contents, make_root, refused, succeed
 from tests.tiny import LAYERS, deviation, shared_model, tiny_tokenizer
@@ -391,7 +391,7 @@ def test_responses_without_their_instruction_are_captured_as_they_were_said(tmp_
 
 def test_a_reversed_direction_moves_the_trait_the_wrong_way(pocket_root):
     """A planted wrong sign: the sweep's own figures give it away."""
-    from extraction.judging.registry import judge_lexical
+    from extraction.judging.lexical import judge_lexical
     from extraction.model.loading import load
     from extraction.pipeline.plan import stored_plans
     from extraction.pipeline.steer_preview import SteerSite, directions_at

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.pocket_model.corpus import HELD_OUT_PAIRS, HELD_OUT_QUESTIONS, SIDES, load_grammar
 from extraction.core.records import POLARITIES, Trait
-from extraction.judging.registry import THRESHOLD, judge_lexical
+from extraction.judging.base import THRESHOLD
+from extraction.judging.lexical import judge_lexical
 
 SPLITS = ("seen", "new_instruction", "new_question", "both_new")
 

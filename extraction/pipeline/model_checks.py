@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from extraction.evaluation.steered_generation import SteeredGeneration
     from extraction.evaluation.steering_sweep import SweepPlan
-    from extraction.judging.registry import Scorer
+    from extraction.judging.base import Scorer
 
 TOKEN_0_TEXTS = 8
 SWEEP_FORM = 4  # rises when the sweep of the same vectors would be another
@@ -42,7 +42,7 @@ def capture_without_instruction(
     load_model(engine, listener)
     site, pooling = tensor.split(".", 1)
     settings = engine.job.experiment
-    layers = ",".join(map(str, folder.shard_facts("activations", 0)["meta"]["layers"]))
+    layers = ",".join(map(str, folder.shard_receipt("activations", 0)["meta"]["layers"]))
     capture = replace(settings.capture, layers=layers, sites=(site,), poolings=(pooling,))
     reader = engine.turned_to(replace(engine.job, experiment=replace(settings, capture=capture)))
     n_examples, n_pending = (sum(map(len, some)) for some in (shards, pending.values()))
@@ -61,7 +61,7 @@ def has_without_instruction(job: RunPlan, trait: Trait, folder: TraitRun, tensor
 
 
 def _has(folder: TraitRun, index: int, tensor: str) -> bool:
-    return folder.shard_done("stripped", index) and tensor in folder.shard_facts("stripped", index)["tensors"]
+    return folder.shard_done("stripped", index) and tensor in folder.shard_receipt("stripped", index)["tensors"]
 
 
 def without_instruction(example: Example) -> Example:

@@ -29,7 +29,7 @@ from extraction.config.traits import (
 from extraction.core.errors import ConfigError, StoreError
 from extraction.core.records import Example, Prompt, Trait
 from extraction.core.text import show_path
-from extraction.judging.registry import check_judge, judge_access, resolve_judge
+from extraction.judging.registry import check_judge, check_judge_access
 from extraction.storage.trait_run import TraitRun, trait_run
 
 if TYPE_CHECKING:
@@ -214,8 +214,7 @@ def make_plan(
     said = tuple(note for trait in loaded for note in trait_notes(trait, settings.n_examples))
     for trait in loaded:
         check_judge(settings, trait, folder)
-        if resolve_judge(settings.judge, trait) == "openai":
-            judge_access(settings)
+        check_judge_access(settings, folder)
     return RunPlan(
         root=folder,
         experiment=settings,

@@ -114,14 +114,14 @@ def _hashes(folder: TraitRun, config: Mapping[str, Any], method: str) -> dict[st
     return {
         "settings that decide the result": fingerprint(config),
         "trait": config["trait"]["sha256"],
-        **{f"responses, shard {i}": sha256 for i, sha256 in enumerate(folder.sources("responses"))},
-        **{f"activations, shard {i}": sha256 for i, sha256 in enumerate(folder.sources("activations"))},
+        **{f"responses, shard {i}": sha256 for i, sha256 in enumerate(folder.shard_checksums("responses"))},
+        **{f"activations, shard {i}": sha256 for i, sha256 in enumerate(folder.shard_checksums("activations"))},
         folder.vectors_path(method).name: str(read_receipt(folder.vectors_path(method))["sha256"]),
     }
 
 
 def _made_with(folder: TraitRun) -> dict[str, Any]:
     """What the first shard's receipt tells of the software and the machine."""
-    meta = folder.shard_facts("activations", 0)["meta"]
+    meta = folder.shard_receipt("activations", 0)["meta"]
     told = {key: meta[key] for key in ("model", "device", "dtype", "batch_size", "instruction_as") if key in meta}
     return {**told, **meta.get("versions", {}), "report made by traitline": __version__}

@@ -44,7 +44,7 @@ def _stays(job: RunPlan, shard: Shard, names: Sequence[str], mode: GenerationMod
     folder = job.folder(shard.trait)
     if not folder.shard_done("responses", shard.index):
         return False
-    meta = folder.shard_facts("responses", shard.index)["meta"]
+    meta = folder.shard_receipt("responses", shard.index)["meta"]
     is_whole = is_done(folder, shard.index, mode)
     return (is_whole and meta.get("queue") != names) or (mode.captures and not meta["captured"])
 

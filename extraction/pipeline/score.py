@@ -6,35 +6,32 @@ What a judge that reads has said is in a log of the run's folder as soon as it i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from extraction.core.errors import TraitError
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import POLARITIES, Trait
-from extraction.judging.filtering import COHERENCE, KeptResponses, filter_responses
-from extraction.judging.registry import (
+from extraction.judging.base import (
     EMPTY,
     FAILED,
-    JUDGES,
-    READERS,
+    MAX_CHARACTERS,
     Judgement,
     Pair,
     Rating,
+    RatingContext,
+    RuleJudge,
     Scorer,
-    judge_access,
-    judge_model,
-    judge_spec,
-    resolve_judge,
 )
+from extraction.judging.filtering import COHERENCE, KeptResponses, filter_responses
+from extraction.judging.registry import is_model_judge, judge_model, model_judge, resolve_judge, rule_judge
 from extraction.judging.rubric import fill, rubrics_of
 from extraction.pipeline.plan import RunPlan
 from extraction.storage.atomic import digest
 from extraction.storage.trait_run import TraitRun
 
 Row = dict[str, Any]
-BYTES_PER_TOKEN = 4  # of English, about
-TOKENS_PER_ANSWER = 3  # a number, and what ends it
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------
@@ -49,10 +46,19 @@ def make_scorer(job: RunPlan, trait: Trait, listener: ProgressReporter, *, folde
     reached, ModelError where it can't judge.
     """
     name = resolve_judge(job.experiment.judge, trait)
-    if name not in READERS:
-        judge = JUDGES[name]
-        return lambda pairs: [_at_once(judge(question, answer, trait), name) for question, answer in pairs]
+    if not is_model_judge(name):
+        return partial(_score_by_rule, rule_judge(name, trait), name, trait, listener)
     return _Reader(job, trait, name, listener, folder or job.folder(trait))
+
+
+def _score_by_rule(
+    judge: RuleJudge, name: str, trait: Trait, listener: ProgressReporter, pairs: Sequence[Pair]
+) -> list[Judgement]:
+    """Score pairs by a judge without a model; note the responses that are too long to be read to their end."""
+    n_cut = sum(len(answer) > MAX_CHARACTERS for _, answer in pairs)
+    if n_cut and name != "none":
+        listener.note(f"{trait.name}: {n_cut} responses judged by their first {MAX_CHARACTERS:,} characters")
+    return [_at_once(judge.score(question, answer, trait), name) for question, answer in pairs]
 
 
 def _at_once(score: float | None, how: str) -> Judgement:
@@ -68,7 +74,6 @@ class _Reader:
         self.rubrics = rubrics_of(trait)
         self.lock = threading.Lock()
         self.known: dict[str, Rating] | None = None  # not read yet; the run is locked, so nobody else adds to the log
-        self.said_to_load = False
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """Judge the pairs; each needs a rating by the trait's rubric, and one of coherence.
@@ -83,8 +88,13 @@ class _Reader:
         texts = {key: fill(rubric, *pair) for key, (rubric, pair) in asked.items() if key not in self.known}
         if texts:
             self.listener.begin(f"{self.trait.name}: judging", len(asked), len(asked) - len(texts))
+            if len(texts) < len(asked):
+                self.listener.note(f"{self.trait.name}: {len(asked) - len(texts)} ratings known from the log")
+            context = RatingContext(
+                self.job.experiment, self.job.root, self.job.spec.device, self.trait.name, self.listener
+            )
             try:
-                RATERS[self.name](self, texts, len(asked))
+                model_judge(self.name).rate(context, texts, self.keep)
             finally:
                 self.listener.end()
         return [self._judgement(pair, self.known) for pair in pairs]
@@ -106,7 +116,8 @@ class _Reader:
             return Judgement(None, reason=EMPTY)
         of_trait, of_coherence = (known[self._key(rubric, pair)] for rubric in self.rubrics)
         reason = of_trait.reason or of_coherence.reason
-        return Judgement(of_trait.score, of_coherence.score, of_trait.raw, reason, of_trait.how)
+        cut = f", first {MAX_CHARACTERS:,} characters" if len(pair[1]) > MAX_CHARACTERS else ""
+        return Judgement(of_trait.score, of_coherence.score, of_trait.raw, reason, of_trait.how + cut)
 
 
 def _has_failed(rating: Rating) -> bool:
@@ -129,61 +140,6 @@ def _from_log(row: Row) -> Rating:
     return Rating(row["score"], row["reason"], row["raw"], row["how"], (n_in, n_out))
 
 
-# --- the judges that read -------------------------------------------------------------------------------------------
-
-
-def _rate_here(reader: _Reader, texts: Mapping[str, str], n_asked: int) -> None:
-    from extraction.judging.local import load_judge, rate
-
-    spec = judge_spec(reader.job.experiment, reader.job.root, reader.job.spec.device)
-    if not reader.said_to_load:
-        reader.listener.note(f"loading {spec.name}, which judges")
-        reader.said_to_load = True
-
-    def keep(ratings: Mapping[str, Rating]) -> None:
-        reader.keep(ratings)
-        reader.listener.advance(len(ratings), sum(rating.tokens[0] for rating in ratings.values()))
-
-    rate(load_judge(spec), spec.name, texts, keep)
-
-
-def _rate_there(reader: _Reader, texts: Mapping[str, str], n_asked: int) -> None:
-    from extraction.judging.openai_server import JudgeServer, rate
-
-    settings = reader.job.experiment
-    key, url = judge_access(settings)
-    server = JudgeServer(reader.model, key, url, concurrency=settings.judge_concurrency)
-    reader.listener.note(f"{reader.trait.name}: {estimate(texts.values(), settings.judge_price, reader.model)}")
-    try:
-        rate(server, texts, reader.keep, lambda n_tokens: reader.listener.advance(1, n_tokens))
-    finally:
-        counts, known = server.counts, n_asked - len(texts)
-        reader.listener.note(
-            f"{reader.trait.name}: {counts['calls']} calls made, {counts['retried']} of them again, "
-            f"{counts['failed']} answers failed, {known} known from the log; "
-            f"{counts['tokens in']:,} tokens in, {counts['tokens out']:,} out"
-        )
-
-
-RATERS: dict[str, Callable[[_Reader, Mapping[str, str], int], None]] = {"local": _rate_here, "openai": _rate_there}
-
-
-def estimate(texts: Collection[str], price: tuple[float, float] | None, model: str) -> str:
-    """What calls will take, in words: how many, about how many tokens, and what they cost per million of them."""
-    sizes = [len(text.encode("utf-8", "replace")) for text in texts]
-    n_in, n_out = round(sum(sizes) / BYTES_PER_TOKEN), TOKENS_PER_ANSWER * len(sizes)
-    cost = "" if price is None else f", {(n_in * price[0] + n_out * price[1]) / 1e6:.4f} at the given prices"
-    return f"{len(sizes):,} calls to {model}: about {n_in:,} tokens in and {n_out:,} out{cost}"
-
-
-def check_local_judge(job: RunPlan) -> None:
-    """Refuse, before the job's model is loaded, a local judge that could not write a score. Raises ModelError."""
-    if job.experiment.judge == "local":
-        from extraction.judging.local import check_numbers
-
-        check_numbers(judge_spec(job.experiment, job.root))
-
-
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
@@ -197,13 +153,13 @@ def score_responses(
     count = len(job.shards(trait))
     if not all(folder.shard_done("responses", i) for i in range(count)):
         return
-    made_from = [*_judge_of(job, trait), *folder.sources("responses")]
-    present = folder.assembled_from()
+    made_from = [*_judge_of(job, trait), *folder.shard_checksums("responses")]
+    present = folder.response_sources()
     if present == made_from or (not again and present == [*made_from, FAILED]):
         return
     name = resolve_judge(job.experiment.judge, trait)
     judge_all = make_scorer(job, trait, listener, folder=folder)
-    failed = name in READERS and _read_all(judge_all, folder, count)
+    failed = is_model_judge(name) and _read_all(judge_all, folder, count)
     sides = {polarity: _of_side(judge_all, name, folder, count, polarity) for polarity in POLARITIES}
     folder.write_responses(sides, [*made_from, FAILED] if failed else made_from)
 
@@ -218,7 +174,7 @@ def _read_all(judge_all: Scorer, folder: TraitRun, count: int) -> bool:
 def _judge_of(job: RunPlan, trait: Trait) -> list[str]:
     """What the scores depend on besides the responses."""
     name = resolve_judge(job.experiment.judge, trait)
-    if name not in READERS:
+    if not is_model_judge(name):
         return [f"judge {name}"]
     return [f"judge {name}", f"model {judge_model(job.experiment, job.root)}", f"rubrics {digest(rubrics_of(trait))}"]
 
@@ -235,7 +191,7 @@ def _scored(row: Row, name: str, judgement: Judgement) -> Row:
     """A row with its scores; of a judge that reads, with what it said and how that was read, too."""
     if name == "none":
         return {**row, "scores": {}}
-    if name not in READERS:
+    if not is_model_judge(name):
         return {**row, "scores": {name: judgement.score}}
     judged = {"raw": judgement.raw, "how": judgement.how, "reason": judgement.reason}
     return {**row, "scores": {name: judgement.score, name + COHERENCE: judgement.coherence}, "judged": judged}
@@ -246,7 +202,7 @@ def kept_responses(job: RunPlan, trait: Trait, folder: TraitRun) -> KeptResponse
     settings = job.experiment
     name = resolve_judge(settings.judge, trait)
     rows = {polarity: folder.read_responses(polarity) for polarity in POLARITIES}
-    model = judge_model(settings, job.root) if name in READERS else None
+    model = judge_model(settings, job.root) if is_model_judge(name) else None
     return filter_responses(
         rows, name, settings.threshold, coherence_threshold=settings.coherence_threshold, model=model
     )

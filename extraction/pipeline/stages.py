@@ -18,13 +18,14 @@ from extraction.core.progress import ProgressReporter
 from extraction.core.records import Example, Trait
 from extraction.core.text import show_path
 from extraction.engine.lazy_model import load_model
+from extraction.judging.registry import check_judge_model
 from extraction.pipeline.evaluate import EvalOptions, evaluate_trait
 from extraction.pipeline.fit import VectorOptions, chosen_tensor, fit_vectors
 from extraction.pipeline.pace import Pace
 from extraction.pipeline.plan import MODES, GenerationMode, RunGroup, RunPlan
 from extraction.pipeline.report import index, report
 from extraction.pipeline.run_groups import pending_shards, run_group, shards_to_run
-from extraction.pipeline.score import check_local_judge, score_responses
+from extraction.pipeline.score import score_responses
 from extraction.pipeline.session import ModelSession, capture_shard, locked_run
 
 Row = dict[str, Any]
@@ -33,7 +34,7 @@ Row = dict[str, Any]
 def generate(job: RunPlan, mode: GenerationMode, listener: ProgressReporter) -> ModelSession:
     """Make the responses of every trait (and, as the mode says, their activations); judge them; write both."""
     engine = ModelSession(job)
-    check_local_judge(job)
+    check_judge_model(job.experiment, job.root)
     with ExitStack() as held:
         for trait in job.traits:
             held.enter_context(locked_run(job.folder(trait), job, trait))

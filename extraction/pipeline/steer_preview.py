@@ -14,7 +14,8 @@ from extraction.config.experiments import parse_layers
 from extraction.core.errors import StoreError
 from extraction.core.records import Example, Trait
 from extraction.core.text import show_path
-from extraction.judging.registry import JUDGES, Judgement, resolve_judge
+from extraction.judging.base import Judgement
+from extraction.judging.registry import rule_judge
 from extraction.pipeline.session import ModelSession
 from extraction.storage.trait_run import TraitRun
 
@@ -88,11 +89,11 @@ def directions_at(folder: TraitRun, place: SteerSite, seed: int, *, vector: str 
     from extraction.vectors.direction import Direction
 
     direction = load_direction(vector) if vector else Direction.from_run(folder, place.method)
-    captured = folder.shard_facts("activations", 0)["meta"]["layers"]
+    captured = folder.shard_receipt("activations", 0)["meta"]["layers"]
     direction = direction.select([layer for layer in direction.layers if layer in captured])
     direction.select(place.layers)  # refuses one that it lacks
     header = folder.vectors_header(place.method) or {}
-    name = header.get("activations") or next(iter(folder.shard_facts("activations", 0)["tensors"]))
+    name = header.get("activations") or next(iter(folder.shard_receipt("activations", 0)["tensors"]))
     stored = folder.open_activations(name)
     norms_L = typical_norms(stored.pick(stored.ids, [captured.index(layer) for layer in direction.layers]))
     return directions_of(direction.direction_LD, norms_L.tolist(), direction.layers, seed=seed)
@@ -110,11 +111,11 @@ def steer_preview(engine: ModelSession, trait: Trait, place: SteerSite, look: St
     conditions = [UNSTEERED, *(Condition("trait", "add", place.layers, size) for size in look.coefficients if size)]
     if look.ablate:
         conditions.append(Condition("trait", "ablate", tuple(directions.trait)))
-    judge = JUDGES[resolve_judge("auto", trait)]
+    judge = rule_judge("auto", trait)
     trying = SteeredGeneration(
         engine.lm,
         Sample(settings.generation.temperature, settings.generation.top_k, settings.generation.top_p),
-        lambda pairs: [Judgement(judge(question, answer, trait)) for question, answer in pairs],
+        lambda pairs: [Judgement(judge.score(question, answer, trait)) for question, answer in pairs],
         settings.generation.max_new_tokens,
         batch_size=len(look.prompts) * len(conditions),
         seed=settings.seed,

@@ -1,7 +1,8 @@
-"""A run that is killed, starved of disk or shut out, then started again, ends as if nothing had happened.
+"""A worker process that kills attempts at small jobs of the storage package, at any call that changes the disk.
 
-Run as a script, this file is the worker of its own tests: it imports torch once, and forks a process for every attempt
-at a small job. Within an attempt the calls that change the disk are counted, and one of them can be the last.
+Run as a module it is the worker: it forks a process for every attempt. It imports no torch (a `Block` stands for a
+tensor), since a small process forks in a millisecond. Within an attempt the calls that change the disk are counted, and
+one of them can be the last.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pytest
+from typing import Any, NamedTuple
 
 import extraction.storage.atomic
+import extraction.storage.token_captures
 import extraction.storage.trait_run
 from extraction.core.errors import StoreError
-from extraction.storage.experiment_dir import verify_tree
+from extraction.storage.atomic import read_data
+from extraction.storage.experiment_dir import verify_tree, write_sets_index
+from extraction.storage.run_dir import RunDir
+from extraction.storage.token_captures import capture_set, prompt_id, set_name
 from extraction.storage.trait_run import TraitRun, trait_run
 
 ROOT = Path(__file__).parents[1]
@@ -35,11 +41,32 @@ SHARDS = (("pos-0", "neg-0"), ("pos-1", "neg-1"))
 FAST_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a SIGKILL is the same on every file system
 COUNTED = ("open", "write", "fsync", "replace", "unlink", "mkdir", "ftruncate")
 
-# The job
+
+class Block(NamedTuple):
+    """Float32 values with a shape, in place of a tensor."""
+
+    shape: tuple[int, ...]
+    values: tuple[float, ...]
+    dtype: str = "torch.float32"
 
 
-def job(root: Path) -> None:
-    """A run from start to end, that goes on where an earlier one stopped."""
+def block_bytes(path: Path, blocks: Mapping[str, Block], header: Mapping[str, Any]) -> bytes:
+    """A safetensors file, as `serialization.safetensors_bytes` makes it of tensors."""
+    entries: dict[str, Any] = {"__metadata__": {key: json.dumps(value) for key, value in sorted(header.items())}}
+    data = b""
+    for name, block in blocks.items():
+        start, data = len(data), data + array("f", block.values).tobytes()
+        entries[name] = {"dtype": "F32", "shape": block.shape, "data_offsets": [start, len(data)]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
+def trait_job(root: Path) -> None:
+    """A run from start to end, which continues an earlier attempt."""
     folder = trait_run(root, "exp", "calm")
     with folder.lock():
         folder.open(CONFIG)
@@ -47,28 +74,50 @@ def job(root: Path) -> None:
             make_shard(folder, index)
         rows = [row for index in range(len(SHARDS)) for row in folder.read_responses_shard(index)]
         folder.write_responses({side: [row for row in rows if row["id"].startswith(side)] for side in ("pos", "neg")})
-        _, hidden = folder.load_activations("residual.response_mean")
-        folder.write_vectors("mean_diff", {"direction": hidden.mean(0)}, {"trait": "calm", "n": len(rows)})
+        sizes = [len(read_data(path)[0]) for path in sorted((folder.path / "activations").glob("*.safetensors"))]
+        folder.write_vectors("mean_diff", {"direction": Block((2, 3), (1.5,) * 6)}, {"trait": "calm", "n": sizes})
         folder.write_card({"auc": 0.75})
         folder.write_report("report.html", b"<html></html>")
 
 
 def make_shard(folder: TraitRun, index: int) -> None:
-    import torch
-
+    """Write the responses and activations of a shard, unless they are complete."""
     ids = SHARDS[index]
     if not folder.shard_done("responses", index):
         folder.write_responses_shard(index, [{"id": id, "response": f"{id} é"} for id in ids], {"model": "tiny"})
     if not folder.shard_done("activations", index):
-        hidden = torch.arange(12, dtype=torch.float32).reshape(2, 2, 3) + index
+        hidden = Block((2, 2, 3), tuple(float(i + index) for i in range(12)))
         folder.write_activations_shard(index, ids, {"residual.response_mean": hidden}, {"model": "tiny"})
 
 
 def make_one_slice(root: Path, index: int) -> None:
+    """Write one shard under a shared lock."""
     folder = trait_run(root, "exp", "calm")
     with folder.lock(shared=True):
         folder.open(CONFIG)
         make_shard(folder, index)
+
+
+def captures_job(root: Path) -> None:
+    """A capture set from start to end, which continues an earlier attempt."""
+    folder = capture_set(root, "exp", set_name(2, "prompts_few", CONFIG))
+    words = ["a", "b", "c"]
+    with folder.lock():
+        folder.open(CONFIG)
+        for id in map(prompt_id, range(2)):
+            if not folder.prompt_done(id):
+                header = {"id": id, "tokens": words, "pieces": words, "token_ids": [1, 2, 3], "n_prompt": 2}
+                header |= {"tier": 3, "layers": [0], "points": ["x", "y"]}
+                header |= {"tensors": {"projections.calm": ["token", "layer", "point"]}}
+                folder.write_prompt(id, {"projections.calm": Block((3, 1, 2), (0.5,) * 6)}, header, {"batch_size": 8})
+            folder.write_json(id, folder.prompt_header(id)["tokens"])
+        folder.write_dynamics({"calm": [folder.prompt_header(id)["token_ids"] for id in folder.prompt_ids()]})
+        folder.write_report("page.html", b"<html></html>")
+        folder.write_report("overview.png", b"png")
+    write_sets_index(root, "exp", b"<html></html>")
+
+
+JOBS = {"run": trait_job, "captures": captures_job}
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:
@@ -77,19 +126,20 @@ def snapshot(root: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-# Stores that are wrong on purpose
+# --- stores that are wrong on purpose -------------------------------------------------------------------------------
 
 
 def write_in_place(path: Path, data: bytes) -> None:
+    """Write without a temporary file."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.write(handle, data)
     os.fsync(handle)
     os.close(handle)
 
 
-def commit_receipt_first(path: Path, data: bytes, facts: dict[str, Any]) -> None:
-    """The receipt, then the payload into a file that has its full size from the start."""
-    extraction.storage.atomic.commit(path, data, facts)
+def write_receipt_first(path: Path, data: bytes, facts: dict[str, Any]) -> None:
+    """Write the receipt, then the data into a file that has its full size from the start."""
+    extraction.storage.atomic.write_with_receipt(path, data, facts)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.ftruncate(handle, len(data))
     os.write(handle, data)
@@ -97,24 +147,29 @@ def commit_receipt_first(path: Path, data: bytes, facts: dict[str, Any]) -> None
 
 
 def as_it_is() -> None:
-    pass
+    """Change nothing."""
 
 
 def in_place() -> None:
+    """Write files in place."""
     extraction.storage.atomic.atomic_write = write_in_place
 
 
 def receipt_first() -> None:
-    extraction.storage.trait_run.commit = commit_receipt_first
+    """Write receipts before their data."""
+    for module in (extraction.storage.trait_run, extraction.storage.token_captures):
+        module.write_with_receipt = write_receipt_first
 
 
 def no_cleaning() -> None:
-    TraitRun.clean_orphans = lambda self: None  # type: ignore[method-assign]
+    """Leave the temporary files of killed processes."""
+    RunDir.clean_orphans = lambda self: None  # type: ignore[method-assign]
 
 
 STORES = {store.__name__: store for store in (in_place, receipt_first, no_cleaning)}
 
-# Attempts
+
+# --- attempts -------------------------------------------------------------------------------------------------------
 
 
 def attempt(work: Callable[[], Any], prepare: Callable[[], None] = as_it_is) -> tuple[int, str]:
@@ -141,7 +196,7 @@ def attempt(work: Callable[[], Any], prepare: Callable[[], None] = as_it_is) -> 
 
 
 def watch(on_call: Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]) -> None:
-    """Hand every call that changes the disk to `on_call`."""
+    """Pass every call that changes the disk to `on_call`."""
 
     def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -175,8 +230,41 @@ def dying(at: int, when: str) -> Callable[[str, Callable[..., Any], tuple[Any, .
     return on_call
 
 
-def trace(root: Path) -> list[list[Any]]:
-    """The calls of a whole job, [name, target], and at the end the number of files opened for writing, by audit."""
+def kill(job: str, root: Path, at: int, when: str, prepare: Callable[[], None] = as_it_is) -> bool:
+    """Attempt the job; True if it was killed."""
+    return attempt(lambda: (watch(dying(at, when)), JOBS[job](root)), prepare)[0] == -signal.SIGKILL
+
+
+def finish(job: str, root: Path) -> str:
+    """Run the job in the worker itself, which isn't the process that died; the text of its error."""
+    try:
+        JOBS[job](root)
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def difference(root: Path, expected: dict[str, bytes | None], rerun: Callable[[Path], str]) -> str:
+    """Start the job again and describe how its end differs from the expected one; then delete it."""
+    text, end, findings = rerun(root), snapshot(root), verify_tree(root)
+    shutil.rmtree(root)
+    if text or findings:
+        return text or str(findings[0])
+    return ", ".join(sorted(name for name in end.keys() | expected.keys() if end.get(name) != expected.get(name)))
+
+
+def uninterrupted(job: str, scratch: Path) -> dict[str, bytes | None]:
+    """The files of a job that nothing interrupts."""
+    JOBS[job](scratch / "whole")
+    return snapshot(scratch / "whole")
+
+
+# --- the worker's tasks ---------------------------------------------------------------------------------------------
+
+
+def task_trace(scratch: Path, job: str) -> Any:
+    """The calls of a whole job, [name, target], and the number of files opened for writing, by audit."""
+    root = scratch / "traced"
     calls: list[list[Any]] = []
     opened = 0
 
@@ -197,79 +285,48 @@ def trace(root: Path) -> list[list[Any]]:
     def work() -> None:
         sys.addaudithook(audit)
         watch(on_call)
-        job(root)
-        (root / "trace.json").write_text(json.dumps([calls, opened]))
+        JOBS[job](root)
+        (scratch / "trace.json").write_text(json.dumps([calls, opened]))
 
     assert attempt(work) == (0, "")
-    return json.loads((root / "trace.json").read_text())
+    return json.loads((scratch / "trace.json").read_text())
 
 
-# The worker's tasks
-
-
-def task_kills(scratch: Path, step: int = 1, second: bool = False) -> Any:
+def task_kills(scratch: Path, job: str, step: int = 1, second: bool = False) -> Any:
     """Kill an attempt at every call (every `step`-th), and if `second` the next one too; start again and compare."""
-    whole = uninterrupted(scratch)
-    calls = [name for name, _ in trace(scratch / "traced")[0]]
+    expected = uninterrupted(job, scratch)
+    calls = [name for name, _ in task_trace(scratch, job)[0]]
     kills, failures = 0, []
     for at in range(1, len(calls) + 1, step):
         for when in ("before", "torn", "after") if calls[at - 1] == "write" else ("before", "after"):
             root = scratch / f"killed-{at}-{when}"
-            kills += kill(root, at, when)
+            kills += kill(job, root, at, when)
             if second:
-                kills += kill(root, at * 7 % len(calls) + 1, when)
-            if problem := differs(root, whole):
+                kills += kill(job, root, at * 7 % len(calls) + 1, when)
+            if problem := difference(root, expected, partial(finish, job)):
                 failures.append(f"{when} call {at} ({calls[at - 1]}): {problem}")
     return {"calls": len(calls), "kills": kills, "failures": failures}
 
 
-def task_wrong_store(scratch: Path, store: str) -> Any:
-    """The first call of a store that is wrong on purpose, before which a kill makes a difference."""
-    whole = uninterrupted(scratch)
+def task_wrong_store(scratch: Path, job: str, store: str) -> Any:
+    """The first difference that a kill makes to a store that is wrong on purpose."""
+    expected = uninterrupted(job, scratch)
     for at in range(1, 300):
         root = scratch / f"killed-{at}"
-        kill(root, at, "before", STORES[store])
-        if problem := differs(root, whole, lambda root: attempt(lambda: job(root), STORES[store])[1]):
+        kill(job, root, at, "before", STORES[store])
+        if problem := difference(root, expected, lambda root: attempt(lambda: JOBS[job](root), STORES[store])[1]):
             return problem
     return None
 
 
-def uninterrupted(scratch: Path) -> dict[str, bytes | None]:
-    job(scratch / "whole")
-    return snapshot(scratch / "whole")
-
-
-def finish(root: Path) -> str:
-    """The job in the worker itself, which isn't the process that died, and is warm: it takes 3 ms, a fork 15."""
-    try:
-        job(root)
-    except StoreError as error:
-        return str(error)
-    return ""
-
-
-def kill(root: Path, at: int, when: str, prepare: Callable[[], None] = as_it_is) -> bool:
-    """Attempt the job; True when it was killed."""
-    return attempt(lambda: (watch(dying(at, when)), job(root)), prepare)[0] == -signal.SIGKILL
-
-
-def differs(root: Path, whole: dict[str, bytes | None], rerun: Callable[[Path], str] = finish) -> str:
-    """Start the job again, and say how its end differs from the whole; then delete it."""
-    text, end, findings = rerun(root), snapshot(root), verify_tree(root)
-    shutil.rmtree(root)
-    if text or findings:
-        return text or str(findings[0])
-    return ", ".join(sorted(name for name in end.keys() | whole.keys() if end.get(name) != whole.get(name)))
-
-
 def task_full_disk(scratch: Path, room: str) -> Any:
     """Give the job a little more room each time, until it has enough; after each failure make room and start again."""
-    whole = uninterrupted(scratch)
+    expected = uninterrupted("run", scratch)
     outcomes: list[tuple[int, str]] = [(1, "")]
     failures = []
     while outcomes[-1][0] and len(outcomes) < 200:
         outcome, left = starve(scratch / "disk", ROOMS[room], len(outcomes) - 1)
-        problem = differs(scratch / "disk/runs", whole)
+        problem = difference(scratch / "disk/runs", expected, partial(finish, "run"))
         outcomes.append(outcome)
         if left or problem:
             failures.append([outcome, left, problem])
@@ -280,7 +337,7 @@ def starve(disk: Path, prepare: Callable[[Path, int], None], room: int) -> tuple
     """An attempt with that much room, and the temporary files that it left."""
     ballast = disk / "ballast"
     disk.mkdir(exist_ok=True)
-    outcome = attempt(lambda: (prepare(ballast, room), job(disk / "runs")))
+    outcome = attempt(lambda: (prepare(ballast, room), trait_job(disk / "runs")))
     ballast.unlink(missing_ok=True)
     return outcome, [str(path) for path in disk.rglob("*.tmp")]
 
@@ -299,19 +356,19 @@ def limit_files(ballast: Path, pages: int) -> None:
 ROOMS = {"tmpfs": fill_disk, "limit": limit_files}
 
 
-def task_read_only(scratch: Path) -> Any:
-    """The job as a user who may not write: nowhere, in the run's folder only, and (the control) everywhere."""
+def task_read_only(scratch: Path, job: str) -> Any:
+    """The job as a user who may not write: nowhere, in the run's folders only, and (the control) everywhere."""
     results = {}
     for case, top, below in (("root", 0o755, 0o755), ("folders", 0o777, 0o555), ("control", 0o777, 0o777)):
         root = scratch / case
         root.mkdir()
         if case != "root":
-            job(root)
+            JOBS[job](root)
         for path in root.rglob("*"):
             path.chmod(below if path.is_dir() else 0o666)
         root.chmod(top if os.geteuid() == 0 or case != "root" else 0o555)
         before = snapshot(root)
-        results[case] = (*attempt(lambda: job(root), become_nobody), snapshot(root) == before)  # noqa: B023
+        results[case] = (*attempt(lambda: JOBS[job](root), become_nobody), snapshot(root) == before)  # noqa: B023
         for path in (root, *root.rglob("*")):
             path.chmod(path.stat().st_mode | stat.S_IRWXU)
     return results
@@ -326,7 +383,7 @@ def become_nobody() -> None:
 
 def task_slices(scratch: Path) -> Any:
     """Two processes, a shard each, at once, and then the rest: the same as one process."""
-    job(scratch / "whole")
+    expected = uninterrupted("run", scratch)
     pids = []
     for index in range(len(SHARDS)):
         pid = os.fork()
@@ -335,24 +392,24 @@ def task_slices(scratch: Path) -> Any:
             os._exit(0)
         pids.append(pid)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    job(scratch / "sliced")
-    return codes, snapshot(scratch / "sliced") == snapshot(scratch / "whole")
+    trait_job(scratch / "sliced")
+    return codes, snapshot(scratch / "sliced") == expected
 
 
-TASKS = {
-    "trace": trace,
-    "kills": task_kills,
-    "wrong_store": task_wrong_store,
-    "full_disk": task_full_disk,
-    "read_only": task_read_only,
-    "slices": task_slices,
-}
+TASKS = {name.removeprefix("task_"): task for name, task in list(globals().items()) if name.startswith("task_")}
+
+
+# --- the worker -----------------------------------------------------------------------------------------------------
 
 
 def serve() -> None:
     """Answer requests, a line of JSON each, until the input ends."""
+    for module in (extraction.storage.trait_run, extraction.storage.token_captures):
+        module.safetensors_bytes = block_bytes
     with tempfile.TemporaryDirectory() as warm:
-        job(Path(warm))
+        for job in JOBS.values():
+            job(Path(warm))
+    assert "torch" not in sys.modules
     gc.freeze()  # what isn't touched needn't be copied for every attempt
     gc.disable()
     for line in sys.stdin:
@@ -361,130 +418,30 @@ def serve() -> None:
         print(json.dumps(TASKS[request.pop("task")](scratch, **request)), flush=True)
 
 
-# Tests
-
-
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Callable[..., Any]]:
-    """Ask the worker for a task."""
-    command = [sys.executable, __file__]
+@contextmanager
+def worker() -> Iterator[Callable[..., Any]]:
+    """Start a worker; yield a function that gives it a task and returns the result."""
+    command = [sys.executable, "-m", "tests.kills"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
     with (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as worker,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        ) as process,
         tempfile.TemporaryDirectory(dir=FAST_DISK) as fast,
     ):
-        assert worker.stdin is not None
-        assert worker.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        Path(fast).chmod(0o755)
 
         def request(task: str, scratch: Path | None = None, **options: Any) -> Any:
             place = scratch or Path(tempfile.mkdtemp(dir=fast))
-            worker.stdin.write(json.dumps({"task": task, "scratch": str(place), **options}) + "\n")
-            worker.stdin.flush()
-            return json.loads(worker.stdout.readline())
+            place.chmod(0o755)
+            process.stdin.write(json.dumps({"task": task, "scratch": str(place), **options}) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
 
         yield request
-        worker.stdin.close()
-
-
-def test_killed_at_any_call_and_started_again_equals_uninterrupted(ask: Callable[..., Any]) -> None:
-    result = ask("kills")
-    assert result["failures"] == []
-    assert result["kills"] > 2 * result["calls"] > 200
-
-
-def test_killed_twice_equals_uninterrupted(ask: Callable[..., Any]) -> None:
-    assert ask("kills", step=7, second=True)["failures"] == []
-
-
-@pytest.mark.parametrize("store", ["in_place", "receipt_first", "no_cleaning"])
-def test_a_wrong_store_does_not_pass(ask: Callable[..., Any], store: str) -> None:
-    assert ask("wrong_store", store=store)
-
-
-def test_a_power_cut_finds_the_disk_in_order(ask: Callable[..., Any]) -> None:
-    """Each file is synced before it gets its name, and its folder after; no name is given in any other way."""
-    calls, opened = ask("trace")
-    assert [name for name, _ in calls].count("open") == opened  # nothing writes past the counter
-    for at, (name, target) in enumerate(calls):
-        if name == "replace":
-            temporary = f"{Path(target).parent}/.{Path(target).name}."
-            assert calls[at - 1][0] == "fsync"
-            assert calls[at - 1][1].startswith(temporary)
-            assert calls[at + 1] == ["fsync", str(Path(target).parent)]
-        if name == "open":
-            assert target.endswith((".tmp", "/.lock"))
-
-
-def succeeds(command: list[str]) -> bool:
-    return bool(shutil.which(command[0])) and subprocess.run(command, check=False, capture_output=True).returncode == 0
-
-
-@pytest.mark.parametrize("room", ["tmpfs", "limit"])
-def test_a_full_disk_loses_nothing(ask: Callable[..., Any], tmp_path: Path, room: str) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if room == "tmpfs" and not succeeds(mount):
-        pytest.skip("mounting a tiny file system takes root")
-    try:
-        result = ask("full_disk", tmp_path, room=room)
-    finally:
-        if room == "tmpfs":
-            subprocess.run(["umount", "-l", str(disk)], check=True)
-    *starved, last = result["outcomes"]
-    assert result["failures"] == []
-    assert last == [0, ""]
-    assert len(starved) > 3
-    assert all(
-        code == 1 and "; free some disk space, then run the same command again" in text for code, text in starved
-    )
-
-
-def test_a_read_only_folder_is_refused_at_the_start(ask: Callable[..., Any]) -> None:
-    scratch = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
-    scratch.chmod(0o755)
-    try:
-        results = ask("read_only", scratch)
-    finally:
-        shutil.rmtree(scratch)
-    assert results["control"] == [0, "", True]
-    for case in ("root", "folders"):
-        code, text, untouched = results[case]
-        assert (code, untouched) == (1, True), text
-        assert "Permission denied" in text
-        assert "make the folder writable" in text
-    assert "can't write in this folder" in results["folders"][1]  # by the check at the start, not by a later write
-
-
-def test_two_slices_equal_one_process(ask: Callable[..., Any]) -> None:
-    assert ask("slices") == [[0, 0], True]
-
-
-def test_a_folder_deleted_meanwhile_is_one_clear_error(tmp_path: Path) -> None:
-    folder = trait_run(tmp_path, "exp", "calm")
-    with folder.lock():
-        folder.open(CONFIG)
-        shutil.rmtree(tmp_path / "exp")
-        with pytest.raises(StoreError, match=r"0000.*No such file.*run the same command again"):
-            folder.write_responses_shard(0, [{"id": "pos-0"}], {})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_processes_do_not_share_a_run_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
-    folder = TraitRun(tmp_path)
-    code = "import sys, time; from extraction.storage.trait_run import TraitRun; from pathlib import Path\n"
-    code += "with TraitRun(Path(sys.argv[1])).lock(): print('in', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
-        try:
-            assert other.stdout is not None
-            assert other.stdout.readline() == "in\n"
-            with pytest.raises(StoreError, match=rf"another process \(pid {other.pid}\).*; wait for it"), folder.lock():
-                pass
-        finally:
-            other.kill()
-    with folder.lock():
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        process.stdin.close()
 
 
 if __name__ == "__main__":

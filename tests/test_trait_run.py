@@ -1,4 +1,4 @@
-"""The store's laws: what is written reads back, the same inputs give the same bytes, and no damage goes unseen."""
+"""Laws of a run's folder: data reads back as written, equal inputs give equal bytes, and no damage goes unseen."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from extraction.core.errors import ConfigError, RunMismatch, StoreError
 from extraction.core.names import check_name
+from extraction.core.records import LAYER_CONVENTION
 from extraction.storage.atomic import atomic_write, hold_lock
 from extraction.storage.experiment_dir import verify_tree
 from extraction.storage.run_dir import fingerprint
-from extraction.storage.trait_run import LAYER_CONVENTION, TraitRun, trait_run
+from extraction.storage.trait_run import TraitRun, trait_run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -29,7 +30,7 @@ CONFIG = {
 }
 META = {"model": "tiny", "batch_size": 8}
 QUICK = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 TEXT = st.text(st.characters(codec=None, categories=None), max_size=20)  # with control characters and lone surrogates
@@ -90,7 +91,7 @@ def folder(tmp_path: Path) -> TraitRun:
     return opened(tmp_path / "run")
 
 
-# Round trips
+# --- round trips ----------------------------------------------------------------------------------------------------
 
 
 @QUICK
@@ -177,7 +178,7 @@ def test_other_programs_can_read_the_files(finished: TraitRun) -> None:
     assert receipt["rows"] == 2
 
 
-# The same inputs, the same bytes
+# --- equal inputs, equal bytes --------------------------------------------------------------------------------------
 
 
 def test_same_inputs_same_bytes(finished: TraitRun, tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_same_inputs_same_bytes(finished: TraitRun, tmp_path: Path) -> None:
 
 
 def test_safetensors_alone_would_not_give_the_same_bytes() -> None:
-    """The control of the test above: why the store sorts the header."""
+    """Control of the test above: the reason for sorting the header."""
     from safetensors.torch import save
 
     metadata = {name: name for name in "abcdefgh"}
@@ -197,10 +198,10 @@ def test_writing_twice_changes_nothing(tmp_path: Path) -> None:
     assert contents(fill(tmp_path).path) == before
 
 
-# Damage
+# --- damage ---------------------------------------------------------------------------------------------------------
 
 
-def test_sound_folders_have_no_finding(finished: TraitRun) -> None:
+def test_an_intact_folder_has_no_finding(finished: TraitRun) -> None:
     assert finished.verify() == []
     assert verify_tree(finished.path) == []
 
@@ -230,7 +231,7 @@ def test_verify_finds_any_flipped_bit_and_any_cut(finished: TraitRun, data: st.D
         (finished.path / name).write_bytes(files[name])
 
 
-def test_every_single_bit_of_a_payload_counts(folder: TraitRun) -> None:
+def test_every_single_bit_of_a_data_file_counts(folder: TraitRun) -> None:
     folder.write_activations_shard(0, [], {"x.y": torch.empty(0, 1, 1)}, META)
     path = folder.path / "activations/0000.safetensors"
     whole = path.read_bytes()
@@ -247,17 +248,17 @@ def test_every_single_bit_of_a_payload_counts(folder: TraitRun) -> None:
 @pytest.mark.parametrize(
     ("harm", "suffixes"),
     [
-        ("delete", ("payload", "receipt")),
-        ("cut", ("payload", "receipt")),
-        ("empty", ("payload", "receipt")),
+        ("delete", ("data", "receipt")),
+        ("cut", ("data", "receipt")),
+        ("empty", ("data", "receipt")),
         ("zero", ("receipt",)),
     ],
 )
 def test_a_harmed_shard_is_not_done(tmp_path: Path, name: str, harm: str, suffixes: tuple[str, ...]) -> None:
     folder = fill(tmp_path)
     stage, index = name.partition("/")[0], int(name[-4:])
-    payload = next(path for path in tmp_path.glob(f"{name}.*") if not path.name.endswith(".json"))
-    files = {"payload": payload, "receipt": tmp_path / f"{name}.receipt.json"}
+    data = next(path for path in tmp_path.glob(f"{name}.*") if not path.name.endswith(".json"))
+    files = {"data": data, "receipt": tmp_path / f"{name}.receipt.json"}
     for suffix in suffixes:
         path = files[suffix]
         body = path.read_bytes()
@@ -291,7 +292,7 @@ def test_a_flipped_bit_is_never_read(tmp_path: Path, stage: str) -> None:
     path.write_bytes(body)
     assert folder.shard_done(stage, 1)  # the size is right
     assert not folder.shard_done(stage, 1, deep=True)
-    with pytest.raises(StoreError, match=r"0001.*sha256 is wrong; delete it, then run .*traitline verify"):
+    with pytest.raises(StoreError, match=r"0001\..*sha256"):
         folder.read_responses_shard(1) if stage == "responses" else folder.load_activations("residual.response_mean")
     path.unlink()  # the remedy
     assert not folder.shard_done(stage, 1)
@@ -300,7 +301,7 @@ def test_a_flipped_bit_is_never_read(tmp_path: Path, stage: str) -> None:
 def test_a_rewritten_shard_has_no_receipt_until_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fill(tmp_path)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(StoreError, match="free some disk space"):
+    with pytest.raises(StoreError, match=r"0000\.jsonl.*No space left"):
         folder.write_responses_shard(0, rows_of(["pos-0", "neg-0"], new=1), META)
     assert not folder.shard_done("responses", 0)
     assert list(tmp_path.rglob("*.tmp")) == []
@@ -320,18 +321,18 @@ def test_examples_that_one_side_lacks_are_found(tmp_path: Path) -> None:
 def test_shards_that_differ_are_not_joined(folder: TraitRun) -> None:
     folder.write_activations_shard(0, ["a"], {"x.y": tensor(1)}, META)
     folder.write_activations_shard(1, ["b"], {"x.y": tensor(1, dtype=torch.bfloat16)}, META)
-    with pytest.raises(StoreError, match=r"disagree about 'x\.y'"):
+    with pytest.raises(StoreError, match=r"'x\.y'.*bfloat16.*float32"):
         folder.load_activations("x.y")
-    with pytest.raises(StoreError, match=r"has no 'x\.z', but x\.y"):
+    with pytest.raises(StoreError, match=r"'x\.z'.*x\.y"):
         folder.load_activations("x.z")
 
 
 def test_rows_must_be_labelled(folder: TraitRun) -> None:
-    with pytest.raises(StoreError, match="doesn't fit the 1 ids"):
+    with pytest.raises(StoreError, match=r"'x\.y' of shape \[2, 2, 3\].*1 ids"):
         folder.write_activations_shard(0, ["a"], {"x.y": tensor(2)}, META)
-    with pytest.raises(StoreError, match="two rows of one example"):
+    with pytest.raises(StoreError, match=r"0000\.safetensors"):
         folder.write_activations_shard(0, ["a", "a"], {"x.y": tensor(2)}, META)
-    with pytest.raises(StoreError, match="two rows of one example"):
+    with pytest.raises(StoreError, match=r"0000\.jsonl"):
         folder.write_responses_shard(0, rows_of(["a", "a"]), META)
     assert folder.verify() == []
 
@@ -344,7 +345,7 @@ def test_nan_never_enters_json(folder: TraitRun, value: float) -> None:
         lambda: folder.write_card({"auc": [value]}),
         lambda: folder.write_vectors("pca", {}, {"auc": value}),
     ):
-        with pytest.raises(StoreError, match="null for a missing value"):
+        with pytest.raises(StoreError, match="NaN or Infinity"):
             write()
     assert not folder.shard_done("responses", 0)
 
@@ -360,10 +361,10 @@ def test_verify_tree_sees_every_run(tmp_path: Path) -> None:
         assert [finding.path for finding in verify_tree(root)] == expected
 
 
-# Start and resume
+# --- start and resume -----------------------------------------------------------------------------------------------
 
 
-def test_open_says_whether_the_run_was_begun_before(tmp_path: Path) -> None:
+def test_open_returns_true_if_the_run_was_begun_before(tmp_path: Path) -> None:
     folder = TraitRun(tmp_path / "a" / "b")
     assert folder.open(CONFIG) is False
     before = contents(folder.path)
@@ -394,7 +395,8 @@ def test_another_config_is_refused_by_field(finished: TraitRun, change: dict, me
     with pytest.raises(RunMismatch) as caught:
         finished.open({**CONFIG, **change})
     assert message in str(caught.value)
-    assert "another --experiment name, or delete" in str(caught.value)
+    assert "--experiment" in str(caught.value)
+    assert f"delete {finished.path}" in str(caught.value)
     assert contents(finished.path) == before
     assert fingerprint({**CONFIG, **change}) != fingerprint(CONFIG)
 
@@ -403,14 +405,14 @@ def test_another_config_is_refused_by_field(finished: TraitRun, change: dict, me
 def test_a_harmed_config_stops_the_run(tmp_path: Path, harm: str) -> None:
     folder = fill(tmp_path)
     spoil(tmp_path / "run.json", harm)
-    with pytest.raises(StoreError, match=r"run\.json: .*; choose another --experiment name, or delete"):
+    with pytest.raises(StoreError, match=r"run\.json: .*--experiment.*delete"):
         folder.open(CONFIG)
 
 
 def test_a_document_that_nests_too_deep_is_damage_not_a_crash(tmp_path: Path) -> None:
     folder = fill(tmp_path)
     (tmp_path / "vectors/card.json").write_text('{"seal": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(StoreError, match="seal is broken"):
+    with pytest.raises(StoreError, match=r"card\.json"):
         folder.read_card()
 
 
@@ -426,7 +428,7 @@ def test_orphans_of_dead_processes_go_and_others_stay(folder: TraitRun) -> None:
         assert all(path.exists() for path in kept)
 
 
-# Names
+# --- names ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a", "Gemma-2b_cognitive.v1", "0" * 64, "console", "com", "COM10"])
@@ -441,7 +443,7 @@ BAD_NAMES += ("", ".", "..", ".x", "-x", "x/y", "x\\y", "x.", "~")
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_bad_names(tmp_path: Path, name: str) -> None:
     for experiment, trait in ((name, "calm"), ("exp", name)):
-        with pytest.raises(ConfigError, match="can't be the name of a file") as caught:
+        with pytest.raises(ConfigError, match=r"experiment|trait") as caught:
             trait_run(tmp_path, experiment, trait)
         assert "\0" not in str(caught.value)
         assert len(str(caught.value)) < 300
@@ -452,7 +454,7 @@ def test_bad_names(tmp_path: Path, name: str) -> None:
 
 @QUICK
 @given(name=st.text(max_size=8) | st.text("aZ09._-/\\\0 ", max_size=8))
-def test_a_check_name_is_one_part_of_a_path(tmp_path: Path, name: str) -> None:
+def test_a_checked_name_is_one_part_of_a_path(tmp_path: Path, name: str) -> None:
     try:
         path = trait_run(tmp_path, "exp", name).path
     except ConfigError:
@@ -466,7 +468,7 @@ def test_no_symbolic_link_leads_out(tmp_path: Path) -> None:
     root.mkdir()
     outside.mkdir()
     (root / "exp").symlink_to(outside)
-    with pytest.raises(StoreError, match="symbolic link"):
+    with pytest.raises(StoreError, match=r"symbolic link"):
         trait_run(root, "exp", "calm")
     (root / "loop").symlink_to(root / "loop")
     with pytest.raises(StoreError):
@@ -474,7 +476,7 @@ def test_no_symbolic_link_leads_out(tmp_path: Path) -> None:
     run = trait_run(root, "good", "calm")
     run.path.mkdir(parents=True)
     (run.path / "activations").symlink_to(outside)
-    with pytest.raises(StoreError, match="symbolic link"):
+    with pytest.raises(StoreError, match=r"symbolic link"):
         run.open(CONFIG)
     (tmp_path / "alias").symlink_to(root)
     assert trait_run(tmp_path / "alias", "new", "calm").open(CONFIG) is False  # the root itself may be a link
@@ -490,7 +492,7 @@ def test_a_lock_file_that_is_a_link_is_not_followed(folder: TraitRun, tmp_path: 
     assert precious.read_text() == "keep"
 
 
-# Modes, locks, imports
+# --- modes, locks, imports ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -527,7 +529,7 @@ def test_a_lock_can_be_shared_or_not(tmp_path: Path) -> None:
     mine = rf"\(pid {os.getpid()}\)"
     with folder.lock(shared=True), folder.lock(shared=True), pytest.raises(StoreError, match=mine), folder.lock():
         pass
-    with folder.lock(), pytest.raises(StoreError, match="working on this run"), folder.lock(shared=True):
+    with folder.lock(), pytest.raises(StoreError, match=mine), folder.lock(shared=True):
         pass
     with pytest.raises(RuntimeError, match="mine"), folder.lock():
         raise RuntimeError("mine")
@@ -542,13 +544,14 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path: Path, monkeypat
         pass
 
 
-def test_the_store_is_importable_and_verifies_without_torch(finished: TraitRun) -> None:
-    code = "import sys; from extraction.storage.experiment_dir import verify_tree; print(verify_tree(sys.argv[1]), 'torch' in sys.modules)"
+def test_runs_are_verified_without_torch(finished: TraitRun) -> None:
+    code = "import sys; from extraction.storage.experiment_dir import verify_tree\n"
+    code += "print(verify_tree(sys.argv[1]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(finished.path)]
     assert subprocess.run(command, capture_output=True, check=True, text=True, cwd=ROOT).stdout == "[] False\n"
 
 
-# Logs of judgements
+# --- logs of judgements ---------------------------------------------------------------------------------------------
 
 
 LINES = st.lists(st.dictionaries(TEXT.filter(lambda key: key not in ("seal", "key")), JSON, max_size=3), max_size=5)
@@ -592,10 +595,10 @@ def test_a_flipped_bit_of_a_log_loses_at_most_the_lines_it_touches_and_is_found(
         found = folder.read_judgements("openai")
         assert all(sound[key] == row for key, row in found.items())
         assert 2 <= len(found) < 4
-        assert any("changed or damaged" in finding.problem for finding in folder.verify())
+        assert path in [finding.path for finding in folder.verify()]
 
 
-def test_a_judges_log_has_a_check_name(folder: TraitRun) -> None:
+def test_the_name_of_a_judges_log_is_checked(folder: TraitRun) -> None:
     with pytest.raises(ConfigError):
         folder.add_judgements("../x", [])
 

