@@ -11,31 +11,31 @@ PAGE = "README.md"
 AGREED = {"serial": "equal to one at a time", "batched": "equal to batches"}
 INTRODUCTION = """# Measurements
 
-Made by `python -m benchmarks`; the figures behind every table are in the JSON file beside it.
+Written by `python -m benchmarks`; the figures of every table are in the JSON file beside it.
 
-**Peers.** Everybody does the same job with the same random weights: prompts of 40 to 80 tokens, greedy answers whose
-lengths are forced (gamma distributed, 2 to 150 tokens), and the mean of every layer over each answer, in float32. Every
-batch size is tried first, to find a peer's best; the best ones then run in turn, and the table holds medians.
-One at a time is measured on the first examples only. "Equal" counts the answers with the same tokens, in every run; the
-deviation is the largest difference of any mean, relative to the largest value of that answer. The floor is the time of
-a decode step's matrices alone. vLLM, nnsight and TransformerLens run in processes and environments of their own, from
-the same saved weights; loading and compiling come before the clock starts.
+**Peers.** All libraries do the same job with the same random weights: prompts of 40 to 80 tokens, greedy responses of
+forced lengths (gamma distributed, 2 to 150 tokens), and the mean of every layer over each response, in float32. Every
+batch size is tried first, to find each library's best; the best ones then run in turn, and the table holds medians.
+One at a time is measured on the first examples only. "Equal" counts the responses with the same tokens, in every run;
+the deviation is the largest difference of any mean, relative to the largest value of that response. The floor is the
+time of a decode step's matrices alone. vLLM, nnsight and TransformerLens run in processes and environments of their
+own, from the same saved weights; loading and compiling are not counted.
 
 **Speculation.** Plain decoding, a draft model and n-gram lookup take turns on the same prompts; sampled answers
 differ in their words, hence rates of tokens.
 
-**Reading.** Random weights, greedy answers of forced lengths (as the peers have them), every token of prompt and
-answer. "By hand" is what scripts do: an answer, a second pass over prompt and answer with all hidden states and
-attention weights, and projections of those on the host. "Equal" counts the answers with the same tokens; the deviation
-is the largest difference of any projection (of what goes into a layer) or attention weight, relative to the largest
-value of that answer. **Captures.** The commands themselves, in fresh processes, on the bundled model.
+**Reading.** Random weights, greedy responses of forced lengths (as for the peers), every token of prompt and
+response. "By hand" is a script: a response, a second pass over prompt and response with all hidden states and
+attention weights, and their projections on the host. "Equal" counts the responses with the same tokens; the deviation
+is the largest difference of any projection (of a layer's input) or attention weight, relative to the largest value of
+that response. **Captures.** The commands in fresh processes, on the bundled model.
 
-**Roofline.** A floor is what memory or arithmetic alone would take, whichever is longer: bytes over the bandwidth, and
-operations over the peak, both measured just before. A decode step reads every weight once and each row's cache; a
-teacher-forced pass reads the weights once. The step is the engine's own, with every layer captured. "Its matrices
-alone" are the linear layers called in turn, without anything between. **How time grows.** One thing changes, the rest
-stays; a line is laid through the medians, small points counting as much as large ones. With the examples, a whole run
-grows: the command in a fresh process, with start, load and writing; its answers all have the same length.
+**Roofline.** A floor is the longer of bytes over bandwidth and operations over peak, both measured just before. A
+decode step reads every weight once and each row's cache; a teacher-forced pass reads the weights once. The step is
+the engine's, with every layer captured. "Its matrices alone" are the linear layers called in sequence, without
+anything between. **How time grows.** One quantity changes along an axis, the others are fixed; a line is fitted to
+the medians with relative errors. Examples are varied in whole runs: the command in a fresh process, with start, load
+and writing; all responses have the same length.
 """
 
 
