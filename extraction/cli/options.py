@@ -14,6 +14,7 @@ from extraction.cli.terminal import Command
 from extraction.config.settings import EXPERIMENT_SETTINGS, MODEL_SETTINGS, SAMPLING, Setting
 from extraction.config.validation import Bounds
 from extraction.core.text import show, suggest
+from extraction.judging.registry import JUDGE_NAMES
 
 CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -86,13 +87,16 @@ def _type(setting: Setting) -> click.ParamType[Any]:
         return NumberType(bounds)
     if setting.choices:
         return WordType(setting.choices)
+    if setting.name == "judge":
+        return WordType(JUDGE_NAMES)
     return ListType() if setting.option.metavar in ("A,B", "IN,OUT") else click.STRING
 
 
 def _range(setting: Setting) -> str:
     bounds = setting.bounds
     if bounds is None:
-        return f"{', '.join(setting.choices)}; " if setting.choices else ""
+        words = JUDGE_NAMES if setting.name == "judge" else setting.choices
+        return f"{', '.join(words)}; " if words else ""
     low = f"above {bounds.low:g}" if bounds.above else f"{bounds.low:g}"
     return f"{low} or more; " if bounds.high >= 2**63 - 1 else f"{low} to {bounds.high:.0f}; "
 
@@ -203,7 +207,7 @@ RUN: Group = (
         metavar="K/N",
         default="1/1",
         show_default=True,
-        help="Do every N-th queue, from the K-th: one process of N.",
+        help="Do every N-th run group, from the K-th: one process of N.",
     ),
     *THREADS,
     click.option("--dry-run", is_flag=True, help="Print the plan and a forecast, and stop."),
@@ -221,7 +225,7 @@ VECTORS: Group = (
         "methods",
         type=ListType(),
         metavar="A,B",
-        help="mean_diff, probe, pca, ica, gradient, random.  [default: all but random]",
+        help="Methods of vectors, such as mean_diff,probe; docs/guide.md has all.  [default: all but the control, random]",
     ),
     click.option("--site", metavar="SITE", help="Site whose activations are used.  [default: the first captured]"),
     click.option("--pooling", metavar="POOLING", help="Pooling that is used.  [default: the first captured]"),
@@ -456,7 +460,7 @@ EXPORT: Group = (
     click.option(
         "--to",
         metavar="FORMAT",
-        help="gguf, repeng, persona_vectors, assistant_axis, steering_vectors, numpy, traitline.  [default: none]",
+        help="Format of the file, such as gguf: one of docs/exchange.md.  [default: none]",
     ),
     click.option(
         "--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0.  [default: all of the vector]"

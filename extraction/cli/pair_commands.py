@@ -20,10 +20,10 @@ def amplify_command(threads: int | None, **given: Any) -> None:
     Every prompt is answered at every alpha, from the logits after + alpha * (after - before). Exit code 1 if a response
     failed.
     """
-    from extraction.amplification.study_plan import study_of
+    from extraction.amplification.study_plan import plan_study
 
     prepare(threads)
-    plan = study_of(given)
+    plan = plan_study(given)
     for note in plan.notes:
         click.echo(one_line(note), err=True)
     outcome, lines = plan.run(Terminal())

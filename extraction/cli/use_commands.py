@@ -23,13 +23,13 @@ def steer_command(**given: Any) -> None:
     jobs = stored_runs(given, loads_model=True)
     from extraction.cli import summaries
     from extraction.pipeline import steer_preview
-    from extraction.pipeline.session import ModelSession
+    from extraction.pipeline.session import ModelSession, TraitContext
 
     prepare(threads)
     for job in jobs:
-        engine, trait = ModelSession(job), job.traits[0]
-        place = steer_preview.steer_site(job.folder(trait), look, int(job.model_config.num_hidden_layers))
-        print_lines(summaries.of_steer_preview(job, place, steer_preview.steer_preview(engine, trait, place, look)))
+        context = TraitContext(ModelSession(job), job.traits[0], Terminal())
+        place = steer_preview.steer_site(context.run, look, int(job.model_config.num_hidden_layers))
+        print_lines(summaries.of_steer_preview(job, place, steer_preview.steer_preview(context, place, look)))
 
 
 @command("read", READ)

@@ -51,11 +51,9 @@ def extract_command(**given: Any) -> None:
     from extraction.pipeline import stages
 
     prepare(run.threads)
-    engine, n_new = stages.extract(job, wanted, checks, Terminal())
-    if job.is_whole:
-        print_lines(summaries.of_job(job, engine, n_new, run.seconds, run.gpu_price))
-    else:
-        print_lines(summaries.of_generation([job], engine, run.seconds, run.gpu_price))
+    result = stages.extract(job, wanted, checks, Terminal())
+    summary = summaries.of_job if job.is_whole else summaries.of_generation
+    print_lines(summary(result, run.seconds, run.gpu_price))
 
 
 @command("generate", INPUTS, GENERATION, CAPTURE, DEVICE, CHECK, RUN)
@@ -91,13 +89,10 @@ def capture_command(**given: Any) -> None:
         return _print_plans(jobs, "capture", run)
     from extraction.cli import summaries
     from extraction.pipeline import stages
-    from extraction.pipeline.session import ModelSession
 
     prepare(run.threads)
-    engine = ModelSession(jobs[0])
-    for job in jobs:
-        engine = stages.capture(job, Terminal(), engine)
-    print_lines(summaries.of_generation(jobs, engine, run.seconds, run.gpu_price))
+    result = stages.capture(jobs, Terminal())
+    print_lines(summaries.of_generation(result, run.seconds, run.gpu_price))
 
 
 @command("vectors", INPUTS, VECTORS, STORED)
@@ -109,10 +104,9 @@ def vectors_command(**given: Any) -> None:
     wanted = vector_options(given)
     jobs = stored_runs(given)
     from extraction.cli import summaries
-    from extraction.pipeline import fit
+    from extraction.pipeline import stages
 
-    n_written = sum(fit.fit_vectors(job, wanted, Terminal()) for job in jobs)
-    print_lines(summaries.of_vectors(jobs, n_written))
+    print_lines(summaries.of_vectors(stages.fit_vectors(jobs, wanted, Terminal())))
 
 
 @command("validate", INPUTS, VECTORS, STORED, EVALUATION, BATCH, DEVICE, THREADS)
@@ -121,15 +115,10 @@ def validate_command(**given: Any) -> None:
     wanted, checks, (threads,) = vector_options(given), eval_options(given), take(given, "threads")
     jobs = stored_runs(given, loads_model=not checks.quick)
     from extraction.cli import summaries
-    from extraction.pipeline import evaluate
-    from extraction.pipeline.session import ModelSession
+    from extraction.pipeline import stages
 
     prepare(threads)
-    engine, n_written = ModelSession(jobs[0]), 0
-    for job in jobs:
-        engine, n_new = evaluate.evaluate(job, wanted, checks, Terminal(), engine)
-        n_written += n_new
-    print_lines(summaries.of_cards(jobs, n_written))
+    print_lines(summaries.of_cards(stages.validate(jobs, wanted, checks, Terminal())))
 
 
 @command("report", INPUTS, JUDGE, PAGE)
@@ -137,10 +126,9 @@ def report_command(opens: bool, **given: Any) -> None:
     """Write a page for each trait: tests, steering and every response."""
     jobs = stored_runs(given)
     from extraction.cli import summaries
-    from extraction.pipeline import report
+    from extraction.pipeline import stages
 
-    pages = [report.report(job, trait) for job in jobs for trait in job.traits]
-    index = report.index(jobs[0])
+    pages, index = stages.report(jobs, Terminal())
     print_lines(summaries.of_reports(pages, index))
     if opens:
         click.launch(str(pages[0] if len(pages) == 1 else index))
@@ -158,8 +146,8 @@ def _make_responses(mode: str, given: dict[str, Any]) -> None:
     from extraction.pipeline import stages
 
     prepare(run.threads)
-    engine = stages.generate(job, MODES[mode], Terminal())
-    print_lines(summaries.of_generation([job], engine, run.seconds, run.gpu_price))
+    result = stages.generate(job, MODES[mode], Terminal())
+    print_lines(summaries.of_generation(result, run.seconds, run.gpu_price))
 
 
 def _print_plans(jobs: Iterable[RunPlan], work: str, run: RunOptions, *, steered: int | None = None) -> None:

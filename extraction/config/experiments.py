@@ -12,7 +12,6 @@ from typing import Any
 
 from extraction.config.settings import (
     EXPERIMENT_SETTINGS,
-    JUDGE_NAMES,
     MODEL_SETTINGS,
     CaptureSettings,
     Experiment,
@@ -28,7 +27,6 @@ from extraction.core.names import check_name, is_safe_name
 from extraction.core.text import show, show_path, suggest
 
 __all__ = [
-    "JUDGE_NAMES",
     "CaptureSettings",
     "Experiment",
     "GenerationSettings",

@@ -25,8 +25,6 @@ from extraction.core.records import COUNTED_POOLINGS, DEVICE_STRATEGIES, POOLING
 from extraction.core.text import show, suggest
 
 MAX_INT = 2**63 - 1
-JudgeName = Literal["auto", "lexical", "none", "local", "openai"]
-JUDGE_NAMES = get_args(JudgeName)
 
 _DEVICE = re.compile("|".join((r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?", *DEVICE_STRATEGIES)))
 _COUNTED_POOLING = re.compile("(" + "|".join(COUNTED_POOLINGS) + "):[1-9][0-9]{0,5}")
@@ -237,7 +235,7 @@ class ExperimentSettings(Model):
     generation: GenerationSettings = GenerationSettings()
     capture: CaptureSettings = CaptureSettings()
     judge: Annotated[
-        JudgeName,
+        Text,
         Field(description="Judge that scores the responses; auto: lexical where the trait has markers, else none."),
         Option("NAME", execution=True),
     ] = "auto"

@@ -79,7 +79,7 @@ class KVWindow:
         live = slice(self.window.start, self.window.cursor)
         source_BS = self.mask_BS[:, live].int().argsort(dim=1, stable=True)
         for model in self.models:
-            model.cache.align(source_BS)
+            model.cache.gather_columns(source_BS)
         self.mask_BS[:, live] = self.mask_BS[:, live].gather(1, source_BS)
         self.first_column = [None if length is None else self.window.cursor - length for length in lengths]
         self.update_start()
@@ -95,7 +95,7 @@ class KVWindow:
         move = ColumnMove(self.window.start, n_live, max(n_live, width) - n_live)
         rows_B = None if rows is None else torch.tensor(rows, device=self.mask_BS.device)
         for model in self.models:
-            model.cache.repack(rows_B, move)
+            model.cache.select_rows(rows_B, move)
         self._move_mask(rows_B, move)
         kept = range(len(self.first_column)) if rows is None else rows
         shift = move.to - move.start

@@ -111,7 +111,7 @@ class Stepper:
         if self.steering is not None:
             self.steering.assign(rows_R, [request.steering or NO_STEERING for request in requests])
         position_RP = (mask_RP.cumsum(1) - 1).clamp_(min=0)
-        with self.kv.window.entering(rows_R, self.kv.window.cursor):
+        with self.kv.window.prefilling(rows_R, self.kv.window.cursor):
             with nested(hook.during_prefill(rows_R, mask_RP) for hook in self.hooks):
                 logits_RV = self.model.forward(ids_RP, mask_RP, position_RP)[:, -1]
             logits_RV = self.strategy.prefill(ids_RP, mask_RP, position_RP, logits_RV)

