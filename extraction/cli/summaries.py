@@ -177,6 +177,8 @@ def _counts(result: TraitResult) -> Iterator[str]:
     yield from item("kept", f"{kept.n_kept} of {kept.total} responses ({by}): {sides}")
     if reasons := kept.reasons():
         yield from item("dropped", reasons)
+    if kept.judge != "none":
+        yield from item("", "A positive response counts at the threshold or above, a negative one below.")
     if kept.problem:
         yield from item("not usable", kept.problem)
 
@@ -187,8 +189,8 @@ def _worth(result: TraitResult) -> Iterator[str]:
     if card is None:
         return
     chosen, verdict = card["chosen"], card["verdict"]
-    grave = [] if verdict["word"] == "usable" else verdict["reasons"][:1]
-    yield from item("verdict", ": ".join([verdict["word"], *grave]))
+    reason = "no test speaks against it" if verdict["word"] == "usable" else verdict["reasons"][0]
+    yield from item("verdict", f"{verdict['word']}: {reason}")
     choice = f"layer {chosen['layer']} of {ranges(card['layers'])}, {chosen['method']}"
     yield from item("best vector", f"{choice} (chosen on validation questions)")
     yield from _test(card)
@@ -229,8 +231,10 @@ def _steering(steering: Mapping[str, Any]) -> Iterator[str]:
     """Yield how often the trait shows at the largest coherent coefficient each way, for the vector and at random."""
     layers = f"{steering['method']} at layer{'s' * (len(steering['layers']) > 1)} {ranges(steering['layers'])}"
     plain = next(each for each in steering["conditions"] if each["kind"] == "none")
-    yield f"Steering with {layers}: responses that show the trait, no instruction given"
-    yield from item("unsteered", f"{_percent(plain['rate']['value'])} of {plain['n']} responses")
+    yield f"Steering with {layers}: share of responses that show the trait"
+    yield from item(
+        "unsteered", f"{_percent(plain['rate']['value'])} of {plain['n']} responses, without an instruction"
+    )
     for side in ("negative", "positive"):
         size, reached = steering["largest_coherent"][side], steering["reached"]
         if size is None:
