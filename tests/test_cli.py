@@ -269,6 +269,7 @@ USAGE = [
     (["--nonsense"], "'--nonsense'"),
     (["nonsense"], "'nonsense'"),
     (["extract"], "'--experiment'"),
+    (["amplify"], "'--prompts-file'"),
     (["extract", "--experiment"], "'--experiment'"),
     (["extract", "--experiment", "demo", "--n_exampels", "3"], "'--n-examples'"),
     (["extract", "--experiment", "demo", "--threads", "x"], "'x'"),

@@ -106,7 +106,7 @@ def spread(words: Sequence[str], option: str) -> list[str]:
     """Rewrite `--alpha 0 -1,2` as `--alpha=0 --alpha=-1 --alpha=2`, as far as numbers or comma lists of them follow."""
     found: list[str] = []
     taking = False
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         name, equals, value = word.partition("=")
         if name == option and not equals and _are_numbers(following):
             taking = True
