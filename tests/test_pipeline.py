@@ -154,7 +154,7 @@ def test_the_summary_has_the_paths_and_figures_of_the_files(finished):
     interval = f"({auroc['low']:.2f} to {auroc['high']:.2f})"
     assert f"AUROC {auroc['value']:.2f} {interval}, Cohen's d {effect['value']:.2f}" in text
     assert re.search(rf"verdict +{card['verdict']['word']}", text)
-    assert re.search(rf"controls .*{card['controls']['random']['median']:.2f}", text)
+    assert re.search(rf"random .*{card['controls']['random']['median']:.2f}", text)
     assert all(len(line) <= 80 for line in lines if str(finished) not in line), lines
 
 
