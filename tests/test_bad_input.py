@@ -205,7 +205,7 @@ def test_one_example_a_side(root):
     assert "no held-out figures" in result.stderr
     assert [path.stem for path in (run_of(root) / "vectors").glob("*.safetensors")] == ["mean_diff"]
     line = refused("vectors", "--root", root, *DEMO, "--method", "probe", "--judge", "none")
-    assert "needs at least 2 on each side" in line
+    assert "positive side: 1 examples" in line
 
 
 def test_a_zero_difference_is_no_direction(root):
