@@ -117,6 +117,19 @@ def test_a_sample_of_settings_has_each_of_their_sampling_fields() -> None:
     assert Sample.of(object()) == Sample(1.0)
 
 
+def test_request_bodies_have_the_sampling_fields_of_the_settings() -> None:
+    """Each with its own default and the same bounds; None has the default of the settings."""
+    from extraction.serving.openai_schemas import ChatCompletions, Completions
+    from extraction.serving.schemas import Generate, GenerateBatch, GenerateLdaBatch
+
+    for body in (Generate, GenerateBatch, GenerateLdaBatch, Completions, ChatCompletions):
+        assert set(SAMPLING) <= set(body.model_fields)
+    assert Sample.of(Generate(prompt="x", min_p=0.2)) == Sample(0.8, top_p=0.95, min_p=0.2)
+    assert Sample.of(Completions(model="m", prompt="x", min_p=0.1)) == Sample(1.0, min_p=0.1)
+    with pytest.raises(ValueError, match="min_p"):
+        Generate(prompt="x", min_p=1.5)
+
+
 def test_another_order_is_another_distribution() -> None:
     """The control: top-p before the temperature keeps other tokens."""
     strategy, no_ids = Sample(2.5, top_p=0.8), torch.empty(32, 0, dtype=torch.long)
