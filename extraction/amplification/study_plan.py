@@ -147,7 +147,7 @@ def _plot_place(given: Mapping[str, Any]) -> Path | None:
 
 def _drawn(outcome: Outcome) -> bytes:
     from extraction.report.plot_style import render_picture
-    from extraction.report.rate_plot import draw_rates
+    from extraction.report.sweep_plots import draw_rates
 
     title = f"{outcome.model_after or 'after'} amplified against {outcome.model_before or 'before'}"
     source = {

@@ -13,7 +13,7 @@ from extraction.core.text import show_path
 from extraction.pipeline.fit import sources_digest
 from extraction.pipeline.plan import RunPlan
 from extraction.pipeline.score import kept_responses
-from extraction.report.data import ReportData
+from extraction.report.page_data import ReportData
 from extraction.storage.atomic import read_receipt
 from extraction.storage.experiment_dir import trait_runs, write_index
 from extraction.storage.run_dir import EXECUTION_FIELDS, fingerprint
@@ -42,7 +42,7 @@ def report(job: RunPlan, trait: Trait) -> Path:
 
 def index(job: RunPlan) -> Path:
     """Write the index of a job's experiment: every trait that has a card."""
-    from extraction.report.index import IndexEntry, index_page
+    from extraction.report.page import IndexEntry, index_page
 
     root, experiment = job.root / "experiments", job.experiment.name
     entries = [

@@ -1,6 +1,6 @@
 """Style, page sizes and PNG rendering shared by every plot.
 
-Colours are the Okabe-Ito palette, which stays distinct for colour-blind readers; every line also has its own marker. The
+Colours are the Okabe-Ito palette, which colour-blind readers can tell apart; every line also has its own marker. The
 user's matplotlib settings are ignored, so the same figures give the same bytes.
 """
 

@@ -33,7 +33,7 @@ def pictures(card: Mapping[str, Any], steering: Mapping[str, Any] | None) -> dic
     check_matplotlib()
     found = {name: render_picture(draw, card) for name, draw in PLOTS.items()}
     if steering is not None and steering["conditions"]:
-        from extraction.report.steering_plot import draw_steering
+        from extraction.report.sweep_plots import draw_steering
 
         found["steering"] = render_picture(draw_steering, steering)
     return found
