@@ -219,9 +219,9 @@ def test_buffers_stay_where_they_are_and_the_host_looks_once_a_burst(
     )
     batch.add(requests)
     seen: list[tuple[int, ...]] = []
-    with batch.watching():
+    with batch.attached():
         while batch.has_work:
-            batch.advance()
+            batch.step()
             seen.append(tuple(tensor.data_ptr() for tensor in buffers(batch)))
     assert len(set(seen[:-1])) == 1
     assert looks == [STEPS_PER_RUN] * (24 // STEPS_PER_RUN)
@@ -231,12 +231,17 @@ def test_buffers_stay_where_they_are_and_the_host_looks_once_a_burst(
 
 def buffers(batch: ContinuousBatch) -> list[Tensor]:
     """What a step reads and writes."""
-    assert batch.bursts is not None
-    assert isinstance(batch.observer, PooledCapture)
-    rows, layers = batch.rows, batch.lane.cache.slot_layers
+    assert batch.stepper.graphs is not None
+    assert isinstance(batch.stepper.capture, PooledCapture)
+    rows, layers = batch.stepper.rows, batch.stepper.model.cache.slot_layers
     kept = [states for layer in layers for states in (layer.keys, layer.values) if states is not None]
-    sums = [accumulator.sum_KBD for accumulator in batch.observer.poolings.values()]
-    own = [batch.bursts.token_BK, batch.bursts.standing_3B, batch.bursts.cursor_1, batch.mask_BS]
+    sums = [accumulator.sum_KBD for accumulator in batch.stepper.capture.poolings.values()]
+    own = [
+        batch.stepper.graphs.token_BK,
+        batch.stepper.graphs.status_3B,
+        batch.stepper.graphs.cursor_1,
+        batch.kv.mask_BS,
+    ]
     return [rows.token_B1, rows.last_B1, rows.length_B1, *rows.uniform_BT.values(), *kept, *sums, *own]
 
 

@@ -62,9 +62,9 @@ IN_FLOAT64 = ("llama", "mistral", "gemma3", "qwen3", "olmo2", "gpt2", "opt", "gp
 @pytest.fixture(scope="module", autouse=True)
 def _layers_of_any_size() -> Iterator[None]:
     """Where linear layers go through oneDNN, those of tiny models do too, as a real model's would."""
-    small, onednn_linear.SMALL = onednn_linear.SMALL, 0
+    small, onednn_linear.MIN_MULTIPLICATIONS = onednn_linear.MIN_MULTIPLICATIONS, 0
     yield
-    onednn_linear.SMALL = small
+    onednn_linear.MIN_MULTIPLICATIONS = small
 
 
 @dataclass(frozen=True)

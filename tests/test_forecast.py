@@ -16,9 +16,9 @@ from extraction.model.loading import wrap
 from extraction.model.memory import (
     CPU_AUTO_BATCH,
     MAX_AUTO_BATCH,
-    Work,
+    Workload,
     auto_batch_size,
-    fitting,
+    largest_batch_size,
     is_out_of_memory,
     memory_by_part,
     shape_of,
@@ -32,8 +32,8 @@ from tests.tiny import shared_model, tiny_tokenizer
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox", "bloom", "opt")
 
 
-def work_of(prompt: int = 30, new: int = 20, points: int = 3) -> Work:
-    return Work(n_examples=8, prompt_mean=prompt, prompt_longest=prompt, max_new_tokens=new, n_points=points)
+def work_of(prompt: int = 30, new: int = 20, points: int = 3) -> Workload:
+    return Workload(n_examples=8, prompt_mean=prompt, prompt_longest=prompt, max_new_tokens=new, n_points=points)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -44,17 +44,17 @@ def test_memory_by_part_is_what_the_engine_takes(name):
     requests = [Request(str(i), tuple(range(3, 33)), 20) for i in range(8)]
     batch = ContinuousBatch(lm, BatchLimits.of(requests, 4), capture=Capture((0, 1, 2)))
     batch.add(requests)
-    with batch.watching():
-        batch.advance()
+    with batch.attached():
+        batch.step()
     parts = memory_by_part(shape_of(model.config, torch.float32), work, 4, "cpu")
-    caches = [tensor for layer in batch.lane.cache.layers for tensor in (layer.keys, layer.values)]
+    caches = [tensor for layer in batch.stepper.model.cache.layers for tensor in (layer.keys, layer.values)]
     assert parts["weights"] == sum(p.numel() * 4 for p in model.parameters())
     assert parts["cache"] == sum(tensor.numel() * 4 for tensor in caches)
-    observer = batch.observer
+    observer = batch.stepper.capture
     assert isinstance(observer, PooledCapture)
     sums = [observer.fed_TKBD, *(accumulator.sum_KBD for accumulator in observer.poolings.values())]
     assert parts["running sums"] == sum(tensor.numel() * 4 for tensor in sums)
-    assert batch.mask_BS.shape[1] == work.columns
+    assert batch.kv.mask_BS.shape[1] == work.columns
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -72,7 +72,7 @@ def test_sizes_are_the_models(name):
 @given(st.integers(1, 10**12), st.integers(1, 4000), st.integers(1, 4000), st.sampled_from(["cpu", "cuda"]))
 def test_the_batch_fits_and_twice_as_much_would_not(free, prompt, new, device):
     shape, work = shape_of(shared_model("llama").config, torch.float32), work_of(prompt, new)
-    size = fitting(shape, work, device, free)
+    size = largest_batch_size(shape, work, device, free)
     most = MAX_AUTO_BATCH if device == "cuda" else CPU_AUTO_BATCH
     assert size in [2**i for i in range(10)]
     assert size <= most

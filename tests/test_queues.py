@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import extraction.pipeline.run_groups
 from extraction.engine.generate import generate
 from extraction.model.loading import wrap
-from extraction.model.memory import CPU_AUTO_BATCH, corrected
+from extraction.model.memory import CPU_AUTO_BATCH, adjusted_batch_size
 from extraction.pipeline.plan import MODES, RunPlan, make_plan, shard_names
 from extraction.storage.trait_run import TraitRun, trait_run
 from extraction.utils_batch import Capture, Request
@@ -331,12 +331,12 @@ GB = 10**9
     ],
 )
 def test_a_batch_that_took_more_than_was_forecast_is_halved_where_little_was_left(expected, seen, room, wanted):
-    assert corrected(64, expected, seen, room) == wanted
-    assert corrected(1, expected, seen, room) == 1
+    assert adjusted_batch_size(64, expected, seen, room) == wanted
+    assert adjusted_batch_size(1, expected, seen, room) == 1
 
 
 def test_on_a_processor_nothing_is_corrected(root, monkeypatch):
-    monkeypatch.setattr("extraction.model.memory.corrected", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("extraction.model.memory.adjusted_batch_size", lambda *_: pytest.fail("asked"))
     said = succeed("batched", "--root", root, *SHORT, "--batch-size", "auto", "--queue-size", "8")
     assert f"batch size {CPU_AUTO_BATCH}," in said.stdout
 

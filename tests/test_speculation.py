@@ -463,7 +463,7 @@ def test_greedy_equals_the_model_alone_and_activations_those_of_its_tokens(name:
 def test_holes_that_are_seen_and_columns_that_are_miscounted_break_the_law(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Negative controls: rejected columns stay in the mask; activations of rejected tokens are credited."""
+    """Negative controls: rejected columns stay in the mask; activations of rejected tokens are committed."""
     requests, wanted = asked(name, 5), answers(name, 5)
     lm, capture = wrap(shared_model(name), stop_ids=()), Capture(ALL_LAYERS)
 
@@ -479,9 +479,11 @@ def test_holes_that_are_seen_and_columns_that_are_miscounted_break_the_law(
             holes_seen = tokens_of(run(lm, requests, 3, strategy=strategy))
         finally:
             handle.remove()
-        credit = PooledCapture.credit
+        commit = PooledCapture.commit_tokens
         monkeypatch.setattr(
-            PooledCapture, "credit", lambda self, age_B, read: credit(self, age_B, read and [max(read)] * len(read))
+            PooledCapture,
+            "commit_tokens",
+            lambda self, age_B, read: commit(self, age_B, read and [max(read)] * len(read)),
         )
         done = run(lm, requests, 3, strategy=strategy, capture=capture)
     assert holes_seen != wanted

@@ -186,7 +186,7 @@ def test_half_precision_adds_in_float32_and_zero_changes_no_bit() -> None:
     hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     add, unit = torch.zeros(2, 8), torch.zeros(2, 8)
     add[1] = 1e-4
-    moved = room.move_to(hidden, add, unit)
+    moved = room.steer_hidden(hidden, add, unit)
     assert moved.dtype == torch.bfloat16
     assert torch.equal(moved[0], hidden[0])
     assert torch.equal(moved[1], (hidden[1].float() + 1e-4).bfloat16())

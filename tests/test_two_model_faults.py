@@ -57,9 +57,9 @@ def advanced(
     batch = ContinuousBatch(lm, BatchLimits.of(requests, slots), strategy=strategy, capture=capture)
     batch.add(requests)
     done: list[Completion] = []
-    with batch.watching():
+    with batch.attached():
         while batch.has_work:
-            done += batch.advance().done
+            done += batch.step().completions
     assert sorted(c.id for c in done) == sorted(r.id for r in requests)
     return {c.id: c for c in done}
 

@@ -112,7 +112,7 @@ def fed_at_random(
     done: dict[str, tuple[int, ...]] = {}
     fresh: dict[str, tuple[int, ...]] = {}
     dropped: set[str] = set()
-    with batch.watching():
+    with batch.attached():
         while waiting or batch.has_work:
             n_new = rng.randint(0 if batch.has_work else 1, 3)
             arriving, waiting = waiting[:n_new], waiting[n_new:]
@@ -120,11 +120,11 @@ def fed_at_random(
             running = [key for key in fresh if key not in done and key not in dropped]
             gone = rng.sample([r.id for r in arriving] + running, 1) if running and rng.random() < 0.1 else []
             for key in gone:
-                batch.drop(key)
+                batch.cancel(key)
                 dropped.add(key)
-            news = batch.advance()
-            fresh |= {key: fresh.get(key, ()) + tuple(tokens) for key, tokens in news.fresh.items()}
-            done |= {c.id: c.token_ids for c in news.done}
+            news = batch.step()
+            fresh |= {key: fresh.get(key, ()) + tuple(tokens) for key, tokens in news.new_tokens.items()}
+            done |= {c.id: c.token_ids for c in news.completions}
     assert {key: fresh.get(key, ()) for key in done} == done
     return done, dropped
 

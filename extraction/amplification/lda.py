@@ -31,6 +31,7 @@ from extraction.core.records import Example, Prompt
 from extraction.engine.batch import ContinuousBatch
 from extraction.engine.logit_diff import Amplify, amplify_logits
 from extraction.engine.requests import Completion, Request
+from extraction.engine.run_loop import run_loop, warn_of_smaller_batch
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits
 from extraction.model.chat_template import encode_example
@@ -235,18 +236,17 @@ class LDAModelPair:
         capture: Capture | None,
         on_progress: Callable[[int], None],
     ) -> Iterator[Completion]:
-        batch = ContinuousBatch(
-            self.pair.after, BatchLimits.of(requests, batch_size), strategy=strategy, capture=capture
+        def make_batch(n_slots: int) -> ContinuousBatch:
+            limits = BatchLimits.of(requests, n_slots)
+            return ContinuousBatch(self.pair.after, limits, strategy=strategy, capture=capture)
+
+        yield from run_loop(
+            make_batch,
+            requests,
+            batch_size,
+            on_step=lambda output: on_progress(sum(map(len, output.new_tokens.values()))),
+            on_smaller_batch=warn_of_smaller_batch,
         )
-        batch.add(requests)
-        with batch.watching():
-            while batch.has_work:
-                try:
-                    news = batch.advance()
-                except torch.OutOfMemoryError as failure:
-                    raise ModelError(f"out of memory at batch size {batch_size}: give a smaller one") from failure
-                on_progress(sum(map(len, news.fresh.values())))
-                yield from news.done
 
     def _result(self, question: Question, prompt: Prompt, completion: Completion) -> dict[str, Any]:
         tokenizer: Any = self.pair.after.tokenizer

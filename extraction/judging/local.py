@@ -26,7 +26,7 @@ from extraction.judging.registry import Keep, Rating
 from extraction.judging.rubric import NO_NUMBER, expectation
 from extraction.model.chat_template import encode_example
 from extraction.model.devices import empty_cache
-from extraction.model.kv_cache import CacheWindow, SlotKVCache
+from extraction.model.kv_cache import CacheWindow, make_cache
 from extraction.model.loading import LanguageModel, load, read_tokenizer
 from extraction.model.memory import is_out_of_memory
 
@@ -140,12 +140,12 @@ class _Reading:
         self.ids_BP, self.mask_BP = left_pad(prompts, lm.pad_id, lm.device)
         self.length_B1 = self.mask_BP.sum(1, keepdim=True)
         self.width = self.ids_BP.shape[1]
-        self.cache = SlotKVCache(lm.n_layers, CacheWindow(len(prompts), self.width + spellings.longest))
+        self.cache = make_cache(lm.model, CacheWindow(len(prompts), self.width + spellings.longest))
 
     def prompts(self) -> Tensor:
         """Log-probabilities of the token after each prompt: [B, V]."""
         rows_B = torch.arange(len(self.ids_BP), device=self.lm.device)
-        with self.cache.window.entering(rows_B, self.width):
+        with self.cache.window.prefilling(rows_B, self.width):
             return self._forward(self.ids_BP, self.mask_BP, (self.mask_BP.cumsum(1) - 1).clamp_(min=0))
 
     def step(self, path: TokenIds) -> Tensor:

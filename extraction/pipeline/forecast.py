@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from extraction.model.devices import device_list, free_memory, synchronize
-from extraction.model.memory import Shape, Work, fitting, memory_by_part, shape_of
+from extraction.model.memory import ModelShape, Workload, largest_batch_size, memory_by_part, shape_of
 from extraction.model.onednn_linear import matmul
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def forecast(job: RunPlan, work_name: str = "batched", *, gpu_price: float | Non
     queues = job.own_queues(mode)
     shape, work, device = shape_of(job.model_config, dtype, job.spec.quantize), _work(job, queues), devices[0]
     asked = settings.batch_size
-    fits = fitting(shape, work, device, free_memory(devices)) if asked == "auto" else int(asked)
+    fits = largest_batch_size(shape, work, device, free_memory(devices)) if asked == "auto" else int(asked)
     longest = max((sum(len(shard.examples) for shard in queue) for queue in queues), default=1)
     batch_size = 1 if work_name != "capture" and mode.serial else min(fits, longest)
     captures = work_name == "capture" or MODES[work_name].captures
@@ -83,7 +83,7 @@ def forecast(job: RunPlan, work_name: str = "batched", *, gpu_price: float | Non
     )
 
 
-def _work(job: RunPlan, queues: Sequence[RunGroup]) -> Work:
+def _work(job: RunPlan, queues: Sequence[RunGroup]) -> Workload:
     """The job's examples; prompts are encoded with the model's own tokenizer, a sample of each trait."""
     from extraction.model.loading import max_positions, read_tokenizer
 
@@ -92,7 +92,7 @@ def _work(job: RunPlan, queues: Sequence[RunGroup]) -> Work:
     sampled = [example for shard in shards for example in shard[:N_SAMPLED]]
     room = max_positions(job.model_config)
     lengths = [len(prompt.token_ids) for prompt in job.prompts(tokenizer, sampled, max_tokens=room)]
-    return Work(
+    return Workload(
         n_examples=sum(map(len, shards)),
         prompt_mean=sum(lengths) / max(1, len(lengths)),
         prompt_longest=max(lengths, default=0),
@@ -110,7 +110,7 @@ def _dtype_of(job: RunPlan) -> torch.dtype:
 
 
 def _seconds(
-    shape: Shape, settings: GenerationSettings, n_read: int, n_new: int, batch_size: int, place: DeviceSpeed
+    shape: ModelShape, settings: GenerationSettings, n_read: int, n_new: int, batch_size: int, place: DeviceSpeed
 ) -> float:
     """Prompts at the speed of a large product; each decode step at that of a small one, plus Python and sampling."""
     prompt_rows = min(MAX_PROBE_ROWS, max(batch_size, n_read))

@@ -96,11 +96,11 @@ def _correct(
 ) -> None:
     """After the first queue: half the batch size, where it took more than was forecast and left too little."""
     from extraction.model.devices import peak_memory
-    from extraction.model.memory import beyond_weights, corrected
+    from extraction.model.memory import adjusted_batch_size, runtime_bytes
 
     lm, longest = engine.lm, engine.job.experiment.generation.max_new_tokens
     seen = peak_memory() - sum(weight.numel() * weight.element_size() for weight in lm.model.parameters())
-    size = corrected(batch_size, beyond_weights(lm, lengths, longest, batch_size), seen, room)
+    size = adjusted_batch_size(batch_size, runtime_bytes(lm, lengths, longest, batch_size), seen, room)
     if size < batch_size:
         engine.fits = size
         listener.note(f"the first queue left little memory: the next ones have batch size {size}")

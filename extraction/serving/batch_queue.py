@@ -45,7 +45,7 @@ class BatchQueue:
     def drop(self, row: PendingRow) -> None:
         """Forget a row; its slot is free at once."""
         if self.inside.pop(row.id, None) is not None and self.running is not None:
-            self.running.drop(row.id)
+            self.running.cancel(row.id)
         elif row in self.waiting:
             self.waiting.remove(row)
 
@@ -96,12 +96,12 @@ class BatchQueue:
     def _step(self, ends: Ends) -> None:
         if not self.inside or self.running is None:
             return
-        with self.running.watching():
-            step = self.running.advance()
-        for row_id, token_ids in step.fresh.items():
+        with self.running.attached():
+            step = self.running.step()
+        for row_id, token_ids in step.new_tokens.items():
             if row_id in self.inside:
                 self.inside[row_id].hear(token_ids)
-        ended = [(self.inside.pop(each.id), each) for each in step.done if each.id in self.inside]
+        ended = [(self.inside.pop(each.id), each) for each in step.completions if each.id in self.inside]
         self.well += len(ended)
         if not self.has_work and (self.slots < self.full or not self.keeps):
             self.release()

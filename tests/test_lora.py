@@ -1,4 +1,4 @@
-"""A LoRA adapter is loaded whole or refused in one line, and gives the logits that peft gives."""
+"""A LoRA adapter is loaded completely or refused in one line, and gives peft's logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from extraction.engine.generate import generate
 from extraction.engine.steering import Steering
 from extraction.model.loading import LanguageModel, load, load_over, read_config, read_tokenizer
 from extraction.utils_batch import Capture, Request
-from tests.lora import CONFIG, WEIGHTS, as_peft_has_it, change_config, saved_adapter, saved_base
+from tests.lora import CONFIG, WEIGHTS, change_config, peft_reference, saved_adapter, saved_base
 from tests.runs import environment
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY, deviation, prompts, tiny_tokenizer
 
@@ -47,7 +47,7 @@ def adapter(tmp_path: Path, base: Path) -> Path:
     return saved_adapter(tmp_path / "adapter", base)
 
 
-# --- what comes of it -------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -65,21 +65,21 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_gives_the_logits_that_peft_gives(tmp_path: Path, kind: str) -> None:
+def test_an_adapters_logits_equal_pefts(tmp_path: Path, kind: str) -> None:
     name, options = KINDS[kind]
     base = saved_base(tmp_path / "base", name)
     adapter = saved_adapter(tmp_path / "adapter", base, **options)
     with torch.inference_mode():
-        wanted = as_peft_has_it(adapter, base)(input_ids=IDS_BT).logits
+        expected = peft_reference(adapter, base)(input_ids=IDS_BT).logits
     lm = load(spec(adapter))
-    assert deviation(logits(lm), wanted) < 1e-5
-    assert deviation(logits(load(spec(base))), wanted) > 1e-2  # the control: without the adapter it is another model
+    assert deviation(logits(lm), expected) < 1e-5
+    assert deviation(logits(load(spec(base))), expected) > 1e-2  # negative control: without the adapter
     assert lm.n_layers == LAYERS
     assert not [name for name, _ in lm.model.named_parameters() if "lora" in name]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_it_has_the_dtype_that_was_asked_for(tmp_path: Path, dtype: str) -> None:
+def test_all_weights_have_the_requested_dtype(tmp_path: Path, dtype: str) -> None:
     base = saved_base(tmp_path / "base", "gemma2")
     adapter = saved_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
     halved = {name: tensor.half() for name, tensor in load_file(adapter / WEIGHTS).items()}
@@ -89,13 +89,13 @@ def test_it_has_the_dtype_that_was_asked_for(tmp_path: Path, dtype: str) -> None
         assert torch.isfinite(logits(lm)).all()
 
 
-def test_the_base_is_found_from_the_adapters_folder_or_by_an_absolute_path(adapter: Path, base: Path) -> None:
+def test_the_base_is_found_by_a_relative_or_an_absolute_path(adapter: Path, base: Path) -> None:
     relative = logits(load(spec(adapter)))
     change_config(adapter, base_model_name_or_path=str(base))
     assert torch.equal(logits(load(spec(adapter))), relative)
 
 
-def test_config_and_tokenizer_are_the_bases_unless_it_has_its_own(adapter: Path) -> None:
+def test_config_and_tokenizer_are_the_bases_unless_the_adapter_has_a_tokenizer(adapter: Path) -> None:
     assert read_config(spec(adapter)).num_hidden_layers == LAYERS
     assert len(read_tokenizer(spec(adapter))) == VOCABULARY
     own = tiny_tokenizer()
@@ -109,11 +109,11 @@ def test_config_and_tokenizer_need_no_peft(adapter: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "peft", None)
     assert read_config(spec(adapter)).hidden_size == HIDDEN
     assert read_tokenizer(spec(adapter)).chat_template
-    with pytest.raises(ModelError, match=r"pip install 'traitline\[lora\]'"):
+    with pytest.raises(ModelError, match=r"traitline\[lora\]"):
         load(spec(adapter))
 
 
-def test_a_whole_model_needs_no_peft(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_model_needs_no_peft(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     assert load(spec(base)).n_layers == LAYERS
 
@@ -124,24 +124,24 @@ def test_loading_draws_no_random_numbers(adapter: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_capture_and_steering_work_beside_the_weights_as_on_merged_ones(adapter: Path, base: Path) -> None:
+def test_capture_and_steering_are_equal_with_a_merged_and_an_attached_adapter(adapter: Path, base: Path) -> None:
     push = Steering(add={1: torch.linspace(-2, 2, HIDDEN)})
     requests = [Request(str(i), row, 8, steering=push if i % 2 else None) for i, row in enumerate(prompts(5))]
     capture = Capture((0, 2), ("residual", "mlp"))
     found = []
     for lm in (load(spec(adapter)), load_over(load(spec(base)), spec(adapter))):
         found.append({c.id: c for c in generate(lm, requests, batch_size=3, capture=capture)})
-    for name, wanted in found[0].items():
-        assert found[1][name].token_ids == wanted.token_ids
-        for key, tensor in wanted.activations.items():
+    for name, expected in found[0].items():
+        assert found[1][name].token_ids == expected.token_ids
+        for key, tensor in expected.activations.items():
             assert deviation(found[1][name].activations[key], tensor) < 1e-4
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 class Trap:
-    """A pickle that leaves a file when it is read."""
+    """A pickle that creates a file when it is read."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -224,22 +224,22 @@ def base_runs_code(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickled": (only_pickled, "safetensors"),
     "truncated": (truncated, "truncated|damaged"),
-    "missing": (one_tensor_missing, "missing.*up_proj"),
-    "misshapen": (one_tensor_misshapen, "another shape.*up_proj"),
-    "too many": (one_tensor_too_many, "not of this base.*layers.9"),
+    "missing": (one_tensor_missing, "up_proj"),
+    "misshapen": (one_tensor_misshapen, "up_proj"),
+    "too many": (one_tensor_too_many, r"layers\.9"),
     "nan": (nan_tensor, "NaN|corrupted|broken"),
-    "another kind": (fields(peft_type="IA3"), "IA3.*LORA"),
+    "another kind": (fields(peft_type="IA3"), "IA3"),
     "no kind": (fields(peft_type=None), "peft_type"),
-    "pissa": (fields(init_lora_weights="pissa"), "pissa.*convert"),
-    "activated": (fields(alora_invocation_tokens=[1, 2]), "activated LoRA"),
-    "unknown feature": (fields(use_tomorrows=True), "use_tomorrows.*update peft"),
+    "pissa": (fields(init_lora_weights="pissa"), "pissa"),
+    "activated": (fields(alora_invocation_tokens=[1, 2]), "adapter_config.json"),
+    "unknown feature": (fields(use_new_feature=True), "use_new_feature"),
     "no base": (fields(base_model_name_or_path=None), "base_model_name_or_path"),
-    "base gone": (fields(base_model_name_or_path="../gone"), "'../gone' is not there"),
+    "base gone": (fields(base_model_name_or_path="../gone"), "../gone"),
     "base not on the hub": (fields(base_model_name_or_path="nobody/nothing"), "nobody/nothing"),
-    "another base": (another_base, "another shape"),
-    "base is an adapter": (base_is_an_adapter, "adapter too"),
-    "broken config": (broken_config, "not a JSON"),
-    "config is a list": (config_is_a_list, "not an adapter's config"),
+    "another base": (another_base, "lora"),
+    "base is an adapter": (base_is_an_adapter, "base"),
+    "broken config": (broken_config, "adapter_config.json"),
+    "config is a list": (config_is_a_list, "adapter_config.json"),
     "base truncated": (base_truncated, "truncated|damaged"),
     "base runs code": (base_runs_code, "code"),
 }
@@ -256,10 +256,10 @@ def test_a_damaged_adapter_is_refused_in_one_line(adapter: Path, name: str) -> N
     assert not (adapter / "ran").exists()
 
 
-def test_a_field_of_tomorrow_that_says_nothing_does_no_harm(adapter: Path) -> None:
-    wanted = logits(load(spec(adapter)))
-    change_config(adapter, use_tomorrows=False, tomorrows_size=16, tomorrows_list=[])
-    assert torch.equal(logits(load(spec(adapter))), wanted)
+def test_unknown_fields_at_their_defaults_are_ignored(adapter: Path) -> None:
+    expected = logits(load(spec(adapter)))
+    change_config(adapter, use_new_feature=False, new_size=16, new_list=[])
+    assert torch.equal(logits(load(spec(adapter))), expected)
 
 
 # --- by hub ids -------------------------------------------------------------------------------------------------------
@@ -274,19 +274,19 @@ lm = load(adapter)
 pair = load_pair(adapter, base)
 ids_BT = torch.tensor([[5, 6, 7, 8, 9, 10]])
 with torch.inference_mode():
-    print(*(float(each.last_logits(ids_BT)[0, 3]) for each in (lm, pair.after, pair.before)), pair.shares_weights)
+    print(*(float(model.last_logits(ids_BT)[0, 3]) for model in (lm, pair.after, pair.before)), pair.shares_weights)
 """
 
 
 def in_cache(home: Path, name: str, folder: Path) -> None:
-    """A folder as the hub's cache would have it."""
+    """Copy a folder into a hub cache."""
     place = home / "hub" / f"models--owner--{name}"
     shutil.copytree(folder, place / "snapshots" / ("0" * 40))
     (place / "refs").mkdir()
     (place / "refs/main").write_text("0" * 40)
 
 
-def test_an_adapter_of_the_hub_and_its_base_are_found_in_the_cache(tmp_path: Path, adapter: Path, base: Path) -> None:
+def test_an_adapter_and_its_base_are_found_in_the_hub_cache(tmp_path: Path, adapter: Path, base: Path) -> None:
     change_config(adapter, base_model_name_or_path="owner/base")
     in_cache(tmp_path / "home", "adapter", adapter)
     in_cache(tmp_path / "home", "base", base)
@@ -296,6 +296,6 @@ def test_an_adapter_of_the_hub_and_its_base_are_found_in_the_cache(tmp_path: Pat
     )
     alone, after, before, shares = result.stdout.split()
     change_config(adapter, base_model_name_or_path=str(base))
-    wanted = [float(logits(load(spec(folder)))[0, -1, 3]) for folder in (adapter, base)]
-    assert [float(alone), float(after), float(before)] == pytest.approx([wanted[0], *wanted], rel=1e-4)
+    expected = [float(logits(load(spec(folder)))[0, -1, 3]) for folder in (adapter, base)]
+    assert [float(alone), float(after), float(before)] == pytest.approx([expected[0], *expected], rel=1e-4)
     assert shares == "True"

@@ -1,4 +1,4 @@
-"""Attention without copies is the model's own: the same numbers, the same tokens, and only where that was proven."""
+"""Grouped decode attention: equal numbers, equal tokens, and only for models checked to be equal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def implementation(lm: LanguageModel) -> str:
 
 
 def drawn(width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values, and a mask [B, 1, T, S]: padding on the left, causal on the right."""
+    """Draw queries, keys, values, and a mask [B, 1, T, S]: padding on the left, causal on the right."""
     generator = torch.Generator().manual_seed(width)
     query, key, value = (torch.randn(B, n, s, C, generator=generator) for n, s in ((H, width), (G, S), (G, S)))
     column_S = torch.arange(S)
@@ -37,7 +37,7 @@ def drawn(width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float | None) -> Tensor:
-    """The plain formula, every query head with a copy of its key head."""
+    """Compute attention with a copy of the key head for every query head."""
     key, value = (states.repeat_interleave(H // G, dim=1) for states in (key, value))
     score = query @ key.transpose(2, 3) * C**-0.5
     score = score if softcap is None else softcap * torch.tanh(score / softcap)
@@ -47,41 +47,41 @@ def repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: f
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kind", ["boolean", "added"])
-def test_it_is_the_plain_formula(width: int, softcap: float | None, kind: str) -> None:
+def test_it_equals_attention_with_copied_heads(width: int, softcap: float | None, kind: str) -> None:
     query, key, value, mask = drawn(width)
-    given = mask if kind == "boolean" else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    found = gqa_attention(query, key, value, given, scaling=C**-0.5, softcap=softcap)
+    mask_or_bias = mask if kind == "boolean" else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    found = gqa_attention(query, key, value, mask_or_bias, scaling=C**-0.5, softcap=softcap)
     assert deviation(found, repeated(query, key, value, mask, softcap)) < 1e-6
-    others = query.view(B, H // G, G, width, C).transpose(1, 2).reshape(query.shape)  # heads dealt to groups in turn
+    others = query.view(B, H // G, G, width, C).transpose(1, 2).reshape(query.shape)  # heads assigned to groups in turn
     assert deviation(found, repeated(others, key, value, mask, softcap)) > 1e-2
     assert deviation(found, repeated(query, key, value, mask.flip(0), softcap)) > 1e-2
 
 
 @pytest.mark.parametrize("name", CAPPED)
-def test_the_engine_answers_as_the_model_does(name: str) -> None:
+def test_the_engines_tokens_equal_the_models(name: str) -> None:
     lm = wrap(shared_model(name))
     requests = [Request(str(i), ids, 14) for i, ids in enumerate(prompts(9))]
-    wanted = {request.id: reference_greedy(lm.model, request.token_ids, 14, lm.stop_ids) for request in requests}
+    expected = {request.id: reference_greedy(lm.model, request.token_ids, 14, lm.stop_ids) for request in requests}
     with gqa_decoding(lm):
-        assert implementation(lm) == gqa_decode.NAMES["eager"]
-    assert {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)} == wanted
+        assert implementation(lm) == gqa_decode.ATTENTION_NAMES["eager"]
+    assert {c.id: c.token_ids for c in generate(lm, requests, batch_size=4)} == expected
 
 
-def test_it_is_used_in_a_step_and_spares_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it the model's own function sees every step; with it, only prefills."""
+def test_decode_steps_use_it_and_prefills_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the model's own function runs in every step; with it, only in prefills."""
     from transformers.models.gemma2 import modeling_gemma2
 
     lm, seen = wrap(tiny_model("gemma2")), []
     own = modeling_gemma2.eager_attention_forward
 
-    def counted(module: torch.nn.Module, query: Tensor, *given: Tensor, **settings: object) -> tuple[Tensor, Tensor]:
+    def counted(module: torch.nn.Module, query: Tensor, *args: Tensor, **settings: object) -> tuple[Tensor, Tensor]:
         seen.append(query.shape[2])
-        return own(module, query, *given, **settings)
+        return own(module, query, *args, **settings)
 
     monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", counted)
     requests = [Request("a", tuple(range(3, 90)), 6)]
     with gqa_decoding(lm):
-        pass  # proven here
+        pass  # the check runs here
     seen.clear()
     list(generate(lm, requests, batch_size=1))
     assert set(seen) == {87}
@@ -92,15 +92,15 @@ def test_it_is_used_in_a_step_and_spares_the_copies(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "bloom"])
-def test_what_is_of_another_form_stays_as_it_is(name: str) -> None:
-    """gpt_oss has sinks; BLOOM has an attention of its own."""
+def test_attention_of_another_form_is_not_replaced(name: str) -> None:
+    """gpt_oss has sinks; BLOOM computes attention outside transformers' interface."""
     lm = wrap(shared_model(name))
     before = implementation(lm)
     with gqa_decoding(lm):
         assert implementation(lm) == before
 
 
-def test_the_former_implementation_comes_back_after_an_error_too() -> None:
+def test_the_former_implementation_is_restored_after_an_error() -> None:
     lm = wrap(shared_model("gemma2"))
     before = implementation(lm)
     within = gqa_decoding(lm)
@@ -110,9 +110,9 @@ def test_the_former_implementation_comes_back_after_an_error_too() -> None:
     assert implementation(lm) == before
 
 
-def test_attention_that_is_watched_stays_the_models_own() -> None:
+def test_observed_attention_is_not_replaced() -> None:
     lm = wrap(shared_model("gemma2"))
     with watch_attention(lm, (0,), lambda *_: None):
-        watched = implementation(lm)
+        observed = implementation(lm)
         with gqa_decoding(lm):
-            assert implementation(lm) == watched
+            assert implementation(lm) == observed

@@ -1,4 +1,4 @@
-"""Attention over listed columns is the plain formula, reads no more than rows need, and only where it was proven.
+"""Sparse decode attention: equal numbers, few columns read, and only for models checked to be equal.
 
 Shapes: B rows, G heads, S columns of a step, W columns of the cache, C head dimension.
 """
@@ -38,7 +38,7 @@ def _works() -> bool:
 
 
 def drawn(start: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A step's queries; keys and values as columns of larger caches; a mask [B, 1, 1, S] with holes, one row short."""
+    """Draw a step: queries; keys and values as columns of larger caches; a mask [B, 1, 1, S] with gaps."""
     generator = torch.Generator().manual_seed(start)
     query_BG1C = torch.randn(B, G, 1, C, generator=generator)
     key, value = (torch.randn(B, G, W, C, generator=generator)[:, :, start : start + S] for _ in range(2))
@@ -48,16 +48,16 @@ def drawn(start: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return query_BG1C, key, value, mask
 
 
-needs_op = pytest.mark.skipif(not _works(), reason="this torch has no sampled product for processors")
+needs_op = pytest.mark.skipif(not _works(), reason="this torch has no sampled_addmm on CPUs")
 
 
 @pytest.fixture
-def paying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on an AMD processor; what is proven here is forgotten."""
+def worthwhile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use it as on an AMD CPU, and forget the checks of models made here."""
     monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: True)
-    gqa_decode._proven.clear()
+    gqa_decode._is_equal.clear()
     yield
-    gqa_decode._proven.clear()
+    gqa_decode._is_equal.clear()
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -71,21 +71,21 @@ def implementation(lm: LanguageModel) -> str:
 
 @needs_op
 @pytest.mark.parametrize("start", [0, 7, W - S])
-def test_it_is_the_plain_formula(start: int) -> None:
+def test_it_equals_dense_attention(start: int) -> None:
     query, key, value, mask = drawn(start)
-    wanted = plain(query, key, value, mask, 0.3)
+    expected = plain(query, key, value, mask, 0.3)
     with torch.inference_mode():
         columns = LiveColumns.of(mask, key)
-        for _ in range(2):  # the room for scores is used again
-            assert deviation(sparse_attention(query, key, value, columns, scaling=0.3), wanted) < 1e-6
-        assert deviation(sparse_attention(query, key, value, columns, scaling=0.4), wanted) > 1e-2
+        for _ in range(2):  # the buffer of scores is reused
+            assert deviation(sparse_attention(query, key, value, columns, scaling=0.3), expected) < 1e-6
+        assert deviation(sparse_attention(query, key, value, columns, scaling=0.4), expected) > 1e-2
         others = LiveColumns.of(mask.roll(1, 0), key)
-        assert deviation(sparse_attention(query, key, value, others, scaling=0.3), wanted) > 1e-2
-        assert deviation(sparse_attention(query, value, key, columns, scaling=0.3), wanted) > 1e-2
+        assert deviation(sparse_attention(query, key, value, others, scaling=0.3), expected) > 1e-2
+        assert deviation(sparse_attention(query, value, key, columns, scaling=0.3), expected) > 1e-2
 
 
 @needs_op
-def test_large_scores_do_not_overflow_and_what_is_masked_does_not_count() -> None:
+def test_large_scores_do_not_overflow_and_masked_columns_do_not_count() -> None:
     query, key, value, mask = drawn()
     query = query * 1e3
     hidden = ~mask.expand(B, G, 1, S)[:, :, 0]
@@ -96,26 +96,26 @@ def test_large_scores_do_not_overflow_and_what_is_masked_does_not_count() -> Non
     assert deviation(found, plain(query, *zeroed, mask, 1.0)) < 1e-5
 
 
-def test_a_mask_is_listed_once_and_forgotten() -> None:
+def test_live_columns_are_cached_as_long_as_their_mask() -> None:
     _, key, value, mask = drawn()
     other = mask.clone()
     found = live_columns(mask, key)
     assert live_columns(mask, value) is found
     assert live_columns(other, key) is not found
     narrow = torch.randn(B, G, S, C)
-    assert live_columns(mask, narrow).n_keys != found.n_keys  # keys that lie otherwise
-    n_listed = len(sparse_decode._listed)
+    assert live_columns(mask, narrow).n_keys != found.n_keys  # another layout of keys
+    n_listed = len(sparse_decode._cached)
     del mask, other, found
     gc.collect()
-    assert len(sparse_decode._listed) == n_listed - 2
+    assert len(sparse_decode._cached) == n_listed - 2
 
 
-def test_what_does_not_suit_is_refused() -> None:
+def test_unsupported_steps_are_refused() -> None:
     query, key, value, mask = drawn()
     with torch.inference_mode():
         assert is_supported(query, key, value, mask)
         assert is_supported(query, key.contiguous(), value.contiguous(), mask)
-        assert not is_supported(query, key.contiguous(), value, mask)  # values that lie otherwise than keys
+        assert not is_supported(query, key.contiguous(), value, mask)  # values in another layout than keys
         assert not is_supported(query, key, value.contiguous(), mask)
         assert not is_supported(query.repeat(1, 1, 2, 1), key, value, mask)  # two tokens
         assert not is_supported(query.repeat(1, 2, 1, 1), key, value, mask)  # heads that share keys
@@ -123,10 +123,10 @@ def test_what_does_not_suit_is_refused() -> None:
         assert not is_supported(query, key, value, None)
         assert not is_supported(query, key, value, torch.zeros(mask.shape))  # added to scores: may be ALiBi
         assert not is_supported(query, key, value, mask.repeat(1, G, 1, 1))
-    assert not is_supported(query, key, value, mask)  # somebody wants a gradient
+    assert not is_supported(query, key, value, mask)  # gradients are enabled
 
 
-def test_only_neighbouring_columns_of_one_cache_will_do() -> None:
+def test_only_adjacent_columns_of_one_cache_are_row_major() -> None:
     cache = torch.randn(B, G, W, C)
     assert is_row_major(cache[:, :, 3:9])
     assert not is_row_major(cache.transpose(1, 2).contiguous().transpose(1, 2)[:, :, 3:9])
@@ -138,11 +138,11 @@ def test_only_neighbouring_columns_of_one_cache_will_do() -> None:
 
 
 @needs_op
-@pytest.mark.usefixtures("paying")
+@pytest.mark.usefixtures("worthwhile")
 @pytest.mark.parametrize("name", MODELS)
-def test_the_engine_answers_as_the_model_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engines_tokens_equal_the_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = wrap(tiny_model(name, **MODELS[name]))
-    n_calls, own = [0], gqa_decode.ragged_attention
+    n_calls, own = [0], gqa_decode.sparse_attention
 
     def counted(query: Tensor, key: Tensor, value: Tensor, columns: LiveColumns, *, scaling: float) -> Tensor:
         n_calls[0] += 1
@@ -150,28 +150,28 @@ def test_the_engine_answers_as_the_model_does(name: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(gqa_decode, "sparse_attention", counted)
     requests = [Request(str(i), ids, 4 + 3 * (i % 5)) for i, ids in enumerate(prompts(11))]
-    wanted = {r.id: reference_greedy(lm.model, r.token_ids, r.max_new_tokens, lm.stop_ids) for r in requests}
+    expected = {r.id: reference_greedy(lm.model, r.token_ids, r.max_new_tokens, lm.stop_ids) for r in requests}
     with gqa_decoding(lm):
-        assert implementation(lm) == gqa_decode.NAMES["sdpa"]
+        assert implementation(lm) == gqa_decode.ATTENTION_NAMES["sdpa"]
     n_calls[0] = 0
     found = {c.id: c for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers))))}
-    assert {key: c.token_ids for key, c in found.items()} == wanted
+    assert {key: c.token_ids for key, c in found.items()} == expected
     assert n_calls[0] > 8 * lm.n_layers
-    monkeypatch.setattr(gqa_decode, "_pays", lambda *_: False)
+    monkeypatch.setattr(gqa_decode, "_is_faster", lambda *_: False)
     for c in generate(lm, requests, batch_size=4, capture=Capture(tuple(range(lm.n_layers)))):
         key = "residual.response_mean"
         assert deviation(found[c.id].activations[key], c.activations[key]) < 1e-5
 
 
 @needs_op
-@pytest.mark.usefixtures("paying")
-def test_no_more_columns_are_read_than_rows_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An idle row reads the columns that passed since it ended; every other one its own tokens."""
+@pytest.mark.usefixtures("worthwhile")
+def test_only_the_rows_own_columns_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running row reads its own tokens; an idle row the columns since it ended."""
     lm = wrap(tiny_model("llama", **ONE_EACH), stop_ids=())
     budgets = (30, 2, 2, 30, 12, 4)
     requests = [Request(str(i), ids, n) for i, (ids, n) in enumerate(zip(prompts(6), budgets, strict=True))]
     with gqa_decoding(lm):
-        pass  # proven here
+        pass  # the check runs here
     listed, own = [], LiveColumns.of
 
     def counted(mask: Tensor, key: Tensor) -> LiveColumns:
@@ -190,10 +190,10 @@ def test_no_more_columns_are_read_than_rows_need(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_op
-@pytest.mark.usefixtures("paying")
-def test_without_a_proof_the_models_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = gqa_decode.ragged_attention
-    monkeypatch.setattr(gqa_decode, "sparse_attention", lambda *given, **settings: own(*given, **settings) * 1.01)
+@pytest.mark.usefixtures("worthwhile")
+def test_with_unequal_logits_the_models_own_attention_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = gqa_decode.sparse_attention
+    monkeypatch.setattr(gqa_decode, "sparse_attention", lambda *args, **settings: own(*args, **settings) * 1.01)
     lm = wrap(tiny_model("llama", **ONE_EACH))
     before = implementation(lm)
     with gqa_decoding(lm):
@@ -201,7 +201,7 @@ def test_without_a_proof_the_models_own_stays(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_other_processors_and_precisions_keep_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_cpus_and_dtypes_keep_the_models_own_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_linear, "is_worthwhile", lambda: False)
     lm = wrap(tiny_model(name, **MODELS[name]))
     before = implementation(lm)
@@ -215,7 +215,7 @@ def test_other_processors_and_precisions_keep_the_models_own(name: str, monkeypa
 
 @needs_op
 @pytest.mark.parametrize("first", ["sparse_decode.silence_sparse_warnings()", "pass"])
-def test_torch_says_nothing_of_its_sparse_matrices(first: str) -> None:
+def test_torchs_warning_about_sparse_tensors_is_silenced(first: str) -> None:
     script = f"""
 import torch
 from extraction.model import sparse_decode
