@@ -1,4 +1,4 @@
-"""Pictures of a capture set: any text and any numbers, without a warning, and the same bytes again."""
+"""Pictures of a capture set: any text and any numbers, without a warning, and reproducible bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On the bundled model: a trait's vector tells hedging answers from certain ones, token by token; a placebo doesn't."""
+"""On the bundled model: a trait's vector separates hedging from certain responses token by token; placebos do not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_placebo_tells_nothing_apart(found: dict[str, Any]) -> None:
 
 
 def test_halves_of_both_sides_are_no_trait() -> None:
-    """A control of the control: placebos of rows with a planted trait don't point along it, its own vector does."""
+    """Control of the control: the vector of rows with a planted trait points along it, its placebos do not."""
     generator = torch.Generator().manual_seed(0)
     rows_NLD = torch.randn(60, 2, 16, generator=generator)
     planted_LD = torch.nn.functional.normalize(torch.randn(2, 16, generator=generator), dim=-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import re
 import shlex
@@ -34,6 +33,7 @@ from extraction.report.response_browser import browser_values, script_data, show
 from extraction.report.steering_data import steering_values
 from extraction.report.sweep_plots import curves_of
 from extraction.storage.trait_run import trait_run
+from tests.chromium import Browser, chromium, needs_browser
 from tests.runs import environment, invoke, make_root, refused, succeed
 from tests.synthetic import METHODS, make_card, make_condition, make_facts, make_rows, make_steering
 
@@ -260,7 +260,7 @@ def test_rows_say_whether_they_count_and_why_not():
     rows[5].update(scores={"lexical": None}, judged={"reason": "REFUSAL"})
     facts = make_facts(rows=rows, kept={rows[0]["id"]})
     data = script_data(facts)
-    where = data["columns"].index("why")
+    where = data["columns"].index("reason")
     assert [row[where] for row in data["rows"]] == [
         "",
         "empty",
@@ -495,55 +495,46 @@ def test_a_damaged_sweep_is_found(reported, tmp_path):
 
 # --- in a browser ---------------------------------------------------------------------------------------------------
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-COMPLAINTS = re.compile(r"Content Security Policy|Refused to|violates|Uncaught|SyntaxError")
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
 
 
-def browse(path: Path, state: dict[str, str] | None = None, width: int = 1280) -> tuple[str, str]:
-    """The page after its scripts ran, and what the console said."""
-    address = path.as_uri() + (f"#{urlencode(state)}" if state else "")
-    result = subprocess.run(
-        [
-            str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            f"--user-data-dir={path.parent / 'profile'}", f"--window-size={width},900", "--enable-logging=stderr",
-            "--virtual-time-budget=2000", "--dump-dom", address,
-        ],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    return result.stdout, result.stderr
+@pytest.fixture(scope="module")
+def path(page, tmp_path_factory) -> Path:
+    written = tmp_path_factory.mktemp("page") / "report.html"
+    written.write_bytes(page)
+    return written
 
 
-def listed(dom: str) -> list[str]:
+def listed(browser: Browser) -> list[str]:
     """The ids of the responses in the list."""
-    return re.findall(r'<li data-id="([^"]*)"', dom)
-
-
-@pytest.fixture
-def opened(page, tmp_path) -> Path:
-    (tmp_path / "report.html").write_bytes(page)
-    return tmp_path / "report.html"
+    return browser.run("[...document.querySelectorAll('#list li')].map((item) => item.dataset.id)")
 
 
 @needs_browser
-def test_the_list_is_filled_and_evil_text_stays_text(opened):
-    dom, log = browse(opened)
-    assert len(listed(dom)) == 50
-    assert re.search(r"1 to 50 of 120\b", dom)
-    assert "<title>optimism: Traitline report</title>" in dom
-    assert html.escape(EVIL[0], quote=False) in dom
-    assert "\u241b[31mred" in dom
-    assert not COMPLAINTS.search(log), log
+def test_the_list_is_filled_and_evil_text_stays_text(browser, path):
+    browser.open(path)
+    assert len(listed(browser)) == 50
+    assert re.search(r"\b50\b.*\b120\b", browser.run("document.getElementById('count').textContent"))
+    assert browser.run("document.title") == "optimism: Traitline report"
+    texts = browser.run("[...document.querySelectorAll('#list .response-text')].map((text) => text.textContent)")
+    assert EVIL[0] in texts
+    assert any("\u241b[31mred" in text for text in texts)
+    assert browser.run("document.querySelectorAll('#list img, #list script').length") == 0
+    assert browser.complaints == []
 
 
 @needs_browser
-def test_the_browser_would_complain_of_a_foreign_script(page, tmp_path):
+def test_the_browser_would_complain_of_a_foreign_script(browser, page, tmp_path):
     """The negative control of the policy: a script, a style and a handler that got in are refused."""
     bad = b"<script>document.title = 'owned'</script><p style='color: red' onclick='x()'>x</p></body>"
     (tmp_path / "report.html").write_bytes(page.replace(b"</body>", bad))
-    dom, log = browse(tmp_path / "report.html")
-    assert "owned</title>" not in dom
-    assert COMPLAINTS.search(log)
+    browser.open(tmp_path / "report.html")
+    assert browser.run("document.title") != "owned"
+    assert any("Content Security Policy" in complaint for complaint in browser.complaints)
 
 
 @needs_browser
@@ -559,58 +550,40 @@ def test_the_browser_would_complain_of_a_foreign_script(page, tmp_path):
     ],
     ids=lambda value: urlencode(value) if isinstance(value, dict) else "",
 )
-def test_filters_work_from_the_address(opened, state, expected):
-    dom, _ = browse(opened, state)
-    assert listed(dom) == [row["id"] for row in make_rows(120, texts=EVIL) if expected(row)]
+def test_filters_work_from_the_address(browser, path, state, expected):
+    browser.open(path, f"#{urlencode(state)}")
+    assert listed(browser) == [row["id"] for row in make_rows(120, texts=EVIL) if expected(row)]
 
 
 @needs_browser
-def test_the_lowest_score_comes_first_and_no_score_last(opened):
-    dom, _ = browse(opened, {"sort": "low", "side": "neg"})
+def test_the_lowest_score_comes_first_and_no_score_last(browser, path):
+    browser.open(path, "#sort=low&side=neg")
     rows = [row for row in make_rows(120, texts=EVIL) if row["polarity"] == "neg"]
     scores = {row["id"]: row["scores"]["lexical"] for row in rows}
-    shown = [scores[name] for name in listed(dom)]
+    shown = [scores[name] for name in listed(browser)]
     known = [score for score in shown if score is not None]
     assert known == sorted(score for score in scores.values() if score is not None)
     assert shown[len(known) :] == [None] * (len(shown) - len(known))
 
 
-def widths_of(path: Path, width: int) -> tuple[int, int]:
-    """What a page of this width measures: its own width, and that of what it holds. Asked by a page around it."""
-    frame = path.with_name("frame.html")
-    frame.write_text(
-        f'<iframe id="f" src="{path.name}" width="{width}" height="800" style="border: 0"></iframe><script>'
-        "f.onload = () => { const d = f.contentDocument.documentElement; "
-        'document.title = d.clientWidth + " " + d.scrollWidth; }</script>'
-    )
-    result = subprocess.run(
-        [
-            str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            f"--user-data-dir={path.parent / 'profile'}", "--allow-file-access-from-files", "--hide-scrollbars",
-            "--virtual-time-budget=2000", "--dump-dom", frame.as_uri(),
-        ],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    found = re.search(r"<title>(\d+) (\d+)</title>", result.stdout)
-    assert found, result.stdout[:500]
-    return int(found[1]), int(found[2])
+def widths_of(browser: Browser, path: Path, width: int) -> list[int]:
+    """The width of a page in a window of this width, and the width of its content."""
+    browser.size(width, 800)
+    browser.open(path)
+    return browser.run("[document.documentElement.clientWidth, document.documentElement.scrollWidth]")
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_page_never_scrolls_sideways(tmp_path, width):
-    card = make_card(26)
+def test_a_page_never_scrolls_sideways(browser, tmp_path):
     rows = make_rows(60, texts=["unbroken" * 60])
     config = {**make_facts().config, "name": "a_name_that_is_as_long_as_a_name_of_an_experiment_may_ever_be_64"}
-    path = tmp_path / "report.html"
-    path.write_bytes(report_page(make_facts(card=card, rows=rows, config=config), pictures(card, make_steering())))
-    assert widths_of(path, width) == (width, width)
-    path.write_bytes(index_page("demo" * 16, [IndexEntry("calm" * 16, card, make_steering(), "calm/report.html")]))
-    assert widths_of(path, width) == (width, width)
-
-
-@needs_browser
-def test_a_page_that_is_too_wide_is_noticed(tmp_path):
-    path = tmp_path / "report.html"
-    path.write_text("<!DOCTYPE html><pre>" + "x" * 400)
-    assert widths_of(path, 390)[1] > 390
+    card = make_card(26)
+    drawn = pictures(card, make_steering())
+    report, index, too_wide = (tmp_path / name for name in ("report.html", "index.html", "wide.html"))
+    report.write_bytes(report_page(make_facts(card=card, rows=rows, config=config), drawn))
+    index.write_bytes(index_page("demo" * 16, [IndexEntry("calm" * 16, card, make_steering(), "calm/report.html")]))
+    too_wide.write_text("<!DOCTYPE html><pre>" + "x" * 400)
+    for width in (390, 1280):
+        assert widths_of(browser, report, width) == [width, width]
+        assert widths_of(browser, index, width) == [width, width]
+    assert widths_of(browser, too_wide, 390)[1] > 390  # the negative control

@@ -67,7 +67,18 @@ def script_data(data: ReportData) -> dict[str, Any]:
         "sides": SIDES,
         "questions": [visible(question) for question in questions],
         "prompts": [visible(prompt) for prompt in prompts],
-        "columns": ["id", "side", "why", "question", "prompt", "response", "finish", "score", "scores", "asked"],
+        "columns": [
+            "id",
+            "side",
+            "reason",
+            "question",
+            "prompt",
+            "response",
+            "finish",
+            "score",
+            "scores",
+            "instruction",
+        ],
         "rows": [
             [
                 visible(row["id"]),
