@@ -57,7 +57,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
 
 
 def sized(plan: RunPlan, n_examples: int, shard_size: int, queue_size: int) -> RunPlan:
-    settings = replace(plan.experiment, n_examples=n_examples, shard_size=shard_size, queue_size=queue_size)
+    settings = plan.experiment.with_(n_examples=n_examples, shard_size=shard_size, queue_size=queue_size)
     return replace(plan, experiment=settings)
 
 
