@@ -1,8 +1,8 @@
-"""A stand-in for a device's graphs, on any processor: records kernels as they are called, and replays them alone.
+"""A double of CUDA graphs for the CPU: records the kernels of a step as they are called, and replays them.
 
-As under CUDA's capture, nothing is asked of the host while it records: an operation that reads a value back, or whose
-output's size depends on values, raises RuntimeError. On replay no Python of the model runs, and every tensor is where
-it was, so whatever a step took from the host as a number is as stale as it would be on a GPU.
+As under CUDA's capture, an operation that reads a value back to the host, or whose output's size depends on values,
+raises RuntimeError while it records. On replay no Python of the model runs and every tensor keeps its address, so a
+number that a step took from the host is as stale as it would be on a GPU.
 """
 
 from __future__ import annotations
@@ -15,14 +15,23 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ASKS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
+HOST_READS = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+}
 
 
-Call = tuple[Any, tuple[Any, ...], dict[str, Any], Any]  # function, arguments, by name, what came of it
+Call = tuple[Any, tuple[Any, ...], dict[str, Any], Any]  # function, arguments, keyword arguments, result
 
 
 class Kernels(TorchDispatchMode):
-    """What was called, in order, with the tensors themselves."""
+    """Records calls in order, with their tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +41,7 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         by_mask = any(isinstance(part, Tensor) and part.dtype == torch.bool for part in _indices(name, args))
-        if name in ASKS or by_mask:
+        if name in HOST_READS or by_mask:
             raise RuntimeError(f"operation not permitted while recording: {name}")
         for given, declared in zip(args, func._schema.arguments, strict=False):
             if declared.alias_info is not None and declared.alias_info.is_write:
@@ -42,7 +51,7 @@ class Kernels(TorchDispatchMode):
         return found
 
     def undo(self) -> None:
-        """What was written comes back: recording does nothing."""
+        """Restore what was written, so that recording has no effect."""
         for tensor, was in reversed(self.before):
             tensor.copy_(was)
 
@@ -52,7 +61,7 @@ def _indices(name: str, args: tuple[Any, ...]) -> list[Any]:
 
 
 class Recorder:
-    """Records work; counts what it recorded and replayed."""
+    """Records steps and counts recordings and replays."""
 
     def __init__(self) -> None:
         self.n_recorded = self.n_replayed = 0

@@ -176,7 +176,6 @@ BAD_FIELDS = {
     "queue_size: 0": ("0 is out of range",),
     "threshold: 101": ("101 is out of range",),
     "seed: -1": ("-1 is out of range",),
-    "judge: lexcial": ("did you mean 'lexical'?",),
     "instruction_as: assistant": ("'assistant' is not known",),
     "traits: [a, A]": ("'A': given twice",),
     "traits: [true]": ("True is not text; quote it",),
@@ -483,7 +482,6 @@ def test_addresses_of_judges(url, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("judge", "gpt", "did you mean|known: "),
         ("judge_url", "ftp://host", "not an http or https address"),
         ("judge_url", "http://host:port", "not an http or https address"),
         ("judge_url", "https://", "not an http or https address"),

@@ -1,8 +1,9 @@
-"""Judges: laws of the lexical score, how a judge is chosen, and what is read in the answer of one that reads."""
+"""Judges: laws of the lexical score, the choice of a judge, rubrics, and the reading of a model judge's answer."""
 
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from hypothesis import strategies as st
 from extraction.config.traits import list_traits, load_trait
 from extraction.core.errors import ConfigError, TraitError
 from extraction.core.records import Markers, Trait
-from extraction.judging.registry import judge_lexical, judge_none, keep, lexical_score, resolve_judge
+from extraction.judging import registry
+from extraction.judging.base import MAX_CHARACTERS, Judgement, ModelJudge, Rating, RuleJudge, shows_side
+from extraction.judging.lexical import judge_lexical, lexical_score
+from extraction.judging.registry import JUDGE_NAMES, JUDGES, is_model_judge, resolve_judge, rule_judge
 from extraction.judging.rubric import expectation, fill, read_score, rubrics_of
 from extraction.pipeline.plan import make_plan
 from extraction.pipeline.score import make_scorer
+from extraction.pipeline.session import ModelSession, TraitContext
 from tests.runs import REPOSITORY, make_root
 
 MARKERS = Markers(positive=("perhaps", "not sure", r"re:\bmight\b"), negative=("certainly", "no doubt"))
@@ -78,13 +83,26 @@ def test_a_phrase_is_no_pattern() -> None:
 
 def test_an_invalid_pattern_names_the_trait_and_the_pattern() -> None:
     broken = Trait(name="broken", description="", markers=Markers(positive=("re:(",), negative=("no",)))
-    with pytest.raises(TraitError, match=r"broken.*re:\("):
-        judge_lexical("", "text", broken)
-    with pytest.raises(TraitError, match="broken"):
-        resolve_judge("lexical", broken)
+    for judge in (lambda: judge_lexical("", "text", broken), lambda: resolve_judge("lexical", broken)):
+        with pytest.raises(TraitError, match=r"broken.*re:\("):
+            judge()
 
 
-def test_lexical_without_markers_says_what_to_add() -> None:
+def test_markers_are_counted_in_the_first_characters_alone() -> None:
+    long = "perhaps ".ljust(MAX_CHARACTERS)
+    assert lexical_score(long + "certainly", MARKERS) == 100.0
+    assert lexical_score(long[:-10] + " certainly", MARKERS) == 50.0
+    assert fill("{question}|{answer}", "Why?", long + "certainly") == f"Why?|{long}"
+
+
+def test_a_pattern_whose_time_grows_with_the_square_of_the_text_ends() -> None:
+    markers = Markers(positive=(r"re:a\w*!",), negative=("no",))
+    started = time.monotonic()
+    assert lexical_score("a" * 10_000_000, markers) is None
+    assert time.monotonic() - started < 60
+
+
+def test_lexical_without_markers_names_the_file_to_add_them_to() -> None:
     with pytest.raises(TraitError, match=r"configs/traits/bare\.yaml"):
         resolve_judge("lexical", BARE)
 
@@ -96,35 +114,46 @@ def test_auto_is_lexical_where_there_are_markers() -> None:
 
 def test_a_judge_judges_the_answer_and_not_the_question() -> None:
     assert judge_lexical("Perhaps?", "Certainly.", TRAIT) == 0.0
-    assert judge_none("Perhaps?", "Certainly.", TRAIT) is None
+    assert rule_judge("none", TRAIT).score("Perhaps?", "Certainly.", TRAIT) is None
 
 
 def test_an_unknown_judge_is_an_error_with_the_nearest_known() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'lexical'"):
+    with pytest.raises(ConfigError, match=r"'lexicall'.*'lexical'"):
         resolve_judge("lexicall", TRAIT)
-    with pytest.raises(ConfigError, match="known: auto"):
+    with pytest.raises(ConfigError, match=rf"'zzz'.*{', '.join(sorted(JUDGE_NAMES))}"):
         resolve_judge("zzz", TRAIT)
 
 
+def test_an_unknown_judge_of_an_experiment_is_an_error_with_the_experiment(tmp_path: Path) -> None:
+    root = make_root(tmp_path)
+    with pytest.raises(ConfigError, match=r"demo.*'lexcial'.*'lexical'"):
+        make_plan("demo", "calm", root=str(root), options={"judge": "lexcial"})
+
+
+def test_a_model_judge_cannot_preview() -> None:
+    with pytest.raises(ConfigError, match="'local'"):
+        rule_judge("local", TRAIT)
+
+
 @given(st.floats(0, 100), st.floats(0, 100))
-def test_a_score_is_kept_on_exactly_one_side(score: float, threshold: float) -> None:
-    assert keep("pos", score, threshold) is not keep("neg", score, threshold)
+def test_a_score_is_on_exactly_one_side(score: float, threshold: float) -> None:
+    assert shows_side("pos", score, threshold) is not shows_side("neg", score, threshold)
 
 
 def test_the_threshold_itself_is_positive_and_a_missing_score_is_neither() -> None:
-    assert keep("pos", 50.0) is True
-    assert keep("neg", 50.0) is False
-    assert keep("pos", None) is None
-    assert keep("neg", None) is None
+    assert shows_side("pos", 50.0) is True
+    assert shows_side("neg", 50.0) is False
+    assert shows_side("pos", None) is None
+    assert shows_side("neg", None) is None
 
 
-# --- rubrics, and what is read in an answer -------------------------------------------------------------------------
+# --- rubrics and the reading of answers -----------------------------------------------------------------------------
 
 words = st.text(st.characters(exclude_categories=["N", "Cs"], exclude_characters="-\u2212.,"), max_size=30)
 
 
 @given(st.text())
-def test_whatever_a_judge_says_the_score_is_0_to_100_or_missing_with_a_reason(text: str) -> None:
+def test_any_answer_gives_a_score_from_0_to_100_or_a_reason(text: str) -> None:
     score, reason = read_score(text)
     assert (score is None) == (reason is not None)
     assert score is None or 0 <= score <= 100
@@ -132,9 +161,9 @@ def test_whatever_a_judge_says_the_score_is_0_to_100_or_missing_with_a_reason(te
 
 @given(words, st.integers(0, 100), words)
 def test_the_first_number_is_the_score(before: str, number: int, after: str) -> None:
-    said = f"{before} {number} {after}"
-    if "refusal" not in said.casefold() and "<think>" not in said:
-        assert read_score(said) == (float(number), None)
+    answer = f"{before} {number} {after}"
+    if "refusal" not in answer.casefold() and "<think>" not in answer:
+        assert read_score(answer) == (float(number), None)
 
 
 @given(words)
@@ -186,10 +215,10 @@ def test_a_placeholder_inside_a_question_is_no_placeholder() -> None:
 
 
 @pytest.mark.parametrize("rubric", ["Rate {question}", "Rate {answer}", "Rate it"])
-def test_a_rubric_that_would_score_blind_is_refused_by_name(rubric: str) -> None:
+def test_a_rubric_without_question_or_answer_is_refused_by_name(rubric: str) -> None:
     blind = Trait(name="blind", description="", rubric=rubric)
-    for judge in ("local", "openai"):
-        with pytest.raises(TraitError, match=r"trait blind: \{(question|answer)\} does not stand"):
+    for judge in filter(is_model_judge, JUDGES):
+        with pytest.raises(TraitError, match=r"blind.*\{(question|answer)\}"):
             resolve_judge(judge, blind)
     assert resolve_judge("none", blind) == "none"
 
@@ -218,10 +247,10 @@ def test_a_nan_is_no_score() -> None:
 
 
 class Silent:
-    """A listener that hears nothing."""
+    """A progress reporter that drops everything."""
 
     def note(self, text: str) -> None: ...
-    def begin(self, title: str, n_examples: int, n_done: int) -> None: ...
+    def begin(self, title: str, n_examples: int, n_done: int, *, seconds_left: object = None) -> None: ...
     def advance(self, n_examples: int, n_tokens: int) -> None: ...
     def end(self) -> None: ...
 
@@ -229,7 +258,42 @@ class Silent:
 def test_a_scorer_judges_pairs_in_their_order(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     job = make_plan("demo", "calm", root=str(root))
-    score = make_scorer(job, job.traits[0], Silent())
-    found = score([("Why?", "aaa"), ("Who?", "zzz"), ("What?", "az"), ("How?", "")])
-    assert [each.score for each in found] == [100.0, 0.0, 50.0, None]
+    score = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))
+    judgements = score([("Why?", "aaa"), ("Who?", "zzz"), ("What?", "az"), ("How?", "")])
+    assert [judgement.score for judgement in judgements] == [100.0, 0.0, 50.0, None]
     assert score([]) == []
+
+
+# --- a new judge takes an entry in the table ------------------------------------------------------------------------
+
+
+def test_a_rule_judge_of_the_table_scores_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(JUDGES, "length", RuleJudge(lambda question, response, trait: float(len(response))))
+    monkeypatch.setattr(registry, "JUDGE_NAMES", ("auto", *JUDGES))
+    job = make_plan("demo", "calm", root=str(make_root(tmp_path)), options={"judge": "length"})
+    judgements = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))([("Why?", "aaa"), ("Who?", "")])
+    assert [judgement.score for judgement in judgements] == [3.0, 0.0]
+
+
+def test_a_model_judge_of_the_table_rates_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rated: list[str] = []
+
+    def rate(context, texts, save) -> None:
+        rated.extend(texts.values())
+        save({key: Rating(float(len(text) % 101), how="length") for key, text in texts.items()})
+
+    monkeypatch.setitem(JUDGES, "length", ModelJudge("any name", rate))
+    monkeypatch.setattr(registry, "JUDGE_NAMES", ("auto", *JUDGES))
+    root = str(make_root(tmp_path))
+    with pytest.raises(ConfigError, match=r"--judge length.*--judge-model.*any name"):
+        make_plan("demo", "calm", root=root, options={"judge": "length"})
+    job = make_plan("demo", "calm", root=root, options={"judge": "length", "judge_model": "m"})
+    folder = job.folder(job.traits[0])
+    (folder.path / "judgements").mkdir(parents=True)
+    pairs = [("Why?", "aaa"), ("Why?", " "), ("Why?", "b" * (MAX_CHARACTERS + 1))]
+    first = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))(pairs)
+    assert len(rated) == 4  # two rubrics of two responses; an empty one is not rated
+    assert make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))(pairs) == first
+    assert len(rated) == 4
+    assert first[1] == Judgement(None, reason="empty")
+    assert [f"{MAX_CHARACTERS:,}" in judgement.how for judgement in first] == [False, False, True]

@@ -1,9 +1,11 @@
-"""The judge that runs here: its score is the mean that a hand-made softmax gives, in a batch as alone."""
+"""The local judge: its score equals the mean of a softmax computed by hand, in a batch as alone."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import shutil
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from extraction.config.experiments import resolve_model
 from extraction.core.errors import ModelError
-from extraction.judging.local import TOO_LONG, Spellings, encode, number_weights, rate, spell_numbers
-from extraction.judging.registry import Rating
+from extraction.judging.base import Rating
+from extraction.judging.local import TOO_LONG, encode_rubric, rate_texts
+from extraction.judging.number_probabilities import Spellings, number_probabilities, spell_numbers
 from extraction.judging.rubric import COHERENCE, NO_NUMBER, fill
 from extraction.model.loading import LanguageModel, read_tokenizer, wrap
 from tests.runs import contents, make_root, refused, succeed
@@ -44,7 +47,7 @@ def number_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def number_model() -> PreTrainedModel:
-    """It likes numbers: other tokens' logits are small, so that numbers weigh enough to be a score."""
+    """Return a model whose numbers are probable enough for a score: other tokens' logits are small."""
     sizes = {"vocab_size": NUMBER_VOCABULARY, "max_position_embeddings": 2048}
     model = tiny_model("llama", tie_word_embeddings=False, **sizes)
     numbers = set(number_tokenizer().convert_tokens_to_ids([str(number) for number in range(101)]))
@@ -64,7 +67,7 @@ def judge_of(kind: str) -> tuple[LanguageModel, Spellings]:
 
 def collected(lm: LanguageModel, texts: dict[str, str], **options: int) -> dict[str, Rating]:
     found: dict[str, Rating] = {}
-    rate(lm, "tiny", texts, found.update, **options)
+    rate_texts(lm, "tiny", texts, found.update, **options)
     return found
 
 
@@ -77,15 +80,16 @@ def next_of(lm: LanguageModel, ids: tuple[int, ...]) -> torch.Tensor:
 def by_hand(lm: LanguageModel, ids: tuple[int, ...], spellings: Spellings) -> list[float]:
     """P(n) of every number: the product of its tokens, times the chance that no further digit of a number follows."""
     found = [0.0] * 101
+    next_after = functools.cache(lambda path: next_of(lm, (*ids, *path)))
     for path, number in spellings.numbers.items():
         chance = 1.0
         for i, token in enumerate(path):
-            chance *= float(next_of(lm, (*ids, *path[:i]))[token])
+            chance *= float(next_after(path[:i])[token])
         longer = {
             other[len(path)] for other in spellings.numbers if len(other) > len(path) and other[: len(path)] == path
         }
         if longer:
-            chance *= 1 - float(next_of(lm, (*ids, *path))[sorted(longer)].sum())
+            chance *= 1 - float(next_after(path)[sorted(longer)].sum())
         found[number] += chance
     return found
 
@@ -93,9 +97,9 @@ def by_hand(lm: LanguageModel, ids: tuple[int, ...], spellings: Spellings) -> li
 @pytest.mark.parametrize("kind", ["single", "digits"])
 def test_the_weights_are_those_of_a_softmax_by_hand(kind):
     lm, spellings = judge_of(kind)
-    assert spellings.how == {"single": "number tokens", "digits": "numbers of several tokens"}[kind]
-    ids = encode(lm, "Rate 1 of 2.")
-    got = number_weights(lm, [ids], spellings)[0].double()
+    assert spellings.description == {"single": "number tokens", "digits": "numbers of several tokens"}[kind]
+    ids = encode_rubric(lm, "Rate 1 of 2.")
+    got = number_probabilities(lm, [ids], spellings)[0].double()
     wanted = torch.tensor(by_hand(lm, ids, spellings)).double()
     assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-9)
     assert wanted.std() > 1e-4
@@ -106,7 +110,7 @@ def test_the_score_is_the_mean_over_the_101_number_tokens():
     lm, _ = judge_of("single")
     rating = collected(lm, {"a": "Rate it."})["a"]
     numbers = torch.tensor([lm.tokenizer.convert_tokens_to_ids(str(n)) for n in range(101)])
-    logits = lm.model(input_ids=torch.tensor([encode(lm, "Rate it.")])).logits[0, -1, numbers]
+    logits = lm.model(input_ids=torch.tensor([encode_rubric(lm, "Rate it.")])).logits[0, -1, numbers]
     mean = float((logits.double().softmax(-1) * torch.arange(101)).sum())
     assert rating.score == pytest.approx(mean, rel=1e-4)
     assert rating.how == "number tokens"
@@ -116,7 +120,7 @@ def test_the_score_is_the_mean_over_the_101_number_tokens():
 def test_numbers_that_weigh_little_are_no_score():
     lm, spellings = judge_of("digits")  # a random model: its numbers weigh as little as anything else
     rating = collected(lm, {"a": "Rate it."})["a"]
-    weight = float(number_weights(lm, [encode(lm, "Rate it.")], spellings).sum())
+    weight = float(number_probabilities(lm, [encode_rubric(lm, "Rate it.")], spellings).sum())
     assert 0 < weight < 0.25
     assert (rating.score, rating.reason) == (None, NO_NUMBER)
 
@@ -126,11 +130,11 @@ def test_in_a_batch_as_alone(name):
     lm = wrap(tiny_model(name), tiny_tokenizer())
     spellings = spell_numbers(lm.tokenizer, name)
     asked = prompts(6)
-    together = number_weights(lm, asked, spellings)
-    alone = torch.cat([number_weights(lm, [ids], spellings) for ids in asked])
+    together = number_probabilities(lm, asked, spellings)
+    alone = torch.cat([number_probabilities(lm, [ids], spellings) for ids in asked])
     assert torch.allclose(together, alone, rtol=1e-3, atol=1e-8)
     short = asked[1]
-    seen_pads = number_weights(lm, [(lm.pad_id,) * 8 + tuple(short)], spellings)
+    seen_pads = number_probabilities(lm, [(lm.pad_id,) * 8 + tuple(short)], spellings)
     assert not torch.allclose(seen_pads, alone[1:2], rtol=1e-2)
 
 
@@ -145,7 +149,7 @@ def test_the_batch_size_and_the_order_change_nothing():
     assert len({round(rating.score, 3) for rating in base.values()}) > 1
 
 
-def test_a_text_that_the_judge_has_no_room_for_is_missing():
+def test_a_text_longer_than_the_judges_positions_is_missing():
     lm = wrap(tiny_model("llama"), tiny_tokenizer())
     found = collected(lm, {"short": "Rate.", "long": "Rate. " * 40})
     assert (found["long"].score, found["long"].reason) == (None, TOO_LONG)
@@ -155,12 +159,12 @@ def test_a_text_that_the_judge_has_no_room_for_is_missing():
 def test_a_judge_without_a_chat_template_gets_a_cue():
     lm, _ = judge_of("single")
     lm.tokenizer.chat_template = None
-    assert lm.tokenizer.decode(list(encode(lm, "Rate it.\n"))) == "Rate it.\n\nScore:"
+    assert lm.tokenizer.decode(list(encode_rubric(lm, "Rate it.\n"))) == "Rate it.\n\nScore:"
 
 
 def test_a_rubric_can_hold_what_looks_like_a_control_token():
     lm, _ = judge_of("single")
-    harmless, hostile = (encode(lm, f"Rate {text} now") for text in ("x", "<|end|>"))
+    harmless, hostile = (encode_rubric(lm, f"Rate {text} now") for text in ("x", "<|end|>"))
     assert lm.tokenizer.convert_tokens_to_ids("<|end|>") in harmless  # the template's own
     ends = [ids.count(lm.tokenizer.convert_tokens_to_ids("<|end|>")) for ids in (harmless, hostile)]
     assert ends[0] == ends[1]
@@ -192,7 +196,7 @@ def test_a_tokenizer_without_digits_is_refused():
     from tokenizers import Tokenizer, models
 
     inner = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "5": 2}, unk_token="<unk>"))
-    with pytest.raises(ModelError, match="can't write 100 of the numbers"):
+    with pytest.raises(ModelError, match="100 of the numbers"):
         spell_numbers(PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>"), "x")
 
 
@@ -211,7 +215,7 @@ def test_memory_that_runs_out_halves_the_batch():
         found = collected(lm, TEXTS, batch_size=5)
     assert max(sizes) == 5
     assert all(found[key].score == pytest.approx(wanted[key].score, abs=1e-3) for key in TEXTS)
-    with _room_for(0, sizes), pytest.raises(ModelError, match="one answer at a time"):
+    with _room_for(0, sizes), pytest.raises(ModelError, match="out of memory"):
         collected(lm, TEXTS)
 
 
@@ -241,15 +245,22 @@ def save_judge(root: Path, name: str, model: PreTrainedModel) -> None:
     (root / "configs/models" / f"{name}.yaml").write_text(f"path: {name}\n")
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A root with two judges: one that looks at what it reads, one that says 50 to everything."""
-    make_root(tmp_path)
-    save_judge(tmp_path, "eager", number_model())
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with responses and two judges: one whose scores depend on the text, one that gives 50 to everything."""
+    root = make_root(tmp_path_factory.mktemp("generated"))
+    save_judge(root, "eager", number_model())
     dull = number_model()
     dull.model.norm.weight.data.zero_()
-    save_judge(tmp_path, "dull", dull)
-    return tmp_path
+    save_judge(root, "dull", dull)
+    succeed("batched", "--root", root, "--experiment", "demo")
+    return root
+
+
+@pytest.fixture
+def root(generated: Path, tmp_path: Path) -> Path:
+    """A copy of that root."""
+    return Path(shutil.copytree(generated, tmp_path / "root"))
 
 
 def rows_of(root: Path) -> list[dict]:
@@ -263,7 +274,7 @@ LOCAL = ("--experiment", "demo", "--judge", "local", "--judge-model")
 def test_a_run_is_judged_once_and_kept_in_the_log(root):
     options = ("--root", root, *LOCAL, "eager", "--coherence-threshold", "0")
     first = succeed("batched", *options)
-    assert "loading eager, which judges" in first.stderr
+    assert "loading the judge eager" in first.stderr
     rows = rows_of(root)
     scores = [row["scores"]["local"] for row in rows if row["token_ids"]]
     assert max(scores) - min(scores) > 5
@@ -273,25 +284,26 @@ def test_a_run_is_judged_once_and_kept_in_the_log(root):
     for side in ("pos", "neg"):
         (root / f"experiments/demo/calm/responses/{side}.jsonl").unlink()
     second = succeed("batched", *options)
-    assert "which judges" not in second.stderr
+    assert "loading the judge" not in second.stderr
     assert contents(root / "experiments/demo/calm") == before
-    assert "(local judge eager, threshold 50, coherence" in first.stdout
+    assert "local judge eager" in first.stdout
     middle = str(statistics.median(scores))
     assert "mean_diff" in succeed("vectors", *options, "--method", "mean_diff", "--threshold", middle).stdout
 
 
-def test_a_judge_that_says_the_same_to_everything_is_caught(root):
+def test_a_judge_with_the_same_score_for_everything_is_refused(root):
     shown = succeed("batched", "--root", root, *LOCAL, "dull").stdout
-    assert "not usable" in shown
+    assert "(50)" in shown
     line = refused("vectors", "--root", root, *LOCAL, "dull")
     assert "local judge dull" in line
-    assert "the same score (50)" in line
+    assert "(50)" in line
     assert not list((root / "experiments/demo/calm/vectors").glob("*.safetensors"))
     assert "mean_diff" in succeed("vectors", "--root", root, "--experiment", "demo", "--judge", "lexical").stdout
 
 
 def test_an_unknown_or_unable_judge_is_refused_before_anything_is_made(root):
-    assert "did you mean 'eager'?" in refused("extract", "--root", root, *LOCAL, "eagr")
+    shutil.rmtree(root / "experiments")
+    assert "'eager'" in refused("extract", "--root", root, *LOCAL, "eagr")
     assert "--judge-model" in refused("extract", "--root", root, "--experiment", "demo", "--judge", "local")
     save_judge(root, "mute", tiny_model("llama"))
     from tokenizers import Tokenizer, models
@@ -299,7 +311,7 @@ def test_an_unknown_or_unable_judge_is_refused_before_anything_is_made(root):
     inner = Tokenizer(models.WordLevel({"<unk>": 0, "Words": 1}, unk_token="<unk>"))
     inner.pre_tokenizer = __import__("tokenizers").pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(root / "mute")
-    assert "can't write 101 of the numbers" in refused("extract", "--root", root, *LOCAL, "mute")
+    assert "101 of the numbers" in refused("extract", "--root", root, *LOCAL, "mute")
     assert not (root / "experiments").exists()
 
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from extraction.config.experiments import ModelSpec
 from extraction.core.errors import ModelError
 from extraction.engine.generate import generate
+from extraction.model.kv_cache import LAYER_CLASSES, CacheWindow, SlotKVLayer, make_cache
 from extraction.model.loading import LanguageModel, find_layers, load, wrap
 from extraction.utils_batch import Capture, Request
 from tests.runs import environment, saved_model
@@ -84,6 +85,25 @@ def test_ambiguous_or_missing_layer_lists_are_refused() -> None:
     with pytest.raises(ModelError, match=r"0 .* 7 ") as caught:
         wrap(model)
     assert "LlamaForCausalLM" in one_line(caught.value)
+
+
+def test_the_cache_has_a_layer_of_each_kind_and_a_kind_outside_the_table_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class SlidingLayer(SlotKVLayer):
+        pass
+
+    model = shared_model("gemma2")
+    window = CacheWindow(slots=2, columns=4)
+    monkeypatch.setitem(LAYER_CLASSES, "sliding_attention", SlidingLayer)
+    kinds = [type(layer) for layer in make_cache(model, window).slot_layers]
+    sliding = [kind == "sliding_attention" for kind in model.config.layer_types]
+    assert [kind is SlidingLayer for kind in kinds] == sliding
+    assert {True, False} == set(sliding)
+    wrap(model)
+    monkeypatch.delitem(LAYER_CLASSES, "sliding_attention")
+    with pytest.raises(ModelError, match="Gemma2ForCausalLM"):
+        wrap(model)
 
 
 # --- stop, pad and vocabulary -----------------------------------------------------------------------------------------

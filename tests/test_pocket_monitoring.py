@@ -1,4 +1,4 @@
-"""On the bundled model: a trait's vector separates hedging from certain responses token by token; placebos do not."""
+"""A trait's vector separates hedging tokens from certain ones on the bundled model, and placebo vectors do not."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from benchmarks.separation import SIDES, separation, units
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def result() -> dict[str, Any]:
     return separation(100, 60, lambda _: None)
 
 
-def test_the_prompt_files_have_answers_of_both_sides(found: dict[str, Any]) -> None:
-    assert all(found["answers"][side] >= 4 for side in SIDES)
-    assert all(found["tokens"][side] >= 150 for side in SIDES)
+def test_the_prompt_files_have_answers_of_both_sides(result: dict[str, Any]) -> None:
+    assert all(result["answers"][side] >= 4 for side in SIDES)
+    assert all(result["tokens"][side] >= 150 for side in SIDES)
 
 
-def test_the_trait_tells_tokens_apart_at_every_layer_and_beats_the_placebos(found: dict[str, Any]) -> None:
-    for layer in found["layers"]:
+def test_the_trait_vector_separates_tokens_at_every_layer_better_than_placebos(result: dict[str, Any]) -> None:
+    for layer in result["layers"]:
         assert layer["of_tokens"]["trait"] > 0.62
         assert layer["of_tokens"]["beaten"] >= 0.95
         assert layer["of_answers"]["trait"] > 0.85
 
 
-def test_a_placebo_tells_nothing_apart(found: dict[str, Any]) -> None:
-    for layer in found["layers"]:
+def test_placebos_separate_nothing(result: dict[str, Any]) -> None:
+    for layer in result["layers"]:
         assert 0.42 < layer["of_tokens"]["median"] < 0.58
         assert layer["of_tokens"]["low"] < 0.45
         assert 0.3 < layer["of_answers"]["median"] < 0.7
 
 
-def test_halves_of_both_sides_are_no_trait() -> None:
-    """Control of the control: the vector of rows with a planted trait points along it, its placebos do not."""
+def test_placebo_vectors_do_not_point_along_a_planted_trait() -> None:
+    """Negative control of the placebos: they do not point along a planted trait, its own vector does."""
     generator = torch.Generator().manual_seed(0)
     rows_NLD = torch.randn(60, 2, 16, generator=generator)
     planted_LD = torch.nn.functional.normalize(torch.randn(2, 16, generator=generator), dim=-1)

@@ -17,6 +17,7 @@ from extraction import __version__
 from extraction.cli.terminal import Command, Group
 from extraction.core.cpus import usable_cores
 from extraction.core.text import one_line
+from extraction.judging.registry import JUDGE_NAMES
 
 if TYPE_CHECKING:
     from extraction.pipeline.evaluate import EvalOptions
@@ -51,7 +52,7 @@ INPUTS: tuple[Decorator, ...] = (
     click.option("--root", metavar="DIR", help="Where configs/ and experiments/ are; default: here, or the checkout."),
 )
 JUDGE: tuple[Decorator, ...] = (
-    click.option("--judge", metavar="NAME", help="auto, lexical, none, local or openai."),
+    click.option("--judge", metavar="NAME", help=f"One of: {', '.join(JUDGE_NAMES)}."),
     click.option(
         "--judge-model", metavar="NAME", help="Who judges: as --model for local; the server's name for openai."
     ),
@@ -118,7 +119,11 @@ THREADS: tuple[Decorator, ...] = (
 )
 RUN: tuple[Decorator, ...] = (
     click.option(
-        "--slice", "slice_text", metavar="K/N", default="1/1", help="Do every N-th queue, from the K-th: for clusters."
+        "--slice",
+        "slice_text",
+        metavar="K/N",
+        default="1/1",
+        help="Do every N-th run group, from the K-th: for clusters.",
     ),
     *THREADS,
     click.option("--dry-run", is_flag=True, help="Print the plan and the forecast, and stop."),
@@ -132,7 +137,7 @@ VECTORS: tuple[Decorator, ...] = (
         "--method",
         "methods",
         metavar="A,B",
-        help="mean_diff, probe, pca, ica, gradient, random; default: all but random.",
+        help="Methods, such as mean_diff,probe: those in docs/guide.md; default: all but the control, random.",
     ),
     click.option("--site", metavar="SITE", help="Which site's activations; default: the first captured."),
     click.option("--pooling", metavar="POOLING", help="Which pooling; default: the first captured."),

@@ -30,7 +30,6 @@ from extraction.core.text import show, show_path, suggest
 
 PACKAGE = Path(__file__).resolve().parent.parent
 QUANTIZED = ("8bit", "4bit")
-JUDGE_NAMES = ("auto", "lexical", "none", "local", "openai")
 
 _DEVICE = re.compile("|".join((r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?", *DEVICE_STRATEGIES)))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -349,7 +348,7 @@ _EXPERIMENT: dict[str, Rule] = {
     "seed": whole(0),
     "generation": section(_GENERATION),
     "capture": section(_CAPTURE),
-    "judge": choice(*JUDGE_NAMES),
+    "judge": text,  # one of judging.registry.JUDGE_NAMES, which check_judge compares
     "judge_model": _optional(text),
     "judge_url": _optional(_address),
     "judge_concurrency": whole(1, 1000),

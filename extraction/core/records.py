@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 POLARITIES = ("pos", "neg")
+LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer"
 POINTS = ("residual_in", "after_attention", "residual_out")  # of a block, in this order everywhere
 STREAM = ("residual_in", "residual_mid", "residual_out")  # the stream itself there, as the parts of a layer name it
 SITES = ("residual", "attention", "mlp", "residual_mid")  # of a block, where activations can be captured

@@ -1,4 +1,4 @@
-"""Which responses count towards a vector, and why the others don't."""
+"""Filtering by judge scores: the responses that count towards a vector, and why the others do not."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from extraction.core.records import POLARITIES
-from extraction.judging.registry import EMPTY, FAILED, READERS, THRESHOLD, keep
+from extraction.judging.base import EMPTY, FAILED, THRESHOLD, shows_side
+from extraction.judging.registry import is_model_judge
 from extraction.judging.rubric import REFUSED
 
 Row = Mapping[str, Any]
 
-COHERENCE = "_coherence"  # behind a judge's name: its other score
-# why a response is dropped, in the order of reports: the key of the counts, and the words
+COHERENCE = "_coherence"  # behind a model judge's name: its other score
+# why a response is dropped, in the order of reports: the key of the counts, and its text
 REASONS = {
     "wrong_side": "on the wrong side",
     "incoherent": "incoherent",
     "unscored": "without a score",
     "refused": "refused by the judge",
-    "failed": "that the judge could not be asked about",
+    "failed": "with a failed judge call",
     "empty": "empty",
 }
-FEW = 10  # scores, below which nothing is said of their spread
-SAME, NEARLY_ALL = 1.0, 0.95  # so many scores this near to their median are no spread
+MIN_SCORES = 10  # with fewer, their spread is not checked
+SAME, NEARLY_ALL = 1.0, 0.95  # this share of scores within this distance of the median is no spread
 
 
 @dataclass(frozen=True)
 class KeptResponses:
-    """Ids that count, by polarity and in order; the question of every id; how many were dropped for which reason.
+    """Ids of the responses that count, by polarity and in order; the question of every id; dropped ones by reason.
 
-    `coherence_threshold` is None where the judge rates no coherence; `scores` are all that were given.
+    `coherence_threshold` is None for a judge without coherence scores; `scores` are those of all responses.
     """
 
     judge: str
@@ -44,20 +45,20 @@ class KeptResponses:
     coherence_threshold: float | None = None
     model: str | None = None
     scores: tuple[float, ...] = ()
-    why_missing: Mapping[str, int] = field(default_factory=dict)  # in the judge's own words
+    why_missing: Mapping[str, int] = field(default_factory=dict)  # the judge's commonest reasons for no score
 
     @property
     def n_kept(self) -> int:
-        """How many count, both sides together."""
+        """Number of responses that count, of both sides together."""
         return sum(len(ids) for ids in self.ids.values())
 
     @property
     def name(self) -> str:
-        """The judge, with its model where it has one."""
+        """The judge, with its model if it has one."""
         return f"{self.judge} judge" + (f" {self.model}" if self.model else "")
 
     def facts(self) -> dict[str, Any]:
-        """The counts, JSON-ready."""
+        """Return the counts, JSON-ready."""
         return {
             "judge": self.judge,
             "judge_model": self.model,
@@ -70,19 +71,19 @@ class KeptResponses:
         }
 
     def reasons(self) -> str:
-        """What was dropped and why, in words; empty where nothing was."""
+        """Return the dropped responses' counts and reasons as text; empty if none was dropped."""
         return ", ".join(f"{self.dropped[key]} {words}" for key, words in REASONS.items() if self.dropped.get(key))
 
     @property
     def problem(self) -> str | None:
-        """Why this judge can't be relied on here; None where nothing speaks against it, or it only counts words."""
-        if self.judge not in READERS:
+        """Why a model judge's scores can't be used; None if they can."""
+        if not is_model_judge(self.judge):
             return None
         if self.total and not self.scores:
-            said = ", ".join(f"{count} times {reason!r}" for reason, count in self.why_missing.items())
-            return f"the {self.name} gave no score to any of {self.total} responses ({said or 'all are empty'})"
-        if len(self.scores) >= FEW and (middle := _same_score(self.scores)) is not None:
-            return f"the {self.name} gives nearly every response the same score ({middle:.4g}), so it doesn't judge"
+            why = ", ".join(f"{count} times {reason!r}" for reason, count in self.why_missing.items())
+            return f"the {self.name} gave no score to any of {self.total} responses ({why or 'all are empty'})"
+        if len(self.scores) >= MIN_SCORES and (median := _common_score(self.scores)) is not None:
+            return f"the {self.name} gives nearly every response the same score ({median:.4g}), so it doesn't judge"
         for polarity, ids in self.ids.items():
             if not ids:
                 side = {"pos": "positive", "neg": "negative"}[polarity]
@@ -90,11 +91,11 @@ class KeptResponses:
         return None
 
 
-def _same_score(scores: tuple[float, ...]) -> float | None:
-    """The median, where nearly all scores are; None where they have a spread."""
-    middle = statistics.median(scores)
-    near = sum(abs(score - middle) <= SAME for score in scores)
-    return middle if near >= NEARLY_ALL * len(scores) else None
+def _common_score(scores: tuple[float, ...]) -> float | None:
+    """Return the median if nearly all scores are near it; None if they have a spread."""
+    median = statistics.median(scores)
+    near = sum(abs(score - median) <= SAME for score in scores)
+    return median if near >= NEARLY_ALL * len(scores) else None
 
 
 def filter_responses(
@@ -105,10 +106,10 @@ def filter_responses(
     coherence_threshold: float = THRESHOLD,
     model: str | None = None,
 ) -> KeptResponses:
-    """Apply a judge's scores: positive at or above the threshold, negative below. Rows are read once.
+    """Keep the responses whose scores are on their own side: positive at or above the threshold, negative below it.
 
-    A judge that reads must find a response coherent, too. An empty response and a missing score are dropped and
-    counted; neither is a score of 0. Judge `none` keeps the rest.
+    A model judge must find them coherent as well. Empty responses and missing scores are dropped and counted, never
+    taken for 0. Judge `none` keeps all that are not empty. Rows are read once.
     """
     ids: dict[str, list[str]] = {polarity: [] for polarity in POLARITIES}
     questions: dict[str, str] = {}
@@ -118,9 +119,11 @@ def filter_responses(
     for polarity in POLARITIES:
         for row in rows_by_polarity[polarity]:
             questions[row["id"]] = row["question"]
-            scores += [score for score in (row["scores"].get(judge),) if score is not None]
-            if row["scores"].get(judge) is None:
-                why_missing[_why_missing(row)] += 1
+            score = row["scores"].get(judge)
+            if score is None:
+                why_missing[_reason_of(row)] += 1
+            else:
+                scores.append(score)
             reason = _reason_to_drop(row, polarity, judge, threshold, coherence_threshold)
             if reason is None:
                 ids[polarity].append(row["id"])
@@ -133,7 +136,7 @@ def filter_responses(
         questions=questions,
         total=len(questions),
         dropped=dict(dropped),
-        coherence_threshold=coherence_threshold if judge in READERS else None,
+        coherence_threshold=coherence_threshold if is_model_judge(judge) else None,
         model=model,
         scores=tuple(scores),
         why_missing=dict(why_missing.most_common(3)),
@@ -141,27 +144,29 @@ def filter_responses(
 
 
 def _reason_to_drop(row: Row, polarity: str, judge: str, threshold: float, coherence_threshold: float) -> str | None:
-    """A key of REASONS; None for a response that counts."""
+    """Return a key of REASONS; None for a response that counts."""
     if not row["token_ids"]:
         return "empty"
     if judge == "none":
         return None
-    verdict = keep(polarity, row["scores"].get(judge), threshold)
-    if verdict is not True:
-        return _missing(row) if verdict is None else "wrong_side"
-    if judge not in READERS:
+    on_own_side = shows_side(polarity, row["scores"].get(judge), threshold)
+    if on_own_side is not True:
+        return _missing_key(row) if on_own_side is None else "wrong_side"
+    if not is_model_judge(judge):
         return None
     coherence = row["scores"].get(judge + COHERENCE)
     if coherence is None:
-        return _missing(row)
+        return _missing_key(row)
     return None if coherence >= coherence_threshold else "incoherent"
 
 
-def _why_missing(row: Row) -> str:
+def _reason_of(row: Row) -> str:
+    """Return the judge's reason for a missing score."""
     return str(row.get("judged", {}).get("reason") or "no score")
 
 
-def _missing(row: Row) -> str:
-    reason = _why_missing(row)
+def _missing_key(row: Row) -> str:
+    """Return the key of REASONS for a missing score."""
+    reason = _reason_of(row)
     known = {REFUSED: "refused", EMPTY: "empty"}
     return "failed" if reason.startswith(FAILED) else known.get(reason, "unscored")

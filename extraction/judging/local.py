@@ -1,187 +1,84 @@
-"""A judge that runs here: any causal model, asked for a number from 0 to 100.
+"""The local judge: any causal model of this machine, which answers a rubric with a number from 0 to 100.
 
-Its score is not the number that it would write, but the mean of all that it could: the sum of n * P(n) over the sum of
-P(n), where P(n) is the probability that its answer starts with the number n. Where every number is one token, that is
-the softmax over those tokens; where a number is written in several (digit by digit, as most tokenizers do it), the
-probabilities of its tokens are multiplied, and "8" counts only where no further digit follows.
-
-Shapes: B rows, P prompt columns, S columns, V vocabulary, N the 101 numbers.
+Its score is the mean over all numbers that it could write, the sum of n * P(n) over the sum of P(n), as
+`number_probabilities` reads them off its logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from extraction.config.experiments import ModelSpec
-from extraction.core.errors import ModelError
+from extraction.config.experiments import Experiment, ModelSpec, resolve_model
+from extraction.core.errors import ConfigError, ModelError
 from extraction.core.records import Example
-from extraction.engine.sequence import left_pad
-from extraction.judging.registry import Keep, Rating
+from extraction.judging.base import ModelJudge, Rating, RatingContext, SaveRatings
 from extraction.judging.rubric import NO_NUMBER, expectation
-from extraction.model.chat_template import encode_example
-from extraction.model.devices import empty_cache
-from extraction.model.kv_cache import CacheWindow, make_cache
-from extraction.model.loading import LanguageModel, load, read_tokenizer
-from extraction.model.memory import is_out_of_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
 
-NUMBERS = range(101)
+    from extraction.model.loading import LanguageModel
+
 BATCH_SIZE = 16
 TOO_LONG = "too long for the judge"
-CUE = "\n\nScore:"  # behind a rubric that no chat template closes
+CUE = "\n\nScore:"  # behind a rubric without a chat template
 
-TokenIds = tuple[int, ...]
-
-
-# --- how a tokenizer writes numbers ---------------------------------------------------------------------------------
+_loaded: dict[ModelSpec, LanguageModel] = {}  # the last judge, kept for the next trait
 
 
-@dataclass(frozen=True)
-class Spellings:
-    """The numbers 0 to 100 by the token ids that write them: one token each, or paths of a tree of tokens."""
-
-    numbers: Mapping[TokenIds, int]
-
-    @cached_property
-    def after(self) -> Mapping[TokenIds, tuple[int, ...]]:
-        """The tokens that can follow each beginning of a number."""
-        found: dict[TokenIds, list[int]] = {}
-        for path in self.numbers:
-            for n in range(len(path)):
-                tokens = found.setdefault(path[:n], [])
-                tokens.extend({path[n]} - set(tokens))
-        return {prefix: tuple(tokens) for prefix, tokens in found.items()}
-
-    @property
-    def longest(self) -> int:
-        """The tokens of the longest number."""
-        return max(map(len, self.numbers))
-
-    @property
-    def how(self) -> str:
-        """What the score is the mean of, in words."""
-        return "number tokens" if self.longest == 1 else "numbers of several tokens"
+def _spec(settings: Experiment, root: Path, device: str = "auto") -> ModelSpec:
+    """Return the judge's model. Raises ConfigError for an unknown name."""
+    try:
+        return resolve_model(settings.judge_model or "", root, {"device": None if device == "auto" else device})
+    except ConfigError as failure:
+        raise ConfigError(f"--judge-model: {failure}") from failure
 
 
-def spell_numbers(tokenizer: PreTrainedTokenizerBase, name: str) -> Spellings:
-    """Every number at the start of a text, behind a space and behind a line's end; single tokens where each has one.
-
-    Raises ModelError for a tokenizer that can't write all of them: its model can't judge.
-    """
-    found: dict[TokenIds, int] = {}
-    for number in NUMBERS:
-        for ids in _ways(tokenizer, str(number)):
-            if str(tokenizer.decode(list(ids))).strip() == str(number):
-                found.setdefault(ids, number)
-    absent = sorted(set(NUMBERS) - set(found.values()))
-    if absent:
-        raise ModelError(
-            f"--judge-model {name}: its tokenizer can't write {len(absent)} of the numbers from 0 to 100 "
-            f"({absent[0]} among them), so it can't judge; take another model"
-        )
-    single: dict[TokenIds, int] = {path: number for path, number in found.items() if len(path) == 1}
-    return Spellings(single if set(single.values()) == set(NUMBERS) else found)
+def _model_name(settings: Experiment, root: Path) -> str:
+    """Return the model's short name; of a folder, its last part."""
+    return _spec(settings, root).name
 
 
-def _ways(tokenizer: PreTrainedTokenizerBase, number: str) -> Iterator[TokenIds]:
-    def ids(text: str) -> TokenIds:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _check_numbers(settings: Experiment, root: Path) -> None:
+    """Raise ModelError if the model's tokenizer can't write all numbers."""
+    from extraction.judging.number_probabilities import spell_numbers
+    from extraction.model.loading import read_tokenizer
 
-    yield ids(number)
-    yield ids(f" {number}")
-    line_end, behind_it = ids("\n"), ids(f"\n{number}")  # tokenizers that mark a text's start write it otherwise here
-    if behind_it[: len(line_end)] == line_end:
-        yield behind_it[len(line_end) :]
-
-
-# --- probabilities --------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def number_weights(lm: LanguageModel, prompts: Sequence[Sequence[int]], spellings: Spellings) -> Tensor:
-    """The probability of every number as each prompt's answer: [B, N], float32.
-
-    One pass over the left-padded prompts; then one token at a time down the tree of spellings, each branch in the
-    columns of the one before.
-    """
-    reading = _Reading(lm, prompts, spellings)
-    weights_BN = torch.zeros(len(prompts), len(NUMBERS), device=lm.device)
-
-    def walk(prefix: TokenIds, log_p_B: Tensor, next_BV: Tensor) -> None:
-        """Down the tree from a prefix, which is said with probability exp(log_p)."""
-        tokens = spellings.after[prefix]
-        if prefix in spellings.numbers:  # it ends here where none of them follows
-            goes_on_B = next_BV[:, list(tokens)].exp().sum(1)
-            weights_BN[:, spellings.numbers[prefix]] += log_p_B.exp() * (1 - goes_on_B).clamp_(min=0)
-        for token in tokens:
-            path, log_path_B = (*prefix, token), log_p_B + next_BV[:, token]
-            if path in spellings.after:
-                walk(path, log_path_B, reading.step(path))
-            else:
-                weights_BN[:, spellings.numbers[path]] += log_path_B.exp()
-
-    walk((), torch.zeros(len(prompts), device=lm.device), reading.prompts())
-    return weights_BN
-
-
-class _Reading:
-    """A batch of prompts in a cache, and what follows them."""
-
-    def __init__(self, lm: LanguageModel, prompts: Sequence[Sequence[int]], spellings: Spellings) -> None:
-        self.lm = lm
-        self.ids_BP, self.mask_BP = left_pad(prompts, lm.pad_id, lm.device)
-        self.length_B1 = self.mask_BP.sum(1, keepdim=True)
-        self.width = self.ids_BP.shape[1]
-        self.cache = make_cache(lm.model, CacheWindow(len(prompts), self.width + spellings.longest))
-
-    def prompts(self) -> Tensor:
-        """Log-probabilities of the token after each prompt: [B, V]."""
-        rows_B = torch.arange(len(self.ids_BP), device=self.lm.device)
-        with self.cache.window.prefilling(rows_B, self.width):
-            return self._forward(self.ids_BP, self.mask_BP, (self.mask_BP.cumsum(1) - 1).clamp_(min=0))
-
-    def step(self, path: TokenIds) -> Tensor:
-        """Log-probabilities of the token after prompt and path, of which all but the last token were read before."""
-        self.cache.window.cursor = self.width + len(path) - 1
-        token_B1 = torch.full_like(self.length_B1, path[-1])
-        mask_BS = torch.cat([self.mask_BP, self.mask_BP.new_ones(len(self.mask_BP), len(path))], dim=1)
-        return self._forward(token_B1, mask_BS, self.length_B1 + len(path) - 1)
-
-    def _forward(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor) -> Tensor:
-        logits_BV = self.lm.last_logits(
-            ids_BT, attention_mask=mask_BS, position_ids=position_BT, past_key_values=self.cache, use_cache=True
-        )
-        return logits_BV.float().log_softmax(-1)
-
-
-# --- judging --------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def load_judge(spec: ModelSpec) -> LanguageModel:
-    """The judge's model, kept in memory for the next trait."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return load(spec)
-
-
-def check_numbers(spec: ModelSpec) -> None:
-    """Refuse, by its tokenizer alone, a model that can't write the numbers. Raises ModelError."""
+    spec = _spec(settings, root)
     spell_numbers(read_tokenizer(spec), spec.name)
 
 
-def encode(lm: LanguageModel, text: str) -> TokenIds:
-    """A filled rubric as the judge sees it: a user's message where it has a chat template, else text with a cue."""
+def _load(spec: ModelSpec, note: Callable[[str], None]) -> LanguageModel:
+    """Load a judge's model, or return the one that is loaded already."""
+    if spec not in _loaded:
+        from transformers.utils import logging
+
+        from extraction.model.loading import load
+
+        note(f"loading the judge {spec.name}")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        _loaded.clear()
+        _loaded[spec] = load(spec)
+    return _loaded[spec]
+
+
+def _rate(context: RatingContext, texts: Mapping[str, str], save: SaveRatings) -> None:
+    spec = _spec(context.settings, context.root, context.device)
+
+    def save_and_report(ratings: Mapping[str, Rating]) -> None:
+        save(ratings)
+        context.reporter.advance(len(ratings), sum(rating.tokens[0] for rating in ratings.values()))
+
+    rate_texts(_load(spec, context.reporter.note), spec.name, texts, save_and_report)
+
+
+def encode_rubric(lm: LanguageModel, text: str) -> tuple[int, ...]:
+    """Encode a filled rubric: as a user's message by the chat template, or as text with a cue if there is none."""
+    from extraction.model.chat_template import encode_example
+
     assert lm.tokenizer is not None
     raw = not getattr(lm.tokenizer, "chat_template", None)
     question = text.rstrip() + CUE if raw else text
@@ -189,53 +86,69 @@ def encode(lm: LanguageModel, text: str) -> TokenIds:
     return encode_example(lm.tokenizer, example, raw=raw).token_ids
 
 
-def rate(lm: LanguageModel, name: str, texts: Mapping[str, str], keep: Keep, *, batch_size: int = BATCH_SIZE) -> None:
-    """Rate filled rubrics by key, longest first; halves the batch where memory runs out.
+def rate_texts(
+    lm: LanguageModel, name: str, texts: Mapping[str, str], save: SaveRatings, *, batch_size: int = BATCH_SIZE
+) -> None:
+    """Rate filled rubrics by key, longest first; halve the batch each time that memory runs out.
 
-    One that the model has no room for is missing. Raises ModelError where the numbers' probabilities are NaN.
+    A text that exceeds the model's positions is missing. Raises ModelError for probabilities that are NaN.
     """
+    from extraction.judging.number_probabilities import number_probabilities, spell_numbers
+
     assert lm.tokenizer is not None
     spellings = spell_numbers(lm.tokenizer, name)
-    prompts = {key: encode(lm, text) for key, text in texts.items()}
-    room = None if lm.max_positions is None else lm.max_positions - spellings.longest
-    long = [key for key, ids in prompts.items() if room is not None and len(ids) > room]
-    keep({key: Rating(None, TOO_LONG, how=spellings.how) for key in long})
-    waiting = sorted(prompts.keys() - set(long), key=lambda key: (-len(prompts[key]), key))
+    prompts = {key: encode_rubric(lm, text) for key, text in texts.items()}
+    limit = None if lm.max_positions is None else lm.max_positions - spellings.max_tokens
+    too_long = [key for key, ids in prompts.items() if limit is not None and len(ids) > limit]
+    save({key: Rating(None, TOO_LONG, how=spellings.description) for key in too_long})
+    waiting = sorted(prompts.keys() - set(too_long), key=lambda key: (-len(prompts[key]), key))
     while waiting:
         batch = waiting[:batch_size]
         try:
-            weights_BN = number_weights(lm, [prompts[key] for key in batch], spellings)
+            p_BN = number_probabilities(lm, [prompts[key] for key in batch], spellings)
         except (RuntimeError, MemoryError) as failure:
-            batch_size = _half(batch_size, failure, name)
+            batch_size = _smaller_batch(batch_size, failure, name)
             continue
-        weights = dict(zip(batch, _sound(weights_BN, lm, name), strict=True))
-        keep({key: _rating(weights_N, spellings.how, len(prompts[key])) for key, weights_N in weights.items()})
+        rows = dict(zip(batch, _finite(p_BN, lm, name), strict=True))
+        save({key: _rating(p_N, spellings.description, len(prompts[key])) for key, p_N in rows.items()})
         waiting = waiting[batch_size:]
 
 
-def _half(batch_size: int, failure: Exception, name: str) -> int:
+def _smaller_batch(batch_size: int, failure: Exception, name: str) -> int:
+    """Return half the batch size after running out of memory; raise any other failure again."""
+    from extraction.model.devices import empty_cache
+    from extraction.model.memory import is_out_of_memory
+
     if not is_out_of_memory(failure):
         raise failure
     if batch_size == 1:
         raise ModelError(
-            f"--judge-model {name}: out of memory with one answer at a time; take a smaller model; what it has judged "
-            "is kept"
+            f"--judge-model {name}: out of memory at batch size 1; take a smaller model; finished ratings are kept"
         ) from failure
     empty_cache()
     return batch_size // 2
 
 
-def _sound(weights_BN: Tensor, lm: LanguageModel, name: str) -> list[list[float]]:
-    if not weights_BN.isfinite().all():
+def _finite(p_BN: Tensor, lm: LanguageModel, name: str) -> list[list[float]]:
+    if not p_BN.isfinite().all():
         dtype = str(lm.dtype).removeprefix("torch.")
         raise ModelError(f"--judge-model {name}: its logits are NaN in {dtype}; set another dtype in its config")
-    rows: list[list[float]] = weights_BN.double().tolist()
+    rows: list[list[float]] = p_BN.double().tolist()
     return rows
 
 
-def _rating(weights_N: Sequence[float], how: str, n_tokens: int) -> Rating:
-    """The expectation; what is told of it is the likeliest number, and how much all numbers weigh."""
-    best = max(NUMBERS, key=lambda number: weights_N[number])
-    raw = f"{best} ({weights_N[best]:.3f}); numbers {sum(weights_N):.3f}"
-    score = expectation(dict(zip(NUMBERS, weights_N, strict=True)))
+def _rating(p_N: Sequence[float], how: str, n_tokens: int) -> Rating:
+    """Return the mean as a rating; its `raw` is the likeliest number with its probability, and that of all numbers."""
+    best = max(range(len(p_N)), key=p_N.__getitem__)
+    raw = f"{best} ({p_N[best]:.3f}); numbers {sum(p_N):.3f}"
+    score = expectation(dict(enumerate(p_N)))
     return Rating(score, None if score is not None else NO_NUMBER, raw, how, (n_tokens, 0))
+
+
+JUDGE = ModelJudge(
+    model_help="a file of configs/models, a folder or a hub id",
+    rate=_rate,
+    model_name=_model_name,
+    check_settings=_spec,
+    check_model=_check_numbers,
+)

@@ -1,276 +1,306 @@
-"""A judge behind an OpenAI-compatible address: called many at a time, patiently, and never twice for one answer.
+"""The openai judge: a model behind an OpenAI-compatible address, called with many requests at a time.
 
-A call that fails in passing (a full queue, a server's error, a timeout, a dropped connection, an answer that is no
-JSON) is made again, a bounded number of times; what can't get better (the key, the model's name) ends the job at once.
-The key is sent to the server, and goes nowhere else: it is cut out of everything that comes back.
+The openai SDK retries what may pass (a full queue, a server's error, a timeout, a dropped connection) and honours
+`Retry-After`; a reply that is no chat completion gets a status that it retries as well. Errors that stay (a refused
+key, an unknown model) end the run. The key is cut out of every text that comes back from the server.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
+import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from typing import Any
 
+from extraction.config.experiments import Experiment
 from extraction.core.errors import ConfigError, ModelError
-from extraction.judging.registry import FAILED, KEY, Keep, Rating
+from extraction.judging.base import FAILED, ModelJudge, Rating, RatingContext, SaveRatings
 from extraction.judging.rubric import NO_NUMBER, REFUSED, expectation, read_score
 
+KEY = "OPENAI_API_KEY"
 ANSWER_TOKENS = 16
-FAILURES_IN_A_ROW = 10  # and the server is taken for lost
-HOPELESS = {
+FAILURES_IN_A_ROW = 10  # after which the server counts as lost
+BYTES_PER_TOKEN = 4  # of English, about
+TOKENS_PER_ANSWER = 3  # a number, and what ends it
+MALFORMED = 599  # the status that a reply gets here if it is no chat completion; the SDK retries 5xx
+FATAL = {
     401: f"the key is refused; set {KEY}",
     402: "the account has no credit",
     403: "the key may not use this model",
     404: "no such model or address; check --judge-model and --judge-url (which usually ends in /v1)",
     405: "no such address; check --judge-url (which usually ends in /v1)",
 }
-IN_PASSING = {408, 409, 425, 429}  # and 5xx
-# what some servers or models don't take: the parameter, and what stands in for it
-STAND_INS: dict[str, dict[str, Any]] = {
+# parameters that some servers or models refuse, and what replaces each of them
+REPLACEMENTS: dict[str, dict[str, Any]] = {
     "top_logprobs": {},
     "logprobs": {},
     "temperature": {},
     "max_tokens": {"max_completion_tokens": ANSWER_TOKENS},
     "max_completion_tokens": {},
 }
-FULL: dict[str, Any] = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": True, "top_logprobs": 20}
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How long to wait for an answer, how often to ask, and how long in between (seconds)."""
-
-    timeout: float = 60.0
-    attempts: int = 6
-    base: float = 1.0
-    cap: float = 60.0
-    longest: float = 600.0  # a server that asks for more is not waited for
-
-    def delay(self, attempt: int, asked: float | None, chance: float) -> float:
-        """Doubles with each attempt, less a random half of it; never shorter than the server asks."""
-        own: float = min(self.cap, self.base * 2**attempt) * (0.5 + chance / 2)
-        return max(own, asked or 0.0)
+PARAMETERS: dict[str, Any] = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": True, "top_logprobs": 20}
 
 
 @dataclass
 class JudgeServer:
-    """Whom to call, and what has come of it so far."""
+    """A server and a model, the counts of what was sent and received, and the parameters that it accepts.
+
+    `timeout` is in seconds, of one call; `max_retries` of one rating.
+    """
 
     model: str
     key: str = field(repr=False)
     url: str | None
-    patience: RetryPolicy = RetryPolicy()
+    timeout: float = 60.0
+    max_retries: int = 5
     concurrency: int = 8
     counts: Counter[str] = field(default_factory=Counter)
-    parameters: dict[str, Any] = field(default_factory=lambda: dict(FULL))
-    failing: int = 0
+    parameters: dict[str, Any] = field(default_factory=lambda: dict(PARAMETERS))
+    failed_in_a_row: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
-    chance: random.Random = field(default_factory=random.Random)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def place(self) -> str:
-        """The server and the model, for a message."""
+        """The server and the model, as an error message begins."""
         return f"--judge openai: {self.model}" + (f" at {self.url}" if self.url else "")
 
-    def clean(self, text: object) -> str:
-        """Text without the key, whoever put it there."""
+    @property
+    def n_retried(self) -> int:
+        """Number of calls that the SDK made again."""
+        return self.counts["calls"] - self.counts["requests"]
+
+    def redact(self, text: object) -> str:
+        """Return the text without the key."""
         return str(text).replace(self.key, "[key]") if self.key else str(text)
 
-    def brief(self, text: object) -> str:
-        """One short line of it."""
-        return " ".join(self.clean(text).split())[:160]
+    def shorten(self, text: object) -> str:
+        """Return the text as one short line, without the key."""
+        return " ".join(self.redact(text).split())[:160]
+
+    def count(self, **more: int) -> None:
+        """Add to the counts."""
+        with self.lock:
+            self.counts.update(more)
 
 
 class _Failed(Exception):
-    """This answer could not be had; others may."""
+    """This rating failed; others may succeed."""
 
 
-def rate(server: JudgeServer, texts: Mapping[str, str], keep: Keep, advance: Callable[[int], None]) -> None:
+# --- a run's judge --------------------------------------------------------------------------------------------------
+
+
+def access(settings: Experiment) -> tuple[str, str | None]:
+    """Return (key, address or None). Raises ConfigError without a key, or without the package openai."""
+    if find_spec("openai") is None:
+        raise ConfigError("--judge openai: needs the package openai: pip install 'traitline[judge]'")
+    key = os.environ.get(KEY, "").strip()
+    if not key and settings.judge_url is None:
+        raise ConfigError(
+            f"--judge openai: {KEY} is not set; set it, or give --judge-url of a server that needs no key"
+        )
+    return key or "none", settings.judge_url
+
+
+def estimate(texts: Collection[str], price: tuple[float, float] | None, model: str) -> str:
+    """Return a line with the calls, their tokens (about) and, with `price` per million tokens in and out, the cost."""
+    sizes = [len(text.encode("utf-8", "replace")) for text in texts]
+    n_in, n_out = round(sum(sizes) / BYTES_PER_TOKEN), TOKENS_PER_ANSWER * len(sizes)
+    cost = "" if price is None else f", {(n_in * price[0] + n_out * price[1]) / 1e6:.4f} at the given prices"
+    return f"{len(sizes):,} calls to {model}: about {n_in:,} tokens in and {n_out:,} out{cost}"
+
+
+def _rate(context: RatingContext, texts: Mapping[str, str], save: SaveRatings) -> None:
+    """Rate the texts, with a line before of what they will take, and a line after of what they took."""
+    settings, note = context.settings, context.reporter.note
+    key, url = access(settings)
+    server = JudgeServer(settings.judge_model or "", key, url, concurrency=settings.judge_concurrency)
+    note(f"{context.trait_name}: {estimate(texts.values(), settings.judge_price, server.model)}")
+    try:
+        rate_texts(server, texts, save, lambda n_tokens: context.reporter.advance(1, n_tokens))
+    finally:
+        counts = server.counts
+        note(
+            f"{context.trait_name}: {counts['calls']} calls ({server.n_retried} of them retries), "
+            f"{counts['failed']} ratings failed; {counts['tokens_in']:,} tokens in, {counts['tokens_out']:,} out"
+        )
+
+
+def rate_texts(
+    server: JudgeServer, texts: Mapping[str, str], save: SaveRatings, advance: Callable[[int], None]
+) -> None:
     """Rate filled rubrics by key.
 
-    `keep` is called by many threads, for each rating as it arrives; `advance` by this one, with an answer's tokens.
-    What failed for good is a rating without a score, whose reason starts with `failed`. Raises ConfigError where the
-    key or the model is refused, ModelError where nothing comes back any more.
+    `save` is called by many threads, for each rating as it arrives; `advance` by this one, with a rating's tokens. A
+    rating that failed has no score, and a reason that starts with `failed`. Raises ConfigError if the key or the model
+    is refused, ModelError after FAILURES_IN_A_ROW failures.
     """
-    import openai
-
-    address: dict[str, Any] = {"base_url": server.url} if server.url else {}
-    with openai.OpenAI(api_key=server.key, max_retries=0, timeout=server.patience.timeout, **address) as client:
+    with _client(server) as client:
         create = client.chat.completions.with_raw_response.create
         pool = ThreadPoolExecutor(server.concurrency, thread_name_prefix="judge")
         try:
-            futures = [pool.submit(_rate_one, server, create, key, text, keep) for key, text in texts.items()]
+            futures = [pool.submit(_rate_one, server, create, key, text, save) for key, text in texts.items()]
             for future in as_completed(futures):
                 advance(future.result())
         finally:
-            server.stop.set()  # those that wait to ask again give up; those that have asked are heard
+            server.stop.set()  # threads stop before their next call; calls that are under way are saved
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _rate_one(server: JudgeServer, create: Callable[..., Any], key: str, text: str, keep: Keep) -> int:
-    """Keep one rating; returns how many tokens it took. What can't go on stops the other threads, too."""
+def _rate_one(server: JudgeServer, create: Callable[..., Any], key: str, text: str, save: SaveRatings) -> int:
+    """Save one rating and return its number of tokens. An error that ends the run stops the other threads."""
     try:
-        rating = _ask(server, create, text)
-        _count(server, rating)
+        rating = read_answer(_call(server, create, text), server.redact)
+        with server.lock:
+            server.failed_in_a_row = 0
+        server.count(tokens_in=rating.tokens[0], tokens_out=rating.tokens[1])
     except _Failed as failure:
         if server.stop.is_set():
             return 0
-        rating = _missed(server, failure)
+        rating = _failed_rating(server, failure)
     except BaseException:
         server.stop.set()
         raise
-    keep({key: rating})
+    save({key: rating})
     return sum(rating.tokens)
 
 
-def _count(server: JudgeServer, rating: Rating) -> None:
+def _failed_rating(server: JudgeServer, failure: _Failed) -> Rating:
+    """Return a rating that the next run requests again. Raises ModelError after too many failures in a row."""
+    server.count(failed=1)
     with server.lock:
-        server.failing = 0
-        server.counts["tokens in"] += rating.tokens[0]
-        server.counts["tokens out"] += rating.tokens[1]
-
-
-def _missed(server: JudgeServer, failure: _Failed) -> Rating:
-    """A rating that will be asked for again. Raises ModelError where too many in a row have failed."""
-    with server.lock:
-        server.counts["failed"] += 1
-        server.failing += 1
-        lost = server.failing >= FAILURES_IN_A_ROW
+        server.failed_in_a_row += 1
+        lost = server.failed_in_a_row >= FAILURES_IN_A_ROW
     if lost:
         server.stop.set()
         raise ModelError(
-            f"{server.place}: {FAILURES_IN_A_ROW} answers in a row could not be had, the last: {failure}; try again "
-            "later: what has arrived is kept"
+            f"{server.place}: {FAILURES_IN_A_ROW} ratings in a row failed, the last: {failure}; try again later: "
+            "finished ratings are kept"
         ) from None
     return Rating(None, f"{FAILED}: {failure}")
 
 
-# --- one answer -----------------------------------------------------------------------------------------------------
+# --- one call -------------------------------------------------------------------------------------------------------
 
 
-def _ask(server: JudgeServer, create: Callable[..., Any], text: str) -> Rating:
-    """Call until there is an answer, at most `patience.attempts` times. Raises _Failed, ConfigError."""
-    reason = "stopped"
-    for attempt in range(server.patience.attempts):
+def _client(server: JudgeServer) -> Any:
+    """Return an SDK client whose HTTP hooks count calls, and tell the SDK which replies to retry."""
+    import openai
+
+    def before_request(_request: Any) -> None:
         if server.stop.is_set():
-            break
-        with server.lock:
-            server.counts["calls"] += 1
-            server.counts["retried"] += attempt > 0
-        reason, asked = "", None
-        try:
-            return read_answer(_call(server, create, text), server.clean)
-        except _Again as again:
-            reason, asked = again.reason, again.seconds
-        if asked is not None and asked > server.patience.longest:
-            break
-        if attempt + 1 < server.patience.attempts:
-            server.stop.wait(server.patience.delay(attempt, asked, server.chance.random()))
-    raise _Failed(reason)
+            raise openai.OpenAIError("stopped")
+        server.count(calls=1)
 
+    def after_response(response: Any) -> None:
+        response.read()
+        if response.status_code == 200 and _completion(response.content) is None:
+            response.status_code = MALFORMED
+        elif response.status_code == 429 and _is_out_of_credit(response.content):
+            response.headers["x-should-retry"] = "false"
 
-class _Again(Exception):
-    """Worth another call, after so many seconds if the server said so."""
-
-    def __init__(self, reason: str, seconds: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.seconds = reason, seconds
+    http_client = openai.DefaultHttpxClient(event_hooks={"request": [before_request], "response": [after_response]})
+    address: dict[str, Any] = {"base_url": server.url} if server.url else {}
+    return openai.OpenAI(
+        api_key=server.key, max_retries=server.max_retries, timeout=server.timeout, http_client=http_client, **address
+    )
 
 
 def _call(server: JudgeServer, create: Callable[..., Any], text: str) -> dict[str, Any]:
-    """One answer's JSON. Parameters that the server doesn't take are left out, from then on."""
+    """Return a chat completion's JSON. Parameters that the server refuses are left out from then on.
+
+    Raises _Failed after the SDK's last retry, ConfigError for an error that stays.
+    """
     import openai
 
     while True:
         parameters = server.parameters
+        server.count(requests=1)
         try:
             reply = create(model=server.model, messages=[{"role": "user", "content": text}], **parameters)
-            return _message(reply.content)
+            completion = _completion(reply.content)
+            assert completion is not None  # the hook has marked all others
+            return completion
         except openai.APITimeoutError:
-            raise _Again("no answer in time") from None
+            raise _Failed("no answer in time") from None
         except openai.APIConnectionError as failure:
-            raise _Again(server.brief(failure.__cause__ or failure)) from None
+            raise _Failed(server.shorten(failure.__cause__ or failure)) from None
         except openai.APIStatusError as failure:
             refused = _refused_parameter(parameters, failure)
             if refused is None:
-                raise _judged_by_status(server, failure) from None
+                raise _by_status(server, failure) from None
             with server.lock:
                 server.parameters = _without(server.parameters, refused)
-        except (ValueError, openai.OpenAIError):
-            raise _Again("its answer is no JSON of a chat completion") from None
+        except openai.OpenAIError as failure:
+            raise _Failed(server.shorten(failure)) from None
 
 
-def _message(content: bytes) -> dict[str, Any]:
-    """The JSON of a chat completion. Raises ValueError for anything else."""
-    body = json.loads(content)
+def _completion(content: bytes) -> dict[str, Any] | None:
+    """Return the JSON of a chat completion; None for anything else."""
     try:
+        body: dict[str, Any] = json.loads(content)
         body["choices"][0]["message"].get("content")
-    except (TypeError, KeyError, IndexError, AttributeError) as failure:
-        raise ValueError("no choices") from failure
-    answer: dict[str, Any] = body
-    return answer
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return None
+    return body
+
+
+def _is_out_of_credit(content: bytes) -> bool:
+    """True if an error's body says that the account has no credit: a 429 that stays."""
+    try:
+        return bool(json.loads(content)["error"]["code"] == "insufficient_quota")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def _refused_parameter(parameters: Mapping[str, Any], failure: Any) -> str | None:
-    """The parameter that the server objects to; None where it objects to something else."""
+    """Return the parameter that the server's message names; None for another error."""
     if failure.status_code not in (400, 422):
         return None
     message = str(failure.message)
-    return next((name for name in STAND_INS if name in parameters and re.search(rf"\b{name}\b", message)), None)
+    return next((name for name in REPLACEMENTS if name in parameters and re.search(rf"\b{name}\b", message)), None)
 
 
 def _without(parameters: Mapping[str, Any], refused: str) -> dict[str, Any]:
-    """The others, and what stands in for it; `top_logprobs` is nothing without `logprobs`."""
+    """Return the other parameters with what replaces the refused one; `top_logprobs` goes with `logprobs`."""
     gone = {refused, "top_logprobs"} if refused == "logprobs" else {refused}
-    stand_in = STAND_INS[refused] if refused in parameters else {}
-    return {key: value for key, value in parameters.items() if key not in gone} | stand_in
+    replacement = REPLACEMENTS[refused] if refused in parameters else {}
+    return {key: value for key, value in parameters.items() if key not in gone} | replacement
 
 
-def _judged_by_status(server: JudgeServer, failure: Any) -> Exception:
-    """What to raise: again, not this one, or nothing any more."""
-    status, said = failure.status_code, server.brief(failure.message)
+def _by_status(server: JudgeServer, failure: Any) -> Exception:
+    """Return the error to raise for a status that the SDK did not retry, or retried in vain."""
+    status, message = failure.status_code, server.shorten(failure.message)
     out_of_credit = failure.code == "insufficient_quota"
-    if status in HOPELESS or out_of_credit:
-        remedy = HOPELESS[402] if out_of_credit else HOPELESS[status]
-        return ConfigError(f"{server.place}: {status}: {remedy} ({said})")
-    if status in IN_PASSING or status >= 500:
-        return _Again(f"status {status}", _retry_after(failure.response.headers))
-    return _Failed(said)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a server asks to wait; None where it does not say."""
-    text = headers.get("retry-after", "").strip()
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+    if status in FATAL or out_of_credit:
+        remedy = FATAL[402] if out_of_credit else FATAL[status]
+        return ConfigError(f"{server.place}: {status}: {remedy} ({message})")
+    if status == MALFORMED:
+        return _Failed("the reply is no JSON of a chat completion")
+    return _Failed(f"status {status}" if status in (408, 409, 429) or status >= 500 else message)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_answer(body: Mapping[str, Any], clean: Callable[[object], str] = str) -> Rating:
-    """A chat completion as a rating: the mean over the likely numbers where the server tells them, else the number."""
+def read_answer(body: Mapping[str, Any], redact: Callable[[object], str] = str) -> Rating:
+    """Return a chat completion's rating: the mean over its likeliest numbers; without log-probabilities, its number.
+
+    `redact` cuts the key out of texts.
+    """
     choice = body["choices"][0]
     message, tokens = choice["message"], _tokens(body)
-    text = clean(message.get("content") or "")
+    text = redact(message.get("content") or "")
     if message.get("refusal"):
-        return Rating(None, REFUSED, clean(message["refusal"]), "text", tokens)
+        return Rating(None, REFUSED, redact(message["refusal"]), "text", tokens)
     score, reason = read_score(text)
     weights = _number_weights(choice, text) if reason is None else None
     if weights is None:
@@ -287,9 +317,9 @@ def _tokens(body: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _number_weights(choice: Mapping[str, Any], text: str) -> dict[int, float] | None:
-    """The probability of each number among the likeliest first tokens; None where they are not told.
+    """Return the probability of each number among the likeliest first tokens; None without log-probabilities.
 
-    None, too, where the number is written in several tokens, since then the first tells of its first digits alone.
+    None, too, if the number takes several tokens: the first token would hold its first digits alone.
     """
     try:
         tokens = [token for token in choice["logprobs"]["content"] if str(token["token"]).strip()]
@@ -307,3 +337,10 @@ def _number_weights(choice: Mapping[str, Any], text: str) -> dict[int, float] | 
         if int(word) <= 100 and logprob <= 0:
             weights[int(word)] = weights.get(int(word), 0.0) + math.exp(logprob)
     return weights
+
+
+JUDGE = ModelJudge(
+    model_help="the name that the server has",
+    rate=_rate,
+    check_access=lambda settings, root: access(settings),
+)

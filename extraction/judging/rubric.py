@@ -1,4 +1,4 @@
-"""Rubrics: what a judge that reads is asked, and how its answer becomes a number from 0 to 100.
+"""Rubrics: the prompts of model judges, and the reading of their answers as numbers from 0 to 100.
 
 A rubric holds {question} and {answer}. 100 is the positive side of a trait, or a fully coherent answer.
 """
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 from extraction.core.errors import TraitError
 from extraction.core.records import Trait
+from extraction.judging.base import judged_part
 
-LEAST_WEIGHT = 0.25  # of all numbers together; below it the judge was about to say something else
+MIN_PROBABILITY = 0.25  # of all numbers together; below it the answer is likely to be no number
 REFUSED, NO_NUMBER, NO_ANSWER = "refused", "no number", "no answer"
 
 _REPLY = """If the answer declines to answer at all, reply REFUSAL.
@@ -51,60 +52,64 @@ Reply with one whole number from 0 to 100 and nothing else.
 
 
 def rubrics_of(trait: Trait) -> tuple[str, str]:
-    """(the trait's rubric, or one made of its description; the rubric of coherence)."""
+    """Return (the trait's rubric, or one made of its description; the rubric of coherence)."""
     return trait.rubric or _FROM_DESCRIPTION.replace("{description}", trait.description), COHERENCE
 
 
 def check_rubric(trait: Trait) -> None:
-    """Raises TraitError for a rubric without {question} or {answer}: its judge would score blind."""
+    """Raise TraitError for a rubric without {question} or {answer}."""
     for field in ("{question}", "{answer}"):
         if field not in rubrics_of(trait)[0]:
-            raise TraitError(f"trait {trait.name}: {field} does not stand in its rubric; the judge would score blind")
+            raise TraitError(
+                f"trait {trait.name}: its rubric has no {field}, so the judge can't see it; put {field} in"
+            )
 
 
 def fill(rubric: str, question: str, answer: str) -> str:
-    """The rubric with both texts in place, as they are: a {answer} inside the question stays what it is."""
-    texts = {"{question}": question, "{answer}": answer}
-    return re.sub(r"\{question\}|\{answer\}", lambda found: texts[found[0]], rubric)
+    """Return the rubric with the question and the judged part of the answer in place. Texts are not filled in turn."""
+    texts = {"{question}": question, "{answer}": judged_part(answer)}
+    return re.sub(r"\{question\}|\{answer\}", lambda match: texts[match[0]], rubric)
 
 
 # --- reading an answer ----------------------------------------------------------------------------------------------
 
 _THOUGHTS = re.compile(r"\A\s*<think>.*?(</think>|\Z)", re.DOTALL)
-_THE_SCALE = re.compile(r"(?<![\d.])0\s*(?:-|\u2013|to|and|through)\s*100(?![\d.])", re.IGNORECASE)
-_FOUND = re.compile(r"(?P<refusal>\bREFUSAL\b)|(?P<number>(?<![\w.,])[-\u2212]?\d+(?:[.,]\d+)*)", re.IGNORECASE)
+_SCALE = re.compile(r"(?<![\d.])0\s*(?:-|\u2013|to|and|through)\s*100(?![\d.])", re.IGNORECASE)
+_REFUSAL_OR_NUMBER = re.compile(
+    r"(?P<refusal>\bREFUSAL\b)|(?P<number>(?<![\w.,])[-\u2212]?\d+(?:[.,]\d+)*)", re.IGNORECASE
+)
 
 
 def read_score(text: str) -> tuple[float | None, str | None]:
-    """(score, None), or (None, why not) of a judge's answer: its first number, where that is one from 0 to 100.
+    """Return (score, None), or (None, reason): the answer's first number, if it is one from 0 to 100.
 
-    Thoughts in front of the answer are no part of it; where it repeats the scale ("from 0 to 100"), that is no score.
+    A `<think>` block in front of the answer is skipped, and so is a repetition of the scale ("from 0 to 100").
     """
-    said = _THE_SCALE.sub(" ", _THOUGHTS.sub("", text))
-    if not said.strip():
+    answer = _SCALE.sub(" ", _THOUGHTS.sub("", text))
+    if not answer.strip():
         return None, NO_ANSWER
-    found = _FOUND.search(said)
-    if found is None:
+    match = _REFUSAL_OR_NUMBER.search(answer)
+    if match is None:
         return None, NO_NUMBER
-    if found["refusal"]:
+    if match["refusal"]:
         return None, REFUSED
-    score = _number(found["number"])
+    score = _number(match["number"])
     return (score, None) if score is not None else (None, NO_NUMBER)
 
 
 def _number(text: str) -> float | None:
-    """A number from 0 to 100; None for anything else, such as 1,000 or 1.2.3."""
+    """Return a number from 0 to 100; None for anything else, such as 1,000 or 1.2.3."""
     if not re.fullmatch(r"\d{1,3}(\.\d+)?", text, re.ASCII):
         return None
     return float(text) if float(text) <= 100 else None
 
 
 def expectation(weights: Mapping[int, float]) -> float | None:
-    """The mean number under their weights; None where all numbers together weigh less than LEAST_WEIGHT.
+    """Return the mean number under these probabilities; None if they sum to less than MIN_PROBABILITY.
 
-    As the log-probability judge of "Persona Vectors" (Chen et al. 2025, arXiv:2507.21509) aggregates its answer.
+    The aggregation of the log-probability judge of "Persona Vectors" (Chen et al. 2025, arXiv:2507.21509).
     """
     total = sum(weights.values())
-    if not total >= LEAST_WEIGHT:
+    if not total >= MIN_PROBABILITY:
         return None
     return min(100.0, sum(number * weight for number, weight in weights.items()) / total)

@@ -13,10 +13,10 @@ Shapes: B slots, H heads, S columns, C head dimension, R rows of a prefill, P pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -97,10 +97,13 @@ class ColumnMove:
 
 
 class SlotLayer(Protocol):
-    """State that one layer keeps per slot: a transformers cache layer that can also follow the slots."""
+    """State that one layer keeps per slot: a transformers cache layer that can also follow the slots.
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' state; return what the layer attends to. Called by transformers."""
+    transformers calls the update methods of its own layer classes: `update` for keys and values, `update_conv_state`
+    and `update_recurrent_state` for recurrent layers (`LinearAttentionCacheLayerMixin`). They must write a prefill
+    (`window.prefilled`) to its slots, and a decode step in place: a captured graph replays the same addresses. A state
+    without columns ignores moves and `gather_columns`.
+    """
 
     def select_rows(self, rows: Tensor | None, move: ColumnMove) -> None:
         """Keep these slots, in this order (None: all as they are), and move the live columns."""
@@ -205,9 +208,8 @@ def _select_rows(states: Tensor, rows: Tensor | None, move: ColumnMove) -> Tenso
     return packed
 
 
-# layer kind (as in a config's `layer_types`) -> class of what such a layer keeps per slot; a model with a layer of any
-# other kind is refused at load
-LAYER_CLASSES: dict[str, type[SlotKVLayer]] = dict.fromkeys(
+# layer kind (as in a config's `layer_types`) -> class of its per-slot state; a model with any other kind is refused
+LAYER_CLASSES: dict[str, Callable[[CacheWindow], SlotLayer]] = dict.fromkeys(
     ("full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"), SlotKVLayer
 )
 
@@ -231,10 +233,10 @@ def make_cache(model: PreTrainedModel, window: CacheWindow) -> SlotKVCache:
 class SlotKVCache(Cache):
     """A transformers cache whose layers keep their state in slots. Built by `make_cache`."""
 
-    def __init__(self, layers: Sequence[SlotKVLayer], window: CacheWindow) -> None:
+    def __init__(self, layers: Sequence[SlotLayer], window: CacheWindow) -> None:
         self.window = window
-        self.slot_layers: list[SlotKVLayer] = list(layers)
-        super().__init__(layers=list(layers))
+        self.slot_layers = list(layers)
+        super().__init__(layers=cast(Any, self.slot_layers))
 
     def select_rows(self, rows: Tensor | None, move: ColumnMove) -> None:
         """Keep these slots (None: all as they are), and move the live columns. The caller updates the window."""

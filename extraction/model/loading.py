@@ -266,7 +266,7 @@ _REMEDIES = {
     "dispatched on the CPU": "it does not fit on the GPUs, where quantised weights must be; use a smaller model",
     "None of the available devices": "bitsandbytes does not support this machine's devices; leave --quantize out",
     "out of memory": "the device has too little memory; use a smaller model, --dtype bfloat16 or --device cpu",
-    "no file named": "it has no safetensors weights; fetch them, or convert the pickled ones",
+    "no file named": "it has no weights in safetensors; fetch them, or convert the pickled ones",
     "deserializing header": "its weights are truncated or damaged; fetch them again",
     "incomplete metadata": "its weights are truncated or damaged; fetch them again",
 }

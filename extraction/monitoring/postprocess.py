@@ -171,7 +171,7 @@ def reference_levels(vector: Vector, layers: tuple[int, ...], unit_LD: Tensor) -
         stored = vector.folder.open_activations(name)
     except TraitlineError:
         return None
-    captured = vector.folder.shard_facts("activations", 0)["meta"]["layers"]
+    captured = vector.folder.shard_receipt("activations", 0)["meta"]["layers"]
     columns = [captured.index(layer) for layer in layers]
     sides = [stored.pick(kept.ids[polarity], columns) for polarity in reversed(POLARITIES)]
     return np.stack([_mean_projection(side, unit_LD) for side in sides], axis=1)
@@ -179,11 +179,11 @@ def reference_levels(vector: Vector, layers: tuple[int, ...], unit_LD: Tensor) -
 
 def _mean_projection(rows: ChunkedRows, unit_LD: Tensor) -> np.ndarray:
     """Return the mean projection [L] of stored rows, read some layers at a time."""
-    from extraction.vectors.chunked import blocks_of
+    from extraction.vectors.chunked import layer_blocks
 
     means = (
-        (rows.at(block.layers).double().mean(0) * unit_LD[block.layers].double()).sum(-1)
-        for block in blocks_of(rows.shape)
+        (rows.read_layers(block.layers).double().mean(0) * unit_LD[block.layers].double()).sum(-1)
+        for block in layer_blocks(rows.shape)
     )
     return np.concatenate([mean_k.numpy() for mean_k in means])
 

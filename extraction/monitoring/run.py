@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from extraction.core.errors import TraitlineError
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Example, Prompt
-from extraction.engine.lazy_model import LazyModel, load_model, retry_with_smaller_batch
 from extraction.model.chat_template import encode_example
 from extraction.monitoring.plan import MonitoringPlan, SetPlan
 from extraction.monitoring.prompt_capture import header_of, named_tensors
+from extraction.pipeline.lazy_model import LazyModel, load_model, retry_with_smaller_batch
 from extraction.storage.token_captures import prompt_id
 
 if TYPE_CHECKING:

@@ -1,102 +1,117 @@
-"""The judging of a run: every response gets its scores, and with them it is known which count.
+"""Judge a run's responses, and select those that vectors are made from.
 
-What a judge that reads has said is in a log of the run's folder as soon as it is known; nothing in it is asked again.
+The answers of a judge that reads (`local`, `openai`) go into a log in the run folder as soon as they arrive; no answer
+in the log is asked for again.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from extraction.core.errors import TraitError
-from extraction.core.progress import ProgressReporter
+from extraction.core.errors import StoreError, TraitError
 from extraction.core.records import POLARITIES, Trait
-from extraction.judging.filtering import COHERENCE, KeptResponses, filter_responses
-from extraction.judging.registry import (
+from extraction.judging.base import (
     EMPTY,
     FAILED,
-    JUDGES,
-    READERS,
+    MAX_CHARACTERS,
     Judgement,
     Pair,
     Rating,
+    RatingContext,
+    RuleJudge,
     Scorer,
-    judge_access,
+)
+from extraction.judging.filtering import COHERENCE, KeptResponses, filter_responses
+from extraction.judging.registry import (
+    is_model_judge,
     judge_model,
-    judge_spec,
+    model_judge,
     resolve_judge,
+    rule_judge,
 )
 from extraction.judging.rubric import fill, rubrics_of
 from extraction.pipeline.plan import RunPlan
+from extraction.pipeline.session import TraitContext
 from extraction.storage.atomic import digest
 from extraction.storage.trait_run import TraitRun
 
 Row = dict[str, Any]
-BYTES_PER_TOKEN = 4  # of English, about
-TOKENS_PER_ANSWER = 3  # a number, and what ends it
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
-def make_scorer(job: RunPlan, trait: Trait, listener: ProgressReporter, *, folder: TraitRun | None = None) -> Scorer:
-    """The job's judge for a trait: a function of (question, answer) pairs that returns their Judgements, in order.
+def make_scorer(context: TraitContext) -> Scorer:
+    """Return the judge of a trait: a function from (question, response) pairs to their Judgements, in order.
 
-    Call it with as many pairs as there are: a model is loaded at the first that needs it, and answers are batched or
-    asked for side by side. A blank answer is not asked about. What is in the log of `folder` (the run's, which must be
-    open and locked) is read from there, and what is new is added to it. Raises ConfigError where a judge can't be
-    reached, ModelError where it can't judge.
+    Call it with many pairs at a time: they are judged in batches or in parallel calls. A model is loaded when the first
+    pair needs it, and blank responses are not judged. Judgements in the run's log are read from it and new ones are
+    added, so the run must be open and locked. Raises ConfigError where a judge can't be reached, ModelError where it
+    can't judge.
     """
-    name = resolve_judge(job.experiment.judge, trait)
-    if name not in READERS:
-        judge = JUDGES[name]
-        return lambda pairs: [_at_once(judge(question, answer, trait), name) for question, answer in pairs]
-    return _Reader(job, trait, name, listener, folder or job.folder(trait))
+    name = resolve_judge(context.plan.experiment.judge, context.trait)
+    if is_model_judge(name):
+        return _ReadingJudge(context, name)
+    return partial(_score_by_rule, rule_judge(name, context.trait), name, context)
 
 
-def _at_once(score: float | None, how: str) -> Judgement:
+def _score_by_rule(judge: RuleJudge, name: str, context: TraitContext, pairs: Sequence[Pair]) -> list[Judgement]:
+    """Score pairs by a judge without a model; note the responses that are too long to be read to their end."""
+    n_cut = sum(len(answer) > MAX_CHARACTERS for _, answer in pairs)
+    if n_cut and name != "none":
+        note = f"{n_cut} responses judged by their first {MAX_CHARACTERS:,} characters"
+        context.progress.note(f"{context.trait.name}: {note}")
+    return [_judgement(judge.score(question, answer, context.trait), name) for question, answer in pairs]
+
+
+def _judgement(score: float | None, how: str) -> Judgement:
     return Judgement(score, reason=None if score is not None else "no score", how=how)
 
 
-class _Reader:
-    """A judge that reads, with its log."""
+class _ReadingJudge:
+    """A judge that reads the responses, with its log."""
 
-    def __init__(self, job: RunPlan, trait: Trait, name: str, listener: ProgressReporter, folder: TraitRun) -> None:
-        self.job, self.trait, self.name, self.listener, self.folder = job, trait, name, listener, folder
-        self.model = judge_model(job.experiment, job.root)
-        self.rubrics = rubrics_of(trait)
+    def __init__(self, context: TraitContext, name: str) -> None:
+        self.context, self.name = context, name
+        self.model = judge_model(context.plan.experiment, context.plan.root)
+        self.rubrics = rubrics_of(context.trait)
         self.lock = threading.Lock()
-        self.known: dict[str, Rating] | None = None  # not read yet; the run is locked, so nobody else adds to the log
-        self.said_to_load = False
+        self.known: dict[str, Rating] | None = None  # the log, once it is read: the run's lock keeps other writers out
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        """Judge the pairs; each needs a rating by the trait's rubric, and one of coherence.
+        """Judge the pairs, each by the trait's rubric and by that of coherence.
 
-        What could not be had is asked for again by the next process, not by this one.
+        A rating that failed is not tried again by this process; the next one asks for it.
         """
         if self.known is None:
-            self.known = {key: _from_log(row) for key, row in self.folder.read_judgements(self.name).items()}
-        asked = {
+            self.known = {key: _from_log(row) for key, row in self.context.run.read_judgements(self.name).items()}
+        by_key = {
             self._key(rubric, pair): (rubric, pair) for pair in pairs for rubric in self.rubrics if pair[1].strip()
         }
-        texts = {key: fill(rubric, *pair) for key, (rubric, pair) in asked.items() if key not in self.known}
+        texts = {key: fill(rubric, *pair) for key, (rubric, pair) in by_key.items() if key not in self.known}
         if texts:
-            self.listener.begin(f"{self.trait.name}: judging", len(asked), len(asked) - len(texts))
+            plan, trait, progress = self.context.plan, self.context.trait, self.context.progress
+            progress.begin(f"{trait.name}: judging", len(by_key), len(by_key) - len(texts))
+            if len(texts) < len(by_key):
+                progress.note(f"{trait.name}: {len(by_key) - len(texts)} ratings known from the log")
+            rating = RatingContext(plan.experiment, plan.root, plan.spec.device, trait.name, progress)
             try:
-                RATERS[self.name](self, texts, len(asked))
+                model_judge(self.name).rate(rating, texts, self.keep)
             finally:
-                self.listener.end()
+                progress.end()
         return [self._judgement(pair, self.known) for pair in pairs]
 
     def keep(self, ratings: Mapping[str, Rating]) -> None:
-        """Into the log, all but what failed: that is asked for again."""
+        """Add ratings to the log, except those that failed."""
         rows = [_to_log(key, rating) for key, rating in ratings.items() if not _has_failed(rating)]
         with self.lock:
             assert self.known is not None
             self.known.update(ratings)
             if rows:
-                self.folder.add_judgements(self.name, rows)
+                self.context.run.add_judgements(self.name, rows)
 
     def _key(self, rubric: str, pair: Pair) -> str:
         return digest([self.name, self.model, rubric, *pair])
@@ -106,7 +121,8 @@ class _Reader:
             return Judgement(None, reason=EMPTY)
         of_trait, of_coherence = (known[self._key(rubric, pair)] for rubric in self.rubrics)
         reason = of_trait.reason or of_coherence.reason
-        return Judgement(of_trait.score, of_coherence.score, of_trait.raw, reason, of_trait.how)
+        cut = f", first {MAX_CHARACTERS:,} characters" if len(pair[1]) > MAX_CHARACTERS else ""
+        return Judgement(of_trait.score, of_coherence.score, of_trait.raw, reason, of_trait.how + cut)
 
 
 def _has_failed(rating: Rating) -> bool:
@@ -129,132 +145,85 @@ def _from_log(row: Row) -> Rating:
     return Rating(row["score"], row["reason"], row["raw"], row["how"], (n_in, n_out))
 
 
-# --- the judges that read -------------------------------------------------------------------------------------------
-
-
-def _rate_here(reader: _Reader, texts: Mapping[str, str], n_asked: int) -> None:
-    from extraction.judging.local import load_judge, rate
-
-    spec = judge_spec(reader.job.experiment, reader.job.root, reader.job.spec.device)
-    if not reader.said_to_load:
-        reader.listener.note(f"loading {spec.name}, which judges")
-        reader.said_to_load = True
-
-    def keep(ratings: Mapping[str, Rating]) -> None:
-        reader.keep(ratings)
-        reader.listener.advance(len(ratings), sum(rating.tokens[0] for rating in ratings.values()))
-
-    rate(load_judge(spec), spec.name, texts, keep)
-
-
-def _rate_there(reader: _Reader, texts: Mapping[str, str], n_asked: int) -> None:
-    from extraction.judging.openai_server import JudgeServer, rate
-
-    settings = reader.job.experiment
-    key, url = judge_access(settings)
-    server = JudgeServer(reader.model, key, url, concurrency=settings.judge_concurrency)
-    reader.listener.note(f"{reader.trait.name}: {estimate(texts.values(), settings.judge_price, reader.model)}")
-    try:
-        rate(server, texts, reader.keep, lambda n_tokens: reader.listener.advance(1, n_tokens))
-    finally:
-        counts, known = server.counts, n_asked - len(texts)
-        reader.listener.note(
-            f"{reader.trait.name}: {counts['calls']} calls made, {counts['retried']} of them again, "
-            f"{counts['failed']} answers failed, {known} known from the log; "
-            f"{counts['tokens in']:,} tokens in, {counts['tokens out']:,} out"
-        )
-
-
-RATERS: dict[str, Callable[[_Reader, Mapping[str, str], int], None]] = {"local": _rate_here, "openai": _rate_there}
-
-
-def estimate(texts: Collection[str], price: tuple[float, float] | None, model: str) -> str:
-    """What calls will take, in words: how many, about how many tokens, and what they cost per million of them."""
-    sizes = [len(text.encode("utf-8", "replace")) for text in texts]
-    n_in, n_out = round(sum(sizes) / BYTES_PER_TOKEN), TOKENS_PER_ANSWER * len(sizes)
-    cost = "" if price is None else f", {(n_in * price[0] + n_out * price[1]) / 1e6:.4f} at the given prices"
-    return f"{len(sizes):,} calls to {model}: about {n_in:,} tokens in and {n_out:,} out{cost}"
-
-
-def check_local_judge(job: RunPlan) -> None:
-    """Refuse, before the job's model is loaded, a local judge that could not write a score. Raises ModelError."""
-    if job.experiment.judge == "local":
-        from extraction.judging.local import check_numbers
-
-        check_numbers(judge_spec(job.experiment, job.root))
-
-
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def score_responses(
-    job: RunPlan, trait: Trait, folder: TraitRun, listener: ProgressReporter, *, again: bool = True
-) -> None:
-    """responses/pos.jsonl and neg.jsonl: every shard's rows with their scores, once all shards are there.
+def score_responses(context: TraitContext, *, again: bool = True) -> None:
+    """Write responses/pos.jsonl and neg.jsonl, the rows of every shard with their scores, once all shards are there.
 
-    Answers that could not be had before are asked for `again`, or left as they are.
+    `again`: ask once more for ratings that failed.
     """
-    count = len(job.shards(trait))
-    if not all(folder.shard_done("responses", i) for i in range(count)):
+    plan, trait, run = context.plan, context.trait, context.run
+    count = len(plan.shards(trait))
+    if not all(run.shard_done("responses", i) for i in range(count)):
         return
-    made_from = [*_judge_of(job, trait), *folder.sources("responses")]
-    present = folder.assembled_from()
+    made_from = [*_judge_identity(plan, trait), *run.shard_checksums("responses")]
+    present = run.response_sources()
     if present == made_from or (not again and present == [*made_from, FAILED]):
         return
-    name = resolve_judge(job.experiment.judge, trait)
-    judge_all = make_scorer(job, trait, listener, folder=folder)
-    failed = name in READERS and _read_all(judge_all, folder, count)
-    sides = {polarity: _of_side(judge_all, name, folder, count, polarity) for polarity in POLARITIES}
-    folder.write_responses(sides, [*made_from, FAILED] if failed else made_from)
+    name, judge = resolve_judge(plan.experiment.judge, trait), make_scorer(context)
+    failed = is_model_judge(name) and _judge_all(judge, run, count)
+    sides = {polarity: _scored_rows(judge, name, run, count, polarity) for polarity in POLARITIES}
+    run.write_responses(sides, [*made_from, FAILED] if failed else made_from)
 
 
-def _read_all(judge_all: Scorer, folder: TraitRun, count: int) -> bool:
-    """Ask a judge that reads about every response, all at once; its log knows them then. True where some failed."""
-    rows = (row for i in range(count) for row in folder.read_responses_shard(i))
-    judgements = judge_all([(row["question"], row["response"]) for row in rows])
+def _judge_all(judge: Scorer, run: TraitRun, count: int) -> bool:
+    """Judge every response at once, so that the log knows them all; return True if some failed."""
+    rows = (row for i in range(count) for row in run.read_responses_shard(i))
+    judgements = judge([(row["question"], row["response"]) for row in rows])
     return any((judgement.reason or "").startswith(FAILED) for judgement in judgements)
 
 
-def _judge_of(job: RunPlan, trait: Trait) -> list[str]:
-    """What the scores depend on besides the responses."""
-    name = resolve_judge(job.experiment.judge, trait)
-    if name not in READERS:
+def _judge_identity(plan: RunPlan, trait: Trait) -> list[str]:
+    """Return what scores depend on besides the responses."""
+    name = resolve_judge(plan.experiment.judge, trait)
+    if not is_model_judge(name):
         return [f"judge {name}"]
-    return [f"judge {name}", f"model {judge_model(job.experiment, job.root)}", f"rubrics {digest(rubrics_of(trait))}"]
+    return [f"judge {name}", f"model {judge_model(plan.experiment, plan.root)}", f"rubrics {digest(rubrics_of(trait))}"]
 
 
-def _of_side(judge_all: Scorer, name: str, folder: TraitRun, count: int, polarity: str) -> Iterator[Row]:
-    """One polarity's rows with their scores, a shard at a time: memory does not grow with their number."""
+def _scored_rows(judge: Scorer, name: str, run: TraitRun, count: int, polarity: str) -> Iterator[Row]:
+    """Yield one polarity's rows with their scores, a shard at a time: memory does not grow with their number."""
     for i in range(count):
-        rows = [row for row in folder.read_responses_shard(i) if row["polarity"] == polarity]
-        judgements = judge_all([(row["question"], row["response"]) for row in rows])
+        rows = [row for row in run.read_responses_shard(i) if row["polarity"] == polarity]
+        judgements = judge([(row["question"], row["response"]) for row in rows])
         yield from (_scored(row, name, judgement) for row, judgement in zip(rows, judgements, strict=True))
 
 
 def _scored(row: Row, name: str, judgement: Judgement) -> Row:
-    """A row with its scores; of a judge that reads, with what it said and how that was read, too."""
+    """Return a row with its scores; of a judge that reads, also with its answer and how that was parsed."""
     if name == "none":
         return {**row, "scores": {}}
-    if name not in READERS:
+    if not is_model_judge(name):
         return {**row, "scores": {name: judgement.score}}
     judged = {"raw": judgement.raw, "how": judgement.how, "reason": judgement.reason}
     return {**row, "scores": {name: judgement.score, name + COHERENCE: judgement.coherence}, "judged": judged}
 
 
-def kept_responses(job: RunPlan, trait: Trait, folder: TraitRun) -> KeptResponses:
-    """Which responses of a finished stage 1 count."""
-    settings = job.experiment
+def kept_responses(plan: RunPlan, trait: Trait, run: TraitRun) -> KeptResponses:
+    """Return the responses that vectors are made from. Raises StoreError while they are not all scored."""
+    settings = plan.experiment
     name = resolve_judge(settings.judge, trait)
-    rows = {polarity: folder.read_responses(polarity) for polarity in POLARITIES}
-    model = judge_model(settings, job.root) if name in READERS else None
+    rows = {polarity: run.read_responses(polarity) for polarity in POLARITIES}
+    model = judge_model(settings, plan.root) if is_model_judge(name) else None
     return filter_responses(
         rows, name, settings.threshold, coherence_threshold=settings.coherence_threshold, model=model
     )
 
 
-def usable_kept_responses(job: RunPlan, trait: Trait, folder: TraitRun) -> KeptResponses:
-    """As `kept_of`. Raises TraitError where the judge can't be relied on: no scores, no spread, a side without any."""
-    kept = kept_responses(job, trait, folder)
+def stored_kept_responses(context: TraitContext) -> KeptResponses | None:
+    """Return the kept responses, or None while they are not all scored."""
+    try:
+        return kept_responses(context.plan, context.trait, context.run)
+    except StoreError:
+        return None
+
+
+def usable_kept_responses(context: TraitContext) -> KeptResponses:
+    """Return the kept responses. Raises TraitError if the judge gave no scores, no spread, or keeps none of a side."""
+    kept = kept_responses(context.plan, context.trait, context.run)
     if kept.problem:
-        raise TraitError(f"trait {trait.name}: {kept.problem}; give another --judge-model, or --judge lexical or none")
+        raise TraitError(
+            f"trait {context.trait.name}: {kept.problem}; give another --judge-model, or --judge lexical or none"
+        )
     return kept

@@ -1,7 +1,8 @@
-"""Files that are whole or not there: atomic writes, sealed JSON, payloads with receipts, and a folder's lock.
+"""Atomic writes: JSON documents with a checksum, logs, data files with receipts, and a folder's lock.
 
-A document is JSON that carries a seal: the sha256 of the rest of it. A payload is any other file. Its receipt, a
-document with the payload's sha256, is written last, so that a receipt which fits its payload means done.
+A document is JSON that holds the sha256 of its other keys under `seal`; a log has such a checksum in every line. Any
+other file is a data file: its receipt, a document with the file's sha256, is written last, so that a file whose receipt
+fits is complete.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _NEW_FILE = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC",
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one file, and what to do. A StoreError carries one as its only argument."""
+    """A problem with one file, and its remedy. A StoreError carries one as its only argument."""
 
     path: Path
     problem: str
@@ -56,13 +57,13 @@ class Finding:
 
 
 def store_error(path: Path, problem: str, remedy: str) -> StoreError:
-    """The error to raise for a finding."""
+    """Return the error to raise for a finding."""
     return StoreError(Finding(path, problem, remedy))
 
 
 @contextmanager
 def reporting_store_errors(path: Path, action: str) -> Iterator[None]:
-    """Turn an OSError of the block into a StoreError that says what to do."""
+    """Raise an OSError of the block as a StoreError with a remedy."""
     try:
         yield
     except OSError as error:
@@ -71,7 +72,7 @@ def reporting_store_errors(path: Path, action: str) -> Iterator[None]:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Put `data` at `path`: after a kill or a power cut the file holds the old bytes or the new ones, never a part."""
+    """Write `data` to `path`: after a kill or a power cut it holds the old bytes or the new ones, never a part."""
     temporary = _temporary(path)
     with reporting_store_errors(path, "write"):
         try:
@@ -85,14 +86,14 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, durably; one that isn't there is as good."""
+    """Delete a file, if it exists, and sync its folder."""
     with reporting_store_errors(path, "delete"), suppress(FileNotFoundError):
         os.unlink(path)
         sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the system can (Windows and some network mounts can't)."""
+    """Sync a folder's names to the disk, if the system can (Windows and some network mounts can't)."""
     if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -106,7 +107,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Create and delete an empty file, since permission bits don't tell the truth on network mounts."""
+    """Create and delete an empty file: on network mounts, permission bits are no proof. Raises StoreError."""
     probe = _temporary(folder / "probe")
     with reporting_store_errors(folder, "write in this folder"):
         _write_synced(probe, b"")
@@ -114,9 +115,9 @@ def check_writable(folder: Path) -> None:
 
 
 def orphans(folder: Path) -> list[Path]:
-    """The temporary files in `folder` whose writer is dead, or had this process's number before it."""
-    found = ((path, TEMPORARY.fullmatch(path.name)) for path in sorted(folder.glob(".*.tmp")))
-    return [path for path, match in found if match and not _is_alive_elsewhere(int(match[1]))]
+    """Return the temporary files in `folder` whose writer is dead, or had this process's number before it."""
+    matches = ((path, TEMPORARY.fullmatch(path.name)) for path in sorted(folder.glob(".*.tmp")))
+    return [path for path, match in matches if match and not _is_alive_elsewhere(int(match[1]))]
 
 
 def _temporary(path: Path) -> Path:
@@ -124,7 +125,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    """Create `path` (mode 0666 less the umask), write all of `data`, and wait until the disk has it."""
+    """Create `path` (mode 0666 less the umask), write all of `data` and sync it to the disk."""
     handle = os.open(path, os.O_WRONLY | os.O_TRUNC | _NEW_FILE, 0o666)
     try:
         rest = memoryview(data)
@@ -136,7 +137,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _is_alive_elsewhere(pid: int) -> bool:
-    """True when another process of this machine has the number. Windows can't be asked: there os.kill kills."""
+    """Return True if another process of this machine has the number. Not known on Windows, where os.kill kills."""
     if pid == os.getpid() or sys.platform == "win32":
         return False
     try:
@@ -148,66 +149,66 @@ def _is_alive_elsewhere(pid: int) -> bool:
     return True
 
 
-# JSON
+# --- JSON -----------------------------------------------------------------------------------------------------------
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON that stays one line everywhere, and valid UTF-8. ValueError for NaN and Infinity."""
+    """Return JSON that is one line for every program, and valid UTF-8. Raises ValueError for NaN and Infinity."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
     return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 @contextmanager
 def reject_nan(path: Path) -> Iterator[None]:
-    """Turn JSON's ValueError into a StoreError."""
+    """Raise JSON's ValueError for NaN and Infinity as a StoreError."""
     try:
         yield
     except ValueError as error:
         raise store_error(path, f"can't hold NaN or Infinity ({error})", "write null for a missing value") from None
 
 
-def to_builtin(path: Path, value: Any) -> Any:
-    """`value` as it reads back from JSON: tuples are lists, keys are strings."""
+def json_round_trip(path: Path, value: Any) -> Any:
+    """Return `value` as it reads back from JSON: tuples are lists, keys are strings."""
     with reject_nan(path):
         return json.loads(to_json(value))
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical JSON of a plain value."""
+    """Return the sha256 of a plain value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_document(path: Path, body: Mapping[str, Any]) -> None:
-    """Write sealed JSON."""
-    atomic_write(path, _sealed(to_builtin(path, body)))
+    """Write JSON with a checksum."""
+    atomic_write(path, _with_checksum(json_round_trip(path, body)))
 
 
 def read_document(path: Path, remedy: str = REMAKE) -> dict[str, Any]:
-    """The body of a document. Whatever differs from what was written, even in one bit, is a StoreError."""
+    """Return a document without its checksum. Raises StoreError if one bit differs from what was written."""
     data = read_bytes(path)
     try:
         body: dict[str, Any] = json.loads(data.decode())
         del body["seal"]
-        sound = _sealed(body) == data
+        intact = _with_checksum(body) == data
     except (ValueError, TypeError, KeyError, RecursionError):
-        sound = False
-    if not sound:
-        raise store_error(path, "was changed or damaged since it was written: its seal is broken", remedy)
+        intact = False
+    if not intact:
+        raise store_error(path, "was changed or damaged since it was written: its checksum (seal) is wrong", remedy)
     return body
 
 
-def _sealed(body: Mapping[str, Any]) -> bytes:
+def _with_checksum(body: Mapping[str, Any]) -> bytes:
     assert "seal" not in body
     return (to_json({**body, "seal": digest(body)}, indent=2, sort_keys=True) + "\n").encode()
 
 
-# Logs
+# --- logs -----------------------------------------------------------------------------------------------------------
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a log, a sealed line each, and wait until the disk has them. A torn last line is cut off first."""
+    """Append rows to a log, a line with a checksum each, and sync it. A torn last line is cut off first."""
     with reject_nan(path):
-        data = b"".join(f"{to_json({**row, 'seal': _line_seal(row)})}\n".encode() for row in rows)
+        data = b"".join(f"{to_json({**row, 'seal': _line_checksum(row)})}\n".encode() for row in rows)
     with reporting_store_errors(path, "write"):
         is_new = not path.exists()
         handle = os.open(path, os.O_RDWR | _NEW_FILE, 0o666)
@@ -222,7 +223,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _seek_last_line(file: BinaryIO) -> None:
-    """To the end of a log; behind its last whole line where a kill has torn the next."""
+    """Seek to the end of a log; if a kill has torn its last line, cut that off."""
     end = file.seek(0, os.SEEK_END)
     if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
         file.seek(0)
@@ -232,27 +233,27 @@ def _seek_last_line(file: BinaryIO) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any] | None]:
-    """A log's rows in order, None for a line that is not as it was written. A torn last line is not there."""
-    return [_line(line) for line in read_bytes(path).split(b"\n")[:-1]] if path.exists() else []
+    """Return a log's rows in order, None for a damaged line. A torn last line is left out."""
+    return [_parse_line(line) for line in read_bytes(path).split(b"\n")[:-1]] if path.exists() else []
 
 
-def _line(data: bytes) -> dict[str, Any] | None:
+def _parse_line(data: bytes) -> dict[str, Any] | None:
     try:
         row: dict[str, Any] = json.loads(data)
-        return row if row.pop("seal") == _line_seal(row) else None
+        return row if row.pop("seal") == _line_checksum(row) else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
-def _line_seal(row: Mapping[str, Any]) -> str:
+def _line_checksum(row: Mapping[str, Any]) -> str:
     return digest(json.loads(to_json(row)))[:16]
 
 
-# Payloads
+# --- data files and receipts ----------------------------------------------------------------------------------------
 
 
-def commit(path: Path, data: bytes, facts: Mapping[str, Any]) -> None:
-    """Payload first, receipt last. A receipt of older bytes goes before both, so that it never vouches for new ones."""
+def write_with_receipt(path: Path, data: bytes, facts: Mapping[str, Any]) -> None:
+    """Write a data file, then its receipt. A receipt of older bytes is deleted first: it must never fit new ones."""
     receipt = {**facts, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     remove(receipt_path(path))
     atomic_write(path, data)
@@ -260,20 +261,20 @@ def commit(path: Path, data: bytes, facts: Mapping[str, Any]) -> None:
 
 
 def receipt_path(path: Path) -> Path:
-    """Where the receipt of the payload at `path` lies."""
+    """Return the path of a data file's receipt."""
     return path.with_name(path.name.removesuffix(path.suffix) + RECEIPT)
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
-    """The receipt of the payload at `path`."""
+    """Return a data file's receipt. Raises StoreError if it has none."""
     receipt = receipt_path(path)
     if not receipt.exists():
         raise store_error(path, "isn't finished: it has no receipt", REMAKE)
     return read_document(receipt)
 
 
-def read_payload(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """A payload's bytes, found to be those that were written, and its receipt."""
+def read_data(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return a data file's bytes, after a check of their sha256, and its receipt."""
     receipt = read_receipt(path)
     data = read_bytes(path)
     _check_size(path, len(data), receipt)
@@ -281,8 +282,8 @@ def read_payload(path: Path) -> tuple[bytes, dict[str, Any]]:
     return data, receipt
 
 
-def checked_payload(path: Path) -> os.stat_result:
-    """What the system knows of a payload whose bytes were found to be those that were written; it isn't kept."""
+def verify_checksum(path: Path) -> os.stat_result:
+    """Check a data file's sha256 without holding it in memory, and return its file status."""
     receipt = read_receipt(path)
     with reporting_store_errors(path, "read"), path.open("rb") as file:
         status = os.fstat(file.fileno())
@@ -292,8 +293,8 @@ def checked_payload(path: Path) -> os.stat_result:
     return status
 
 
-def check_payload(path: Path) -> None:
-    """StoreError unless the payload at `path` has a receipt and the size that it says. Doesn't read the payload."""
+def check_size(path: Path) -> None:
+    """Raise StoreError unless a data file has a receipt and the receipt's size. Does not read the file."""
     receipt = read_receipt(path)
     with reporting_store_errors(path, "read"):
         size = path.stat().st_size
@@ -301,7 +302,7 @@ def check_payload(path: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All of a file."""
+    """Return a file's bytes."""
     with reporting_store_errors(path, "read"):
         return path.read_bytes()
 
@@ -316,12 +317,12 @@ def _check_sha256(path: Path, sha256: str, receipt: Mapping[str, Any]) -> None:
         raise store_error(path, "was changed or damaged since it was written: its sha256 is wrong", DELETE)
 
 
-# Locks
+# --- locks ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def hold_lock(path: Path, *, shared: bool = False, remedy: str = "wait for it to end") -> Iterator[None]:
-    """Hold the lock file at `path`, alone or with other sharers; it is free as soon as this process ends, however."""
+    """Hold the lock file at `path`, alone or with other sharers, until the block or the process ends."""
     with reporting_store_errors(path, "lock"):
         handle = os.open(path, os.O_RDWR | _NEW_FILE, 0o666)
     try:
@@ -340,7 +341,7 @@ def _try_lock(handle: int, path: Path, shared: bool) -> bool:
     if sys.platform == "win32":
         import msvcrt
 
-        os.lseek(handle, 1 << 30, os.SEEK_SET)  # a byte that nobody reads: locks are mandatory here
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # a byte beyond the pid: locks are mandatory on Windows
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         except OSError:

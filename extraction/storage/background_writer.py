@@ -1,6 +1,6 @@
-"""Work that is done by one thread in the background, in the order in which it is handed over: writing, while rows run.
+"""A background thread that writes finished shards while the engine goes on.
 
-Little of it waits at a time, so that memory stays flat.
+Tasks run in order, and at most MAX_PENDING wait at a time, so that memory does not grow.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ MAX_PENDING = 2
 
 
 class BackgroundWriter:
-    """A thread that does what is `put`, while a `with` lasts; its end waits for all that was handed over.
+    """A thread that runs the tasks given to `put`; leaving the `with` block waits for all of them.
 
-    After an error nothing more is done, and the error is raised by the next `put`, or at the end of the `with`.
+    After an error no other task runs; the error is raised by the next `put`, or at the end of the block.
     """
 
     def __init__(self) -> None:
@@ -27,17 +27,17 @@ class BackgroundWriter:
     def __enter__(self) -> BackgroundWriter:
         return self
 
-    def put(self, work: Callable[[], None]) -> None:
-        """Hand over what is to be done next; wait as long as too much is pending."""
+    def put(self, task: Callable[[], None]) -> None:
+        """Queue a task; wait while too many are pending."""
         while self._pending and (len(self._pending) >= MAX_PENDING or self._pending[0].done()):
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._do, work))
+        self._pending.append(self._pool.submit(self._run, task))
 
-    def _do(self, work: Callable[[], None]) -> None:
+    def _run(self, task: Callable[[], None]) -> None:
         if self._failed:
             return
         try:
-            work()
+            task()
         except BaseException:
             self._failed = True
             raise
@@ -47,7 +47,7 @@ class BackgroundWriter:
     ) -> None:
         try:
             self._pool.shutdown()
-        except BaseException:  # a signal, while it waited: what was handed over is finished all the same
+        except BaseException:  # a signal during the wait: queued tasks are finished all the same
             self._pool.shutdown()
             raise
         if failure is None:

@@ -1,6 +1,7 @@
-"""A stored tensor [n, L, D] that stays on the disk: its files are checked once, then some layers are read at a time.
+"""Lazy tensors: activations [n, L, D] that stay on the disk and are read some layers at a time.
 
-A file that has changed since then is refused. Shapes: n rows, m of them picked, L layers, k of them, D hidden.
+Every file's sha256 is checked once; a file that changes afterwards is refused. Shapes: n rows, m of them picked,
+L layers, k of them, D hidden.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extraction.storage.atomic import REMAKE, checked_payload, reporting_store_errors, store_error
+from extraction.storage.atomic import REMAKE, reporting_store_errors, store_error, verify_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,15 +23,15 @@ Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class FilePart:
-    """One file: the ids of its rows, and the stamp that it had when its sha256 was found to be right."""
+class TensorFile:
+    """One file: the ids of its rows, and its inode, size and mtime when its sha256 was checked."""
 
     path: Path
     ids: tuple[str, ...]
     stamp: Stamp
 
     def read(self, name: str, layers: slice) -> Tensor:
-        """Some layers of all rows of a tensor: [n, k, D], in memory only as long as it is used."""
+        """Read some layers of all rows of a tensor: [n, k, D]."""
         from safetensors import safe_open
 
         with reporting_store_errors(self.path, "read"):
@@ -42,71 +43,71 @@ class FilePart:
 
 
 @dataclass(frozen=True)
-class StoredTensors:
-    """One tensor of several files, row after row. `shape` is [n, L, D]; `dtype` as torch names it."""
+class LazyTensor:
+    """One tensor whose rows lie in several files, in order. `shape` is [n, L, D]; `dtype` is torch's name."""
 
     name: str
-    parts: tuple[FilePart, ...]
+    files: tuple[TensorFile, ...]
     shape: tuple[int, ...]
     dtype: str
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
-        """The example of every row."""
-        return tuple(example_id for part in self.parts for example_id in part.ids)
+        """The example id of every row."""
+        return tuple(example_id for file in self.files for example_id in file.ids)
 
-    def pick(self, ids: Sequence[str], columns: Sequence[int]) -> PickedRows:
-        """The rows of these examples at these places among the layers, both in the order asked for."""
-        return PickedRows(self, tuple(ids), tuple(columns))
+    def pick(self, ids: Sequence[str], columns: Sequence[int]) -> LazyRows:
+        """Return the rows of these examples at these layer indices, both in the given order."""
+        return LazyRows(self, tuple(ids), tuple(columns))
 
 
 @dataclass(frozen=True)
-class PickedRows:
-    """Some rows [m, L, D] of a stored tensor, to be read some layers at a time."""
+class LazyRows:
+    """Some rows [m, L, D] of a lazy tensor."""
 
-    stored: StoredTensors
+    tensor: LazyTensor
     ids: tuple[str, ...]
     columns: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """[m, L, D]."""
-        return len(self.ids), len(self.columns), self.stored.shape[2]
+        return len(self.ids), len(self.columns), self.tensor.shape[2]
 
-    def at(self, layers: slice) -> Tensor:
-        """[m, k, D], in the dtype that is stored; takes the room of the result and of one file."""
+    def read_layers(self, layers: slice) -> Tensor:
+        """Read some layers: [m, k, D], in the stored dtype. Needs memory for the result and one file's layers."""
         import torch
 
         columns = self.columns[layers]
         first, last = min(columns), max(columns)
         offsets = [column - first for column in columns]
-        result = torch.empty((len(self.ids), len(columns), self.shape[2]), dtype=getattr(torch, self.stored.dtype))
-        for part, (sources, places) in zip(self.stored.parts, self._moves, strict=True):
+        result = torch.empty((len(self.ids), len(columns), self.shape[2]), dtype=getattr(torch, self.tensor.dtype))
+        for file, (sources, places) in zip(self.tensor.files, self._copies_by_file, strict=True):
             if sources:
-                result[places] = part.read(self.stored.name, slice(first, last + 1))[sources][:, offsets]
+                result[places] = file.read(self.tensor.name, slice(first, last + 1))[sources][:, offsets]
         return result
 
     @cached_property
-    def _moves(self) -> list[tuple[list[int], list[int]]]:
-        """By file: which of its rows are wanted, and where they go. KeyError for an id that no file has."""
+    def _copies_by_file(self) -> list[tuple[list[int], list[int]]]:
+        """(rows of the file, rows of the result) for every file. Raises KeyError for an id that no file has."""
         place_of = {example_id: place for place, example_id in enumerate(self.ids)}
-        moves = [
-            [(row, place_of.pop(example_id)) for row, example_id in enumerate(part.ids) if example_id in place_of]
-            for part in self.stored.parts
+        copies = [
+            [(row, place_of.pop(example_id)) for row, example_id in enumerate(file.ids) if example_id in place_of]
+            for file in self.tensor.files
         ]
         if place_of:
             raise KeyError(next(iter(place_of)))
-        return [([row for row, _ in move], [place for _, place in move]) for move in moves]
+        return [([row for row, _ in copy], [place for _, place in copy]) for copy in copies]
 
 
-def checked_part(path: Path) -> FilePart:
-    """A file whose bytes are those that were written. Raises StoreError where they aren't."""
+def open_checked(path: Path) -> TensorFile:
+    """Open a file of activations after a check of its sha256. Raises StoreError if that is wrong."""
     from safetensors import safe_open
 
-    stamp = _stamp(checked_payload(path))
+    stamp = _stamp(verify_checksum(path))
     with reporting_store_errors(path, "read"), safe_open(path, framework="pt") as file:
         metadata: dict[str, Any] = file.metadata()
-    return FilePart(path, tuple(json.loads(metadata["ids"])), stamp)
+    return TensorFile(path, tuple(json.loads(metadata["ids"])), stamp)
 
 
 def _stamp(status: os.stat_result) -> Stamp:

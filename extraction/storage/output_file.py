@@ -1,4 +1,4 @@
-"""Where what is exported goes: whole or not at all, and over another file only where that is said."""
+"""Files that a user names for an export: written atomically, and replaced only with --force."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from extraction.storage.atomic import atomic_write, check_writable
 
 
 def place_file(path: Path, data: bytes, *, force: bool) -> None:
-    """Write a file where there is none, or the same one; over another only with force. Raises ConfigError."""
+    """Write a new file, or one with the same bytes; replace another only with `force`. Raises ConfigError."""
     if not path.parent.is_dir():
         raise ConfigError(f"{show_path(path)}: its folder does not exist; create it, or give another place")
     if path.exists() and not force and not (path.is_file() and path.read_bytes() == data):
@@ -19,7 +19,7 @@ def place_file(path: Path, data: bytes, *, force: bool) -> None:
 
 
 def check_place(path: Path, *, force: bool) -> None:
-    """Raise, before the work, where `place_file` would refuse whatever comes of it."""
+    """Raise ConfigError if `place_file` would refuse any data: for a check before long work."""
     if not path.parent.is_dir():
         raise ConfigError(f"{show_path(path)}: its folder does not exist; create it, or give another place")
     if path.exists() and not (force and path.is_file()):

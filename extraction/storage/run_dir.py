@@ -1,6 +1,7 @@
-"""Folders that are pinned to a config: their names, their lock, who may begin and go on, and what every one can do.
+"""Run folders: each belongs to one config, kept in run.json, and is worked on under a lock.
 
-A run's folder (store) and a capture set's (capture_store) are two such. Torch is not imported.
+`TraitRun` (a run of one trait) and `CaptureSet` (token captures of one prompt file) are its two kinds. Torch is not
+imported.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from extraction.storage.atomic import (
     check_writable,
     digest,
     hold_lock,
+    json_round_trip,
     orphans,
     read_document,
     remove,
     reporting_store_errors,
     store_error,
-    to_builtin,
     to_json,
     write_document,
 )
 
-# what may differ between two starts: it changes no response and no activation
+# settings that may differ between two starts of a run: they change no response and no activation
 EXECUTION_FIELDS = (
     *("batch_size", "device", "workers", "threads", "self_check", "gpu_price", "threshold", "coherence_threshold"),
     *("judge", "judge_model", "judge_url", "judge_concurrency", "judge_price"),
@@ -39,7 +40,7 @@ EXECUTION_FIELDS = (
 
 
 def check_inside(path: Path, root: Path) -> None:
-    """StoreError when a symbolic link leads `path` out of `root`, which may be a link itself."""
+    """Raise StoreError if a symbolic link leads `path` out of `root`, which may be a link itself."""
     try:
         inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError):  # a loop of links
@@ -49,79 +50,80 @@ def check_inside(path: Path, root: Path) -> None:
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """sha256 of the fields that decide what is computed: all but EXECUTION_FIELDS, at any depth."""
-    return digest(dict(_identity(config)))
+    """Return the sha256 of a config's fields that decide the results: all but EXECUTION_FIELDS, at any depth."""
+    return digest(dict(_result_fields(config)))
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """A folder whose run.json says what made the rest. Work in it under `lock()`, after `open(config)`."""
+    """A folder whose run.json holds the config of its files. Work in it under `lock()`, after `open(config)`."""
 
     path: Path
 
-    PAYLOADS: ClassVar[Mapping[str, str]]  # a folder in it: the suffix of the payloads there
-    OTHERS: ClassVar[tuple[str, ...]]  # folders without payloads
-    REPORT: ClassVar[str]  # the page that is opened first
-    APART: ClassVar[str]  # how another config gets a folder of its own, as a remedy begins
-    WAIT: ClassVar[str]  # the remedy when another process is in
+    DATA_FOLDERS: ClassVar[Mapping[str, str]]  # a folder in it: the suffix of its data files
+    PLAIN_FOLDERS: ClassVar[tuple[str, ...]]  # folders without data files
+    DOCUMENTS: ClassVar[tuple[str, ...]]  # JSON files with a checksum, besides run.json
+    MAIN_REPORT: ClassVar[str]  # the page to open first
+    RESTART_CHOICE: ClassVar[str]  # starts the remedy for another config
+    LOCKED_REMEDY: ClassVar[str]  # the remedy while another process holds the lock
 
     @contextmanager
     def lock(self, *, shared: bool = False) -> Iterator[None]:
-        """Keep other processes out, or, shared, only those that want it alone; StoreError if one is in."""
+        """Hold the folder's lock, exclusive or shared. Raises StoreError if another process holds it."""
         with reporting_store_errors(self.path, "create"):
             self.path.mkdir(parents=True, exist_ok=True)
-        with hold_lock(self.path / ".lock", shared=shared, remedy=self.WAIT):
+        with hold_lock(self.path / ".lock", shared=shared, remedy=self.LOCKED_REMEDY):
             if not shared:
                 self.clean_orphans()
             yield
 
     def open(self, config: Mapping[str, Any]) -> bool:
-        """Make the folders, check that they are writable, pin `config`. True when this was begun before.
+        """Create the folders, check that they are writable, and write run.json. Returns True if it was there before.
 
-        RunMismatch when the folder holds another config. `run.json` keeps the EXECUTION_FIELDS of the first start.
+        Raises RunMismatch if the folder has another config. run.json keeps the EXECUTION_FIELDS of the first start.
         """
-        for name in (*self.PAYLOADS, *self.OTHERS):
+        for name in (*self.DATA_FOLDERS, *self.PLAIN_FOLDERS):
             self._make_folder(self.path / name)
-        wanted = to_builtin(self.config_path, config)
+        wanted = json_round_trip(self.config_path, config)
         if self.config_path.exists():
             self._check_same(self.read_config(), wanted)
             return True
-        if any(self._payload_paths(name) for name in self.PAYLOADS):
-            problem = "is missing, and there is no telling what made the rest"
-            raise store_error(self.config_path, problem, self._restart())
+        if any(self._data_paths(name) for name in self.DATA_FOLDERS):
+            problem = "is missing, so the config of the other files is unknown"
+            raise store_error(self.config_path, problem, self._restart_remedy())
         write_document(self.config_path, {"config": wanted, "fingerprint": fingerprint(wanted)})
         return False
 
     def read_config(self) -> dict[str, Any]:
-        """The config that this folder was opened with."""
+        """Return the config in run.json. Raises StoreError if there is none."""
         if not self.config_path.exists():
             raise store_error(self.config_path, "is missing", RERUN)
-        config: dict[str, Any] = read_document(self.config_path, self._restart())["config"]
+        config: dict[str, Any] = read_document(self.config_path, self._restart_remedy())["config"]
         return config
 
     def stored_config(self) -> dict[str, Any] | None:
-        """The config that this folder was opened with; None where nothing has begun."""
+        """Return the config in run.json; None if the run has not begun."""
         return self.read_config() if self.config_path.exists() else None
 
     def clean_orphans(self) -> None:
-        """Delete the temporary files of dead processes. Those of another machine look dead: hold the lock alone."""
+        """Delete temporary files of dead processes. Another machine's processes look dead: hold the exclusive lock."""
         for path in self._orphans():
             remove(path)
 
     def write_report(self, name: str, data: bytes) -> Path:
-        """reports/<name>, for people to look at: without a receipt, and not verified."""
+        """Write reports/<name>, without a receipt: it is not verified."""
         path = self.report_path(name)
         self._make_folder(path.parent)
         atomic_write(path, data)
         return path
 
     def report_path(self, name: str = "") -> Path:
-        """reports/<name>; without a name, the page that is opened first."""
-        return self.path / "reports" / check_name(name or self.REPORT, "report")
+        """Return the path of reports/<name>; without a name, of the page to open first."""
+        return self.path / "reports" / check_name(name or self.MAIN_REPORT, "report")
 
     @property
     def config_path(self) -> Path:
-        """run.json: what the folder is pinned to."""
+        """Path of run.json."""
         return self.path / "run.json"
 
     def _make_folder(self, folder: Path) -> None:
@@ -131,19 +133,20 @@ class RunDir:
         check_writable(folder)
 
     def _check_same(self, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        theirs, ours = dict(_identity(stored)), dict(_identity(wanted))
-        for name in sorted(theirs | ours):
-            was, now = (_short(fields[name]) if name in fields else "absent" for fields in (theirs, ours))
-            if (name in theirs) != (name in ours) or theirs[name] != ours[name]:
+        """Raise RunMismatch with the first field that differs, by dotted name."""
+        old, new = dict(_result_fields(stored)), dict(_result_fields(wanted))
+        for name in sorted(old | new):
+            was, now = (_short(fields[name]) if name in fields else "absent" for fields in (old, new))
+            if (name in old) != (name in new) or old[name] != new[name]:
                 problem = f"holds a run with another config: {name} was {was} and is now {now}"
-                raise RunMismatch(Finding(self.path, problem, self._restart()))
+                raise RunMismatch(Finding(self.path, problem, self._restart_remedy()))
 
-    def _restart(self) -> str:
-        return f"{self.APART}delete {self.path} to start again"
+    def _restart_remedy(self) -> str:
+        return f"{self.RESTART_CHOICE}delete {self.path} to start again"
 
-    def _payload_paths(self, name: str) -> list[Path]:
-        """The payloads in a folder, in order of their numbers; with those of which only the receipt is there."""
-        folder, suffix = self.path / name, self.PAYLOADS[name]
+    def _data_paths(self, name: str) -> list[Path]:
+        """Return a folder's data files by number, including those of which only the receipt is left."""
+        folder, suffix = self.path / name, self.DATA_FOLDERS[name]
         with reporting_store_errors(folder, "read"):
             names = [path.name for path in folder.iterdir()] if folder.exists() else []
         stems = {
@@ -155,23 +158,34 @@ class RunDir:
         return [folder / (stem + suffix) for stem in sorted(stems, key=lambda stem: (len(stem), stem))]
 
     def _orphans(self) -> list[Path]:
-        return [path for name in (".", *self.PAYLOADS, *self.OTHERS) for path in orphans(self.path / name)]
+        return [path for name in (".", *self.DATA_FOLDERS, *self.PLAIN_FOLDERS) for path in orphans(self.path / name)]
 
-    def _orphan_findings(self) -> list[Finding]:
+    def _verify_documents(self) -> list[Finding]:
+        """Return the temporary files of killed processes, and the documents that are damaged."""
+        findings = self._leftovers()
+        with collecting_findings(findings):
+            self.read_config()
+        for path in (self.path / name for name in self.DOCUMENTS):
+            with collecting_findings(findings):
+                if path.exists():
+                    read_document(path)
+        return findings
+
+    def _leftovers(self) -> list[Finding]:
         return [Finding(path, "was left by a process that was killed", RERUN) for path in self._orphans()]
 
 
 @contextmanager
-def record_location(findings: list[Finding]) -> Iterator[None]:
-    """Put the finding of a StoreError of the block into `findings`."""
+def collecting_findings(findings: list[Finding]) -> Iterator[None]:
+    """Append the finding of a StoreError of the block to `findings`."""
     try:
         yield
     except StoreError as error:
         findings.append(error.args[0])
 
 
-def _identity(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a config by dotted name, without the EXECUTION_FIELDS."""
+def _result_fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a config's leaves by dotted name, without the EXECUTION_FIELDS."""
     if isinstance(value, Mapping):
         items = {key: item for key, item in value.items() if key not in EXECUTION_FIELDS}
     elif isinstance(value, (list, tuple)):
@@ -182,7 +196,7 @@ def _identity(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if not items:
         yield name, items if isinstance(value, Mapping) else []
     for key, item in items.items():
-        yield from _identity(item, f"{name}.{key}" if name else str(key))
+        yield from _result_fields(item, f"{name}.{key}" if name else str(key))
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,111 @@
+"""The two kinds of judges, and the values that they return.
+
+A rule judge scores a response at once. A model judge is a language model: it rates every response by two rubrics (the
+trait's and coherence), and its ratings go to a log in the run's folder, so that none is requested twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from extraction.config.experiments import Experiment
+from extraction.core.progress import ProgressReporter
+from extraction.core.records import Trait
+
+THRESHOLD = 50.0
+MAX_CHARACTERS = 20_000  # of a response that is judged: the time of a marker's pattern may grow with its square
+FAILED = "failed"  # how the reason of a score begins that the next run requests again
+EMPTY = "empty"  # the reason of a missing score: the response has no text
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A model judge's answer to one rubric. `score` is 0 to 100, or None with the `reason`; `raw` is what it wrote.
+
+    `how` names the way in which the answer was read; `tokens` are (prompt, completion).
+    """
+
+    score: float | None
+    reason: str | None = None
+    raw: str = ""
+    how: str = ""
+    tokens: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's verdict on one response: 0 to 100, or None with the reason. Only model judges rate coherence."""
+
+    score: float | None
+    coherence: float | None = None
+    raw: str = ""
+    reason: str | None = None
+    how: str = ""
+
+
+Pair = tuple[str, str]  # question, response
+Scorer = Callable[[Sequence[Pair]], list[Judgement]]
+SaveRatings = Callable[[Mapping[str, Rating]], None]  # by key; may be called from any thread
+
+
+@dataclass(frozen=True)
+class RatingContext:
+    """The run in which a model judge rates: its settings, the device of its own model, and where progress goes."""
+
+    settings: Experiment
+    root: Path
+    device: str
+    trait_name: str
+    reporter: ProgressReporter
+
+
+@dataclass(frozen=True)
+class RuleJudge:
+    """A judge that needs no model.
+
+    `score(question, response, trait)` returns 0 to 100, or None for a missing score. `check` raises TraitError for a
+    trait that it can't judge.
+    """
+
+    score: Callable[[str, str, Trait], float | None]
+    check: Callable[[Trait], None] = lambda trait: None
+
+
+def _settings_model(settings: Experiment, root: Path) -> str:
+    return settings.judge_model or ""
+
+
+def _accept(settings: Experiment, root: Path) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class ModelJudge:
+    """A judge that is a language model; it needs the setting `judge_model`, and `model_help` says what that holds.
+
+    `rate(context, texts, save)` rates filled rubrics by key, saves every rating as soon as it is known and reports its
+    progress. `model_name` is the name in logs and cards. The checks raise ConfigError or ModelError: `check_settings`
+    when the run is planned, `check_access` before responses are made for it, `check_model` before the run's own model
+    is loaded.
+    """
+
+    model_help: str
+    rate: Callable[[RatingContext, Mapping[str, str], SaveRatings], None]
+    model_name: Callable[[Experiment, Path], str] = _settings_model
+    check_settings: Callable[[Experiment, Path], object] = _accept
+    check_access: Callable[[Experiment, Path], object] = _accept
+    check_model: Callable[[Experiment, Path], object] = _accept
+
+
+def judged_part(response: str) -> str:
+    """Return the part of a response that judges read: its first MAX_CHARACTERS characters."""
+    return response[:MAX_CHARACTERS]
+
+
+def shows_side(polarity: str, score: float | None, threshold: float = THRESHOLD) -> bool | None:
+    """Return True if a score is on its own side: `pos` at or above the threshold, `neg` below it. None stays None."""
+    if score is None:
+        return None
+    return score >= threshold if polarity == "pos" else score < threshold
