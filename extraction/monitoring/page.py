@@ -84,7 +84,7 @@ class DataBlocks:
 
 @dataclass(frozen=True)
 class SetRow:
-    """A capture set in the index: `n_done` of `n_prompts` prompts are captured; `link` is the path to its page, or None."""
+    """A capture set in the index: `n_done` of `n_prompts` prompts are captured; `link` is its page's path, or None."""
 
     experiment: str
     name: str
