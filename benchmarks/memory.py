@@ -20,7 +20,7 @@ from benchmarks.processes import ROOT, TRAIT, run_measured, save_model, words_of
 from extraction.config.traits import list_traits
 from extraction.core.records import Example, Trait
 from extraction.pipeline.plan import RunPlan, make_plan
-from extraction.vectors.methods import DEFAULT_METHODS
+from extraction.vectors.method_table import DEFAULT_METHODS
 
 EXPERIMENT = "memory"
 STEPS = {  # the second continues the run of the first

@@ -1,7 +1,7 @@
-"""Measure how well a vector separates hedging tokens from certain ones, in answers to unseen prompts, on pocket.
+"""Whether a vector tells hedging tokens from certain ones in answers to prompts that it has never seen, on pocket.
 
-The trait's vector and placebo vectors are projected in one pass. A placebo is made by the same method from the same
-responses, after each side is split at random into two halves.
+Vectors of many kinds read the same answers in one pass: the trait's own, and placebos, which the same method makes of
+the same responses when each side is dealt out at random into two halves.
 
 Shapes: N positive rows, M negative rows, L layers, D hidden, K vectors (the trait's first), T tokens.
 """
@@ -22,17 +22,17 @@ from extraction.config.prompt_files import read_prompt_set
 from extraction.core.progress import ProgressReporter
 from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
-from extraction.judging.lexical import lexical_score
+from extraction.judging.registry import lexical_score
 from extraction.model.chat_template import encode_conversation
 from extraction.model.loading import LanguageModel
 from extraction.monitoring.dynamics import smoothed
-from extraction.monitoring.token_text import pieces_of
+from extraction.monitoring.prompt_capture import pieces_of
 from extraction.pipeline.fit import VectorOptions, fit_inputs
 from extraction.pipeline.plan import MODES, make_plan
-from extraction.pipeline.session import ModelSession
+from extraction.pipeline.session import TraitContext
 from extraction.pipeline.stages import generate as make_responses
 from extraction.utils_batch import Request
-from extraction.vectors.methods import find_method
+from extraction.vectors.methods import FUNCTIONS
 from extraction.vectors.metrics import auroc, cohens_d
 
 TRAIT, METHOD = "uncertainty_calibration", "mean_diff"
@@ -40,12 +40,12 @@ PROMPTS = Path(__file__).resolve().parent.parent / "configs" / "prompts"
 FILES = ("prompts_uncertainty.txt", "prompts_commitment.txt", "prompts_cognitive.txt", "prompts_sycophancy.txt")
 INTERVAL = (0.025, 0.5, 0.975)
 SIDES = ("hedging", "certain")
-N_DRAWN = 8  # answers in the picture
+N_DRAWN = 8  # answers whose course is drawn
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer to one prompt. `score` is 100 if all its markers hedge, 0 if all are certain, None without any."""
+    """One prompt's answer. `score`: 100 where all its markers hedge, 0 where all are certain, None without any."""
 
     prompt: str
     pieces: Sequence[str]
@@ -54,12 +54,12 @@ class Answer:
 
     @property
     def side(self) -> str | None:
-        """Side of the answer: hedging, certain, or None if neither or both."""
+        """hedging, certain, or None for an answer that is neither or both."""
         return {100.0: "hedging", 0.0: "certain"}.get(-1.0 if self.score is None else self.score)
 
 
 def separation(n_placebos: int, n_examples: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Compute the AUROC of hedging against certain tokens, by layer, for the trait's vector and placebos."""
+    """AUROC of tokens of hedging answers against those of certain ones, by layer: the trait's vector, and placebos."""
     with tempfile.TemporaryDirectory() as folder:
         lm, sides = _sides(folder, n_examples)
     unit_LDK = units(*sides, n_placebos)
@@ -68,7 +68,7 @@ def separation(n_placebos: int, n_examples: int, say: Callable[[str], None]) -> 
         torch.cat([answer.projections_TLK for answer in answers if answer.side == side]) for side in SIDES
     )
     found_LK = auroc(hedging.flatten(1), certain.flatten(1)).view(hedging.shape[1:])
-    layer = _best_layer(*sides, unit_LDK)
+    layer = _told_apart_best(*sides, unit_LDK)
     means = {side: torch.stack([a.projections_TLK.mean(0) for a in answers if a.side == side]) for side in SIDES}
     means_LK = auroc(*(means[side].flatten(1) for side in SIDES)).view(found_LK.shape)
     say(f"  {len(hedging)} tokens of hedging answers, {len(certain)} of certain ones")
@@ -88,31 +88,31 @@ def separation(n_placebos: int, n_examples: int, say: Callable[[str], None]) -> 
 
 
 def _beside(row_K: Tensor) -> dict[str, float]:
-    """Return the trait's AUROC, the placebos' quantiles, and the share of placebos that it beats."""
+    """The trait's AUROC and the placebos', and how many of them it beats."""
     low, median, high = torch.quantile(row_K[1:], torch.tensor(INTERVAL, dtype=row_K.dtype)).tolist()
     beaten = float((row_K[1:] < row_K[0]).double().mean())
     return {"trait": float(row_K[0]), "low": low, "median": median, "high": high, "beaten": beaten}
 
 
-def _best_layer(positive_NLD: Tensor, negative_MLD: Tensor, unit_LDK: Tensor) -> int:
-    """Return the layer with the largest effect size on the rows that the vector was made from."""
+def _told_apart_best(positive_NLD: Tensor, negative_MLD: Tensor, unit_LDK: Tensor) -> int:
+    """The layer at which the vector holds the rows that it was made from furthest apart."""
     scores = (torch.einsum("nld,ld->nl", side.float(), unit_LDK[..., 0]) for side in (positive_NLD, negative_MLD))
     return int(cohens_d(*scores).argmax())
 
 
 def _sides(folder: str, n_examples: int) -> tuple[LanguageModel, tuple[Tensor, Tensor]]:
-    """Generate responses; return the model and the activations [N, L, D] and [M, L, D] of both sides."""
+    """The model, and the activations [N, L, D] and [M, L, D] that the trait's vectors are made from."""
     options = {"n_examples": n_examples, "batch_size": 32}
-    job = make_plan("pocket", TRAIT, root=folder, options=options, self_check=0)
-    engine: ModelSession = make_responses(job, MODES["batched"], _Silent())
-    fit = fit_inputs(job, job.traits[0], job.folder(job.traits[0]), VectorOptions(), _Silent())
+    plan = make_plan("pocket", TRAIT, root=folder, options=options, self_check=0)
+    session = make_responses(plan, MODES["batched"], _Silent()).session
+    fit = fit_inputs(TraitContext(session, plan.traits[0], _Silent()), VectorOptions())
     rows_nLD = fit.rows.read_layers(slice(None))
-    return engine.lm, (rows_nLD[: fit.n_positive], rows_nLD[fit.n_positive :])
+    return session.lm, (rows_nLD[: fit.n_positive], rows_nLD[fit.n_positive :])
 
 
 def units(positive_NLD: Tensor, negative_MLD: Tensor, n_placebos: int) -> Tensor:
     """[L, D, 1 + placebos], each column of length 1: the trait's direction, then the placebos'."""
-    fit, generator = find_method(METHOD).fit, torch.Generator().manual_seed(0)
+    fit, generator = FUNCTIONS[METHOD], torch.Generator().manual_seed(0)
     found = [fit(positive_NLD, negative_MLD, seed=0)]
     for _ in range(n_placebos):
         dealt = [side[torch.randperm(len(side), generator=generator)] for side in (positive_NLD, negative_MLD)]
@@ -122,7 +122,7 @@ def units(positive_NLD: Tensor, negative_MLD: Tensor, n_placebos: int) -> Tensor
 
 
 def _answers(lm: LanguageModel, unit_LDK: Tensor) -> Iterator[Answer]:
-    """Answer every prompt of the files, and project every token on all vectors."""
+    """Every prompt of the files, answered as the guide does, read along all vectors at once."""
     from extraction.config.experiments import find_root
     from extraction.config.traits import load_trait
 
@@ -147,22 +147,22 @@ def _prompts(name: str) -> Sequence[Any]:
 
 
 def _course(answer: Answer, layer: int) -> dict[str, Any]:
-    """Return an answer's smoothed projections on the trait's vector and on the first placebo's."""
+    """What is drawn of an answer: its smoothed projections on the trait's vector and on the first placebo's."""
     trait_T, placebo_T = (smoothed(answer.projections_TLK[:, layer, k].numpy()) for k in (0, 1))
     return {"prompt": answer.prompt, "side": answer.side, "trait": trait_T.tolist(), "placebo": placebo_T.tolist()}
 
 
 class _Silent(ProgressReporter):
-    """Progress reporter that prints nothing."""
+    """Nobody listens."""
 
     def note(self, text: str) -> None:
-        """Ignore the event."""
+        """Nothing."""
 
-    def begin(self, title: str, n_examples: int, n_done: int) -> None:
-        """Ignore the event."""
+    def begin(self, title: str, n_examples: int, n_done: int, *, seconds_left: object = None) -> None:
+        """Nothing."""
 
     def advance(self, n_examples: int, n_tokens: int) -> None:
-        """Ignore the event."""
+        """Nothing."""
 
     def end(self) -> None:
-        """Ignore the event."""
+        """Nothing."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from extraction.vectors.card import build_card
-from extraction.vectors.methods import DEFAULT_METHODS
+from extraction.vectors.method_table import DEFAULT_METHODS
 
 QUESTIONS, INSTRUCTIONS = 20, 5  # with both sides: 200 rows
 SHAPES = {"tiny": (2, 16), "pocket": (6, 192), "2b": (26, 2304)}  # layers, hidden

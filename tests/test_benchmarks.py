@@ -40,7 +40,7 @@ from benchmarks.workload import (
     n_tokens,
     trait_requests,
 )
-from extraction.vectors.methods import DEFAULT_METHODS
+from extraction.vectors.method_table import DEFAULT_METHODS
 from tests.runs import succeed
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -25,7 +25,8 @@ from extraction.vectors.controls import (
     split_half_cosine,
 )
 from extraction.vectors.held_out import fit_scorer, fit_with_methods, held_out_scores
-from extraction.vectors.methods import DEFAULT_METHODS, find_method, mean_diff
+from extraction.vectors.method_table import DEFAULT_METHODS
+from extraction.vectors.methods import FUNCTIONS, mean_diff
 from extraction.vectors.metrics import (
     accuracy_at,
     auroc,
@@ -471,7 +472,7 @@ def test_norms_are_of_the_activations_and_of_the_written_direction(card: dict):
     rows = trait_rows(effect=3.0)
     norm = rows.activations_nLD.double().norm(dim=-1).mean(0)
     assert card["typical_norm"] == pytest.approx(norm.tolist())
-    way = find_method("mean_diff").fit(*rows.sides, seed=0)
+    way = FUNCTIONS["mean_diff"](*rows.sides, seed=0)
     assert card["methods"]["mean_diff"]["per_layer"]["norm"] == pytest.approx(way.norm(dim=-1).tolist(), rel=1e-5)
     assert card["methods"]["probe"]["per_layer"]["norm"] == pytest.approx([1.0] * 4)
 

@@ -23,7 +23,8 @@ from extraction.vectors import chunked
 from extraction.vectors.bootstrap import Resamples, resample_questions, resampled_auroc
 from extraction.vectors.card import build_card
 from extraction.vectors.chunked import LayerBlock, RowsInMemory, layer_blocks, typical_norms
-from extraction.vectors.methods import METHODS, fit_block, fit_layers
+from extraction.vectors.method_table import METHODS
+from extraction.vectors.methods import FUNCTIONS, fit_block, fit_layers
 from extraction.vectors.metrics import project
 from extraction.vectors.prepare import PreparedSides, prepare_sides
 from tests.planted import gaussian, trait_rows
@@ -106,7 +107,7 @@ def test_layers_that_fit_are_one_block():
 def test_a_method_finds_in_blocks_what_it_finds_at_once(name: str, few_layers: int):
     rows_nLD = torch.cat(ROWS.sides)
     n_positive = ROWS.counts[0]
-    all_LD = METHODS[name].fit(*ROWS.sides, seed=3)
+    all_LD = FUNCTIONS[name](*ROWS.sides, seed=3)
     some_LD = fit_layers([name], RowsInMemory(rows_nLD), n_positive, seed=3)[name]
     torch.testing.assert_close(some_LD, all_LD, rtol=0, atol=1e-7 * float(all_LD.abs().max()))
     if name != "probe":  # all layers of a block stop at the same Newton step
@@ -116,7 +117,7 @@ def test_a_method_finds_in_blocks_what_it_finds_at_once(name: str, few_layers: i
 def test_a_random_direction_depends_on_the_layer_index():
     sides = [side[:, 1:2] for side in ROWS.sides]
     here, elsewhere = (fit_block("random", *sides, LayerBlock(start, start + 1, LAYERS), seed=0) for start in (1, 0))
-    assert torch.equal(here, METHODS["random"].fit(*ROWS.sides, seed=0)[1:2])
+    assert torch.equal(here, FUNCTIONS["random"](*ROWS.sides, seed=0)[1:2])
     assert not torch.allclose(here.abs(), elsewhere.abs())
 
 

@@ -1,4 +1,4 @@
-"""The forecast: its sizes are the engine's own, its batch fits, its sums add up."""
+"""The forecast: its sizes are those of the engine, its batch fits in memory, its sums add up."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from extraction.model.memory import (
 )
 from extraction.pipeline.forecast import forecast
 from extraction.pipeline.plan import make_plan
+from extraction.pipeline.session import PromptEncoder
 from extraction.utils_batch import Request
 from tests.runs import EXPERIMENT, make_root
 from tests.tiny import shared_model, tiny_tokenizer
 
-ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox", "bloom", "opt")
+ARCHITECTURES = ("llama", "gpt2", "gemma2", "bloom", "opt")
 
 
 def work_of(prompt: int = 30, new: int = 20, points: int = 3) -> Workload:
@@ -38,7 +39,7 @@ def work_of(prompt: int = 30, new: int = 20, points: int = 3) -> Workload:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_memory_by_part_is_what_the_engine_takes(name):
-    """Weights, cache and running sums to the byte, from the config alone."""
+    """Weights, KV cache and pooling sums to the byte, from the config alone."""
     model, work = shared_model(name), work_of()
     lm = wrap(model)
     requests = [Request(str(i), tuple(range(3, 33)), 20) for i in range(8)]
@@ -108,28 +109,27 @@ def test_out_of_memory_is_known_by_its_signs(failure, yes):
     assert is_out_of_memory(failure) == yes
 
 
-def test_the_forecast_of_a_job_adds_up(tmp_path: Path):
+def test_the_forecast_of_a_run_adds_up(tmp_path: Path):
     root = make_root(tmp_path)
-    job = make_plan("demo", root=str(root))
-    whole = forecast(job, gpu_price=3.0)
+    plan = make_plan("demo", root=str(root))
+    whole = forecast(plan, gpu_price=3.0)
     settings = EXPERIMENT["generation"]
     assert whole.n_examples == 48
     assert whole.new_tokens == 48 * settings["max_new_tokens"]
     assert whole.batch_size == EXPERIMENT["batch_size"]
     assert whole.peak == sum(whole.memory.values())
     assert whole.cost == pytest.approx(3.0 * whole.seconds / 3600)
-    prompts = job.prompts(
-        tiny_tokenizer(), [example for shard in job.shards(job.traits[0]) for example in shard], max_tokens=None
-    )
+    encoder = PromptEncoder(plan, tiny_tokenizer(), max_tokens=None)
+    prompts = [prompt for shard in plan.shards(plan.traits[0]) for prompt in encoder.encode(shard)]
     assert whole.prompt_tokens == sum(len(prompt.token_ids) for prompt in prompts)
-    serial, capture = forecast(job, "responses"), forecast(job, "capture")
+    serial, capture = forecast(plan, "responses"), forecast(plan, "capture")
     assert serial.batch_size == 1
     assert serial.cost is None
     assert capture.new_tokens == 0
     assert serial.disk < whole.disk
     half = forecast(make_plan("demo", root=str(root), slice_text="1/2"))
-    assert (whole.n_queues, half.n_queues) == (2, 1)
-    assert half.n_examples == 40  # shards of 20, 20 and 8: the first queue has two
+    assert (whole.n_groups, half.n_groups) == (2, 1)
+    assert half.n_examples == 40  # shards of 20, 20 and 8: the first run group has two
 
 
 def test_more_work_takes_more(tmp_path: Path):

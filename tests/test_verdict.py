@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from extraction.vectors.card import build_card
-from extraction.vectors.methods import METHODS, mean_diff
+from extraction.vectors.methods import FUNCTIONS, mean_diff
 from extraction.vectors.splits import LabelledRows
 from extraction.vectors.verdict import verdict
 from tests.planted import memorised_instructions, natural_rows, trait_rows, ways
@@ -105,7 +105,7 @@ def one_layer_late(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int) -> 
 
 
 def faulty(monkeypatch: pytest.MonkeyPatch, rows: LabelledRows, fault: Any) -> dict[str, Any]:
-    monkeypatch.setitem(METHODS, "mean_diff", replace(METHODS["mean_diff"], fit=fault))
+    monkeypatch.setitem(FUNCTIONS, "mean_diff", fault)
     return card_of(rows, methods=["mean_diff"])
 
 

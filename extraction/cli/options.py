@@ -119,7 +119,11 @@ THREADS: tuple[Decorator, ...] = (
 )
 RUN: tuple[Decorator, ...] = (
     click.option(
-        "--slice", "slice_text", metavar="K/N", default="1/1", help="Do every N-th queue, from the K-th: for clusters."
+        "--slice",
+        "slice_text",
+        metavar="K/N",
+        default="1/1",
+        help="Do every N-th run group, from the K-th: for clusters.",
     ),
     *THREADS,
     click.option("--dry-run", is_flag=True, help="Print the plan and the forecast, and stop."),

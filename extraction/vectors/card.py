@@ -32,14 +32,14 @@ from extraction.vectors.controls import (
     split_half_cosine,
 )
 from extraction.vectors.held_out import fit_with_methods, held_out_scores
-from extraction.vectors.methods import DEFAULT_METHODS, find_method, fit_block
+from extraction.vectors.method_table import DEFAULT_METHODS, find_method
+from extraction.vectors.methods import fit_block
 from extraction.vectors.metrics import auroc, top_1_percent, wrong_side
 from extraction.vectors.prepare import check_finite, check_sides, single_threaded
 from extraction.vectors.splits import LabelledRows, Split, shuffled_labels, split_rows
 from extraction.vectors.verdict import verdict
 
 UNIT = "pooled standard deviations within a side of the fitted rows; 0 is the threshold fitted on them"
-CARD_FORM = 2  # rises when the card of the same activations would be another
 CONTROL_QUANTILE = 0.95
 
 Metrics = dict[str, Estimate]

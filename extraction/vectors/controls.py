@@ -16,7 +16,8 @@ from torch.nn.functional import cosine_similarity
 from extraction.core.errors import TraitError
 from extraction.vectors.chunked import LayerBlock
 from extraction.vectors.held_out import fit_with_draws, fit_with_methods, held_out_scores
-from extraction.vectors.methods import find_method, fit_block
+from extraction.vectors.method_table import find_method
+from extraction.vectors.methods import fit_block
 from extraction.vectors.metrics import auroc, cohens_d
 from extraction.vectors.splits import LabelledRows, Split, split_halves
 

@@ -3,8 +3,8 @@
 A method is a function of `positive_NLD`, `negative_MLD` and a seed that returns float32 [L, D], all layers at once,
 computed in float64. N and M may differ.
 
-To add a method, write its function here and give it a row in METHODS; then add a row to the table in docs/guide.md. The
-options, the card, the report and the tests of the laws below read METHODS.
+To add a method, write its function here, name it in FUNCTIONS, and give it a row in METHODS (method_table.py); then add
+that row to the table in docs/guide.md. The options, the card, the report and the tests of the laws below read METHODS.
 
 Laws that every method keeps (tests/test_vectors.py):
     The mean of the positive rows never projects lower than the mean of the negative rows.
@@ -23,16 +23,14 @@ In formulas: x_i are rows, m+ and m- the sides' means, S+ and S- their covarianc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from extraction.core.errors import ConfigError
 from extraction.vectors.chunked import ChunkedRows, LayerBlock, layer_blocks, mean_over_rows
+from extraction.vectors.method_table import find_method
 from extraction.vectors.prepare import PreparedSides, check_sides, fit_by_layers, orient_towards, sum_parts
 
 PROBE_C = 1.0
@@ -121,49 +119,15 @@ def random(positive_NLD: Tensor, negative_MLD: Tensor, *, seed: int, block: Laye
     ).float()
 
 
-@dataclass(frozen=True)
-class VectorMethod:
-    """A row of METHODS.
-
-    `fit`: the function, [N, L, D], [M, L, D], seed -> float32 [L, D]. `is_slow`: the fit takes as long as all other
-    methods together, so the card repeats it less often. `is_control`: fitted only on request, and never
-    chosen. `needs_block`: the direction depends on the layer's index, so `fit` takes the rows' LayerBlock.
-    """
-
-    fit: Callable[..., Tensor]
-    summary: str
-    is_slow: bool = False
-    is_control: bool = False
-    needs_block: bool = False
-
-
-# In the order in which the card prefers methods that validation can't tell apart: simple ones first.
-METHODS: dict[str, VectorMethod] = {
-    "mean_diff": VectorMethod(mean_diff, "mean of the positive minus mean of the negative activations; keeps its norm"),
-    "probe": VectorMethod(probe, "normal of an L2 logistic regression"),
-    "pca": VectorMethod(pca, "first principal axis of both sides together"),
-    "ica": VectorMethod(ica, "the independent component that separates best", is_slow=True),
-    "gradient": VectorMethod(gradient, "the unit vector that maximises the standardised separation"),
-    "random": VectorMethod(random, "a Gaussian draw: what a method must beat", is_control=True, needs_block=True),
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function for function in (mean_diff, probe, pca, ica, gradient, random)
 }
-DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if not method.is_control)
-
-
-def find_method(name: str) -> VectorMethod:
-    """Look up a method. Raises ConfigError with the nearest known name."""
-    if name in METHODS:
-        return METHODS[name]
-    nearest = get_close_matches(name, METHODS, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ConfigError(f"method {name!r} is not known; {hint}known: {', '.join(METHODS)}")
 
 
 def fit_block(name: str, positive_NkD: Tensor, negative_MkD: Tensor, block: LayerBlock, *, seed: int) -> Tensor:
     """Fit a method to one block of layers: float32 [k, D], equal to those rows of a fit to all layers."""
-    method = find_method(name)
-    options: dict[str, Any] = {"block": block} if method.needs_block else {}
-    directions_kD: Tensor = method.fit(positive_NkD, negative_MkD, seed=seed, **options)
-    return directions_kD
+    options: dict[str, Any] = {"block": block} if find_method(name).needs_block else {}
+    return FUNCTIONS[name](positive_NkD, negative_MkD, seed=seed, **options)
 
 
 def fit_layers(names: Sequence[str], rows: ChunkedRows, n_positive: int, *, seed: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The steering sweep: labels, figures and controls on tiny models; on the pocket model, what takes a trained one."""
+"""The steering sweep: conditions, metrics and controls on tiny models, and what steering does to the pocket model."""
 
 from __future__ import annotations
 
@@ -22,16 +22,26 @@ from extraction.evaluation.steered_generation import (
     SteeredAnswer,
     SteeredGeneration,
     answer_all,
-    bounded_rate,
-    directions_of,
-    figures_of,
+    condition_metrics,
     is_coherent,
+    layer_directions,
+    rate_with_interval,
     repetition,
 )
-from extraction.evaluation.steering_sweep import SweepPlan, choose_place, counterpart, evaluate, reach, window_of
-from extraction.judging.base import Judgement
+from extraction.evaluation.steering_sweep import SweepPlan, choose_site, other_site, reach, run_sweep, window_of
+from extraction.judging.registry import Judgement
 from extraction.model.loading import wrap
-from tests.runs import NATURAL, contents, make_root, refused, succeed
+from tests.runs import (
+    NATURAL,
+    Silent,
+    contents,
+    extracted_root,
+    make_extracted_root,
+    make_root,
+    refused,
+    room_for,
+    succeed,
+)
 from tests.tiny import LAYERS, deviation, shared_model, tiny_tokenizer
 
 ALL_LAYERS = tuple(range(LAYERS))
@@ -56,7 +66,7 @@ def vowels(pairs):
 def directions(seed: int = 0, size: float = 3.0):
     width = shared_model("llama").config.hidden_size
     draw = torch.randn(LAYERS, width, generator=torch.Generator().manual_seed(seed))
-    return directions_of(draw, [size] * LAYERS, ALL_LAYERS, seed=seed)
+    return layer_directions(draw, [size] * LAYERS, ALL_LAYERS, seed=seed)
 
 
 CONDITIONS = [
@@ -115,7 +125,7 @@ def answers_of(rows) -> list[SteeredAnswer]:
 
 def test_a_rate_counts_scored_answers_alone_and_is_resampled_by_question():
     rows = [("a", 80.0), ("a", None), ("a", 50.0), ("b", 49.9), ("b", None), ("c", None)]
-    found = figures_of(answers_of(rows), 50.0, seed=0)
+    found = condition_metrics(answers_of(rows), 50.0, seed=0)
     assert (found["n"], found["missing"]) == (6, 3)
     assert found["rate"]["value"] == pytest.approx(2 / 3)
     assert found["score"] == pytest.approx((80 + 50 + 49.9) / 3)
@@ -123,8 +133,8 @@ def test_a_rate_counts_scored_answers_alone_and_is_resampled_by_question():
     # two questions, one always positive and one never: a resample holds either, or both
     assert (found["rate"]["low"], found["rate"]["high"]) == (0.0, 1.0)
     many = answers_of([(f"q{i}", 100.0 * (j % 2)) for i in range(30) for j in range(2)])
-    assert bounded_rate(many, 50.0, seed=0) == {"value": 0.5, "low": 0.5, "high": 0.5}
-    unclear = figures_of(answers_of([("a", None)]), 50.0, seed=0)
+    assert rate_with_interval(many, 50.0, seed=0) == {"value": 0.5, "low": 0.5, "high": 0.5}
+    unclear = condition_metrics(answers_of([("a", None)]), 50.0, seed=0)
     assert unclear["rate"] == {"value": None, "low": None, "high": None}
     assert unclear["score"] is None
 
@@ -172,7 +182,7 @@ def test_an_evaluation_is_whole_and_json_ready_and_reports_on_other_questions_th
 
     counted = []
     plan = plan_of({"mean_diff": directions(0), "probe": directions(1)})
-    found = evaluate(trying_of(scorer, on_progress=lambda n, _: counted.append(n)), plan)
+    found = run_sweep(trying_of(scorer, on_progress=lambda n, _: counted.append(n)), plan)
     json.dumps(found, allow_nan=False)
     assert asked == [set(WORDS[:3])] * 3 + [set(WORDS[3:])]
     assert sum(counted) == plan.n_answers
@@ -180,7 +190,7 @@ def test_an_evaluation_is_whole_and_json_ready_and_reports_on_other_questions_th
     assert seen[:-1] == [(method, (layer,)) for method in ("mean_diff", "probe") for layer in ALL_LAYERS]
     assert seen[-1][1] == ALL_LAYERS
     labels = {(c["direction"], c["kind"], tuple(c["layers"]), c["coefficient"]) for c in found["conditions"]}
-    place, others = tuple(found["layers"]), counterpart(tuple(found["layers"]), ALL_LAYERS)
+    place, others = tuple(found["layers"]), other_site(tuple(found["layers"]), ALL_LAYERS)
     assert len(labels) == len(found["conditions"]) == 1 + 3 * 4 + 2
     assert {size for d, k, layers, size in labels if (d, k, layers) == ("trait", "add", others)} == {
         -1.0,
@@ -204,18 +214,18 @@ def test_neighbours_are_steered_together():
     layers = tuple(range(6))
     assert [window_of(layer, layers) for layer in (0, 3, 5)] == [(0, 1), (2, 3, 4), (4, 5)]
     assert window_of(6, (4, 6, 8, 9)) == (4, 6, 8)
-    assert counterpart((4,), layers) == (3, 4, 5)
-    assert counterpart((0,), layers) == (0, 1)
-    assert counterpart((3, 4, 5), layers) == (4,)
+    assert other_site((4,), layers) == (3, 4, 5)
+    assert other_site((0,), layers) == (0, 1)
+    assert other_site((3, 4, 5), layers) == (4,)
 
 
 def test_a_judge_that_says_the_same_of_everything_finds_no_layer_that_moves_it():
     always_50 = trying_of(lambda pairs: [Judgement(50.0)] * len(pairs))
-    _, _, scan = choose_place(always_50, plan_of({"mean_diff": directions()}))
+    _, _, scan = choose_site(always_50, plan_of({"mean_diff": directions()}))
     assert {each["moved"] for each in scan} == {0.0}
-    found = evaluate(always_50, plan_of({"mean_diff": directions()}))
+    found = run_sweep(always_50, plan_of({"mean_diff": directions()}))
     assert {each["rate"]["value"] for each in found["conditions"]} == {1.0}
-    silent = evaluate(trying_of(lambda pairs: [Judgement(None)] * len(pairs)), plan_of({"mean_diff": directions()}))
+    silent = run_sweep(trying_of(lambda pairs: [Judgement(None)] * len(pairs)), plan_of({"mean_diff": directions()}))
     assert {each["missing"] for each in silent["conditions"]} == {6}
     assert silent["reached"] == {"positive": None, "negative": None, "random": {"positive": None, "negative": None}}
 
@@ -250,6 +260,9 @@ def pocket_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+SIDES = ("negative", "positive")
+
+
 def steering_of(root: Path, trait: str) -> dict:
     return json.loads((root / f"experiments/pocket/{trait}/vectors/steering.json").read_text())
 
@@ -266,65 +279,61 @@ def test_a_trait_moves_without_an_instruction_and_random_directions_do_not_move_
     assert found["largest_coherent"]["negative"] <= -0.5
 
 
-def test_a_look_at_steering_shows_both_ways_and_the_unsteered_answer(pocket_root):
+def test_steer_shows_both_signs_and_the_unsteered_answer(pocket_root):
     options = ("--experiment", "pocket", "--trait", "commitment_strength", "--root", pocket_root, "--coef", "-1,0.5")
     out = succeed("steer", *options, "--ablate", "Should I bake bread?", "What of tea?").stdout
     assert all(len(line) <= 80 for line in out.splitlines())
     lines = [line for line in out.splitlines() if line[:1] == " " and line[:11].strip()]
     hows = [line.split()[0] for line in lines]
     assert [how for how in hows if how != "coef"] == ["-1", "0", "+0.5", "ablated"] * 2
-    assert "Answers stayed coherent from -" in out
-    again = succeed("steer", *options, "--ablate", "Should I bake bread?", "What of tea?").stdout
-    assert out == again
+    low, high = (steering_of(pocket_root, "commitment_strength")["largest_coherent"][side] for side in SIDES)
+    assert f" {low:+g} to {high:+g} " in out.replace("\n", " ")
+    assert succeed("steer", *options, "--ablate", "Should I bake bread?", "What of tea?").stdout == out
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "parts"),
     [
-        (["--coef", "much"], "write numbers, such as 4 or -1,1"),
-        (["--coef", "nan"], "write numbers"),
-        (["--layer", "6"], "the last layer is 5"),
-        (["--method", "random"], "no vectors of 'random'; it has"),
-        (["--positions", "some"], "use one of all, response"),
-        (["--coef", "1e38"], "smaller coefficient"),
+        (["--coef", "much"], ("--coef", "'much'")),
+        (["--coef", "nan"], ("--coef", "'nan'")),
+        (["--layer", "6"], ("'6'", "5")),
+        (["--method", "random"], ("'random'", "mean_diff")),
+        (["--positions", "some"], ("some", "all, response")),
+        (["--coef", "1e38"], ("coefficient",)),
     ],
 )
-def test_a_look_that_can_not_be_had_is_refused_in_one_line(pocket_root, options, words):
+def test_steer_refuses_what_is_not_there_in_one_line(pocket_root, options, parts):
     line = refused(
         "steer", "--experiment", "pocket", "--trait", "commitment_strength", "--root", pocket_root, *options, "Hi"
     )
-    assert words in line
+    assert all(part in line for part in parts), line
 
 
 # --- the stage ------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_validation_makes_nothing_new_and_more_answers_make_the_sweep_again(tmp_path):
-    options = ("--root", make_root(tmp_path), "--experiment", "demo")
+    options = ("--root", make_extracted_root(tmp_path), "--experiment", "demo")
     run = tmp_path / "experiments/demo/calm"
-    succeed("extract", *options, "--answers", "2")
     before = contents(run)
-    assert "Nothing left to do" in succeed("validate", *options, "--answers", "2").stdout
-    assert "Nothing left to do" in succeed("validate", *options, "--quick").stdout
+    succeed("validate", *options, "--answers", "2")
+    succeed("validate", *options, "--quick")
     assert contents(run) == before
-    assert "1 new." in succeed("validate", *options, "--answers", "8").stdout
+    succeed("validate", *options, "--answers", "8")
     after = contents(run)
     changed = {name for name in after if after[name] != before.get(name)}
     assert {"vectors/steering.json"} <= changed <= {"vectors/steering.json", "vectors/card.json"}  # the verdict tells
 
 
-def test_a_sweep_whose_memory_runs_out_is_made_again_with_half_the_batch_and_the_same_result(tmp_path):
-    from tests.test_pipeline import room_for
-
-    options = ("--root", make_root(tmp_path), "--experiment", "demo", "--answers", "2")
-    succeed("extract", *options)
+def test_a_sweep_that_runs_out_of_memory_runs_again_at_half_the_batch_size_with_the_same_result(tmp_path):
+    options = ("--root", make_extracted_root(tmp_path), "--experiment", "demo", "--answers", "2")
     run = tmp_path / "experiments/demo/calm"
     sweep = run / "vectors/steering.json"
     before = leaves(json.loads(sweep.read_text()))
     sweep.unlink()
     with room_for(3):
-        said = succeed("validate", *options, "--batch-size", "16").stderr
-    assert said.count("out of memory: again with batch size") == 3  # 8, 4, 2
+        stderr = succeed("validate", *options, "--batch-size", "16").stderr
+    assert stderr.count("out of memory") == 3  # 8, 4, 2
     after = leaves(json.loads(sweep.read_text()))
     assert after == pytest.approx(before, rel=1e-4)  # another batch size rounds otherwise
     assert after != pytest.approx({place: 1.01 * v for place, v in before.items()}, rel=1e-4)
@@ -338,10 +347,10 @@ def leaves(value: Any, place: str = "") -> dict[str, float]:
     return {place: float(len(value) if isinstance(value, str) else value or 0)}
 
 
-def test_without_a_judge_or_instructions_it_says_what_it_leaves_out(tmp_path):
+def test_without_a_judge_there_is_no_sweep_and_without_instructions_none_to_remove(tmp_path):
     root = make_root(tmp_path)
     result = succeed("extract", "--root", root, "--experiment", "demo", "--judge", "none")
-    assert "no steering sweep: without a judge" in result.stderr
+    assert "calm: no steering sweep" in result.stderr
     assert not (root / "experiments/demo/calm/vectors/steering.json").exists()
     bare = {**NATURAL, "name": "bare", "negative_prompts": [p["prompt"] for p in NATURAL["negative_prompts"]]}
     (root / "configs/traits/bare.yaml").write_text(yaml.safe_dump(bare))
@@ -353,25 +362,24 @@ def test_without_a_judge_or_instructions_it_says_what_it_leaves_out(tmp_path):
 def test_natural_prompts_are_steered_without_their_system_text(tmp_path):
     from extraction.pipeline.model_checks import prompts_without_instruction
     from extraction.pipeline.plan import make_plan
-    from extraction.pipeline.session import ModelSession
+    from extraction.pipeline.session import ModelSession, TraitContext
 
     root = make_root(tmp_path)
-    job = make_plan("demo", "warm", root=str(root), options={"model": str(root / "model")})
-    (trait,) = job.traits
-    prompts = prompts_without_instruction(ModelSession(job), trait, ["I love tea.", "I hate us."])
+    plan = make_plan("demo", "warm", root=str(root), options={"model": str(root / "model")})
+    context = TraitContext(ModelSession(plan), plan.traits[0], Silent())
+    prompts = prompts_without_instruction(context, ["I love tea.", "I hate us."])
     assert [prompt.text for prompt in prompts] == [
         f"<bos><|user|>\n{text}<|end|>\n<|assistant|>\n" for text in ("I love tea.", "I hate us.")
     ]
 
 
-def test_responses_without_their_instruction_are_captured_as_they_were_said(tmp_path):
+def test_activations_without_the_instruction_are_those_of_the_stored_responses():
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from extraction.utils_batch import get_activations_from_texts
 
-    root = make_root(tmp_path)
-    succeed("extract", "--root", root, "--experiment", "demo", "--answers", "2")
+    root = extracted_root()
     run = root / "experiments/demo/calm"
     rows = [json.loads(line) for line in (run / "responses/shards/0000.jsonl").read_text().splitlines()]
     path = run / "stripped/0000.safetensors"
@@ -384,35 +392,36 @@ def test_responses_without_their_instruction_are_captured_as_they_were_said(tmp_
         chat = [{"role": "user", "content": row["question"]}]
         bare = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         wanted = get_activations_from_texts(model, tokenizer, [(bare, row["token_ids"])])[0]["residual.response_mean"]
-        told = get_activations_from_texts(model, tokenizer, [(row["prompt_token_ids"], row["token_ids"])])[0]
+        with_it = get_activations_from_texts(model, tokenizer, [(row["prompt_token_ids"], row["token_ids"])])[0]
         assert deviation(got[row["id"]], wanted) < 1e-5
-        assert deviation(got[row["id"]], told["residual.response_mean"]) > 1e-3  # the control
+        assert deviation(got[row["id"]], with_it["residual.response_mean"]) > 1e-3  # the control
 
 
 def test_a_reversed_direction_moves_the_trait_the_wrong_way(pocket_root):
-    """A planted wrong sign: the sweep's own figures give it away."""
-    from extraction.judging.lexical import judge_lexical
+    """A planted wrong sign shows in the sweep's own metrics."""
+    from extraction.judging.registry import judge_lexical
     from extraction.model.loading import load
     from extraction.pipeline.plan import stored_plans
+    from extraction.pipeline.session import PromptEncoder
     from extraction.pipeline.steer_preview import SteerSite, directions_at
 
-    (job,) = stored_plans("pocket", "commitment_strength", root=str(pocket_root), loads_model=True)
-    (trait,) = job.traits
+    (plan,) = stored_plans("pocket", "commitment_strength", root=str(pocket_root), loads_model=True)
+    (trait,) = plan.traits
     found = steering_of(pocket_root, "commitment_strength")
-    place = SteerSite(found["method"], tuple(found["layers"]))
-    right = directions_at(job.folder(trait), place, 0)
+    site = SteerSite(found["method"], tuple(found["layers"]))
+    right = directions_at(plan.folder(trait), site, 0)
     wrong = replace(right, trait={layer: -vector for layer, vector in right.trait.items()})
-    lm = load(job.spec)
+    lm = load(plan.spec)
 
     def scorer(pairs):
         return [Judgement(judge_lexical(question, answer, trait)) for question, answer in pairs]
 
     questions = [Example(f"q{i}", trait.name, "pos", 0, i, 0, text) for i, text in enumerate(trait.questions[:6])]
-    prompts = job.prompts(lm.tokenizer, questions, max_tokens=None)
+    prompts = PromptEncoder(plan, lm.tokenizer, max_tokens=None).encode(questions)
     trying = SteeredGeneration(lm, Sample(1.0), scorer, max_new_tokens=30, batch_size=24)
-    push = Condition("trait", "add", place.layers, 1.0)
+    push = Condition("trait", "add", site.layers, 1.0)
     rates = [
-        figures_of(answer_all(trying, prompts, some, [push], 2)[push], 50.0, seed=0)["rate"]["value"]
+        condition_metrics(answer_all(trying, prompts, some, [push], 2)[push], 50.0, seed=0)["rate"]["value"]
         for some in (right, wrong)
     ]
     assert rates[0] > 0.6
