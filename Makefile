@@ -1,4 +1,4 @@
-# Two commands do everything: `make extract TRAIT=uncertainty_calibration` and `make test`.
+# The main commands: `make extract TRAIT=uncertainty_calibration`, `make test`, `make check`.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,14 +6,14 @@ BIN := $(VENV)/bin
 TRAIT ?= uncertainty_calibration
 EXPERIMENT ?= pocket
 
-# the extras that a target needs are installed once, and again when what is asked for changes
+# installs the extras of a target once, and again when setup.cfg or constraints.txt change
 $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (once)..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e $(if $(filter core,$*),.,".[$*]")
 	@touch $@
 
-.PHONY: extract serve test check bench clean
+.PHONY: extract serve test test-all check bench clean
 
 extract: $(VENV)/.installed-report,lora
 	@$(BIN)/traitline extract --experiment "$(EXPERIMENT)" --traits "$(TRAIT)" \
@@ -26,12 +26,16 @@ serve: $(VENV)/.installed-serve
 	  $(if $(BATCH_SIZE),--batch-size "$(BATCH_SIZE)") $(ARGS)
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(ARGS)
 
 check: $(VENV)/.installed-test $(VENV)/.installed-check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python -m benchmarks $(ARGS)

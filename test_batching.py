@@ -1,7 +1,7 @@
-"""How much faster is batching? `python test_batching.py` times the same prompts one at a time, then in batches.
+"""Measure the speedup of batching: `python test_batching.py` times the same prompts one at a time, then in batches.
 
-Serial is transformers' own `model.generate`, one prompt after the other; batched is the engine. Both are greedy and in
-float32, so their texts must be equal: they are compared, and the exit code is 1 when they are not.
+Serial is transformers' `model.generate`, one prompt after the other; batched is the engine. Both are greedy and in
+float32, so their texts must be equal: the script compares them and exits with 1 if they differ.
 """
 
 from __future__ import annotations
@@ -23,11 +23,17 @@ Texts = dict[str, str]
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", default="pocket", show_default=True, metavar="NAME", help="Short name, folder or hub id.")
-@click.option("--trait", default="uncertainty_calibration", show_default=True, metavar="NAME", help="Whose questions.")
-@click.option("--n-prompts", default=32, show_default=True, type=click.IntRange(1), help="Prompts.")
+@click.option(
+    "--trait",
+    default="uncertainty_calibration",
+    show_default=True,
+    metavar="NAME",
+    help="Trait of the questions.",
+)
+@click.option("--n-prompts", default=32, show_default=True, type=click.IntRange(1), help="Number of prompts.")
 @click.option("--max-new-tokens", default=80, show_default=True, type=click.IntRange(1), help="Longest response.")
 @click.option("--batch-sizes", default="4,8,16,32", show_default=True, metavar="N,N", help="Batch sizes to try.")
-@click.option("--threads", type=click.IntRange(1), help="Processor threads; default: as torch chooses.")
+@click.option("--threads", type=click.IntRange(1), help="Processor threads. Default: torch's choice.")
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -58,7 +64,7 @@ def main(
 
 
 def parse_sizes(text: str) -> list[int]:
-    """`4,8` as numbers."""
+    """Parse `4,8` into numbers."""
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
@@ -69,7 +75,7 @@ def parse_sizes(text: str) -> list[int]:
 
 
 def load_model(name: str, threads: int | None) -> LanguageModel:
-    """The model in float32."""
+    """Load the model in float32."""
     import torch
     from transformers.utils import logging
 
@@ -84,7 +90,7 @@ def load_model(name: str, threads: int | None) -> LanguageModel:
 
 
 def make_requests(lm: LanguageModel, trait: str, n_prompts: int, max_new_tokens: int) -> list[Request]:
-    """Prompts from a trait's instructions and questions."""
+    """Make prompts from a trait's instructions and questions."""
     from extraction.config.experiments import find_root
     from extraction.config.traits import load_trait, make_examples
     from extraction.model.chat_template import encode_example
@@ -99,7 +105,7 @@ def make_requests(lm: LanguageModel, trait: str, n_prompts: int, max_new_tokens:
 
 
 def generate_serial(lm: LanguageModel, requests: Sequence[Request]) -> Texts:
-    """transformers by itself, one prompt at a time."""
+    """Generate with transformers, one prompt at a time."""
     import torch
     from transformers import GenerationConfig
 
@@ -120,34 +126,34 @@ def generate_serial(lm: LanguageModel, requests: Sequence[Request]) -> Texts:
 
 
 def generate_batched(lm: LanguageModel, requests: Sequence[Request], batch_size: int) -> Texts:
-    """The engine."""
+    """Generate with the engine."""
     from extraction.utils_batch import generate
 
     return {done.id: decode(lm, done.token_ids) for done in generate(lm, requests, batch_size=batch_size)}
 
 
 def decode(lm: LanguageModel, token_ids: Sequence[int]) -> str:
-    """Tokens as text, without stop tokens."""
+    """Decode tokens without stop tokens."""
     assert lm.tokenizer is not None
     kept = [token for token in token_ids if token not in lm.stop_ids]
     return str(lm.tokenizer.decode(kept, skip_special_tokens=True))
 
 
 def timed(work: Callable[[], Texts]) -> tuple[Texts, float]:
-    """What it gave, and how long it took."""
+    """Call a function; return its result and its seconds."""
     started = time.perf_counter()
     texts = work()
     return texts, time.perf_counter() - started
 
 
 def speedup(serial_seconds: float, seconds: float) -> str:
-    """`3.54x faster`, or `1.20x slower`."""
+    """Format a speedup: `3.54x faster`, or `1.20x slower`."""
     factor = serial_seconds / seconds
     return f"{factor:.2f}x faster" if factor >= 1 else f"{1 / factor:.2f}x slower"
 
 
 def report(expected: Texts, texts: Texts) -> bool:
-    """Say how many texts are equal, and name the first that is not."""
+    """Print the number of equal texts and the first difference."""
     different = [key for key in expected if texts.get(key) != expected[key]]
     click.echo(f"  Texts equal: {len(expected) - len(different)} of {len(expected)}")
     if different:

@@ -1,4 +1,4 @@
-"""What capture costs: the engine with and without it, in turn."""
+"""Measure the cost of capture: the engine with and without it, in turn."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.jobs import make_requests, n_tokens
 from benchmarks.shapes import random_model
+from benchmarks.workload import make_requests, n_tokens
 from extraction.activations.pooled import Capture
 from extraction.engine.generate import generate
 from extraction.model.loading import LanguageModel
@@ -21,7 +21,7 @@ PAIRS_PER_REPEAT = 5
 def capture_cost(
     shape: str, *, n_examples: int, repeats: int, say: Callable[[str], None], batch_size: int = 32
 ) -> dict[str, Any]:
-    """Pairs of runs, which of the two goes first changing each time; the ratio of each pair, time on over time off."""
+    """Run pairs in alternating order; return the ratio of each pair, time with capture over time without."""
     lm = random_model(shape)
     requests = make_requests(n_examples, lm.vocab_size)
     _seconds(lm, requests[:batch_size], batch_size, captures=True)  # warm
@@ -41,7 +41,7 @@ def capture_cost(
 
 
 def ratios(pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    """The median and the quartiles of the pairs' ratios, and the ratio of the quickest runs of each kind."""
+    """Return median and quartiles of the pairs' ratios, and the ratio of the quickest runs."""
     each = sorted(on / off for on, off in pairs)
     low, median, high = statistics.quantiles(each, n=4, method="inclusive")
     return {

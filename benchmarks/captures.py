@@ -1,6 +1,6 @@
-"""The 24 captures of the studies, as commands in processes of their own: how long they take, and the room they need.
+"""Measure time and memory of the 24 captures of the studies, as commands in processes of their own.
 
-One load for all prompts of a tier, in batches; the same a prompt at a time; and a load for every prompt.
+Three ways: one model load a tier with prompts in batches, the same with one prompt at a time, and a load a prompt.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.duos import in_turn, spread
 from benchmarks.processes import run_measured
+from benchmarks.workload import in_turn, spread
 from extraction.config.experiments import find_root, resolve_model
 from extraction.config.prompt_files import read_prompt_set
 from extraction.config.traits import list_traits, load_trait
@@ -56,7 +56,7 @@ def captures(
     most: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict[str, Any]:
-    """The race of the three sides, greedy, and peak memory by number of traits. `most`: prompts taken of a file."""
+    """Compare the three ways, greedy, and measure peak memory by number of traits. `most` limits a file's prompts."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         place_vectors(root, list_traits(find_root())[:MANY_TRAITS], TIER_2)
@@ -66,12 +66,12 @@ def captures(
             "max_new_tokens": max_new_tokens,
             "repeats": repeats,
             **race(root, common, repeats, say, most),
-            "memory": room(root, common, n_prompts, say),
+            "memory": peak_memory(root, common, n_prompts, say),
         }
 
 
 def place_vectors(root: Path, *names: Sequence[str] | Mapping[str, str]) -> None:
-    """Random vectors at every layer, as runs that were imported: what is read along them does not matter here."""
+    """Write random vectors at every layer, as imported runs; their direction does not matter here."""
     config = read_config(resolve_model(MODEL, find_root(), {}))
     shape = (int(config.num_hidden_layers), int(config.hidden_size))
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +84,7 @@ def place_vectors(root: Path, *names: Sequence[str] | Mapping[str, str]) -> None
 
 
 def common_options(root: Path, threads: int, max_new_tokens: int) -> Command:
-    """What all commands are given; greedy, so that all sides capture the same."""
+    """Return the options of all commands; greedy, so that all ways capture the same."""
     options = {
         "--experiment": EXPERIMENT,
         "--root": str(root),
@@ -104,7 +104,7 @@ def common_options(root: Path, threads: int, max_new_tokens: int) -> Command:
 def race(
     root: Path, common: Command, repeats: int, say: Callable[[str], None], most: int | None = None
 ) -> dict[str, Any]:
-    """All sides in turn; each starts from nothing. Equal: the same prompts have the same answers, token for token."""
+    """Run the three ways in turn, each from nothing, and count the answers that are equal token for token."""
     files = {name: _cut(name, root, most) for name in {*TIER_2.values(), *TIER_3.values()}}
     commands = {side: make(files) for side, make in MAKERS.items()}
     rounds: list[dict[str, tuple[float, dict[str, tuple[int, ...]]]]] = []
@@ -128,7 +128,7 @@ def race(
 
 
 def _together(files: Mapping[str, Path]) -> list[Command]:
-    """A command a tier: all its traits and prompt files."""
+    """Return a command a tier, with all its traits and prompt files."""
     return [
         ("read", "--traits", ",".join(TIER_2), *_named(files, TIER_2)),
         ("internals", "--layer", str(LAYER), "--traits", ",".join(TIER_3), *_named(files, TIER_3)),
@@ -141,12 +141,12 @@ def _named(files: Mapping[str, Path], tier: Mapping[str, str]) -> Iterator[str]:
 
 
 def _one_by_one(files: Mapping[str, Path]) -> list[Command]:
-    """The same, a prompt at a time."""
+    """Return the same commands with one prompt at a time."""
     return [(*command, "--batch-size", "1") for command in _together(files)]
 
 
 def _reloading(files: Mapping[str, Path]) -> list[Command]:
-    """A command a prompt, along its own trait."""
+    """Return a command a prompt, with its own trait."""
     tiers: list[tuple[Command, dict[str, str]]] = [(("read",), TIER_2), (("internals", "--layer", str(LAYER)), TIER_3)]
     return [
         (*command, "--traits", trait, "--prompts", asked.prompt)
@@ -160,7 +160,7 @@ MAKERS = {"batched": _together, "serial": _one_by_one, "reloading": _reloading}
 
 
 def _timed(root: Path, common: Command, commands: Sequence[Command]) -> tuple[float, dict[str, tuple[int, ...]]]:
-    """Seconds of all commands, one after the other, and the answers' tokens by tier and prompt."""
+    """Run all commands; return their seconds and the answers' tokens by tier and prompt."""
     with _afresh(root):
         started = time.perf_counter()
         for command in commands:
@@ -175,12 +175,12 @@ def _answers(folder: CaptureSet) -> dict[str, tuple[int, ...]]:
 
 
 def _equal(each: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> list[int]:
-    """How many answers equal those of a load a prompt, in the worst round, and of how many."""
+    """Return the number of answers equal to those of a load a prompt, in the worst round, and their total."""
     return [min(sum(found.get(key) == said for key, said in reference.items()) for found in each), len(reference)]
 
 
 def _cut(name: str, root: Path, most: int | None) -> Path:
-    """A prompt file as it is shipped, or its first prompts."""
+    """Return the shipped prompt file, or a copy with its first prompts."""
     path = find_root() / "configs" / "prompts" / name
     if most is None:
         return path
@@ -195,7 +195,7 @@ def _sets(root: Path) -> list[CaptureSet]:
 
 @contextmanager
 def _afresh(root: Path) -> Iterator[None]:
-    """Without captures before, and without them afterwards."""
+    """Delete the captures after the block."""
     try:
         yield
     finally:
@@ -206,8 +206,8 @@ def _afresh(root: Path) -> Iterator[None]:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def room(root: Path, common: Command, n_prompts: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Peak resident memory of one command that reads `n_prompts` prompts at all layers, by number of traits."""
+def peak_memory(root: Path, common: Command, n_prompts: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure the peak memory of one command over `n_prompts` prompts at all layers, by number of traits."""
     names = list_traits(find_root())[:MANY_TRAITS]
     path = root / "many.txt"
     path.write_text("".join(f"{question}\n" for question in _questions(names, n_prompts)), encoding="utf-8")
@@ -232,7 +232,7 @@ def _questions(names: Sequence[str], n: int) -> list[str]:
 
 
 def _mib_kept(folder: CaptureSet) -> dict[str, float]:
-    """What lies in a set's files, by kind."""
+    """Return the MiB of projections and attention in a set's files."""
     total = dict.fromkeys(("projections_mib", "attention_mib"), 0.0)
     for id in folder.prompt_ids():
         for name, tensor in folder.read_prompt(id)[0].items():

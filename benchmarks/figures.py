@@ -1,4 +1,4 @@
-"""Results as pictures."""
+"""Draw results as PNG pictures."""
 
 from __future__ import annotations
 
@@ -101,20 +101,6 @@ def _memory(figure: Figure, result: dict[str, Any]) -> None:
     axes.margins(y=0.25)
     axes.set_ylabel("peak memory, MiB")
     axes.set_title(f"Peak memory with {' and '.join(f'{int(count):,}' for count in counts)} examples")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _amplification(figure: Figure, result: dict[str, Any]) -> None:
-    axes = figure.subplots()
-    sides = list(result["sides"].values())[::-1]
-    medians = [side["median"] for side in sides]
-    around = [[side["median"] - side["min"] for side in sides], [side["max"] - side["median"] for side in sides]]
-    labels = [side["title"].replace(", ", ",\n", 1) for side in sides]
-    bars = axes.barh(labels, medians, xerr=around, color=[THEIRS, THEIRS, OURS], ecolor="#444444", capsize=3)
-    axes.bar_label(bars, [f"{median:.0f}" for median in medians], padding=8)
-    axes.margins(x=0.15)
-    axes.set_title(f"{result['shape']}: logit-diff amplification")
-    axes.set_xlabel("response tokens per second")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -250,7 +236,6 @@ def _gpu(figure: Figure, result: dict[str, Any]) -> None:
 DRAWINGS = {
     "peers": _peers,
     "capture": _capture,
-    "amplification": _amplification,
     "speculation": _speculation,
     "memory": _memory,
     "separation": _separation,

@@ -1,4 +1,4 @@
-"""The GPU's job: responses and all layers' means of a model of Gemma-2-2B's shape, beside transformers at its best.
+"""Measure a GPU: responses and all layers' means on a model of Gemma-2-2B's shape, compared with transformers.
 
 200 prompts of 60 tokens, 150 new ones each, greedy. One at a time runs on 8 of them; the rest is extrapolated, since
 every example takes equally long. Then the decode step over its floor, and capture on and off. Runs on a processor too,
@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.duos import in_turn, spread
-from benchmarks.jobs import make_even_requests
-from benchmarks.limits import Limits, limits
+from benchmarks.hardware import Limits, limits
 from benchmarks.peers import PEERS, Peer, engine, static
-from benchmarks.race import Track, run_all
+from benchmarks.race import Comparison, run_all
 from benchmarks.reading_cost import device_name
 from benchmarks.roofline import PROMPT_TOKENS, Sizes, decode_seconds
 from benchmarks.shapes import random_model
+from benchmarks.workload import in_turn, make_even_requests, spread
 from extraction.model.loading import LanguageModel
 from extraction.utils_batch import Request
 
@@ -31,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run. `static` also races transformers' compiled step, which takes minutes to compile."""
+    """Sizes of the job. `static` adds transformers' compiled step, which takes minutes to compile."""
 
     n_examples: int = 200
     new_tokens: int = 150
@@ -56,7 +55,7 @@ def gpu_job(
     plan: Plan = PLAN,
     probe: Callable[[str, torch.dtype], Limits] = limits,
 ) -> dict[str, Any]:
-    """The race, the step over its floor, and what capture costs."""
+    """Compare the peers, measure the step over its floor, and the cost of capture."""
     limit = probe(device, dtype)
     say(f"  {limit.bytes_per_second / 1e9:.0f} GB/s, {limit.flops_per_second / 1e12:.1f} TFLOP/s")
     lm = random_model(shape, dtype=dtype, device=device)
@@ -65,7 +64,7 @@ def gpu_job(
     step = _step(lm, limit, plan, repeats)
     say(f"  decode step at batch {step['batch_size']}: {step['over_floor']:.2f} times its floor")
     cost = _capture(lm, plan, say)
-    raced = run_all(Track(_field(plan), lm, requests, plan.n_serial), repeats=repeats, scouts=1, say=say)
+    raced = run_all(Comparison(_field(plan), lm, requests, plan.n_serial), repeats=repeats, scouts=1, say=say)
     return {
         "shape": shape,
         "device": device_name(device),
@@ -81,14 +80,14 @@ def gpu_job(
 
 
 def _field(plan: Plan) -> dict[str, Peer]:
-    """Who runs, at the plan's batch sizes."""
+    """Return the peers, with the plan's batch sizes."""
     chosen = {name: replace(PEERS[name], batch_sizes=plan.batch_sizes) for name in ("traitline", "batched")}
     compiled = {"static": replace(STATIC, batch_sizes=(plan.batch_sizes[-1],))} if plan.static else {}
     return {**chosen, **compiled, "serial": PEERS["serial"]}
 
 
 def _warm(lm: LanguageModel, requests: Sequence[Request], plan: Plan) -> None:
-    """Kernels chosen, memory claimed, graphs recorded: at every batch size once, before anything is timed."""
+    """Run every batch size once, so that kernels, memory and CUDA graphs are there before anything is timed."""
     for size in {*plan.batch_sizes, plan.step_batch}:
         few = [replace(request, max_new_tokens=min(4, plan.new_tokens)) for request in requests[:size]]
         with suppress(torch.OutOfMemoryError):
@@ -110,7 +109,7 @@ def _step(lm: LanguageModel, limit: Limits, plan: Plan, repeats: int) -> dict[st
 
 
 def _capture(lm: LanguageModel, plan: Plan, say: Say) -> dict[str, Any]:
-    """A step with all layers' means over one without any, in turn."""
+    """Measure a step with all layers' means over one without, in turn."""
     ratios = []
     for order in in_turn(["on", "off"], plan.pairs):
         took = {name: decode_seconds(lm, plan.step_batch, plan.step_tokens, captures=name == "on") for name in order}

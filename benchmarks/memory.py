@@ -1,7 +1,7 @@
-"""How memory grows with the number of examples: the real commands, in fresh processes, on a tiny model.
+"""Measure how memory grows with the number of examples: the commands in fresh processes, on a tiny model.
 
-And on activations of a large model's shape, drawn at random and written through the store; and what each method holds
-when a layer has many rows. Shapes: n rows, L layers, D hidden.
+Also on random activations of a large model's shape, and for each method with many rows a layer.
+Shapes: n rows, L layers, D hidden.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from benchmarks.processes import ROOT, TRAIT, run_measured, save_model, words_of
 from extraction.config.traits import list_traits
 from extraction.core.records import Example, Trait
 from extraction.pipeline.plan import RunPlan, make_plan
-from extraction.vectors.methods import DEFAULT_METHODS
+from extraction.vectors.method_table import DEFAULT_METHODS
 
 EXPERIMENT = "memory"
-STEPS = {  # the second finds the first one's work done, and goes on from there
+STEPS = {  # the second continues the run of the first
     "responses and activations": ("batched",),
     "vectors and validation": ("extract", "--quick", "--methods", "mean_diff"),
 }
@@ -35,9 +35,9 @@ Options = dict[str, Any]
 
 
 def memory_growth(*, counts: Sequence[int], threads: int, say: Say, large: tuple[int, int] = LARGE) -> dict[str, Any]:
-    """Peak resident memory, in MiB, of each step of the job at each number of examples (both polarities together).
+    """Measure the peak memory (MiB) of each step at each number of examples, both polarities together.
 
-    The last step reads activations of the `large` shape, with room for those of the largest count on the disk.
+    The last step has activations of the `large` shape, which need disk space for the largest count.
     """
     n_layers, hidden_size = large
     of_large = f"vectors and validation, {n_layers} layers of {hidden_size}"
@@ -58,10 +58,9 @@ def memory_growth(*, counts: Sequence[int], threads: int, say: Say, large: tuple
 
 
 def many_rows(shape: tuple[int, int, int], *, threads: int, say: Say, n_traits: int = N_TRAITS) -> dict[str, Any]:
-    """Peak (MiB) and seconds of the commands that read [n, L, D] activations: the vectors of each method, those of
-    `n_traits` traits, and a card.
+    """Measure peak (MiB) and seconds of commands over [n, L, D] activations: vectors of each method, and a card.
 
-    The traits share one set of files on the disk, which needs room for n L D numbers of 4 bytes.
+    The traits share one set of files, which needs n L D numbers of 4 bytes on the disk.
     """
     names = [TRAIT, *(name for name in list_traits(ROOT) if name != TRAIT)][:n_traits]
     with tempfile.TemporaryDirectory() as folder:
@@ -71,15 +70,15 @@ def many_rows(shape: tuple[int, int, int], *, threads: int, say: Say, n_traits: 
         one, all_ = {**stored, "--trait": TRAIT}, {**stored, "--traits": ",".join(names)}
         card = {**one, "--methods": "mean_diff", "--quick": True, "--threads": threads}
         cells = {
-            **{f"{name} vectors": (("vectors",), {**one, **_asking(name)}) for name in DEFAULT_METHODS},
+            **{f"{name} vectors": (("vectors",), {**one, **_method_options(name)}) for name in DEFAULT_METHODS},
             f"mean_diff vectors of {len(names)} traits": (("vectors",), {**all_, "--methods": "mean_diff"}),
             "mean_diff card": (("validate",), card),
         }
         return {"shape": list(shape), "cells": {name: _timed(name, *cell, say) for name, cell in cells.items()}}
 
 
-def _asking(method: str) -> Options:
-    """mean_diff of all layers; of the others one, since what they hold is one's, and some take long."""
+def _method_options(method: str) -> Options:
+    """Return the method's options: all layers for mean_diff, else one, since a method holds one layer at a time."""
     return {"--methods": method} | ({} if method == "mean_diff" else {"--layers": "0"})
 
 
@@ -99,7 +98,7 @@ def _peak(command: Sequence[str], options: Options) -> float:
 
 
 def _options(folder: Path, count: int, threads: int) -> Options:
-    """Of a run on a tiny model, which is saved in the folder."""
+    """Save a tiny model in the folder; return the options of a run on it."""
     return {
         "--experiment": EXPERIMENT,
         "--root": str(folder),
@@ -116,9 +115,9 @@ def _options(folder: Path, count: int, threads: int) -> Options:
 
 
 def _write_activations(options: Options, shape: tuple[int, int], traits: Sequence[str]) -> None:
-    """Runs that are done but for their vectors: what `_options` ask for, with random activations of a shape.
+    """Write runs that lack only their vectors, with random activations of a shape.
 
-    All traits have the same, in the same files.
+    All traits share the same files.
     """
     given = {name.removeprefix("--").replace("-", "_"): value for name, value in options.items()}
     settings = {name: given[name] for name in ("model", "n_examples", "max_new_tokens", "judge", "raw")}
@@ -150,6 +149,6 @@ def _row(example: Example) -> dict[str, Any]:
 
 
 def _activations(shard: Sequence[Example], shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """[n, L, D]; rows of the positive side lie apart."""
+    """Draw activations [n, L, D], with the positive rows shifted."""
     positive_n11 = torch.tensor([example.polarity == "pos" for example in shard])[:, None, None]
     return torch.randn(len(shard), *shape, generator=generator) + 0.1 * positive_n11

@@ -1,8 +1,8 @@
-"""The peers: what else does the job, each at its best. All give the same answers, or it isn't a race.
+"""Other implementations of the same job, each in its fastest configuration.
 
-What transformers does by itself takes two stages: responses first, then a second pass over prompt and response that
-reads the hidden states. Every advantage is given to it: rows sorted by length, no language-model head and no mask in
-the second pass, the best batch size of several.
+With transformers the job takes two stages: responses, then a second pass over prompt and response that returns the
+hidden states. It gets every advantage: rows sorted by length, no language-model head and no mask in the second pass,
+the best of several batch sizes.
 
 Shapes: B rows, T tokens, L layers, D hidden.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.jobs import Answer, cut
+from benchmarks.workload import Answer, cut
 from extraction.activations.pooled import Capture
 from extraction.engine.generate import generate
 from extraction.engine.sequence import left_pad
@@ -31,32 +31,32 @@ PAGE_TOKENS = 64  # of the paged cache; the best of 16, 64 and 256
 
 
 def engine(lm: LanguageModel, requests: Sequence[Request], batch_size: int) -> Answers:
-    """This engine: one pass, responses and means together."""
+    """Run Traitline: responses and means in one pass."""
     capture = Capture(tuple(range(lm.n_layers)))
     completions = generate(lm, requests, batch_size=batch_size, capture=capture)
     return {c.id: Answer(c.token_ids, c.activations["residual.response_mean"]) for c in completions}
 
 
 def serial(lm: LanguageModel, requests: Sequence[Request], batch_size: int = 1) -> Answers:
-    """`model.generate` and a second pass, one example at a time: the reference."""
+    """Run `model.generate` and a second pass on one example at a time: the reference answers."""
     tokens = {request.id: _generated(lm, [request])[request.id] for request in requests}
     return second_pass(lm, requests, tokens, 1)
 
 
 def batched(lm: LanguageModel, requests: Sequence[Request], batch_size: int, *, cache: str | None = None) -> Answers:
-    """`model.generate` on left-padded batches sorted by prompt length, then a second pass in batches."""
+    """Run `model.generate` on left-padded batches sorted by prompt length, then a second pass in batches."""
     longest_first = sorted(requests, key=lambda request: -len(request.token_ids))
     tokens = {key: ids for rows in cut(longest_first, batch_size) for key, ids in _generated(lm, rows, cache).items()}
     return second_pass(lm, requests, tokens, batch_size)
 
 
 def static(lm: LanguageModel, requests: Sequence[Request], batch_size: int) -> Answers:
-    """`batched` with a cache of fixed size, for which transformers compiles the step where the device is a GPU."""
+    """Run `batched` with a static cache, for which transformers compiles the step on a GPU."""
     return batched(lm, requests, batch_size, cache="static")
 
 
 def continuous(lm: LanguageModel, requests: Sequence[Request], batch_size: int) -> Answers:
-    """transformers' continuous batching (what `model.generate_batch` runs on), then a second pass in batches.
+    """Run transformers' continuous batching (the base of `model.generate_batch`), then a second pass in batches.
 
     Its manager is used directly, since `generate_batch` has one length for all requests. The paged cache is made just
     large enough: on a processor every step attends over all of it, and its default size is many times slower.
@@ -75,14 +75,14 @@ def continuous(lm: LanguageModel, requests: Sequence[Request], batch_size: int) 
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody who does the job, and the batch sizes to try."""
+    """One implementation of the job, and the batch sizes to try."""
 
     title: str
     run: Callable[[LanguageModel, Sequence[Request], int], Answers]
     batch_sizes: tuple[int, ...]
 
     def sizes_for(self, n: int) -> tuple[int, ...]:
-        """The batch sizes that `n` examples can fill."""
+        """Return the batch sizes that `n` examples can fill."""
         return tuple(size for size in self.batch_sizes if size <= n) or self.batch_sizes[:1]
 
 
@@ -98,20 +98,20 @@ PEERS = {
 
 
 class Budgets(StoppingCriteria):
-    """Ends each row at a length of its own."""
+    """Stopping criterion that ends each row at its own length."""
 
     def __init__(self, width: int, rows: Sequence[Request], device: torch.device) -> None:
         self.columns_B = torch.tensor([width + request.max_new_tokens for request in rows], device=device)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Which rows are done."""
+        """Mark the rows that are done."""
         done_B: Tensor = self.columns_B <= input_ids.shape[1]
         return done_B
 
 
 @torch.inference_mode()
 def _generated(lm: LanguageModel, rows: Sequence[Request], cache: str | None = None) -> Tokens:
-    """One left-padded batch through `model.generate`, with a kind of cache (None: transformers' choice)."""
+    """Run `model.generate` on one left-padded batch. `cache` None is transformers' default cache."""
     ids_BT, mask_BT = left_pad([request.token_ids for request in rows], 0, lm.device)
     width = ids_BT.shape[1]
     most = max(request.max_new_tokens for request in rows)
@@ -152,7 +152,7 @@ def _served(lm: LanguageModel, requests: Sequence[Request], config: ContinuousBa
 
 
 def second_pass(lm: LanguageModel, requests: Sequence[Request], tokens: Tokens, batch_size: int) -> Answers:
-    """The means of every layer over the responses, read from `output_hidden_states`, in batches sorted by length."""
+    """Compute the means of every layer over the responses from `output_hidden_states`, in batches sorted by length."""
     longest_first = sorted(requests, key=lambda request: -len(request.token_ids) - len(tokens[request.id]))
     answers: Answers = {}
     for rows in cut(longest_first, batch_size):
@@ -164,7 +164,7 @@ def second_pass(lm: LanguageModel, requests: Sequence[Request], tokens: Tokens, 
 
 @torch.inference_mode()
 def _pooled(lm: LanguageModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-    """One batch, padded on the right, where no row sees its pads: [B, L, D]."""
+    """Pool one right-padded batch; no row attends to its padding. Returns [B, L, D]."""
     width = max(len(prompt) + len(response) for prompt, response in rows)
     ids_BT = torch.tensor(
         [[*prompt, *response] + [0] * (width - len(prompt) - len(response)) for prompt, response in rows],

@@ -1,4 +1,4 @@
-"""The real commands in fresh processes, on models with random weights: how much memory each takes at most."""
+"""Run commands in fresh processes and measure their peak memory; save random models for them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from benchmarks.shapes import random_model
 from extraction.config.traits import load_trait
 
 TRAIT = "retrieval_construction"
-# The command tells its own peak. What the system tells the parent (wait4, and ru_maxrss on Linux) counts the parent,
-# too: a child begins as its copy, and one that has torch loaded is larger than many a command gets.
+# The child reads its own peak: what the parent gets from wait4 and ru_maxrss on Linux includes the parent's memory, of
+# which the child starts as a copy.
 PEAK = """
 def peak():
     import resource, sys
@@ -42,7 +42,7 @@ ROOT = Path(extraction.__file__).resolve().parent.parent
 
 
 def run_measured(arguments: Sequence[str], folder: Path) -> float:
-    """Run a command of traitline; its peak resident memory in MiB. Raises RuntimeError when it fails."""
+    """Run a command of traitline; return its peak resident memory in MiB. Raises RuntimeError if it fails."""
     log, peak = folder / "log.txt", folder / "peak.txt"
     with log.open("wb") as output:
         command = [sys.executable, "-c", PROGRAM, str(peak), *arguments]
@@ -53,12 +53,12 @@ def run_measured(arguments: Sequence[str], folder: Path) -> float:
 
 
 def words_of(options: dict[str, Any]) -> list[str]:
-    """Options as words of a command; a value of True is a flag."""
+    """Return options as command-line words; a value of True is a flag."""
     return [word for name, value in options.items() for word in ([name] if value is True else [name, str(value)])]
 
 
 def save_model(folder: Path, shape: str = "tiny", **options: Any) -> Path:
-    """A shape's model with a tokenizer of its own, as a user would have it on disk. It never stops by itself."""
+    """Save a random model of a shape with a tokenizer. It has no end token, so responses have their full length."""
     trait = load_trait(TRAIT, ROOT)
     words = [*trait.questions, *(side for pair in trait.instructions for side in (pair.positive, pair.negative))]
     lm = random_model(shape, **options)
@@ -68,7 +68,7 @@ def save_model(folder: Path, shape: str = "tiny", **options: Any) -> Path:
 
 
 def _tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte pairs, learned from a few texts."""
+    """Train a byte-pair tokenizer on a few texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     inner = Tokenizer(models.BPE(unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""What can be expected elsewhere: floors of a decode step from published bandwidths. Forecasts, not measurements.
+"""Forecast floors of a decode step from published bandwidths. These are not measurements.
 
 `python -m benchmarks.published` prints the table of docs/speed.md.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 import torch
 
-from benchmarks.limits import Limits
+from benchmarks.hardware import Limits
 from benchmarks.roofline import Sizes
 from benchmarks.shapes import config_of
 from benchmarks.tables import table
@@ -27,7 +27,7 @@ COLUMNS = 60 + 150 / 2  # half way through the GPU's job
 
 
 def forecast_table() -> str:
-    """The floor of a decode step in milliseconds, and the tokens per second that it allows at most."""
+    """Return a table of the floor of a decode step, and the tokens per second that it allows at most."""
     sizes = {title: Sizes.of(config_of(shape), torch.bfloat16) for title, shape in SHAPES.items()}
     makers = PUBLISHED | {name: Limits(rate * GIGA, float("inf")) for name, rate in MACS.items()}
     rows = [

@@ -1,4 +1,4 @@
-"""The race: all peers in one run, interleaved, so that what slows the machine slows them all."""
+"""Compare all peers in one run. Their runs take turns, so that a slow machine slows all of them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmarks.duos import in_turn, spread
-from benchmarks.floor import linear_rate
-from benchmarks.jobs import Agreement, compare, make_requests, n_tokens
-from benchmarks.outside import AbsentError, outsiders
+from benchmarks.hardware import linear_rate
+from benchmarks.peer_processes import PeerMissingError, peer_processes_for
 from benchmarks.peers import PEERS, Answers, Peer
 from benchmarks.shapes import random_model
+from benchmarks.workload import Agreement, compare, in_turn, make_requests, n_tokens, spread
 from extraction.model.loading import LanguageModel
 from extraction.model.onednn_linear import without_onednn
 from extraction.utils_batch import Request
 
 Say = Callable[[str], None]
-ALWAYS = ("traitline", "serial")  # who is raced against, and whose answers are the right ones
+ALWAYS = ("traitline", "serial")  # always run: the subject and the reference answers
 REFERENCES = ("serial", "batched")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One peer, once: its batch size, its rate, its answers."""
+    """One run of one peer: batch size, rate and answers."""
 
     peer: str
     batch_size: int
@@ -35,8 +34,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Track:
-    """Who runs, and on what."""
+class Comparison:
+    """The peers, and the model and requests that they run on."""
 
     peers: Mapping[str, Peer]
     lm: LanguageModel
@@ -44,7 +43,7 @@ class Track:
     n_serial: int
 
     def run(self, name: str, batch_size: int, say: Say) -> Run:
-        """One peer, once. One at a time is measured on the first `n_serial` examples: all would take hours."""
+        """Run one peer once. `serial` runs on the first `n_serial` examples: all would take hours."""
         requests = self.requests[: self.n_serial] if name == "serial" else self.requests
         gc.collect(1)  # what the last run left; all of it would take a second
         started = time.perf_counter()
@@ -56,19 +55,18 @@ class Track:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Who races. `guests` are outsiders, which run in processes of their own beside the peers of this one.
+class Selection:
+    """The peers to run. `isolated` run in processes and environments of their own.
 
-    `only`: who races besides those of ALWAYS; everybody where none is named. `sizes`: batch sizes to try, for those
-    that have more than one; else each peer's own.
+    `only` names peers to run beside ALWAYS; empty means all. `sizes` replaces the batch sizes of peers with several.
     """
 
-    guests: Sequence[str] = ()
+    isolated: Sequence[str] = ()
     only: Sequence[str] = ()
     sizes: tuple[int, ...] = ()
 
 
-ENTRY = Entry()
+ALL = Selection()
 
 
 def race(
@@ -79,80 +77,82 @@ def race(
     repeats: int,
     scouts: int = 1,
     say: Say,
-    entry: Entry = ENTRY,
+    selection: Selection = ALL,
 ) -> dict[str, Any]:
-    """Every batch size `scouts` times, to find each peer's best; then the best ones `repeats` times, in turn."""
+    """Run every batch size `scouts` times to find each peer's best, then the best ones `repeats` times in turn."""
     lm = random_model(shape)
     requests = make_requests(n_examples, lm.vocab_size)
-    at_home, invited = field_of(entry.only, entry.guests)
-    with outsiders(invited, lm, requests, say) as found:
-        peers = {name: PEERS[name] for name in at_home} | {name: peer for name, (peer, _) in found.items()}
-        if entry.sizes:
-            peers = {n: replace(p, batch_sizes=entry.sizes) if len(p.batch_sizes) > 1 else p for n, p in peers.items()}
-        measured = run_all(Track(peers, lm, requests, n_serial), repeats=repeats, scouts=scouts, say=say)
+    local, isolated = select_peers(selection.only, selection.isolated)
+    with peer_processes_for(isolated, lm, requests, say) as found:
+        peers = {name: PEERS[name] for name in local} | {name: peer for name, (peer, _) in found.items()}
+        if selection.sizes:
+            peers = {
+                n: replace(p, batch_sizes=selection.sizes) if len(p.batch_sizes) > 1 else p for n, p in peers.items()
+            }
+        measured = run_all(Comparison(peers, lm, requests, n_serial), repeats=repeats, scouts=scouts, say=say)
     return {
         "shape": shape,
         **measured,
         "floor": max(linear_rate(lm, size) for size in PEERS["traitline"].batch_sizes),
         "versions": {name: installed for name, (_, installed) in found.items()},
-        "left_out": [name for name in invited if name not in measured["peers"]],
-        "not_asked": [name for name in PEERS if name not in at_home],
+        "left_out": [name for name in isolated if name not in measured["peers"]],
+        "not_asked": [name for name in PEERS if name not in local],
     }
 
 
-def field_of(only: Sequence[str], guests: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Which peers of this process race, and which outsiders: those of `only` where it names any, and all `guests`."""
-    at_home = [name for name in PEERS if not only or name in only or name in ALWAYS]
-    return at_home, list(dict.fromkeys((*guests, *(name for name in only if name not in PEERS))))
+def select_peers(only: Sequence[str], isolated: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the peers of this process, and the isolated ones: those that `only` names, and all of `isolated`."""
+    local = [name for name in PEERS if not only or name in only or name in ALWAYS]
+    return local, list(dict.fromkeys((*isolated, *(name for name in only if name not in PEERS))))
 
 
-def run_all(track: Track, *, repeats: int, scouts: int, say: Say) -> dict[str, Any]:
-    """Scouts, then rounds in turn: the figures of every peer that lasts to the end."""
-    n_examples, present = len(track.requests), dict(track.peers)
+def run_all(comparison: Comparison, *, repeats: int, scouts: int, say: Say) -> dict[str, Any]:
+    """Run trials, then rounds in turn; return the figures of every peer whose process did not end."""
+    n_examples, present = len(comparison.requests), dict(comparison.peers)
     tried: list[Run] = []
     for _ in range(scouts):
         for name in list(present):
-            tried += _runs(track, present, name, present[name].sizes_for(n_examples), say)
+            tried += _runs(comparison, present, name, present[name].sizes_for(n_examples), say)
     tried = [run for run in tried if run.peer in present]
     best = {run.peer: run.batch_size for run in sorted(tried, key=lambda run: run.tokens_per_second)}
     raced = [
-        [run for name in order if name in present for run in _runs(track, present, name, [best[name]], say)]
+        [run for name in order if name in present for run in _runs(comparison, present, name, [best[name]], say)]
         for order in in_turn(list(best), repeats)
     ]
     rounds = [{run.peer: run for run in runs if run.peer in present} for runs in raced]
     return {
-        "parameters": sum(weights.numel() for weights in track.lm.model.parameters()),
+        "parameters": sum(weights.numel() for weights in comparison.lm.model.parameters()),
         "examples": n_examples,
-        "tokens": n_tokens(track.requests),
-        "serial_examples": min(track.n_serial, n_examples),
+        "tokens": n_tokens(comparison.requests),
+        "serial_examples": min(comparison.n_serial, n_examples),
         "repeats": repeats,
         "ratio": spread([_ratio(rates_of(each)) for each in rounds]),
         "peers": {name: _figures(peer.title, tried, rounds, name) for name, peer in present.items()},
     }
 
 
-def _runs(track: Track, present: dict[str, Peer], name: str, sizes: Sequence[int], say: Say) -> list[Run]:
-    """One peer at some batch sizes. An outsider whose process ends is present no longer, with a line."""
+def _runs(comparison: Comparison, present: dict[str, Peer], name: str, sizes: Sequence[int], say: Say) -> list[Run]:
+    """One peer at some batch sizes. An process_ whose process ends is present no longer, with a line."""
     try:
-        return [track.run(name, size, say) for size in sizes]
-    except AbsentError as reason:
+        return [comparison.run(name, size, say) for size in sizes]
+    except PeerMissingError as reason:
         say(f"  left out: {reason}")
         del present[name]
         return []
 
 
 def rates_of(each: Mapping[str, Run]) -> dict[str, float]:
-    """Tokens per second of one round."""
+    """Return the tokens per second of one round, by peer."""
     return {name: run.tokens_per_second for name, run in each.items()}
 
 
 def _ratio(rates: Mapping[str, float]) -> float:
-    """How many times faster than the best of the others."""
+    """Return Traitline's rate over that of the best other peer."""
     return rates["traitline"] / max(rate for name, rate in rates.items() if name != "traitline")
 
 
 def _figures(title: str, tried: Sequence[Run], rounds: Sequence[Mapping[str, Run]], name: str) -> dict[str, Any]:
-    """What one peer's row tells. `ratio`: the engine's tokens per second over its own, in the same round."""
+    """Return one peer's figures. `ratio` is Traitline's rate over the peer's, in the same round."""
     runs = [run for run in tried if run.peer == name] + [each[name] for each in rounds]
     answered = {run.peer: run.answers for run in reversed(tried)}
     references = {other: answered[other] for other in REFERENCES if other in answered}
@@ -175,7 +175,7 @@ def _figures(title: str, tried: Sequence[Run], rounds: Sequence[Mapping[str, Run
 
 
 def _worst(agreements: Sequence[Agreement]) -> Agreement:
-    """Over all runs of a peer: the fewest equal, the largest deviation."""
+    """Return the fewest equal answers and the largest deviation over all runs of a peer."""
     return Agreement(
         min(each.n_equal for each in agreements),
         agreements[0].n_compared,

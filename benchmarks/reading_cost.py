@@ -1,4 +1,4 @@
-"""What reading every token costs: in the pass that generates, and the way scripts do it, one prompt at a time.
+"""Measure the cost of per-token projections: in the generating pass, and in a second pass as scripts do it.
 
 A script generates an answer, runs prompt and answer again with all hidden states and attention weights, brings those to
 the host, and projects there.
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from benchmarks.duos import in_turn, spread, timed
-from benchmarks.jobs import make_requests, n_tokens
 from benchmarks.shapes import random_model
+from benchmarks.workload import in_turn, make_requests, n_tokens, spread, timed
 from extraction.activations.per_token import TokenProjections
 from extraction.engine.generate import generate
 from extraction.model.loading import LanguageModel, wrap
@@ -55,7 +54,7 @@ def reading_cost(
     device: str = "cpu",
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """All sides in turn, `repeats` times, with forced lengths. One at a time runs on the first `n_serial` prompts."""
+    """Run all ways in turn, `repeats` times, with forced lengths; one at a time on the first `n_serial` prompts."""
     lm = on_device(random_model(shape), device)
     requests = make_requests(n_examples, lm.vocab_size)
     few, unit_LDK = requests[:n_serial], directions(lm)
@@ -93,18 +92,18 @@ def reading_cost(
 
 
 def on_device(lm: LanguageModel, device: str) -> LanguageModel:
-    """The model where it is to run, in the type that is usual there."""
+    """Build the model on its device, in the usual type there."""
     model: Any = lm.model
     return wrap(model.to(device, DTYPES[torch.device(device).type]), stop_ids=())
 
 
 def device_name(device: str) -> str:
-    """What a device is called."""
+    """Return the name of a device."""
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "processor"
 
 
 def directions(lm: LanguageModel) -> Tensor:
-    """Random directions of length 1, [L, D, K]."""
+    """Draw random unit directions, [L, D, K]."""
     drawn_LDK = torch.randn(lm.n_layers, lm.hidden_size, N_TRAITS, generator=torch.Generator().manual_seed(0))
     unit_LDK: Tensor = drawn_LDK / drawn_LDK.norm(dim=1, keepdim=True)
     return unit_LDK
@@ -113,13 +112,13 @@ def directions(lm: LanguageModel) -> Tensor:
 def by_engine(
     lm: LanguageModel, requests: Sequence[Request], batch_size: int, reads: TokenProjections | None
 ) -> Readings:
-    """This engine, reading in the same pass."""
+    """Run Traitline with readings in the generating pass."""
     done: Iterator[Completion] = generate(lm, requests, batch_size=batch_size, capture=reads)
     return {completion.id: (completion.token_ids, completion.activations) for completion in done}
 
 
 def by_hand(lm: LanguageModel, requests: Sequence[Request], unit_LDK: Tensor) -> Readings:
-    """`model.generate`, then everything again with what transformers can tell; projections on the host."""
+    """Run `model.generate`, then a pass with all hidden states and attention weights; project on the host."""
     return {request.id: _read_by_hand(lm, request, unit_LDK) for request in requests}
 
 
@@ -142,7 +141,7 @@ def _read_by_hand(lm: LanguageModel, request: Request, unit_LDK: Tensor) -> tupl
 
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
-    """Attention that can tell its weights."""
+    """Use attention that returns its weights for the block."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -152,7 +151,7 @@ def _eager(model: Any) -> Iterator[None]:
 
 
 def agreement(ours: Readings, reference: Readings) -> dict[str, Any]:
-    """How many answers have the same tokens, of how many; how far what was read of those is from the reference.
+    """Count the answers with equal tokens, and measure the deviation of their readings from the reference.
 
     The reference's hidden states are what goes INTO every layer: the first of our three points.
     """

@@ -1,8 +1,8 @@
-"""The roofline: a measured step over the time that memory and arithmetic need for it, for both passes of the engine.
+"""Measure a decode step and a teacher-forced pass over the time that memory and arithmetic need for them.
 
 A decode step reads all weights once and every row's cache; its operations are two for every weight and row, and four
 for every cached token, row and number of a query. The teacher-forced pass does the same for whole texts, without the
-head. Both are measured through the engine's own ways in.
+head. Both are measured through the engine's public functions.
 
 Shapes: B rows, P prompt tokens, N new tokens.
 """
@@ -20,12 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.duos import spread
-from benchmarks.floor import linear_rate
-from benchmarks.jobs import make_even_requests
-from benchmarks.limits import Limits, limits, threads
+from benchmarks.hardware import Limits, limits, linear_rate, threads
 from benchmarks.reading_cost import device_name
 from benchmarks.shapes import random_model
+from benchmarks.workload import make_even_requests, spread
 from extraction.activations.pooled import Capture
 from extraction.engine.generate import generate, teacher_force
 from extraction.model.devices import synchronize
@@ -42,7 +40,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What a step or a pass must move and compute."""
+    """Bytes and operations of a step or a pass."""
 
     n_bytes: float
     flops: float
@@ -50,9 +48,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the floor of a model depends on. `cache_bytes`: keys and values of a token, all layers together.
+    """Sizes that determine the floor of a model.
 
-    `body` and `head` are weights that every row is multiplied by; `query_width` sums up the queries of all layers.
+    `body` and `head` count weights that every row is multiplied by. `cache_bytes` are the keys and values of a token in
+    all layers. `query_width` is the sum of the query widths of all layers.
     """
 
     body: int
@@ -63,7 +62,7 @@ class Sizes:
 
     @staticmethod
     def of(config: Any, dtype: torch.dtype) -> Sizes:
-        """Of a model's text config; weights are not needed."""
+        """Return the sizes of a model's text config, without weights."""
         shape = shape_of(config, dtype)
         head = config.vocab_size * config.hidden_size
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // shape.heads
@@ -77,17 +76,17 @@ class Sizes:
 
     @staticmethod
     def of_model(lm: LanguageModel) -> Sizes:
-        """Of a loaded model."""
+        """Return the sizes of a loaded model."""
         return Sizes.of(lm.model.config.get_text_config(), lm.dtype)
 
     def decode_step(self, rows: int, columns: float) -> Work:
-        """One token for every row, each of which has `columns` tokens behind it."""
+        """Return the work of one token for every row, each with `columns` tokens in its cache."""
         weights = self.body + self.head
         flops = 2 * weights * rows + 4 * self.query_width * columns * rows
         return Work(weights * self.itemsize + self.cache_bytes * columns * rows, flops)
 
     def forced_pass(self, rows: int, tokens: int) -> Work:
-        """Texts read at once, without the head; attention is causal, so half of the square."""
+        """Return the work of a pass over whole texts, without the head; causal attention is half of the square."""
         flops = 2 * self.body * rows * tokens + 4 * self.query_width * rows * tokens * tokens / 2
         return Work(self.body * self.itemsize, flops)
 
@@ -103,15 +102,17 @@ def roofline(
     most_threads: int = 1,
     probe: Callable[[str, torch.dtype], Limits] = limits,
 ) -> dict[str, Any]:
-    """Decode steps and teacher-forced passes at several batch sizes, each over its floor; the best of `repeats`."""
+    """Measure decode steps and teacher-forced passes at several batch sizes over their floors; best of `repeats`."""
     before = probe(device, dtype)
     say(f"  {before.bytes_per_second / 1e9:.1f} GB/s, {before.flops_per_second / 1e9:.0f} GFLOP/s")
     lm = random_model(shape, dtype=dtype, device=device)
     sizes, n_parameters = Sizes.of_model(lm), sum(weights.numel() for weights in lm.model.parameters())
     kind = torch.device(device).type
-    asked = batch_sizes or (BATCH_SIZES[kind] if n_parameters < LARGE or kind == "cuda" else BATCH_SIZES[kind][:3])
+    sizes_to_run = batch_sizes or (
+        BATCH_SIZES[kind] if n_parameters < LARGE or kind == "cuda" else BATCH_SIZES[kind][:3]
+    )
     cells = []
-    for rows in asked:
+    for rows in sizes_to_run:
         cells.append(_decoded(lm, sizes, before, rows, repeats))
         say(f"  {cells[-1]['pass']}, batch {rows}: {cells[-1]['over_floor']:.2f} times its floor")
         cells.append(_forced(lm, sizes, before, rows, repeats))
@@ -134,7 +135,7 @@ def roofline(
 def _limits_by_threads(
     dtype: torch.dtype, most: int, probe: Callable[[str, torch.dtype], Limits]
 ) -> dict[str, dict[str, float]]:
-    """Of the processor, with one thread and with all."""
+    """Measure the processor's limits with one thread and with all."""
     found = {}
     for count in sorted({1, most}):
         with threads(count):
@@ -167,10 +168,9 @@ def _cell(name: str, rows: int, tries: Sequence[float], work: Work, limit: Limit
 
 
 def decode_seconds(lm: LanguageModel, rows: int, new_tokens: int = NEW_TOKENS, *, captures: bool = True) -> float:
-    """Seconds of a decode step of the engine: equal prompts and lengths, so that nothing enters or leaves meanwhile.
+    """Return the median seconds of a decode step. All prompts and responses have equal lengths: the batch stays full.
 
-    The median, so that neither the prefill nor what is recorded on the way counts; where several steps run in a row,
-    their time is shared out.
+    The median leaves out the prefill and the recording of CUDA graphs; steps that run in a row share their time.
     """
     requests = make_even_requests(rows, lm.vocab_size, PROMPT_TOKENS, new_tokens)
     capture = Capture(tuple(range(lm.n_layers))) if captures else None
@@ -179,20 +179,20 @@ def decode_seconds(lm: LanguageModel, rows: int, new_tokens: int = NEW_TOKENS, *
     def note(n_tokens: int) -> None:
         ends.append((time.perf_counter(), n_tokens))
 
-    with _undisturbed():
+    with _without_gc():
         for _ in generate(lm, requests, batch_size=rows, capture=capture, on_progress=note):
             pass
-    most = max(n_tokens for _, n_tokens in ends[1:])  # with capture a last step reads the last token, and chooses none
+    most = max(n_tokens for _, n_tokens in ends[1:])  # with capture, a last step runs the last token and samples none
     whole = [(end - was) * rows / n for (was, _), (end, n) in pairwise(ends) if n == most]
     return median(whole)
 
 
 def forced_seconds(lm: LanguageModel, rows: int, tokens: int = FORCED_TOKENS) -> float:
-    """Seconds of the engine's pass over texts that exist, all layers' means kept."""
+    """Return the seconds of a teacher-forced pass with the means of all layers."""
     requests = make_even_requests(rows, lm.vocab_size, tokens, 1)
     half = tokens // 2
     texts = [(request.id, request.token_ids[:half], request.token_ids[half:]) for request in requests]
-    with _undisturbed():
+    with _without_gc():
         started = time.perf_counter()
         for _ in teacher_force(lm, texts, capture=Capture(tuple(range(lm.n_layers))), batch_size=rows):
             pass
@@ -201,8 +201,8 @@ def forced_seconds(lm: LanguageModel, rows: int, tokens: int = FORCED_TOKENS) ->
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Without the collection of rubbish in between."""
+def _without_gc() -> Iterator[None]:
+    """Switch garbage collection off for the block."""
     gc.disable()
     try:
         yield

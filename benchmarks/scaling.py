@@ -1,36 +1,90 @@
-"""How time and memory grow: with the examples, the batch size, the layers captured, and the length of the answers.
+"""Measure how time and memory grow with examples, batch size, captured layers and response length.
 
-Along every axis the rest stays as it is. With the examples it is a whole run that grows, as a user starts it; along the
-other axes, a job of the engine alone. A line is laid through the medians; the largest deviation from it says how
-straight the growth is. All points of an axis take turns.
+One quantity changes along an axis, the others are fixed. Examples are varied in whole runs: the command in a fresh
+process, with start, load and writing. The other axes are jobs of the engine alone. A line is fitted to the medians; the
+largest relative deviation from it is reported. All points of an axis take turns.
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.duos import in_turn
-from benchmarks.jobs import make_even_requests
+from benchmarks.processes import TRAIT, run_measured, save_model, words_of
 from benchmarks.reading_cost import device_name
 from benchmarks.shapes import random_model
-from benchmarks.whole_runs import COUNTS, whole_runs
+from benchmarks.workload import in_turn, make_even_requests
 from extraction.activations.pooled import Capture
 from extraction.engine.generate import generate
 from extraction.model.loading import LanguageModel
+
+EXPERIMENT = "whole"
+COUNTS = (200, 1000, 5000, 20_000)  # examples, both polarities together
+SETTINGS = {"--max-new-tokens": 40, "--batch-size": 64, "--shard-size": 100, "--judge": "none", "--self-check": 0}
+
+
+def whole_runs(
+    shape: str,
+    *,
+    counts: Sequence[int],
+    repeats: int,
+    threads: int,
+    say: Callable[[str], None],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Measure seconds and peak memory (MiB) of `traitline batched` at each number of examples, in turn."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        given = {
+            **{"--experiment": EXPERIMENT, "--trait": TRAIT, "--root": folder, "--raw": True, "--threads": threads},
+            **{"--model": save_model(folder / "model", shape, dtype=dtype), "--device": device},
+            **{"--dtype": str(dtype).removeprefix("torch."), **SETTINGS},
+        }
+        found: dict[str, list[tuple[float, float]]] = {str(count): [] for count in counts}
+        for order in in_turn(list(found), repeats):
+            for name in order:
+                words = ["batched", *words_of({**given, "--n-examples": int(name) // 2})]
+                found[name].append(_measure_command(words, folder))
+                say(f"  {name} examples: {found[name][-1][0]:.1f} s, {found[name][-1][1]:.0f} MiB")
+    seconds = [statistics.median(took for took, _ in each) for each in found.values()]
+    new_tokens = SETTINGS["--max-new-tokens"]
+    return {
+        "title": "examples",
+        "of": "run",
+        "job": {"new_tokens": new_tokens, "batch_size": SETTINGS["--batch-size"],
+                "shard_size": SETTINGS["--shard-size"], "n_layers": None},
+        "points": list(counts),
+        "seconds": seconds,
+        "tokens_per_second": [count * int(new_tokens) / took for count, took in zip(counts, seconds, strict=True)],
+        "peak_mib": [max(peak for _, peak in each) for each in found.values()],
+    }  # fmt: skip
+
+
+def _measure_command(words: Sequence[str], folder: Path) -> tuple[float, float]:
+    """Run one command; return its seconds and peak memory, and delete its files."""
+    started = time.perf_counter()
+    peak = run_measured(words, folder)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder / "experiments")
+    return seconds, peak
+
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is run: `n_layers` of capture (the first ones), None for all."""
+    """Sizes of one job. `n_layers` captured layers (the first ones); None means all."""
 
     n_examples: int = 128
     prompt_tokens: int = 60
@@ -41,7 +95,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that changes. `of`: what is measured against it, the job's seconds or those of a step."""
+    """One quantity that changes. `of` is what is measured: seconds of the job, or of a step."""
 
     title: str
     job: Job
@@ -67,7 +121,7 @@ def scaling(
     dtype: torch.dtype = torch.float32,
     most: int = COUNTS[-1],
 ) -> dict[str, Any]:
-    """Every axis, each point `repeats` times in turn. `most`: examples, at most."""
+    """Measure every axis, each point `repeats` times in turn. `most` limits the examples."""
     counts = (*(count for count in COUNTS if count < most), most)
     place: dict[str, Any] = {"device": device, "dtype": dtype}
     runs = whole_runs(shape, counts=counts, repeats=repeats, threads=threads, say=say, **place)
@@ -81,14 +135,14 @@ def scaling(
         "layers": lm.n_layers,
         "repeats": repeats,
         "axes": {
-            "examples": {**runs, **straight(runs["points"], runs["seconds"])},
+            "examples": {**runs, **fit_line(runs["points"], runs["seconds"])},
             **{name: _measured(lm, fitted(axis, lm, most), repeats, say) for name, axis in AXES.items()},
         },
     }
 
 
 def fitted(axis: Axis, lm: LanguageModel, most: int) -> Axis:
-    """An axis whose points this model and this much patience allow."""
+    """Limit an axis to the model's layers and to `most` examples."""
     n_examples = min(axis.job.n_examples, most)
     points = {
         "n_layers": tuple(sorted({0, 1, lm.n_layers // 2, lm.n_layers})),
@@ -116,28 +170,28 @@ def _measured(lm: LanguageModel, axis: Axis, repeats: int, say: Say) -> dict[str
             job.n_examples * job.new_tokens / statistics.median(rounds[name])
             for job, name in zip(jobs, names, strict=True)
         ],
-        **straight(axis.points, medians),
+        **fit_line(axis.points, medians),
     }
 
 
 def job_at(axis: Axis, point: int) -> Job:
-    """An axis' job at one of its points."""
+    """Return an axis's job at one of its points."""
     job: Job = replace(axis.job, **{axis.field: point})
     return job
 
 
 def _per(axis: Axis, point: int, took: float) -> float:
-    """Of the job, or of one step of a full batch with its share of the prefill."""
+    """Return the seconds of the job, or of one step of a full batch with its share of the prefill."""
     if axis.of == "job":
         return took
     rounds = -(-axis.job.n_examples // point)
     return took / (rounds * axis.job.new_tokens)
 
 
-def straight(points: Sequence[float], found: Sequence[float]) -> dict[str, Any]:
-    """The line through them, and the largest deviation from it, relative to the line.
+def fit_line(points: Sequence[float], found: Sequence[float]) -> dict[str, Any]:
+    """Fit a line, and return it with the largest relative deviation from it.
 
-    Relative errors are what is kept small, so that the small points count as much as the large ones.
+    The fit minimises relative errors, so that small points count as much as large ones.
     """
     weights = 1 / np.maximum(np.asarray(found, dtype=float), 1e-12)
     slope, start = np.polyfit(np.asarray(points, dtype=float), np.asarray(found, dtype=float), 1, w=weights)
@@ -147,7 +201,7 @@ def straight(points: Sequence[float], found: Sequence[float]) -> dict[str, Any]:
 
 
 def seconds(lm: LanguageModel, job: Job) -> float:
-    """A job through the engine; what comes out is let go at once."""
+    """Run a job through the engine, without keeping the results, and return its seconds."""
     requests = make_even_requests(job.n_examples, lm.vocab_size, job.prompt_tokens, job.new_tokens)
     n_layers = lm.n_layers if job.n_layers is None else job.n_layers
     capture = Capture(tuple(range(n_layers))) if n_layers else None

@@ -22,17 +22,17 @@ from extraction.config.prompt_files import read_prompt_set
 from extraction.core.progress import ProgressReporter
 from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
-from extraction.judging.lexical import lexical_score
+from extraction.judging.registry import lexical_score
 from extraction.model.chat_template import encode_conversation
 from extraction.model.loading import LanguageModel
 from extraction.monitoring.dynamics import smoothed
-from extraction.monitoring.token_text import pieces_of
+from extraction.monitoring.prompt_capture import pieces_of
 from extraction.pipeline.fit import VectorOptions, fit_inputs
 from extraction.pipeline.plan import MODES, make_plan
-from extraction.pipeline.session import ModelSession
+from extraction.pipeline.session import TraitContext
 from extraction.pipeline.stages import generate as make_responses
 from extraction.utils_batch import Request
-from extraction.vectors.methods import find_method
+from extraction.vectors.methods import FUNCTIONS
 from extraction.vectors.metrics import auroc, cohens_d
 
 TRAIT, METHOD = "uncertainty_calibration", "mean_diff"
@@ -103,16 +103,16 @@ def _told_apart_best(positive_NLD: Tensor, negative_MLD: Tensor, unit_LDK: Tenso
 def _sides(folder: str, n_examples: int) -> tuple[LanguageModel, tuple[Tensor, Tensor]]:
     """The model, and the activations [N, L, D] and [M, L, D] that the trait's vectors are made from."""
     options = {"n_examples": n_examples, "batch_size": 32}
-    job = make_plan("pocket", TRAIT, root=folder, options=options, self_check=0)
-    engine: ModelSession = make_responses(job, MODES["batched"], _Silent())
-    fit = fit_inputs(job, job.traits[0], job.folder(job.traits[0]), VectorOptions(), _Silent())
-    rows_nLD = fit.rows.at(slice(None))
-    return engine.lm, (rows_nLD[: fit.n_positive], rows_nLD[fit.n_positive :])
+    plan = make_plan("pocket", TRAIT, root=folder, options=options, self_check=0)
+    session = make_responses(plan, MODES["batched"], _Silent()).session
+    fit = fit_inputs(TraitContext(session, plan.traits[0], _Silent()), VectorOptions())
+    rows_nLD = fit.rows.read_layers(slice(None))
+    return session.lm, (rows_nLD[: fit.n_positive], rows_nLD[fit.n_positive :])
 
 
 def units(positive_NLD: Tensor, negative_MLD: Tensor, n_placebos: int) -> Tensor:
     """[L, D, 1 + placebos], each column of length 1: the trait's direction, then the placebos'."""
-    fit, generator = find_method(METHOD), torch.Generator().manual_seed(0)
+    fit, generator = FUNCTIONS[METHOD], torch.Generator().manual_seed(0)
     found = [fit(positive_NLD, negative_MLD, seed=0)]
     for _ in range(n_placebos):
         dealt = [side[torch.randperm(len(side), generator=generator)] for side in (positive_NLD, negative_MLD)]
@@ -158,7 +158,7 @@ class _Silent(ProgressReporter):
     def note(self, text: str) -> None:
         """Nothing."""
 
-    def begin(self, title: str, n_examples: int, n_done: int) -> None:
+    def begin(self, title: str, n_examples: int, n_done: int, *, seconds_left: object = None) -> None:
         """Nothing."""
 
     def advance(self, n_examples: int, n_tokens: int) -> None:

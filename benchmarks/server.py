@@ -1,4 +1,4 @@
-"""The server under load: the same requests one at a time and by many clients at once, in turn, against one process."""
+"""Measure the server under load: the same requests by one client and by many at once, in turn, against one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def server_load(
     paths: Sequence[str] = PATHS,
     options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Requests and tokens per second of each endpoint; of the bundled models unless `options` say otherwise."""
+    """Measure requests and tokens per second of each endpoint; `options` are the server's."""
     prompts = _prompts(n_requests)
     with serving([*options, "--threads", str(threads), "--queue", str(max(256, clients))]) as address:
         found = {path: _endpoint(address, path, prompts, clients, repeats, say) for path in paths}
@@ -54,9 +54,9 @@ def _prompts(n: int) -> list[str]:
 def _endpoint(
     address: str, path: str, prompts: Sequence[str], clients: int, repeats: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """One client and many, in turn; whatever slows the machine slows both."""
+    """Measure one client and many, in turn."""
     bodies = [_body(path, prompt, seed) for seed, prompt in enumerate(prompts)]
-    _send(address, path, bodies[:clients], clients)  # what is built when first needed is there before the clock runs
+    _send(address, path, bodies[:clients], clients)  # warm
     rounds = []
     for _ in range(repeats):
         serial, together = (_measured(address, path, bodies, n) for n in (1, clients))
@@ -100,7 +100,7 @@ def _n_equal(one: Sequence[Answer], other: Sequence[Answer]) -> int:
 
 
 def _send(address: str, path: str, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
-    """Answers in order; every client has one connection, and sends its next request when it has its answer."""
+    """Send all requests and return the answers in order. Each client has one connection and one open request."""
     own, opened = threading.local(), ExitStack()
 
     def ask(body: dict[str, Any]) -> Answer:
@@ -124,21 +124,21 @@ def _send(address: str, path: str, bodies: Sequence[dict[str, Any]], clients: in
 
 @contextmanager
 def serving(options: Sequence[str]) -> Iterator[str]:
-    """`traitline serve` in a process of its own; its address."""
+    """Start `traitline serve` in a process of its own and yield its address."""
     words = [sys.executable, "-m", "extraction", "serve", "--port", "0", *options]
     child = subprocess.Popen(
         words, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert child.stderr is not None
     try:
-        said = []
+        lines = []
         for line in child.stderr:
-            said.append(line)
+            lines.append(line)
             if address := re.match(r"listening on http://(\S+)", line):
                 yield address[1]
                 break
         else:
-            raise RuntimeError(f"the server did not start: {''.join(said)[-500:]}")
+            raise RuntimeError(f"the server did not start: {''.join(lines)[-500:]}")
     finally:
         child.terminate()
         child.communicate(timeout=60)

@@ -1,6 +1,6 @@
-"""The models that are measured: decoders of known shapes with random weights, so that anybody can repeat it.
+"""Models of known shapes with random weights, so that measurements need no download.
 
-Weights are drawn where they stay, in the type that they keep: a shape needs the memory of its weights, once.
+Weights are drawn on their device and in their type: a shape needs the memory of its weights once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HALF_ON_CPU = 3.0  # the roofline of 2b in bfloat16 came to 2.9 times its weight
 
 
 def sizes_of(shape: str) -> dict[str, int]:
-    """The sizes of a shape; those of the bundled model for `pocket`."""
+    """Return the sizes of a shape; `pocket` has those of the bundled model."""
     if shape == "pocket" and POCKET.is_file():
         found = json.loads(POCKET.read_text(encoding="utf-8"))
         return {name: int(found[name]) for name in SIZES}
@@ -58,7 +58,7 @@ def sizes_of(shape: str) -> dict[str, int]:
 
 
 def config_of(shape: str) -> Any:
-    """A shape's config, without special tokens."""
+    """Return a shape's config, without special tokens."""
     no_ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     common: dict[str, Any] = {**sizes_of(shape), **no_ids, "max_position_embeddings": POSITIONS}
     if shape in GEMMAS:
@@ -66,16 +66,16 @@ def config_of(shape: str) -> Any:
     return LlamaConfig(**common, tie_word_embeddings=shape not in UNTIED)
 
 
-def dtype_of(shape: str, asked: str = "auto") -> torch.dtype:
-    """The type that is asked for; `auto` is the one that is usual for the shape."""
-    if asked != "auto":
-        found: torch.dtype = getattr(torch, asked)
+def dtype_of(shape: str, name: str = "auto") -> torch.dtype:
+    """Return a type by name; `auto` is the usual one of the shape."""
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
         return found
     return HALF.get(shape, torch.float32)
 
 
 def lacking(shape: str, dtype: torch.dtype, device: str) -> str | None:
-    """Why a shape can't be measured here, in one line; None where it fits."""
+    """Return the reason why a shape does not fit into memory, None where it fits."""
     spare = HALF_ON_CPU if device == "cpu" and dtype.itemsize < 4 else SPARE
     needed = spare * counted(config_of(shape), dtype).n_parameters * dtype.itemsize
     free = free_memory(device)
@@ -88,7 +88,7 @@ def lacking(shape: str, dtype: torch.dtype, device: str) -> str | None:
 def random_model(
     shape: str, seed: int = 0, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> LanguageModel:
-    """A seeded random model that never stops of its own accord."""
+    """Return a seeded random model without an end token."""
     devices = [torch.device(device).index or 0] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)

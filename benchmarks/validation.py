@@ -1,4 +1,4 @@
-"""What a card costs: rows with a planted trait, of the shapes that models have."""
+"""Measure the time of a validation card, on rows with a planted trait in the shapes of real models."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 from extraction.vectors.card import build_card
-from extraction.vectors.methods import DEFAULT_METHODS
+from extraction.vectors.method_table import DEFAULT_METHODS
 
 QUESTIONS, INSTRUCTIONS = 20, 5  # with both sides: 200 rows
 SHAPES = {"tiny": (2, 16), "pocket": (6, 192), "2b": (26, 2304)}  # layers, hidden
 TRAITS = {"tiny": 1, "2b": 1}  # at most
 
 
-def card_cost(shapes: Sequence[str], *, n_traits: int, say: Callable[[str], None], **asked: Any) -> dict[str, Any]:
-    """Seconds of a trait's card with all methods and controls: the sum over `n_traits` (one of a large shape)."""
-    return {"shapes": {shape: _cost(shape, min(n_traits, TRAITS.get(shape, n_traits)), say, asked) for shape in shapes}}
+def card_cost(shapes: Sequence[str], *, n_traits: int, say: Callable[[str], None], **options: Any) -> dict[str, Any]:
+    """Return the seconds of cards with all methods and controls, summed over `n_traits` (one for a large shape)."""
+    return {
+        "shapes": {shape: _cost(shape, min(n_traits, TRAITS.get(shape, n_traits)), say, options) for shape in shapes}
+    }
 
 
-def _cost(shape: str, n_traits: int, say: Callable[[str], None], asked: dict[str, Any]) -> dict[str, Any]:
+def _cost(shape: str, n_traits: int, say: Callable[[str], None], options: dict[str, Any]) -> dict[str, Any]:
     n_layers, hidden = SHAPES[shape]
     seconds, words = [], []
     for seed in range(n_traits):
@@ -30,7 +32,7 @@ def _cost(shape: str, n_traits: int, say: Callable[[str], None], asked: dict[str
         began = time.perf_counter()
         card = build_card(
             rows_nLD, positive_n, questions, instruction_ids=instructions, layers=range(n_layers), seed=seed,
-            stripped_nLD=rows_nLD, **asked,
+            without_instruction_nLD=rows_nLD, **options,
         )  # fmt: skip
         seconds.append(time.perf_counter() - began)
         words.append(card["verdict"]["word"])
@@ -43,7 +45,7 @@ def _cost(shape: str, n_traits: int, say: Callable[[str], None], asked: dict[str
 
 
 def planted_rows(n_layers: int, hidden: int, seed: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
-    """Rows of every question, instruction and side, which share what is their own, and a trait across all layers."""
+    """Draw rows of every question, instruction and side, with effects of each and a trait in all layers."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

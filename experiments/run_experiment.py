@@ -1,4 +1,4 @@
-"""How often a hidden behaviour shows when the difference of two models is amplified: `traitline amplify`."""
+"""Measure how often a hidden behaviour shows when the difference of two models is amplified: `traitline amplify`."""
 
 import sys
 from pathlib import Path

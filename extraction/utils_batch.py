@@ -1,7 +1,7 @@
-"""THE ENGINE: left-padded continuous batching, with activations captured in the same pass.
+"""The public batched API: continuous batching with activations captured in the same forward pass.
 
-One loop (`extraction.engine.batch`) serves plain sampling, amplification and speculation. Here are its ways in: `generate`,
-`teacher_force`, and two functions for people who script.
+`generate` and `teacher_force` work on token ids; `generate_batch_with_activations` and `get_activations_from_texts` on
+texts. The engine itself is `extraction.engine`: start at `extraction.engine.batch`.
 
 Shapes: T tokens, L layers, D hidden.
 """
@@ -49,7 +49,7 @@ def generate_batch_with_activations(  # noqa: PLR0913 (a script's one call)
     sites: Sequence[str] = ("residual",),
     poolings: Sequence[str] = ("response_mean",),
 ) -> list[dict[str, Any]]:
-    """Generate for every prompt, capturing in the same pass. For people who script.
+    """Generate for every prompt, capturing activations in the same pass.
 
     `prompts` are exact texts: apply a chat template before. Returns, in their order, dicts with prompt, response,
     token_ids, finish_reason and activations (`site.pooling` -> [L, D], row i the i-th of `layers`, default all).
@@ -82,9 +82,9 @@ def get_activations_from_texts(
     sites: Sequence[str] = ("residual",),
     poolings: Sequence[str] = ("response_mean",),
 ) -> list[dict[str, Tensor]]:
-    """Activations of texts in one teacher-forced pass. For people who script.
+    """Capture activations of texts in one teacher-forced pass.
 
-    A text is a string, all of which counts as response, or (prompt ids, response ids), which are taken as they are.
+    A text is a string, all of which counts as response, or (prompt ids, response ids), which are used unchanged.
     Returns, in their order, `site.pooling` -> [L, D].
     """
     lm = wrap(model, tokenizer)

@@ -1,4 +1,7 @@
-"""One thread and no network, for every test: set before anybody imports torch or transformers."""
+"""Settings of every test: one thread, no network, and the same hypothesis examples in every run.
+
+The environment is set before anything imports torch or transformers.
+"""
 
 import os
 
@@ -7,3 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import settings
+
+settings.register_profile("traitline", max_examples=60, deadline=None, derandomize=True)
+settings.load_profile("traitline")

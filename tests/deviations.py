@@ -24,7 +24,7 @@ COLUMNS = ("architecture", "tokens equal", "captured, single", "captured, batche
 
 
 def measure(name: str) -> tuple[int, int, float, float, float, float]:
-    """Equal answers, answers, and the deviations in the order of COLUMNS."""
+    """Return the number of equal responses, of responses, and the deviations in the order of COLUMNS."""
     case = case_of(name)
     runs = [(lm, run(lm, requests, size, CAPTURE)) for size, lm, requests in case.orders()]
     equal = sum(tokens_of(done)[key] == said for lm, done in runs for key, said in case.said(done, lm).items())
@@ -41,19 +41,19 @@ def measure(name: str) -> tuple[int, int, float, float, float, float]:
 
 
 def apart(one: Completion, other: Completion) -> float:
-    """The largest deviation between two captures of one example."""
+    """Return the largest deviation between two captures of one example."""
     pairs = ((one.activations[key], other.activations[key]) for key in one.activations)
     return max((deviation(right, left) for left, right in pairs), default=0.0)
 
 
 def forced(case: Case) -> dict[str, Completion]:
-    """The teacher-forced pass over the reference's responses."""
+    """Run a teacher-forced pass over the reference's responses."""
     texts = [(r.id, r.token_ids, case.responses[r.id]) for r in case.requests]
     return {c.id: c for c in teacher_force(case.lm, texts, capture=CAPTURE, batch_size=4)}
 
 
 def main() -> None:
-    """One Markdown row an architecture, the worst last."""
+    """Print one Markdown row per architecture, and the largest deviations last."""
     torch.set_num_threads(1)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32\n")
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))

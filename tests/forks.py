@@ -1,7 +1,7 @@
-"""Processes of the command line that start in milliseconds: one server imports everything once, and forks.
+"""Start processes of the command line in milliseconds: one server imports everything once, and forks.
 
-Run as a module it is the server: each line of its stdin is a folder, in which `arguments` says what to run; `pid`,
-`stdout`, `stderr` and `status` are written there.
+Run as a module this is the server. Each line of its stdin is a folder whose file `arguments` holds the command;
+`pid`, `stdout`, `stderr` and `status` are written there.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ class Forked:
         self.pid = int(_awaited(folder / "pid", 60))
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it runs."""
+        """Return the exit code, negative for a signal; None while it runs."""
         path = self.folder / "status"
         return int(path.read_text()) if path.exists() else None
 
     def wait(self, seconds: float = 60) -> int:
-        """The exit code. TimeoutError where it goes on for longer."""
+        """Wait for the exit code. Raises TimeoutError after `seconds`."""
         return int(_awaited(self.folder / "status", seconds))
 
     def send_signal(self, number: int) -> None:
-        """As `kill` does."""
+        """Send a signal to the process."""
         os.kill(self.pid, number)
 
     @property
     def stdout(self) -> str:
-        """What it has printed so far."""
+        """Text written to stdout so far."""
         return (self.folder / "stdout").read_text()
 
     @property
     def stderr(self) -> str:
-        """What it has complained about so far."""
+        """Text written to stderr so far."""
         return (self.folder / "stderr").read_text()
 
 
@@ -60,7 +60,7 @@ def _awaited(path: Path, seconds: float) -> str:
 
 
 class Forks:
-    """The server, seen from the tests."""
+    """Client of the server, used by tests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,7 +90,7 @@ class Forks:
 
 @contextlib.contextmanager
 def forks(folder: Path) -> Iterator[Forks]:
-    """A server, while the block lasts."""
+    """Run a server for the block."""
     server = Forks(folder)
     try:
         yield server

@@ -1,4 +1,4 @@
-"""GGUF without its package: written by hand from the format's description, and read by llama.cpp's rules alone."""
+"""GGUF without the gguf package: a writer from the format's description, and a reader with llama.cpp's rules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _padded(data: bytes) -> bytes:
 
 
 def write_by_hand(metadata: Sequence[tuple[str, int, Any]], tensors: Mapping[str, np.ndarray]) -> bytes:
-    """A GGUF file of version 3: header, key-value pairs, tensor descriptions, tensors."""
+    """Write a GGUF file of version 3: header, key-value pairs, tensor descriptions, tensors."""
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     for key, kind, value in metadata:
         held = _string(value) if kind == STRING else struct.pack({UINT32: "<I", INT32: "<i"}[kind], value)
@@ -37,11 +37,11 @@ def write_by_hand(metadata: Sequence[tuple[str, int, Any]], tensors: Mapping[str
 
 
 class Rejected(Exception):
-    """llama.cpp's loader would not take the file."""
+    """llama.cpp's loader would reject the file."""
 
 
 def load_as_llama_cpp(data: bytes) -> tuple[int, dict[int, list[float]], dict[str, Any]]:
-    """(hidden size, {block: what is added to its output}, metadata), or Rejected: every rule of the loader."""
+    """Return (hidden size, {block: vector added to its output}, metadata). Raises Rejected by the loader's rules."""
     magic, version, n_tensors, n_pairs = struct.unpack_from("<4sIQQ", data)
     if magic != b"GGUF" or version != 3:
         raise Rejected("no GGUF of version 3")

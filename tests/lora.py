@@ -1,4 +1,4 @@
-"""LoRA adapters with drawn weights, over tiny models, as peft saves them."""
+"""LoRA adapters with random weights over tiny models, saved by peft."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def saved_base(folder: Path, name: str = "llama", **changes: Any) -> Path:
-    """A tiny model and its tokenizer."""
+    """Save a tiny model and its tokenizer."""
     tiny_model(name, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def saved_adapter(folder: Path, base: Path, *, seed: int = 1, scale: float = 0.3, **options: Any) -> Path:
-    """An adapter over the model in `base`, named by a relative path; every tensor of it is drawn."""
+    """Save an adapter over the model in `base`, named by a relative path, with random tensors."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
@@ -41,13 +41,13 @@ def saved_adapter(folder: Path, base: Path, *, seed: int = 1, scale: float = 0.3
 
 
 def change_config(folder: Path, **fields: Any) -> None:
-    """Other fields in an adapter's config."""
+    """Change fields of an adapter's config."""
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def as_peft_has_it(folder: Path, base: Path) -> PreTrainedModel:
-    """The oracle: the adapter on its base, by peft alone, unmerged."""
+def peft_reference(folder: Path, base: Path) -> PreTrainedModel:
+    """Return the reference: the adapter on its base, by peft alone, unmerged."""
     from peft import PeftModel
 
     with warnings.catch_warnings():

@@ -31,7 +31,7 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any], Any]  # function, arguments, 
 
 
 class Kernels(TorchDispatchMode):
-    """Records calls in order, with the tensors themselves."""
+    """Records calls in order, with their tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Kernels(TorchDispatchMode):
         return found
 
     def undo(self) -> None:
-        """Restore the tensors that were written: recording changes nothing."""
+        """Restore what was written, so that recording has no effect."""
         for tensor, was in reversed(self.before):
             tensor.copy_(was)
 

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny saved model: a root with a trait, the command line in this process and in others."""
+"""Whole runs on a tiny saved model: a root with two traits, the command line in this process and in others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
@@ -47,9 +50,18 @@ EXPERIMENT = {
 }
 
 
+class Silent:
+    """A progress reporter that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+    def begin(self, title: str, n_examples: int, n_done: int, *, seconds_left: object = None) -> None: ...
+    def advance(self, n_examples: int, n_tokens: int) -> None: ...
+    def end(self) -> None: ...
+
+
 @functools.cache
 def saved_model(name: str = "llama") -> Path:
-    """A folder with a tiny model and its tokenizer, made once a process; tests that change it copy it first."""
+    """Return a folder with a tiny model and its tokenizer, made once a process; copy it before changing it."""
     folder = Path(tempfile.mkdtemp(prefix="traitline-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tiny_model(name, max_position_embeddings=512).save_pretrained(folder)
@@ -58,7 +70,7 @@ def saved_model(name: str = "llama") -> Path:
 
 
 def make_root(folder: Path, model: Path | None = None) -> Path:
-    """A root with the traits `calm` and `warm`, the model `tiny` (a copy) and the experiment `demo`."""
+    """Make a root with the traits `calm` and `warm`, the model `tiny` (a copy) and the experiment `demo`."""
     for kind in ("experiments", "models", "traits"):
         (folder / "configs" / kind).mkdir(parents=True)
     for trait in (TRAIT, NATURAL):
@@ -69,8 +81,39 @@ def make_root(folder: Path, model: Path | None = None) -> Path:
     return folder
 
 
+@functools.cache
+def extracted_root() -> Path:
+    """Return a root in which `extract` has ended for trait `calm`, made once a process; for tests that only read."""
+    folder = Path(tempfile.mkdtemp(prefix="traitline-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    succeed("extract", "--root", make_root(folder / "root"), "--experiment", "demo", "--answers", "2")
+    return folder / "root"
+
+
+def make_extracted_root(folder: Path) -> Path:
+    """Copy `extracted_root` for a test that changes it."""
+    shutil.copytree(extracted_root(), folder, dirs_exist_ok=True)
+    return folder
+
+
+@contextmanager
+def room_for(n_rows: int) -> Iterator[None]:
+    """Raise an out-of-memory error for a pass of more rows than this."""
+
+    def hook(module: torch.nn.Module, _args: object, output: object) -> None:
+        rows, width = output.shape[:2] if module.__class__.__name__ == "LlamaDecoderLayer" else (0, 0)
+        if rows > n_rows and width > 8:  # a prompt, not the few tokens of the checks at loading
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def invoke(*arguments: object) -> Result:
-    """A `traitline` command in this process. An exception that is no exit is a failure of the test."""
+    """Run a `traitline` command in this process. Any exception but an exit fails the test."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -78,14 +121,14 @@ def invoke(*arguments: object) -> Result:
 
 
 def succeed(*arguments: object) -> Result:
-    """`invoke`, which must exit with 0."""
+    """Run a command that must exit with 0."""
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     return result
 
 
 def refused(*arguments: object, notes: tuple[str, ...] = ()) -> str:
-    """`invoke`, which must exit with 2 and say one line on stderr besides notes and progress; returns the line."""
+    """Run a command that must exit with 2; return its error, the one line on stderr besides notes and progress."""
     result = invoke(*arguments)
     return one_refusal(result.exit_code, result.stdout, result.stderr, notes)
 
@@ -94,7 +137,7 @@ NOTES = ("loading ", "self-check: ", "configs/experiments/", "trait ")
 
 
 def one_refusal(code: int, stdout: str, stderr: str, notes: tuple[str, ...] = ()) -> str:
-    """The error line of a refused command; everything else on stderr must be a known note."""
+    """Return the error line of a refused command; every other line on stderr must be a known note."""
     lines = stderr.splitlines()
     errors = [line for line in lines if line.startswith("traitline: ")]
     others = [line for line in lines if line not in errors and not line.startswith((*NOTES, *notes))]
@@ -105,18 +148,18 @@ def one_refusal(code: int, stdout: str, stderr: str, notes: tuple[str, ...] = ()
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """For a process of its own: one thread, no network, this checkout."""
+    """Return the environment of another process: one thread, no network, this checkout."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRAITLINE_ROOT")}
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)} | changes
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but the lock: its name and bytes."""
+    """Return the bytes of every file below a folder but the lock, by name."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
 
 
 def payloads(folder: Path, *parts: str) -> dict[str, bytes]:
-    """`contents` without receipts, which tell of the batch size."""
+    """Return `contents` without the receipts, which hold the batch size."""
     found = contents(folder.joinpath(*parts))
     return {name: data for name, data in found.items() if not name.endswith(".receipt.json")}

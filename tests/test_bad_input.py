@@ -414,7 +414,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (_no_tokenizer, "tokenizer"),
     "broken config": (_broken_config, "config.json"),
     "no config": (_no_config, "config.json"),
-    "a larger tokenizer": (_larger_tokenizer, "the tokenizer knows 98 tokens and the model 97"),
+    "a larger tokenizer": (_larger_tokenizer, "98 tokens and the model 97"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The measurements: every peer does the same job and gives the same answers, and the figures are written."""
+"""Tests of the measurements: all peers do the same job with equal answers, and the figures are written."""
 
 from __future__ import annotations
 
@@ -17,13 +17,9 @@ from click.testing import CliRunner, Result
 from transformers import PreTrainedModel
 
 from benchmarks.__main__ import main
-from benchmarks.amplification import amplification
 from benchmarks.capture_cost import ratios
 from benchmarks.captures import captures
-from benchmarks.duos import ask, bundled, in_turn
-from benchmarks.floor import linear_rate
-from benchmarks.hardware import describe
-from benchmarks.jobs import PROMPT_TOKENS, RESPONSE_TOKENS, Answer, compare, make_requests, n_tokens
+from benchmarks.hardware import describe, linear_rate
 from benchmarks.memory import many_rows, memory_growth
 from benchmarks.peers import PEERS, Answers
 from benchmarks.race import race
@@ -33,23 +29,33 @@ from benchmarks.shapes import random_model
 from benchmarks.speculation import speculation
 from benchmarks.tables import TABLES, save
 from benchmarks.validation import card_cost
-from extraction.engine.generate import generate
-from extraction.vectors.methods import DEFAULT_METHODS
+from benchmarks.workload import (
+    PROMPT_TOKENS,
+    RESPONSE_TOKENS,
+    Answer,
+    bundled,
+    compare,
+    in_turn,
+    make_requests,
+    n_tokens,
+    trait_requests,
+)
+from extraction.vectors.method_table import DEFAULT_METHODS
 from tests.runs import succeed
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-N = 6
+N = 5
 TOLERANCE = 1e-4
 
 
 def say(_text: str) -> None:
-    """Nobody listens."""
+    """Ignore the text."""
 
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Answers]:
-    """What each peer answers, at its smallest batch size."""
+    """Return the answers of each peer at its smallest batch size."""
     lm = random_model("tiny")
     requests = make_requests(N, lm.vocab_size)
     return {name: peer.run(lm, requests, peer.sizes_for(N)[0]) for name, peer in PEERS.items()}
@@ -112,8 +118,8 @@ def test_a_comparison_sees_another_token_and_another_mean(answers: dict[str, Ans
 
 @pytest.fixture(scope="module")
 def peers_result() -> dict[str, Any]:
-    """A race of two rounds."""
-    found = race("tiny", n_examples=N, n_serial=2, repeats=2, say=say)
+    """Return a comparison of one round."""
+    found = race("tiny", n_examples=N, n_serial=2, repeats=1, say=say)
     return {"kind": "peers", "machine": describe(1), **found}
 
 
@@ -160,13 +166,14 @@ def test_the_floor_is_a_rate() -> None:
 
 
 def test_the_command_writes_what_capture_costs(tmp_path: Path) -> None:
-    arguments = ["capture", "--shape", "tiny", "--threads", "1", "--repeats", "1", "--examples", "4"]
+    arguments = ["capture", "--shape", "tiny", "--threads", "1", "--repeats", "1", "--examples", "2"]
     result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "## What capture costs, tiny" in result.output
     assert json.loads((tmp_path / "capture-tiny.json").read_text())["pairs"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="reads a child's memory as POSIX tells it")
 def test_memory_is_measured_in_fresh_processes() -> None:
     found = memory_growth(counts=(8,), threads=1, say=say, large=(3, 16))
@@ -193,35 +200,12 @@ def test_what_methods_and_traits_hold_is_measured(monkeypatch: pytest.MonkeyPatc
     assert "| mean_diff vectors of 3 traits |" in said
 
 
-def test_amplification_is_measured_and_its_answers_equal_those_by_hand(tmp_path: Path) -> None:
-    found = amplification("tiny", n_examples=9, n_serial=3, repeats=2, say=say, batch_size=4, max_new_tokens=7)
-    assert found["equal"] == {name: [3, 3] for name in ("batch", "alone", "by_hand")}
-    assert set(found["ratios"]) == {"alone", "by_hand"}
-    _written("amplification", found, tmp_path)
-
-
-def test_amplification_of_another_alpha_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.amplification.by_hand", plain_by_hand)
-    found = amplification("tiny", n_examples=4, n_serial=4, repeats=1, say=say, max_new_tokens=12)
-    assert found["equal"]["batch"][0] < 4
-
-
-def plain_by_hand(after: Any, _before: Any, requests: Any) -> dict[str, tuple[int, ...]]:
-    """The model after, by itself."""
-    return {c.id: c.token_ids for c in generate(after, requests, batch_size=1)}
-
-
 def test_speculation_is_measured_and_greedy_answers_are_plain_ones(tmp_path: Path) -> None:
-    found = speculation("tiny", n_examples=5, repeats=2, say=say, batch_sizes=(1, 3), max_new_tokens=9)
-    assert [(cell["temperature"], cell["batch_size"]) for cell in found["cells"]] == [
-        (0.0, 1),
-        (0.0, 3),
-        (0.7, 1),
-        (0.7, 3),
-    ]
+    found = speculation("tiny", n_examples=4, repeats=1, say=say, batch_sizes=(3,), max_new_tokens=6)
+    assert [(cell["temperature"], cell["batch_size"]) for cell in found["cells"]] == [(0.0, 3), (0.7, 3)]
     for cell in found["cells"]:
         for name, side in cell["sides"].items():
-            assert side["equal"] == (None if cell["temperature"] else [5, 5])
+            assert side["equal"] == (None if cell["temperature"] else [4, 4])
             assert side["ratio"]["median"] > 0
             assert name == "plain" or side["tokens_per_step"] >= 1
     assert found["cells"][0]["sides"]["draft"]["acceptance_rate"] > 0.1
@@ -241,17 +225,18 @@ def _written(kind: str, found: dict[str, Any], folder: Path) -> None:
 
 def test_questions_of_all_traits_are_asked_and_rounds_take_turns() -> None:
     lm = bundled("pocket")
-    requests = ask(lm, 30, 5)
+    requests = trait_requests(lm, 30, 5)
     assert len({r.token_ids for r in requests}) == len({r.id for r in requests}) == 30
     assert in_turn(["a", "b", "c"], 4) == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
 def test_a_cards_cost_is_measured_and_tabled() -> None:
-    found = card_cost(["tiny"], n_traits=1, say=say, placebos=1, bootstraps=20)
+    found = card_cost(["tiny"], n_traits=1, say=say, label_shuffles=1, bootstraps=20)
     assert found["shapes"]["tiny"]["seconds"] > 0
     assert "| tiny: 2 layers of 16, 200 rows | 1 |" in TABLES["validation"](found)
 
 
+@pytest.mark.slow
 def test_the_server_is_measured_and_tabled() -> None:
     options = ("--model", "pocket", "--max-new-tokens", "60")
     found = server_load(
@@ -266,7 +251,7 @@ def test_the_server_is_measured_and_tabled() -> None:
 
 
 def test_reading_is_measured_and_equals_what_is_read_by_hand(tmp_path: Path) -> None:
-    found = reading_cost("tiny", n_examples=6, n_serial=2, repeats=1, say=say, batch_size=3)
+    found = reading_cost("tiny", n_examples=4, n_serial=2, repeats=1, say=say, batch_size=3)
     for name, each in found["agreement"].items():
         assert (each["n_equal"], each["n_compared"]) == (2, 2)
         assert name == "plain" or each["deviation"] < TOLERANCE
@@ -283,6 +268,7 @@ def test_a_reading_of_another_layer_is_noticed() -> None:
     assert agreement({"a": ((1, 3), {"projections": projections})}, theirs)["n_equal"] == 0
 
 
+@pytest.mark.slow
 def test_captures_are_the_same_however_often_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

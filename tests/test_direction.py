@@ -1,4 +1,4 @@
-"""A direction is a value: laws of its arithmetic, and what it refuses."""
+"""Direction: laws of its arithmetic, copies, and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from extraction.core.errors import VectorError
 from extraction.storage.trait_run import TraitRun
-from extraction.vectors.direction import Direction, spanned
+from extraction.vectors.direction import Direction, format_layers
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -46,7 +46,7 @@ def test_laws_of_sums(a, b):
 @given(DIRECTIONS)
 def test_laws_of_length(a):
     if not a.norms_L.all():
-        with pytest.raises(VectorError, match="is zero, so it has no direction"):
+        with pytest.raises(VectorError, match=r"layer [237]"):
             a.normalised()
         return
     unit = a.normalised()
@@ -59,7 +59,7 @@ def test_laws_of_length(a):
     torch.testing.assert_close(a.normalised([1, 2, 3]).norms_L, torch.tensor([1.0, 2, 3]).double(), rtol=1e-6, atol=0)
 
 
-def test_a_wrong_law_is_noticed():
+def test_wrong_laws_fail():
     a, b = of([[1.0, 2], [3, 4], [5, 6]]), of([[1.0, 0], [0, 1], [1, 1]])
     assert a + b != a - b
     assert 2 * a != a
@@ -78,11 +78,11 @@ def test_a_layer_is_found_by_its_own_number():
     assert a.at(7).tolist() == [5, 6]
     assert a.select([3, 7]) == of([[3.0, 4], [5, 6]], layers=(3, 7))
     assert Direction.from_layers({7: torch.tensor([5.0, 6]), 2: torch.tensor([1.0, 2]), 3: torch.tensor([3.0, 4])}) == a
-    with pytest.raises(VectorError, match="layer 0: this direction has layers 2-3, 7"):
+    with pytest.raises(VectorError, match=r"layer 0: .*layers 2-3, 7"):
         a.at(0)
 
 
-def test_nobody_can_change_it():
+def test_it_cannot_be_changed():
     values = torch.ones(1, 2)
     a = Direction(values, (0,))
     values[0, 0] = 9
@@ -98,16 +98,16 @@ ONE = of([[1.0, 2], [3, 4], [5, 6]], trait="calm", method="pca", model="m")
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "value"),
     [
         (of([[1.0], [2], [3]]), "of 2 and 1 values"),
-        (of([[1.0, 2], [3, 4]], layers=(2, 3)), "layers 2-3, 7 and at layers 2-3: select the layers that both have"),
-        (of([[1.0, 2], [3, 4], [5, 6]], model="n"), "two models, m and n"),
+        (of([[1.0, 2], [3, 4]], layers=(2, 3)), "layers 2-3, 7 and at layers 2-3"),
+        (of([[1.0, 2], [3, 4], [5, 6]], model="n"), "m and n"),
     ],
 )
-def test_directions_that_do_not_fit_are_refused(other, said):
+def test_directions_that_do_not_fit_are_refused(other, value):
     for work in (lambda: ONE + other, lambda: ONE - other, lambda: ONE.cosine(other)):
-        with pytest.raises(VectorError, match=said):
+        with pytest.raises(VectorError, match=value):
             work()
 
 
@@ -120,33 +120,33 @@ def test_labels_of_a_sum():
 
 
 @pytest.mark.parametrize(
-    ("values", "layers", "said"),
+    ("values", "layers", "value"),
     [
-        ([[1.0]], (), "needs layer numbers"),
-        ([[1.0]], (-1,), "needs layer numbers"),
-        ([[1.0], [2]], (1, 0), "increasing order"),
-        ([[1.0], [2]], (1, 1), "each layer once"),
-        ([[1.0]], (0, 1), "floats \\[layers, hidden\\]"),
+        ([[1.0]], (), r"layers \[\]"),
+        ([[1.0]], (-1,), r"layers \[-1\]"),
+        ([[1.0], [2]], (1, 0), r"layers \[1, 0\]"),
+        ([[1.0], [2]], (1, 1), r"layers \[1, 1\]"),
+        ([[1.0]], (0, 1), r"float32 \[1, 1\] at 2 layers"),
         ([[1]], (0,), "int64 \\[1, 1\\]"),
-        ([[]], (0,), "floats \\[layers, hidden\\]"),
-        ([[1.0], [float("nan")]], (0, 4), "layer 4 holds NaN"),
-        ([[float("inf")]], (0,), "layer 0 holds NaN or Inf"),
+        ([[]], (0,), r"float32 \[1, 0\]"),
+        ([[1.0], [float("nan")]], (0, 4), "layer 4 "),
+        ([[float("inf")]], (0,), "layer 0 "),
     ],
 )
-def test_what_is_no_direction_is_refused(values, layers, said):
-    with pytest.raises(VectorError, match=said):
+def test_invalid_directions_raise_vector_error(values, layers, value):
+    with pytest.raises(VectorError, match=value):
         Direction(torch.tensor(values), layers)
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_wild_factors_are_refused(factor):
-    with pytest.raises(VectorError, match="finite"):
+def test_factors_that_are_not_finite_or_zero_divisors_are_refused(factor):
+    with pytest.raises(VectorError, match=str(factor)):
         factor * ONE
-    with pytest.raises(VectorError, match="finite"):
+    with pytest.raises(VectorError, match=str(factor)):
         ONE / factor
-    with pytest.raises(VectorError, match="too large for float32"):
+    with pytest.raises(VectorError, match="layer 2 "):
         ONE * 1e300
-    with pytest.raises(VectorError, match="not 0"):
+    with pytest.raises(VectorError, match="over 0"):
         ONE / 0
 
 
@@ -161,11 +161,11 @@ def test_values_of_any_float_type_are_kept_as_float32():
     assert Direction(torch.ones(1, 2, dtype=torch.float64), (0,)) == of([[1.0, 1]], layers=(0,))
 
 
-def test_it_fits_a_model_or_not():
+def test_it_fits_models_of_its_size_only():
     ONE.check_fits(8, 2, "m")
-    with pytest.raises(VectorError, match="layer 7; the last layer of model m is 6"):
+    with pytest.raises(VectorError, match=r"layer 7; .* m is 6"):
         ONE.check_fits(7, 2, "m")
-    with pytest.raises(VectorError, match="of 2 values; model m has hidden size 3"):
+    with pytest.raises(VectorError, match=r"of 2 values; .*\b3"):
         ONE.check_fits(8, 3, "m")
 
 
@@ -178,12 +178,12 @@ def test_a_run_gives_its_vectors(tmp_path: Path):
     assert found == ONE == Direction.from_run(tmp_path, "pca")
     assert found.at(3).tolist() == [3, 4]
     assert (found.trait, found.method, found.model) == ("calm", "pca", "m")
-    with pytest.raises(VectorError, match="no vectors of 'probe'; it has pca"):
+    with pytest.raises(VectorError, match="'probe'; it has pca"):
         Direction.from_run(run, "probe")
     run.write_vectors("odd", {"other": ONE.direction_LD}, labels)
-    with pytest.raises(VectorError, match="no vectors of Traitline's"):
+    with pytest.raises(VectorError, match=r"odd\.safetensors: "):
         Direction.from_run(run, "odd")
 
 
-def test_spans():
-    assert spanned([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8"
+def test_layers_are_formatted_as_spans():
+    assert format_layers([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8"

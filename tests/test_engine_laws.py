@@ -1,4 +1,4 @@
-"""The engine's laws over every architecture, each with a negative control. See tests/tiny.py for models and references.
+"""The engine's laws, each with a negative control. Models and references are in tests/tiny.py.
 
 Every case has more requests than slots, budgets of 1 to 20 tokens and stop tokens that do occur, so that slots are
 refilled, the window rolls and the batch shrinks (`test_the_matrix_exercises_the_engine` proves it).
@@ -30,6 +30,7 @@ from extraction.model.loading import LanguageModel, wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     ARCHITECTURES,
+    FAMILIES,
     LAYERS,
     REFUSED,
     blocks,
@@ -53,7 +54,7 @@ ALL_LAYERS = tuple(range(LAYERS))
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_first:2", "response_last", "all")
 BUDGETS = (16, 20, 1, 9, 20, 3, 12, 7, 20)
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
-SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mixtral"])
+SOME = pytest.mark.parametrize("name", FAMILIES)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Others compute attention in float32 whatever the weights are (GPT-J), or mask with what float32 can't hold (Bloom).
 IN_FLOAT64 = ("llama", "mistral", "gemma3", "qwen3", "olmo2", "gpt2", "opt", "gpt_neox", "falcon_alibi")
@@ -61,18 +62,18 @@ IN_FLOAT64 = ("llama", "mistral", "gemma3", "qwen3", "olmo2", "gpt2", "opt", "gp
 
 @pytest.fixture(scope="module", autouse=True)
 def _layers_of_any_size() -> Iterator[None]:
-    """Where linear layers go through oneDNN, those of tiny models do too, as a real model's would."""
-    small, onednn_linear.SMALL = onednn_linear.SMALL, 0
+    """Use oneDNN for the linear layers of tiny models too, where it is used at all."""
+    small, onednn_linear.MIN_MULTIPLICATIONS = onednn_linear.MIN_MULTIPLICATIONS, 0
     yield
-    onednn_linear.SMALL = small
+    onednn_linear.MIN_MULTIPLICATIONS = small
 
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture's requests, and what transformers alone says of each, to its whole budget.
+    """Requests of one architecture, and transformers' response to each, to its whole budget.
 
-    The same model comes with two stop tokens that it does say, and `endless`, without any. An id may carry a smaller
-    budget (`e3/4`): its answer is the beginning of the whole one.
+    `lm` has two stop tokens that occur in the responses; `endless` is the same model without any. An id may have a
+    smaller budget (`e3/4`): its response is the beginning of the full one.
     """
 
     lm: LanguageModel
@@ -82,7 +83,7 @@ class Case:
     hidden_LTD: dict[str, Tensor]
 
     def said(self, completions: dict[str, Completion], lm: LanguageModel | None = None) -> dict[str, tuple[int, ...]]:
-        """What these completions should say."""
+        """Return the tokens that these completions should have."""
         parts = {key: key.partition("/") for key in completions}
         whole = {key: self.responses[name][: int(n) if n else None] for key, (name, _, n) in parts.items()}
         return {key: until_stop(response, (lm or self.lm).stop_ids) for key, response in whole.items()}
@@ -108,7 +109,7 @@ class Case:
 
 @cache
 def case_of(name: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Nine requests; the stop tokens are two that the model says of itself in mid-response."""
+    """Build nine requests and two stop tokens that occur in mid-response."""
     model = shared_model(name, dtype)
     requests = tuple(
         Request(f"e{i}", prompt, n) for i, (prompt, n) in enumerate(zip(prompts(len(BUDGETS)), BUDGETS, strict=True))
@@ -131,19 +132,19 @@ def _two_stops(responses: Sequence[tuple[int, ...]]) -> frozenset[int]:
 def run(
     lm: LanguageModel, requests: Sequence[Request], batch_size: int, capture: Capture | None = None, **options: Any
 ) -> dict[str, Completion]:
-    """All completions by id; one each."""
+    """Run all requests; return their completions by id."""
     done = list(generate(lm, requests, batch_size=batch_size, capture=capture, **options))
     assert sorted(c.id for c in done) == sorted(r.id for r in requests)
     return {c.id: c for c in done}
 
 
 def tokens_of(completions: dict[str, Completion]) -> dict[str, tuple[int, ...]]:
-    """Id -> tokens."""
+    """Return the tokens by id."""
     return {key: completion.token_ids for key, completion in completions.items()}
 
 
 def worst(case: Case, completions: dict[str, Completion], *, shift: int = 0) -> float:
-    """The largest deviation of any captured residual from the reference; `shift` misnumbers the layers on purpose."""
+    """Return the largest deviation from the reference; `shift` misnumbers the layers on purpose."""
     return max(
         deviation(kept.roll(shift, -2), case.pooled(completion, name.removeprefix("residual.")))
         for completion in completions.values()
@@ -187,7 +188,7 @@ def test_teacher_forced_equals_the_hidden_states(name: str) -> None:
         assert worst(case, done) < TOLERANCE[torch.float32]
 
 
-@EVERY
+@SOME
 def test_capturing_changes_no_token(name: str) -> None:
     case = case_of(name)
     batch_size, lm, requests = case.orders()[2]
@@ -229,7 +230,7 @@ def test_a_subset_of_layers_keeps_its_numbers(name: str) -> None:
                 assert deviation(kept, wanted) < TOLERANCE[torch.float32]
 
 
-@EVERY
+@SOME
 def test_the_references_agree_with_each_other_and_can_fail(name: str) -> None:
     """Hidden states are the blocks' outputs; examples, layers and tokens are far enough apart for a mix-up to show."""
     case = case_of(name)
@@ -251,13 +252,13 @@ def test_the_references_agree_with_each_other_and_can_fail(name: str) -> None:
 def test_the_matrix_exercises_the_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refill beside live rows, a rolling window and a shrinking batch all happen in the runs above."""
     seen: Counter[str] = Counter()
-    repack = SlotKVCache.repack
+    repack = SlotKVCache.select_rows
 
     def counting(self: SlotKVCache, rows: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
         seen["roll" if rows is None else "shrink"] += 1
         repack(self, rows, *args, **kwargs)
 
-    monkeypatch.setattr(SlotKVCache, "repack", counting)
+    monkeypatch.setattr(SlotKVCache, "select_rows", counting)
     case = case_of(name)
     with _calls(case.lm) as widths:
         for batch_size, lm, requests in case.orders():
@@ -384,7 +385,7 @@ def at_first_token(inputs: dict[str, Any]) -> Tensor:
     return inputs["position_ids"] == 0
 
 
-@EVERY
+@SOME
 def test_poisoned_padding_changes_nothing(name: str) -> None:
     """Nothing attends to padding and no pooling counts it, so 1e6 in every block's output there leaves no trace."""
     case = case_of(name)
@@ -394,7 +395,7 @@ def test_poisoned_padding_changes_nothing(name: str) -> None:
     assert worst(case, done) < TOLERANCE[torch.float32]
 
 
-@EVERY
+@SOME
 def test_a_poisoned_first_token_leaves_response_means_alone(name: str) -> None:
     """The last block's output at token 0 reaches nothing but its own logits: only the prompt's pooling may see it."""
     case = case_of(name)
@@ -425,7 +426,7 @@ def positions_from_columns(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs | {"position_ids": wrong}
 
 
-@EVERY
+@SOME
 def test_without_the_mask_the_laws_fail(name: str) -> None:
     case = case_of(name)
     with changed_inputs(case.lm, without("attention_mask")):
@@ -433,7 +434,7 @@ def test_without_the_mask_the_laws_fail(name: str) -> None:
     assert tokens_of(done) != case.said(done) or worst(case, done) > 1e-2
 
 
-@EVERY
+@SOME
 def test_with_wrong_positions_the_laws_fail(name: str) -> None:
     case = case_of(name)
     if name in ("bloom", "mpt", "falcon_alibi"):
@@ -452,7 +453,7 @@ def test_without_positions_absolute_ones_are_off(name: str) -> None:
     assert tokens_of(done) != case.said(done) or worst(case, done) > 1e-2
 
 
-@EVERY
+@SOME
 def test_layers_off_by_one_fail(name: str) -> None:
     case = case_of(name)
     done = run(case.lm, case.requests[:3], 3, Capture(ALL_LAYERS))
@@ -523,7 +524,7 @@ def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
 
 
 def first_tokens(lm: LanguageModel, prompt: tuple[int, ...], strategy: Sample, n: int) -> Tensor:
-    """How often each token came first in `n` requests."""
+    """Count the first tokens of `n` requests."""
     requests = [Request(f"e{i}", prompt, 1) for i in range(n)]
     done = run(lm, requests, 256, strategy=strategy)
     return torch.bincount(torch.tensor([c.token_ids[0] for c in done.values()]), minlength=lm.vocab_size).double()
@@ -662,6 +663,13 @@ SIDE_BY_SIDE = {
 }
 # Normalised, scaled or gated after the addition: the stream is not a sum of its parts.
 NOT_SUMS = ("opt_post_norm", "gemma4")
+# One architecture of each structure above; the others run among the slow tests.
+STRUCTURES = {*FAMILIES, "phi", "gptj", "falcon", "falcon_new", "opt", "olmo2", "apertus", "mpt", "ctrl", "gemma3"}
+SUMS = [
+    name if name in STRUCTURES else pytest.param(name, marks=pytest.mark.slow)
+    for name in ARCHITECTURES
+    if name not in NOT_SUMS
+]
 
 
 def reference_sites(case: Case, name: str, ids: tuple[int, ...]) -> dict[str, Tensor]:
@@ -678,7 +686,7 @@ def reference_sites(case: Case, name: str, ids: tuple[int, ...]) -> dict[str, Te
     return {"residual": end_LTD, "residual_mid": mid_LTD, **parts}
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in NOT_SUMS])
+@pytest.mark.parametrize("name", SUMS)
 def test_sites_are_what_the_blocks_add_to_the_stream(name: str) -> None:
     case = case_of(name)
     requests = case.requests[5:8]

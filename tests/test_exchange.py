@@ -1,10 +1,11 @@
-"""Vectors of other programs: whole files made by hand, round trips, and what a wrong layer convention does."""
+"""Vector formats: files written by hand from their description, round trips, wrong layer conventions, broken files."""
 
 from __future__ import annotations
 
 import io
 import json
 import pickle
+import re
 import struct
 import sys
 import zipfile
@@ -19,18 +20,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from extraction.core.errors import VectorError
-from extraction.exchange.formats import ASKS_MODEL, OUTPUTS, READERS, WRITERS, load_direction, read_direction, recognise
+from extraction.exchange.formats import FORMATS, load_direction, read_direction, recognise
 from extraction.exchange.layer_rows import VectorMetadata
 from extraction.storage.experiment_dir import verify_tree
 from extraction.storage.trait_run import TraitRun, trait_run
 from extraction.vectors.direction import Direction
 from tests.gguf_by_hand import INT32, STRING, UINT32, Rejected, load_as_llama_cpp, write_by_hand
-from tests.runs import make_root, refused, succeed
+from tests.runs import REPOSITORY, make_root, refused, succeed
 
 QUICK = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-FACTS = VectorMetadata(model_type="llama", n_layers=5)
+METADATA = VectorMetadata(model_type="llama", n_layers=5)
 VALUES = {0: [0.5, -1.0, 2.0], 1: [1.5, 0.25, -8.0], 2: [0.0, 3.0, 1.0], 3: [7.0, -0.125, 4.0]}
 DIRECTION = Direction.from_layers(
     {k: torch.tensor(v) for k, v in VALUES.items()}, trait="calm", method="pca", model="m"
@@ -50,7 +51,7 @@ def put(folder: Path, data: bytes) -> Path:
 
 
 def written(name: str, direction: Direction = DIRECTION) -> bytes:
-    return WRITERS[name](direction, FACTS).data
+    return FORMATS[name].write(direction, METADATA).data
 
 
 def torch_bytes(value: Any) -> bytes:
@@ -59,37 +60,36 @@ def torch_bytes(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def said(work: Any, *arguments: Any, **options: Any) -> str:
-    """The message of the VectorError that must come: one line."""
+def error_of(work: Any, *arguments: Any, **options: Any) -> str:
+    """Return the message of the VectorError that the call must raise: one line."""
     with pytest.raises(VectorError) as failure:
         work(*arguments, **options)
     assert "\n" not in str(failure.value)
     return str(failure.value)
 
 
-# --- golden files ---------------------------------------------------------------------------------------------------
+# --- files written by hand --------------------------------------------------------------------------------------------
 
 
-def test_gguf_is_the_file_made_by_hand():
+def test_gguf_equals_the_file_written_by_hand():
     tensors = {f"direction.{k}": f32(VALUES[k]) for k in (1, 2, 3)}
     made = write_by_hand([ARCHITECTURE, ("controlvector.layer_count", UINT32, 3)], tensors)
     assert written("gguf") == made
-    assert WRITERS["gguf"](DIRECTION, FACTS).notes == (
-        "layer 0 was left out: this format can't address the output of decoder block 0",
-    )
-    assert WRITERS["gguf"](WITHOUT_BLOCK_0, FACTS).notes == ()
+    (note,) = FORMATS["gguf"].write(DIRECTION, METADATA).notes
+    assert "layer 0" in note
+    assert FORMATS["gguf"].write(WITHOUT_BLOCK_0, METADATA).notes == ()
 
 
-def test_repeng_is_the_file_made_by_hand():
+def test_repeng_equals_the_file_written_by_hand():
     metadata = [
         ARCHITECTURE,
         ("controlvector.model_hint", STRING, "llama"),
         ("controlvector.layer_count", UINT32, 3),
     ]
     assert written("repeng") == write_by_hand(metadata, {f"direction.{k}": f32(VALUES[k]) for k in (1, 2, 3)})
-    untyped = WRITERS["repeng"](DIRECTION, VectorMetadata())
+    untyped = FORMATS["repeng"].write(DIRECTION, VectorMetadata())
     assert load_as_llama_cpp(untyped.data)[2]["controlvector.model_hint"] == "m"
-    assert "model_hint is its name, m" in untyped.notes[-1]
+    assert re.search(r"model_hint.*\bm$", untyped.notes[-1])
 
 
 @pytest.mark.parametrize("name", ["gguf", "repeng"])
@@ -99,7 +99,7 @@ def test_llama_cpp_adds_each_vector_to_the_output_of_its_block(name):
     assert steering == {k: VALUES[k] for k in (1, 2, 3)}
 
 
-def test_the_strict_reader_rejects_what_llama_cpp_rejects(tmp_path):
+def test_the_reader_rejects_what_llama_cpp_rejects(tmp_path):
     for tensors in (
         {"direction.0": f32([1])},
         {"direction.1": f32([1]), "direction.2": f32([1, 2])},
@@ -108,7 +108,7 @@ def test_the_strict_reader_rejects_what_llama_cpp_rejects(tmp_path):
         data = write_by_hand([ARCHITECTURE], tensors)
         with pytest.raises(Rejected):
             load_as_llama_cpp(data)
-        assert str(tmp_path) in said(load_direction, put(tmp_path, data))
+        assert str(tmp_path) in error_of(load_direction, put(tmp_path, data))
 
 
 def test_persona_vectors_has_the_embeddings_in_front(tmp_path):
@@ -117,7 +117,7 @@ def test_persona_vectors_has_the_embeddings_in_front(tmp_path):
     theirs = torch.tensor([[9.0, 9, 9], VALUES[0], VALUES[1], VALUES[2], [8.0, 8, 8]])
     loaded = read_direction(put(tmp_path, torch_bytes(theirs)), format="persona_vectors")
     assert loaded.direction == Direction.from_layers({k: torch.tensor(VALUES[k]) for k in (0, 1, 2)})
-    assert "rows 0 (embeddings) and 4 (after the final norm)" in loaded.notes[0]
+    assert re.search(r"\b0\b.*\b4\b", loaded.notes[0])  # the rows that were left out
 
 
 def test_assistant_axis_has_a_row_a_block(tmp_path):
@@ -148,10 +148,10 @@ def test_numpy_and_traitline_hold_layers_and_directions(tmp_path):
     assert (found.trait, found.method, found.model) == ("calm", "pca", "m")
 
 
-# --- a wrong convention ---------------------------------------------------------------------------------------------
+# --- a wrong convention -----------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_one_late_is_read_with_its_base_and_wrongly_without(tmp_path):
+def test_numbers_that_are_one_too_high_need_base_1(tmp_path):
     metadata = [ARCHITECTURE, ("controlvector.layer_count", INT32, 3)]
     late = put(tmp_path, write_by_hand(metadata, {f"direction.{k + 1}": f32(VALUES[k]) for k in (0, 1, 2)}))
     right = DIRECTION.select([0, 1, 2])
@@ -159,25 +159,25 @@ def test_a_file_that_is_one_late_is_read_with_its_base_and_wrongly_without(tmp_p
     wrong = read_direction(late, model="m")
     assert wrong.direction != right
     assert wrong.direction.layers == (1, 2, 3)
-    assert "one late: --base 1 puts it right" in wrong.notes[0]
-    assert "one late" not in " ".join(read_direction(late, base=0).notes)
+    assert "--base 1" in wrong.notes[0]
+    assert "--base" not in " ".join(read_direction(late, base=0).notes)
     assert read_direction(put(tmp_path, written("repeng"))).notes == ()
-    assert "holds number 1, but --base says that block 0 is number 2" in said(load_direction, late, base=2)
+    assert re.search(r"number 1\b.*--base 2", error_of(load_direction, late, base=2))
 
 
-def test_one_convention_read_as_another_is_wrong(tmp_path):
+def test_a_file_read_by_another_convention_gives_another_direction(tmp_path):
     path = put(tmp_path, written("persona_vectors"))
     assert load_direction(path, model="m") == DIRECTION
     assert load_direction(path, format="assistant_axis", model="m") != DIRECTION
     assert load_direction(path, base=0, format="persona_vectors", model="m") != DIRECTION
 
 
-def test_a_bare_tensor_does_not_say_what_it_is(tmp_path):
+def test_a_bare_tensor_needs_a_format(tmp_path):
     path = put(tmp_path, torch_bytes(torch.ones(4, 3)))
-    assert "give --format persona_vectors (row 1 is block 0) or --format assistant_axis" in said(load_direction, path)
+    assert re.search("--format persona_vectors.*--format assistant_axis", error_of(load_direction, path))
 
 
-# --- round trips ----------------------------------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 ROWS = st.dictionaries(
     st.integers(1, 8),
@@ -186,38 +186,39 @@ ROWS = st.dictionaries(
 )
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FORMATS)
 @QUICK
 @given(rows=ROWS)
-def test_what_is_written_reads_back_exactly(name, rows, tmp_path):
+def test_written_vectors_read_back_exactly(name, rows, tmp_path):
     direction = Direction.from_layers({k: torch.tensor(v) for k, v in rows.items()}, model="m")
-    data = WRITERS[name](direction, VectorMetadata("llama", n_layers=10)).data
+    data = FORMATS[name].write(direction, VectorMetadata("llama", n_layers=10)).data
     path = put(tmp_path, data)
     assert load_direction(path, format=name, model="m") == direction
     assert load_direction(path, model="m") == direction  # by its content
     assert (
-        WRITERS[name](load_direction(path, model="m"), VectorMetadata("llama", n_layers=10)).data == data
+        FORMATS[name].write(load_direction(path, model="m"), VectorMetadata("llama", n_layers=10)).data == data
         or name == "traitline"
     )
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_file_is_recognised_by_its_content(name, tmp_path):
     assert recognise(put(tmp_path, written(name))) == ("gguf" if name == "repeng" else name)
 
 
-def test_the_tables_agree():
-    assert set(WRITERS) == set(READERS) == set(OUTPUTS)
-    assert set(WRITERS) > ASKS_MODEL
-    for table in (WRITERS, READERS):
-        assert all(function.__doc__ for function in table.values())
+def test_every_format_documents_what_it_reads_and_writes():
+    page = (REPOSITORY / "docs/exchange.md").read_text()
+    for name, form in FORMATS.items():
+        assert form.write.__doc__
+        assert form.read.__doc__
+        assert f"| `{name}` |" in page
 
 
-# --- what is wrong with a file --------------------------------------------------------------------------------------
+# --- broken files -----------------------------------------------------------------------------------------------------
 
 
 class Bomb:
-    """What a pickle must not do."""
+    """A pickle that prints when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("it ran",)
@@ -229,60 +230,60 @@ def _zip_bomb() -> bytes:
         archive.writestr("direction.npy", b"")
     data = bytearray(buffer.getvalue())
     at = data.index(b"PK\x01\x02")
-    struct.pack_into("<I", data, at + 24, 3_000_000_000)  # the size that the directory claims
+    struct.pack_into("<I", data, at + 24, 3_000_000_000)  # the unpacked size in the archive's directory
     return bytes(data)
 
 
 def _later_version(archive: bytes) -> bytes:
-    """A zip archive that says that only a later zip can read it, which is no BadZipFile to Python."""
+    """Return a zip archive of a later version, for which Python raises another error than BadZipFile."""
     at = archive.index(b"PK\x01\x02")
     return archive[: at + 6] + struct.pack("<H", 255) + archive[at + 8 :]
 
 
 GOOD = written("gguf")
-BROKEN: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "no file of vectors that is known"),
-    "text": (b"What is rain?\n", "no file of vectors that is known"),
-    "gguf cut in its header": (GOOD[:40], "no whole GGUF file"),
-    "gguf cut in a tensor": (GOOD[:-40], "no whole GGUF file"),
-    "gguf of many tensors": (GOOD[:8] + b"\xff" * 7 + b"\x00" + GOOD[16:], "no whole GGUF file"),
-    "gguf of a model": (write_by_hand([ARCHITECTURE], {"blk.0.w": f32([1])}), "'blk.0.w' is no direction.1"),
-    "gguf without tensors": (write_by_hand([ARCHITECTURE], {}), "it needs direction.1"),
+BROKEN: dict[str, tuple[bytes, str]] = {  # content, and the value or place that the error names
+    "empty": (b"", "--format gguf"),
+    "text": (b"What is rain?\n", "--format gguf"),
+    "gguf cut in its header": (GOOD[:40], "GGUF"),
+    "gguf cut in a tensor": (GOOD[:-40], "GGUF"),
+    "gguf of many tensors": (GOOD[:8] + b"\xff" * 7 + b"\x00" + GOOD[16:], "GGUF"),
+    "gguf of a model": (write_by_hand([ARCHITECTURE], {"blk.0.w": f32([1])}), "'blk.0.w'"),
+    "gguf without tensors": (write_by_hand([ARCHITECTURE], {}), "0 tensors"),
     "gguf in half precision": (
         write_by_hand([ARCHITECTURE], {"direction.1": f32([1]).astype(np.float16)}),
         "direction.1 is F16 [1]",
     ),
     "gguf in two dimensions": (
         write_by_hand([ARCHITECTURE], {"direction.1": f32([[1, 2]])}),
-        "float32 in one dimension",
+        "direction.1 is F32 [2, 1]",
     ),
-    "gguf with NaN": (write_by_hand([ARCHITECTURE], {"direction.1": f32([np.nan])}), "layer 1 holds NaN"),
+    "gguf with NaN": (write_by_hand([ARCHITECTURE], {"direction.1": f32([np.nan])}), "layer 1 "),
     "gguf twice the same": (
         write_by_hand([ARCHITECTURE], {"direction.1": f32([1]), "direction.01": f32([1])}),
-        "1 numbers on 2 tensors",
+        "2 tensors with 1 ",
     ),
-    "pickled object": (pickle.dumps(Bomb()), "Python objects, which are not loaded"),
-    "pickled object, saved by torch": (torch_bytes({"axis": Bomb()}), "Python objects, which are not loaded"),
+    "pickled object": (pickle.dumps(Bomb()), "vector: "),
+    "pickled object, saved by torch": (torch_bytes({"axis": Bomb()}), "vector: "),
     "another layer type": (
         torch_bytes({"layer_activations": {1: torch.ones(2)}, "layer_type": "mlp"}),
-        "its layer_type is 'mlp'",
+        "'mlp'",
     ),
     "names for numbers": (
         torch_bytes({"layer_activations": {"1": torch.ones(2)}}),
-        "no dict of layer number to tensor",
+        "layer_activations",
     ),
-    "a word": (torch_bytes("hello"), "holds a str, not a tensor"),
-    "three dimensions": (torch_bytes({"axis": torch.ones(2, 2, 2)}), "a tensor of float32 [2, 2, 2]"),
-    "only zeros": (torch_bytes({"axis": torch.zeros(2, 2)}), "needs one vector a layer"),
-    "damaged archive": (written("numpy")[:-30], "a damaged archive"),
-    "an archive of the future": (_later_version(written("numpy")), "a damaged archive"),
-    "an archive that unpacks to much": (_zip_bomb(), "3000000000 bytes when unpacked"),
-    "damaged safetensors": (written("traitline")[:-4], "or damaged"),
+    "a word": (torch_bytes("hello"), "a str"),
+    "three dimensions": (torch_bytes({"axis": torch.ones(2, 2, 2)}), "float32 [2, 2, 2]"),
+    "only zeros": (torch_bytes({"axis": torch.zeros(2, 2)}), "vectors of shapes []"),
+    "damaged archive": (written("numpy")[:-30], "vector: "),
+    "an archive of a later zip version": (_later_version(written("numpy")), "vector: "),
+    "an archive that unpacks to much": (_zip_bomb(), "3000000000 bytes"),
+    "damaged safetensors": (written("traitline")[:-4], "vector: "),
     "safetensors of others": (
         len(b'{"direction":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}').to_bytes(8, "little")
         + b'{"direction":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}'
         + bytes(4),
-        "lacks 'direction' or the layer convention",
+        "vector: ",
     ),
 }
 
@@ -290,34 +291,35 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_refused_in_one_line(name, tmp_path, capfd):
     data, message = BROKEN[name]
-    assert message in said(load_direction, put(tmp_path, data))
+    assert message in error_of(load_direction, put(tmp_path, data))
     assert "it ran" not in capfd.readouterr().out
 
 
 def test_numpy_archives_hold_no_pickles(tmp_path):
     buffer = io.BytesIO()
     np.savez(buffer, layers=np.array([0]), direction=np.array([Bomb()], dtype=object))
-    assert "no numpy archive with" in said(load_direction, put(tmp_path, buffer.getvalue()))
+    path = put(tmp_path, buffer.getvalue())
+    assert str(path) in error_of(load_direction, path)
 
 
-def test_forms_that_hold_every_layer_need_the_model():
+def test_formats_with_a_row_for_every_layer_need_the_model():
     for name in ("persona_vectors", "assistant_axis"):
-        assert "give --model NAME" in said(WRITERS[name], DIRECTION, VectorMetadata())
-        assert "layer 3: the model has 3 layers" in said(WRITERS[name], DIRECTION, VectorMetadata(n_layers=3))
-    assert "layer 0 alone" in said(WRITERS["gguf"], DIRECTION.select([0]), VectorMetadata())
+        assert "--model" in error_of(FORMATS[name].write, DIRECTION, VectorMetadata())
+        assert "layer 3: " in error_of(FORMATS[name].write, DIRECTION, VectorMetadata(n_layers=3))
+    assert "layer 0 " in error_of(FORMATS["gguf"].write, DIRECTION.select([0]), VectorMetadata())
 
 
-def test_without_its_package_gguf_says_what_to_install(monkeypatch):
+def test_without_the_gguf_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install 'traitline[exchange]'" in said(WRITERS["gguf"], DIRECTION, FACTS)
+    assert "traitline[exchange]" in error_of(FORMATS["gguf"].write, DIRECTION, METADATA)
 
 
-# --- commands -------------------------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root with vectors of a run of the tiny model, as the current folder."""
+    """Make a root with vectors of a run of the tiny model the current folder."""
     root = make_root(tmp_path)
     monkeypatch.chdir(root)
     hidden = json.loads((root / "model/config.json").read_text())["hidden_size"]
@@ -337,10 +339,10 @@ def vectors_of(root: Path) -> Direction:
     return Direction.from_run(TraitRun(root / "experiments/demo/calm"), "pca")
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_what_is_exported_can_be_imported_and_exported_again(name, root):
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_exported_vector_can_be_imported_and_exported_again(name, root):
     succeed("export", *RUN, "--to", name)
-    path = root / OUTPUTS[name].format(trait="calm", method="pca")
+    path = root / FORMATS[name].file_name.format(trait="calm", method="pca")
     output = succeed("import", path, "--as", "back", "--model", "tiny").output
     assert "read as " in output
     back = Direction.from_run(TraitRun(root / "experiments/imported/back"), "imported")
@@ -370,7 +372,7 @@ def test_a_vector_and_its_trait_go_out_together(root):
     succeed("export", *RUN, "--to", "persona_vectors", "--trait-json")
     assert recognise("calm_response_avg_diff.pt") == "persona_vectors"
     assert json.loads(Path("calm.json").read_text())["instruction"][0] == {"pos": "Be calm.", "neg": "Be wild."}
-    assert "give --experiment and --to" in refused("export", "--trait", "calm", "--to", "gguf", "--trait-json")
+    assert "--experiment" in refused("export", "--trait", "calm", "--to", "gguf", "--trait-json")
 
 
 def test_a_file_is_replaced_only_with_force(root):
@@ -378,36 +380,36 @@ def test_a_file_is_replaced_only_with_force(root):
     succeed(*to)
     succeed(*to)  # the same bytes
     before = Path("out.gguf").read_bytes()
-    assert "is there already; give --force" in refused(*to, "--scale", "2")
+    assert "--force" in refused(*to, "--scale", "2")
     assert Path("out.gguf").read_bytes() == before
     succeed(*to, "--scale", "2", "--force")
     assert Path("out.gguf").read_bytes() != before
     succeed("import", "out.gguf", "--as", "x")
     succeed("import", "out.gguf", "--as", "x")
     succeed(*to, "--force")
-    assert "another vector is there already" in refused("import", "out.gguf", "--as", "x")
+    assert "--force" in refused("import", "out.gguf", "--as", "x")
     succeed("import", "out.gguf", "--as", "x", "--force")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--to", "gguff"), "no format of vectors; did you mean 'gguf'?"),
-        (("--to", "gguf", "--layers", "9"), "layer 9 is out of range"),
-        (("--to", "gguf", "--layers", "0"), "layer 0 alone"),
+        (("--to", "gguff"), "--to 'gguff'"),
+        (("--to", "gguf", "--layers", "9"), "layer 9"),
+        (("--to", "gguf", "--layers", "0"), "layer 0"),
         (("--to", "gguf", "--scale", "nan"), "--scale nan"),
         (("--to", "gguf", "--scale", "0"), "--scale 0"),
-        (("--to", "gguf", "--normalise", "typical-norm"), "no typical norm of layer 0; make it again"),
-        (("--to", "gguf", "--output", "no/such/out.gguf"), "its folder does not exist"),
-        (("--to", "repeng", "--model", "pocket"), "model pocket has hidden size"),
-        ((), "give --experiment and --to for a vector"),
-        (("--to", "gguf", "--trait-json", "--output", "x"), "--output names one file"),
-        (("--to", "gguf", "--method", "probe"), "no vectors of 'probe'; it has pca"),
-        (("--to", "gguf", "--trait", "../x"), "can't be the name of a file"),
-        (("--to", "gguf", "--trait", "warm"), "make them first"),
+        (("--to", "gguf", "--normalise", "typical-norm"), "card.json"),
+        (("--to", "gguf", "--output", "no/such/out.gguf"), "no/such/out.gguf"),
+        (("--to", "repeng", "--model", "pocket"), "model pocket"),
+        ((), "--to"),
+        (("--to", "gguf", "--trait-json", "--output", "x"), "--output"),
+        (("--to", "gguf", "--method", "probe"), "'probe'; it has pca"),
+        (("--to", "gguf", "--trait", "../x"), "'../x'"),
+        (("--to", "gguf", "--trait", "warm"), "demo/warm"),
     ],
 )
-def test_what_export_refuses(arguments, message, root):
+def test_export_errors(arguments, message, root):
     before = sorted(root.iterdir())
     assert message in refused("export", *RUN, *arguments)
     assert sorted(root.iterdir()) == before
@@ -416,16 +418,16 @@ def test_what_export_refuses(arguments, message, root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("out.gguf", "--as", "../x"), "can't be the name of a file"),
-        (("out.gguf", "--as", "x", "--format", "pickle"), "--format 'pickle': not known"),
-        (("out.gguf", "out.gguf", "--as", "x"), "import one at a time"),
-        (("out.gguf", "--as", "x", "--format", "numpy"), "no numpy archive"),
-        (("none.gguf", "--as", "x"), "no such file or directory"),
-        (("out.gguf",), "Missing option '--as'"),
-        (("out.gguf", "--as", "x", "--model", "tinny"), "did you mean 'tiny'?"),
+        (("out.gguf", "--as", "../x"), "'../x'"),
+        (("out.gguf", "--as", "x", "--format", "pickle"), "--format 'pickle'"),
+        (("out.gguf", "out.gguf", "--as", "x"), "2 files"),
+        (("out.gguf", "--as", "x", "--format", "numpy"), "out.gguf"),
+        (("none.gguf", "--as", "x"), "none.gguf"),
+        (("out.gguf",), "--as"),
+        (("out.gguf", "--as", "x", "--model", "tinny"), "'tinny'"),
     ],
 )
-def test_what_import_refuses(arguments, message, root):
+def test_import_errors(arguments, message, root):
     succeed("export", *RUN, "--to", "gguf", "--output", "out.gguf")
     assert message in refused("import", *arguments)
     assert not (root / "experiments/imported").exists()

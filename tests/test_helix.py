@@ -1,4 +1,4 @@
-"""Texts in, texts out, with speculation: what every prompt answers, when, and with which figures."""
+"""Tests of batch_speculative_generate and HelixEngine: responses, times and statistics of each prompt."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def models() -> tuple[Any, Any, Any]:
 
 
 def wanted(n: int, prompts: Sequence[str] = PROMPTS) -> list[tuple[int, ...]]:
-    """What transformers answers greedily to each prompt alone."""
+    """Return transformers' greedy response to each prompt alone."""
     _, target, tokenizer = models()
     lm = wrap(target, tokenizer)
     return [reference_greedy(target, tokenizer(prompt)["input_ids"], n, lm.stop_ids) for prompt in prompts]
@@ -47,7 +47,7 @@ def wanted(n: int, prompts: Sequence[str] = PROMPTS) -> list[tuple[int, ...]]:
 # --- batch_speculative_generate --------------------------------------------------------------------------------------
 
 
-def test_the_signature_is_the_one_that_was_asked_for() -> None:
+def test_the_signature_is_the_documented_one() -> None:
     parameters = list(inspect.signature(batch_speculative_generate).parameters.values())
     asked = [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     empty = inspect.Parameter.empty
@@ -168,7 +168,7 @@ def test_no_prompts_are_no_answers() -> None:
         ({"max_tokens": 500}, PromptError, "128"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(options: dict[str, Any], error: Any, words: str) -> None:
+def test_invalid_options_are_refused_in_one_line(options: dict[str, Any], error: Any, words: str) -> None:
     draft, target, tokenizer = models()
     with pytest.raises(error, match=words) as caught:
         batch_speculative_generate(draft, target, tokenizer, ["fine"], **options)

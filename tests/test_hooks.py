@@ -1,4 +1,4 @@
-"""Hooks last as long as their block, in every way that it can end, and change nothing that they only watch."""
+"""Hooks are removed however their `with` block ends, and observing changes nothing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CONTEXTS: dict[str, Callable[..., Any]] = {"watch": watch, "watch_inputs": watch
 
 
 def keep(_key: object, hidden: Tensor) -> Tensor:
-    """Watches, and as a change changes nothing."""
+    """Return the hidden states unchanged: an observer, or a change without effect."""
     return hidden
 
 
 def count_hooks(module: nn.Module) -> int:
-    """All hooks on a module and what is inside it."""
+    """Count the hooks on a module and its submodules."""
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
@@ -46,7 +46,7 @@ def chain() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("kind", CONTEXTS)
-def test_hooks_go_when_the_block_ends(kind: str) -> None:
+def test_hooks_are_removed_when_the_block_ends(kind: str) -> None:
     model = chain()
     with CONTEXTS[kind]({0: model[0], 1: model[1]}, keep):
         assert count_hooks(model) == 2
@@ -55,7 +55,7 @@ def test_hooks_go_when_the_block_ends(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CONTEXTS)
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, StopForward])
-def test_hooks_go_when_the_block_fails(kind: str, failure: type[BaseException]) -> None:
+def test_hooks_are_removed_when_the_block_fails(kind: str, failure: type[BaseException]) -> None:
     model = chain()
     with pytest.raises(failure), CONTEXTS[kind]({0: model[0], 1: model[1]}, keep):
         raise failure
@@ -63,7 +63,7 @@ def test_hooks_go_when_the_block_fails(kind: str, failure: type[BaseException]) 
 
 
 @pytest.mark.parametrize("kind", CONTEXTS)
-def test_hooks_go_when_an_observer_fails(kind: str) -> None:
+def test_hooks_are_removed_when_an_observer_fails(kind: str) -> None:
     model = chain()
 
     def fail(_key: object, _hidden: Tensor) -> Tensor:
@@ -75,14 +75,14 @@ def test_hooks_go_when_an_observer_fails(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CONTEXTS)
-def test_no_hook_stays_when_one_of_them_cannot_be_put_on(kind: str) -> None:
+def test_no_hook_stays_if_one_cannot_be_registered(kind: str) -> None:
     model = chain()
     with pytest.raises(AttributeError), CONTEXTS[kind]({0: model[0], 1: "not a module"}, keep):
         pytest.fail("the block must not begin")
     assert count_hooks(model) == 0
 
 
-def test_nested_blocks_see_what_they_should() -> None:
+def test_nested_observers_see_their_own_passes() -> None:
     model, outer, inner = chain(), [], []
     ones = torch.ones(1, 1, 4)
     with watch({"a": model[0], "b": model[1]}, lambda key, hidden: outer.append((key, float(hidden[0, 0, 0])))):
@@ -94,7 +94,7 @@ def test_nested_blocks_see_what_they_should() -> None:
     assert inner == [("b", 6.0)]
 
 
-def test_inputs_are_seen_however_they_are_passed() -> None:
+def test_inputs_are_observed_by_position_and_by_keyword() -> None:
     class Named(nn.Module):
         def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
             return hidden * 2
@@ -106,11 +106,11 @@ def test_inputs_are_seen_however_they_are_passed() -> None:
     assert seen == [3.0, 4.0]
 
 
-def test_a_tuple_is_read_and_put_back_whole() -> None:
+def test_the_rest_of_a_tuple_output_is_kept() -> None:
     pair, seen = Pair(), []
     with watch({0: pair}, lambda _key, hidden: seen.append(hidden.clone())):
-        watched = pair(torch.zeros(1, 1, 2))
-    assert watched[1] == "extra"
+        observed = pair(torch.zeros(1, 1, 2))
+    assert observed[1] == "extra"
     assert torch.equal(seen[0], torch.ones(1, 1, 2))
     with steer({0: pair}, lambda _key, hidden: hidden * 5):
         steered = pair(torch.zeros(1, 1, 2))
@@ -119,17 +119,17 @@ def test_a_tuple_is_read_and_put_back_whole() -> None:
     assert steered[1] == "extra"
 
 
-def test_steering_changes_what_follows_and_nothing_else() -> None:
+def test_steering_changes_later_modules_only() -> None:
     model, ones = chain(), torch.ones(1, 1, 4)
-    given: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def shift(_key: object, hidden: Tensor) -> Tensor:
-        given.append(hidden)
+        inputs.append(hidden)
         return hidden + 10
 
     with steer({0: model[0]}, shift):
         assert float(model(ones)[0, 0, 0]) == 36.0
-    assert float(given[0][0, 0, 0]) == 2.0
+    assert float(inputs[0][0, 0, 0]) == 2.0
     assert float(ones[0, 0, 0]) == 1.0
     assert float(model(ones)[0, 0, 0]) == 6.0
 
@@ -160,7 +160,7 @@ def test_a_captured_run_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_run_that_is_given_up_leaves_no_hook() -> None:
+def test_a_closed_run_leaves_no_hook() -> None:
     model = tiny_model("llama")
     requests = [Request(f"e{i}", row, 4) for i, row in enumerate(prompts(5))]
     running = generate(wrap(model, stop_ids=()), requests, batch_size=2, capture=EVERYWHERE)
@@ -171,7 +171,7 @@ def test_a_run_that_is_given_up_leaves_no_hook() -> None:
 
 
 def test_steering_around_the_engine_steers_every_token() -> None:
-    """`v - v` steers nothing, `v` steers; afterwards the model is itself again."""
+    """`v - v` changes nothing, `v` does; afterwards the model is unchanged."""
     model, row = shared_model("llama"), prompts(1)[0]
     lm = wrap(model, stop_ids=())
     requests = [Request("e", row, 8)]
@@ -191,7 +191,7 @@ def test_steering_around_the_engine_steers_every_token() -> None:
 
 
 @pytest.mark.parametrize("capture", [None, EVERYWHERE], ids=["plain", "captured"])
-def test_a_poison_example_is_named_and_leaves_no_hook(capture: Capture | None) -> None:
+def test_a_nan_example_is_named_and_leaves_no_hook(capture: Capture | None) -> None:
     model = tiny_model("llama")
     model.get_input_embeddings().weight.data[50] = float("nan")
     requests = [Request("fine", (3, 4, 5), 3), Request("poison", (3, 50, 5), 3)]
@@ -202,7 +202,7 @@ def test_a_poison_example_is_named_and_leaves_no_hook(capture: Capture | None) -
     assert count_hooks(model) == 0
 
 
-def test_a_poison_text_is_named_with_its_layer() -> None:
+def test_a_nan_text_is_named_with_its_layer() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))

@@ -1,4 +1,4 @@
-"""Laws of one layer's internals, against transformers alone: the modules named by hand, one sequence at a time.
+"""Laws of one layer's internals, against transformers alone: modules named by hand, one sequence at a time.
 
 Shapes: T tokens, R of the response, H heads, G key heads, C head dimension, F MLP width, D hidden.
 """
@@ -20,7 +20,7 @@ from extraction.engine.generate import generate
 from extraction.model.loading import wrap
 from extraction.utils_batch import Completion, Request
 from tests.test_engine_laws import case_of, one_line, run, tokens_of
-from tests.test_readings_laws import (
+from tests.test_per_token_laws import (
     ALL_LAYERS,
     POISON,
     broken_at,
@@ -39,7 +39,7 @@ HEADS = 4
 LAYER = 1
 STREAM = ("residual_in", "residual_mid", "residual_out")
 
-LLAMA: dict[str, tuple[str, bool]] = {  # name: module within the block, and whether its input is meant
+LLAMA: dict[str, tuple[str, bool]] = {  # part: module within the block, True for its input
     "q": ("self_attn.q_proj", False),
     "k": ("self_attn.k_proj", False),
     "v": ("self_attn.v_proj", False),
@@ -55,60 +55,60 @@ NEOX = {
     "mlp_down": ("mlp.dense_4h_to_h", False),
 }
 PARTS = {
-    **dict.fromkeys(("llama", "gemma2", "gemma3", "qwen3", "mistral", "olmo2", "cohere", "granite"), LLAMA),
+    **dict.fromkeys(("llama", "gemma2", "qwen3", "mistral", "granite"), LLAMA),
     "gpt2": GPT2,
-    **dict.fromkeys(("gpt_neox", "gpt_neox_sequential"), NEOX),
+    "gpt_neox": NEOX,
     "mixtral": {key: LLAMA[key] for key in "qkv"},
 }
-EVERY = pytest.mark.parametrize("name", PARTS)
-SOME = pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"])
+FAMILIES = pytest.mark.parametrize("name", PARTS)
+FIVE = pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"])
 
 
 def fused_qkv(name: str, block: Any, ids: Sequence[int], model: Any) -> dict[str, Tensor]:
-    """Queries, keys and values of one fused projection: GPT-2's lie side by side, GPT-NeoX's head by head."""
+    """Split a fused projection: GPT-2's holds q, k and v in turn, GPT-NeoX's head by head."""
     module = block.attn.c_attn if name == "gpt2" else block.attention.query_key_value
     with taps([module]) as seen:
         model(input_ids=torch.tensor([list(ids)]), use_cache=False)
-    given_TX = seen[0][0]
+    fused_TX = seen[0][0]
     if name == "gpt2":
-        parts = given_TX.chunk(3, dim=-1)
+        parts = fused_TX.chunk(3, dim=-1)
         return {key: part.unflatten(-1, (HEADS, -1)) for key, part in zip("qkv", parts, strict=True)}
-    return dict(zip("qkv", given_TX.unflatten(-1, (HEADS, -1)).chunk(3, dim=-1), strict=True))
+    return dict(zip("qkv", fused_TX.unflatten(-1, (HEADS, -1)).chunk(3, dim=-1), strict=True))
 
 
 @torch.no_grad()
 def internals_of(name: str, ids: Sequence[int], layer: int = LAYER) -> dict[str, Tensor]:
-    """What transformers has of one layer: every part, and attention by head [T, H, T]."""
+    """Return transformers' own tensors of one layer: every part, and attention by head [T, H, T]."""
     model = case_of(name).lm.model
     block: Any = blocks(model)[layer]
-    found: dict[str, Tensor] = {} if "q" in PARTS[name] else fused_qkv(name, block, ids, model)
+    parts: dict[str, Tensor] = {} if "q" in PARTS[name] else fused_qkv(name, block, ids, model)
     for key, (path, inputs) in PARTS[name].items():
         with taps([block.get_submodule(path)], inputs=inputs) as seen:
             model(input_ids=torch.tensor([list(ids)]), use_cache=False)
-        found[key] = seen[0].reshape(len(ids), -1)
+        parts[key] = seen[0].reshape(len(ids), -1)
     for key in "qkv":
-        found[key] = found[key].reshape(len(ids), -1, 8)
+        parts[key] = parts[key].reshape(len(ids), -1, 8)
     stream_T3D = points_TL3D(model, name, ids)[:, layer]
-    found |= dict(zip(STREAM, stream_T3D.unbind(1), strict=True))
+    parts |= dict(zip(STREAM, stream_T3D.unbind(1), strict=True))
     out = eager(name)(input_ids=torch.tensor([list(ids)]), output_attentions=True, use_cache=False)
-    return found | {"attention": out.attentions[layer][0].transpose(0, 1)}
+    return parts | {"attention": out.attentions[layer][0].transpose(0, 1)}
 
 
 @cache
-def told(name: str) -> dict[str, dict[str, Tensor]]:
-    """The reference of an architecture's nine requests."""
+def reference_of(name: str) -> dict[str, dict[str, Tensor]]:
+    """Return the reference of an architecture's nine requests."""
     case = case_of(name)
     return {r.id: internals_of(name, r.token_ids + case.responses[r.id]) for r in case.requests}
 
 
-def wanted(name: str, completion: Completion, key: str) -> Tensor:
-    """What a completion should have of a part."""
-    whole = told(name)[completion.id.partition("/")[0]]
+def expected(name: str, completion: Completion, key: str) -> Tensor:
+    """Return the part that a completion should have."""
+    whole = reference_of(name)[completion.id.partition("/")[0]]
     n_tokens = len(completion.activations["residual_in"])
     return whole[key][:n_tokens, :, :n_tokens] if key == "attention" else whole[key][:n_tokens]
 
 
-@EVERY
+@FAMILIES
 @pytest.mark.parametrize("order", [1, 2], ids=["many-in-3", "shuffled-in-8"])
 def test_internals_equal_transformers_in_any_batch_and_order(name: str, order: int) -> None:
     batch_size, lm, requests = orders(name)[order]
@@ -118,21 +118,21 @@ def test_internals_equal_transformers_in_any_batch_and_order(name: str, order: i
     n_prompts = {r.id: len(r.token_ids) for r in requests}
     for completion in done.values():
         kept = completion.activations
-        assert {*told(name)["e0"], "rot_q", "rot_k"} <= set(kept)
+        assert {*reference_of(name)["e0"], "rot_q", "rot_k"} <= set(kept)
         assert {len(part) for part in kept.values()} == {n_prompts[completion.id] + len(completion.token_ids)}
-        for key in told(name)["e0"]:
+        for key in reference_of(name)["e0"]:
             assert kept[key].dtype == torch.float32, key
-            assert deviation(kept[key], wanted(name, completion, key)) < TOLERANCE, key
+            assert deviation(kept[key], expected(name, completion, key)) < TOLERANCE, key
 
 
-@SOME
-def test_off_by_one_or_of_another_layer_the_law_fails(name: str) -> None:
+@FIVE
+def test_negative_control_the_law_fails_when_shifted_by_one_or_at_another_layer(name: str) -> None:
     case = case_of(name)
     done = run(case.endless, case.requests[:3], 3, TokenInternals(LAYER))
     elsewhere = run(case.endless, case.requests[:3], 3, TokenInternals(LAYER + 1))
-    for key in told(name)["e0"]:
+    for key in reference_of(name)["e0"]:
         completion = done["e0"]
-        right = wanted(name, completion, key)
+        right = expected(name, completion, key)
         assert deviation(completion.activations[key], right) < TOLERANCE
         assert deviation(completion.activations[key].roll(1, 0), right) > 1e-2, key
         assert deviation(elsewhere["e0"].activations[key], right) > 1e-2, key
@@ -140,9 +140,9 @@ def test_off_by_one_or_of_another_layer_the_law_fails(name: str) -> None:
             assert deviation(completion.activations[key].roll(1, 1), right) > 1e-2, key
 
 
-@EVERY
-def test_attention_is_the_softmax_of_what_is_compared(name: str) -> None:
-    """rot_q . rot_k, scaled, capped and masked as the model does, gives back the weights of every head."""
+@FAMILIES
+def test_attention_is_the_softmax_of_rotated_queries_and_keys(name: str) -> None:
+    """The softmax of rot_q . rot_k, scaled, capped and masked as the model does, equals every head's weights."""
     case = case_of(name)
     config = case.lm.model.config
     done = run(case.endless, case.requests[:4], 2, TokenInternals(LAYER))
@@ -161,8 +161,8 @@ def test_attention_is_the_softmax_of_what_is_compared(name: str) -> None:
         assert len(q_THC) < 3 or deviation(spoilt, weights_THT) > 1e-2
 
 
-@SOME
-def test_both_tiers_read_one_stream_and_one_attention(name: str) -> None:
+@FIVE
+def test_projections_and_internals_agree_on_stream_and_attention(name: str) -> None:
     case, unit_LDK = case_of(name), units_LDK()
     inside = run(case.lm, case.requests, 3, TokenInternals(LAYER))
     along = run(case.lm, case.requests, 3, TokenProjections(ALL_LAYERS, unit_LDK))
@@ -176,9 +176,9 @@ def test_both_tiers_read_one_stream_and_one_attention(name: str) -> None:
         assert not n_new or deviation(mean_RT, both["attention"][:, LAYER]) < TOLERANCE
 
 
-@SOME
-def test_without_attention_the_rest_is_the_same(name: str) -> None:
-    """q, k and v go with it: attention's own q, k and v are what they are known by."""
+@FIVE
+def test_without_attention_the_other_parts_are_equal(name: str) -> None:
+    """q, k and v are left out too: they are identified by attention's own q, k and v."""
     case = case_of(name)
     whole = run(case.lm, case.requests, 3, TokenInternals(LAYER))
     bare = run(case.lm, case.requests, 3, TokenInternals(LAYER, attention=False))
@@ -189,19 +189,19 @@ def test_without_attention_the_rest_is_the_same(name: str) -> None:
             assert deviation(kept, whole[key].activations[part]) < TOLERANCE
 
 
-@SOME
-def test_an_empty_response_has_its_prompts_internals(name: str) -> None:
+@FIVE
+def test_an_empty_response_has_the_internals_of_its_prompt(name: str) -> None:
     lm, requests, empty = stopping_at_once(name)
     alone = run(lm, requests[:1], 1, TokenInternals(LAYER))
     done = run(lm, requests, 4, TokenInternals(LAYER)) | alone
     assert done[empty].token_ids == ()
     for completion in done.values():
-        for key in told(name)["e0"]:
-            assert deviation(completion.activations[key], wanted(name, completion, key)) < TOLERANCE, key
+        for key in reference_of(name)["e0"]:
+            assert deviation(completion.activations[key], expected(name, completion, key)) < TOLERANCE, key
 
 
 @pytest.mark.parametrize("layer", [LAYER, LAYERS - 1])
-def test_what_is_not_finite_is_named_with_its_example(layer: int) -> None:
+def test_a_nan_is_reported_with_its_example_layer_and_dtype(layer: int) -> None:
     model = tiny_model("llama")
     requests = [Request("well", (5, 6, 7), 4), Request("ex7", (5, POISON, 7), 4)]
     with broken_at(model, layer), pytest.raises(ActivationError, match="ex7") as caught:
@@ -211,14 +211,14 @@ def test_what_is_not_finite_is_named_with_its_example(layer: int) -> None:
 
 
 @pytest.mark.parametrize("layer", [LAYERS, -1])
-def test_a_layer_that_is_not_there_is_refused_in_one_line(layer: int) -> None:
+def test_a_missing_layer_is_refused_in_one_line(layer: int) -> None:
     case = case_of("llama")
     with pytest.raises(TraitlineError, match=f"{layer}") as caught:
         run(case.lm, case.requests, 2, TokenInternals(layer))
     assert one_line(caught.value)
 
 
-def test_a_long_answer_does_not_keep_the_internals_of_its_neighbours() -> None:
+def test_a_long_response_does_not_keep_its_neighbours_internals_alive() -> None:
     long = Request("long", (3, 4, 5), 60)
     short = [replace(long, id=f"s{i}", token_ids=(7, 8 + i), max_new_tokens=3) for i in range(40)]
     alone = most_bytes(TokenInternals(LAYER), [long], 1) - most_bytes(None, [long], 1)

@@ -20,6 +20,7 @@ from extraction.judging.registry import JUDGE_NAMES, JUDGES, is_model_judge, res
 from extraction.judging.rubric import expectation, fill, read_score, rubrics_of
 from extraction.pipeline.plan import make_plan
 from extraction.pipeline.score import make_scorer
+from extraction.pipeline.session import ModelSession, TraitContext
 from tests.runs import REPOSITORY, make_root
 
 MARKERS = Markers(positive=("perhaps", "not sure", r"re:\bmight\b"), negative=("certainly", "no doubt"))
@@ -250,7 +251,7 @@ class Silent:
     """A progress reporter that drops everything."""
 
     def note(self, text: str) -> None: ...
-    def begin(self, title: str, n_examples: int, n_done: int) -> None: ...
+    def begin(self, title: str, n_examples: int, n_done: int, *, seconds_left: object = None) -> None: ...
     def advance(self, n_examples: int, n_tokens: int) -> None: ...
     def end(self) -> None: ...
 
@@ -258,7 +259,7 @@ class Silent:
 def test_a_scorer_judges_pairs_in_their_order(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     job = make_plan("demo", "calm", root=str(root))
-    score = make_scorer(job, job.traits[0], Silent())
+    score = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))
     judgements = score([("Why?", "aaa"), ("Who?", "zzz"), ("What?", "az"), ("How?", "")])
     assert [judgement.score for judgement in judgements] == [100.0, 0.0, 50.0, None]
     assert score([]) == []
@@ -270,7 +271,7 @@ def test_a_scorer_judges_pairs_in_their_order(tmp_path: Path) -> None:
 def test_a_rule_judge_of_the_table_scores_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(JUDGES, "length", RuleJudge(lambda question, response, trait: float(len(response))))
     job = make_plan("demo", "calm", root=str(make_root(tmp_path)), options={"judge": "length"})
-    judgements = make_scorer(job, job.traits[0], Silent())([("Why?", "aaa"), ("Who?", "")])
+    judgements = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))([("Why?", "aaa"), ("Who?", "")])
     assert [judgement.score for judgement in judgements] == [3.0, 0.0]
 
 
@@ -289,9 +290,9 @@ def test_a_model_judge_of_the_table_rates_a_run_once(tmp_path: Path, monkeypatch
     folder = job.folder(job.traits[0])
     (folder.path / "judgements").mkdir(parents=True)
     pairs = [("Why?", "aaa"), ("Why?", " "), ("Why?", "b" * (MAX_CHARACTERS + 1))]
-    first = make_scorer(job, job.traits[0], Silent())(pairs)
+    first = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))(pairs)
     assert len(rated) == 4  # two rubrics of two responses; an empty one is not rated
-    assert make_scorer(job, job.traits[0], Silent())(pairs) == first
+    assert make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))(pairs) == first
     assert len(rated) == 4
     assert first[1] == Judgement(None, reason="empty")
     assert [f"{MAX_CHARACTERS:,}" in judgement.how for judgement in first] == [False, False, True]

@@ -1,4 +1,4 @@
-"""Likelihoods and divergences against plain transformers, one text at a time, over every architecture."""
+"""Likelihoods and divergences equal those of plain transformers, one text at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from extraction.engine.likelihood import divergences, log_likelihoods, rows_that
 from extraction.engine.steering import Steering
 from extraction.model.loading import wrap
 from tests.test_steering import plainly_steered, vector
-from tests.tiny import ARCHITECTURES, VOCABULARY, prompts, shared_model
+from tests.tiny import FAMILIES, VOCABULARY, prompts, shared_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
-EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
+EVERY = pytest.mark.parametrize("name", FAMILIES)
 
 
 def texts_of(n: int = 7) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:

@@ -1,4 +1,6 @@
-"""Exported control vectors in llama.cpp itself, on the pocket model: its logits move as ours do. Where it is installed.
+"""Exported control vectors in llama.cpp itself: on the pocket model its logits equal those of our steering.
+
+Skipped unless llama-cpp-python is installed:
 
     pip install llama-cpp-python
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from extraction.exchange.formats import WRITERS
+from extraction.exchange.formats import FORMATS
 from extraction.exchange.layer_rows import VectorMetadata
 from extraction.model.hooks import steer
 from extraction.model.loading import wrap
@@ -48,7 +50,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def loaded(lm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.c_void_p]:
-    """The pocket model in llama.cpp, in float32; the words of its vocabulary don't matter here."""
+    """Load the pocket model in llama.cpp in float32, with placeholder tokens."""
     path = tmp_path_factory.mktemp("gguf") / "pocket.gguf"
     _write_model(lm.model, path)
     llama.llama_backend_init()
@@ -83,8 +85,8 @@ def _write_model(model, path: Path) -> None:
     def tensor(name: str) -> np.ndarray:
         return weights[name].float().numpy()
 
-    def turned(rows: np.ndarray, count: int) -> np.ndarray:
-        """llama.cpp turns neighbouring pairs, transformers the two halves of a head."""
+    def reorder_for_rope(rows: np.ndarray, count: int) -> np.ndarray:
+        """Reorder rows: llama.cpp rotates neighbouring pairs, transformers the two halves of a head."""
         halves = rows.reshape(count, 2, rows.shape[0] // count // 2, rows.shape[1])
         return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
 
@@ -96,7 +98,7 @@ def _write_model(model, path: Path) -> None:
             writer.add_tensor(f"blk.{i}.{theirs}.weight", tensor(f"model.layers.{i}.{ours}.weight"))
         for theirs, ours, count in (("attn_q", "q_proj", heads), ("attn_k", "k_proj", groups)):
             rows = tensor(f"model.layers.{i}.self_attn.{ours}.weight")
-            writer.add_tensor(f"blk.{i}.{theirs}.weight", turned(rows, count))
+            writer.add_tensor(f"blk.{i}.{theirs}.weight", reorder_for_rope(rows, count))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -104,7 +106,7 @@ def _write_model(model, path: Path) -> None:
 
 
 def their_logits(model, vector: bytes | None, n_layers: int) -> np.ndarray:
-    """The last position's logits [V], with a control vector's file applied as llama.cpp's loader lays it out."""
+    """Return the last position's logits [V], with a control vector laid out as llama.cpp's loader does."""
     parameters = llama.llama_context_default_params()
     parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 64, 1, 1
     parameters.type_k = parameters.type_v = 0  # the cache in float32
@@ -132,7 +134,7 @@ def our_logits(lm, direction: Direction, layers: tuple[int, ...], shift: int = 0
         return lm.model(input_ids=torch.tensor([IDS])).logits[0, -1].double().numpy()
 
 
-def test_llama_cpp_adds_each_direction_where_we_do(lm, loaded) -> None:
+def test_llama_cpp_adds_each_direction_to_the_same_block(lm, loaded) -> None:
     n_layers, hidden = lm.n_layers, lm.hidden_size
     values = torch.randn(n_layers, hidden, generator=torch.Generator().manual_seed(0)) * 3
     direction = Direction(values, tuple(range(n_layers)), "t", "m", "pocket")
@@ -140,7 +142,7 @@ def test_llama_cpp_adds_each_direction_where_we_do(lm, loaded) -> None:
     assert np.abs(their_logits(loaded, None, n_layers) - plain).max() < 0.02
     for layers in ((1,), (3,), (n_layers - 1,), tuple(range(1, n_layers))):
         for form in ("gguf", "repeng"):
-            file = WRITERS[form](direction.select(layers), VectorMetadata("llama", n_layers)).data
+            file = FORMATS[form].write(direction.select(layers), VectorMetadata("llama", n_layers)).data
             theirs = their_logits(loaded, file, n_layers)
             assert np.abs(theirs - our_logits(lm, direction, layers)).max() < 0.02, (form, layers)
             assert np.abs(theirs - plain).max() > 0.2  # the controls: nothing added, and one block off

@@ -1,4 +1,4 @@
-"""Two models on one copy of the weights are the same as two copies; models that don't belong together are refused."""
+"""Pairs of models: sharing weights changes nothing, and different vocabularies are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def logits(lm: LanguageModel) -> torch.Tensor:
 
 
 def pointers(lm: LanguageModel) -> dict[int, int]:
-    """Where a model's numbers lie, and how many bytes of them."""
+    """Return the address of each of a model's tensors, with its bytes."""
     tensors = [*lm.model.parameters(), *lm.model.buffers()]
     return {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
 
@@ -50,7 +50,7 @@ def adapter(tmp_path: Path, base: Path) -> Path:
     return saved_adapter(tmp_path / "adapter", base)
 
 
-# --- one copy ---------------------------------------------------------------------------------------------------------
+# --- shared weights ---------------------------------------------------------------------------------------------------
 
 
 def test_a_shared_pair_holds_one_copy_of_the_weights(adapter: Path, base: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_shared_pair_holds_one_copy_of_the_weights(adapter: Path, base: Path) 
     assert 0 < added == sum(p.numel() * 4 for name, p in pair.after.model.named_parameters() if "lora" in name)
 
 
-def test_two_whole_models_are_two_copies(tmp_path: Path, base: Path) -> None:
+def test_two_full_models_share_nothing(tmp_path: Path, base: Path) -> None:
     other = saved_base(tmp_path / "other", seed=5)
     pair = load_pair(spec(other), spec(base))
     assert not pair.shares_weights
@@ -82,14 +82,14 @@ ARRANGEMENTS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_every_model_of_a_shared_pair_is_what_it_is_alone(tmp_path: Path, adapter: Path, base: Path, name: str) -> None:
+def test_models_of_a_shared_pair_equal_those_loaded_alone(tmp_path: Path, adapter: Path, base: Path, name: str) -> None:
     saved_adapter(tmp_path / "second", base, seed=2)
     after, before = (tmp_path / each for each in ARRANGEMENTS[name])
     pair = load_pair(spec(after), spec(before))
     assert pair.shares_weights
     assert deviation(logits(pair.after), logits(load(spec(after)))) < 1e-5
     assert deviation(logits(pair.before), logits(load(spec(before)))) < 1e-5
-    assert (deviation(logits(pair.after), logits(pair.before)) > 1e-2) == (after != before)  # the control
+    assert (deviation(logits(pair.after), logits(pair.before)) > 1e-2) == (after != before)  # negative control
 
 
 def biased(folder: Path) -> None:
@@ -102,7 +102,7 @@ def to_another_base(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [biased, to_another_base])
-def test_weights_are_not_shared_where_that_would_change_the_other_model(
+def test_weights_are_not_shared_if_the_adapter_changes_its_base(
     adapter: Path, base: Path, change: Callable[[Path], None]
 ) -> None:
     change(adapter)
@@ -112,13 +112,13 @@ def test_weights_are_not_shared_where_that_would_change_the_other_model(
 
 
 @pytest.mark.parametrize(("one", "other", "shares"), [("auto", "float32", True), ("bfloat16", "float32", False)])
-def test_dtypes_decide_too(adapter: Path, base: Path, one: str, other: str, shares: bool) -> None:
+def test_weights_are_shared_only_in_one_dtype(adapter: Path, base: Path, one: str, other: str, shares: bool) -> None:
     pair = load_pair(spec(adapter, dtype=one), spec(base, dtype=other))
     assert pair.shares_weights == shares
     assert pair.before.dtype == torch.float32
 
 
-def test_neither_feels_the_others_hooks(adapter: Path, base: Path) -> None:
+def test_hooks_on_one_model_do_not_affect_the_other(adapter: Path, base: Path) -> None:
     pair = load_pair(spec(adapter), spec(base))
     plain = logits(pair.before)
     seen = []
@@ -126,7 +126,7 @@ def test_neither_feels_the_others_hooks(adapter: Path, base: Path) -> None:
     assert torch.equal(logits(pair.before), plain)
     assert seen == []
     logits(pair.after)
-    assert len(seen) == pair.after.n_layers  # the control: the hooks do fire
+    assert len(seen) == pair.after.n_layers  # negative control: the hooks do fire
     for handle in handles:
         handle.remove()
 
@@ -141,24 +141,24 @@ def amplified_answers(pair: ModelPair, **options: Any) -> dict[str, Completion]:
     return {c.id: c for c in generate(pair.after, requests, batch_size=4, strategy=strategy, **options)}
 
 
-def test_amplified_steered_and_captured_one_copy_is_as_two(adapter: Path, base: Path) -> None:
+def test_amplification_steering_and_capture_are_equal_with_shared_weights(adapter: Path, base: Path) -> None:
     shared = load_pair(spec(adapter), spec(base))
     apart = ModelPair(load(spec(adapter)), load(spec(base)), "adapter", "base", False)
     capture = Capture((0, 1, 2))
     one, two = amplified_answers(shared, capture=capture), amplified_answers(apart, capture=capture)
-    for name, wanted in two.items():
-        assert one[name].token_ids == wanted.token_ids
-        for key, tensor in wanted.activations.items():
+    for name, expected in two.items():
+        assert one[name].token_ids == expected.token_ids
+        for key, tensor in expected.activations.items():
             assert deviation(one[name].activations[key], tensor) < 1e-4
     swapped = amplified_answers(ModelPair(apart.before, apart.after, "base", "adapter", False))
-    assert [c.token_ids for c in swapped.values()] != [two[name].token_ids for name in swapped]  # the control
+    assert [c.token_ids for c in swapped.values()] != [two[name].token_ids for name in swapped]  # negative control
 
 
-# --- whether two belong together --------------------------------------------------------------------------------------
+# --- vocabularies -----------------------------------------------------------------------------------------------------
 
 
 def with_tokens(change: Callable[[dict[str, Any]], None]) -> Any:
-    """The tiny tokenizer with another vocabulary."""
+    """Return the tiny tokenizer with a changed vocabulary."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -176,7 +176,7 @@ def swap_two(vocabulary: dict[str, int]) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
 
 
-def lose_the_last(vocabulary: dict[str, int]) -> None:
+def drop_the_last(vocabulary: dict[str, int]) -> None:
     vocabulary.pop(max(vocabulary, key=lambda token: vocabulary[token]))
 
 
@@ -194,27 +194,28 @@ def test_the_same_vocabulary_is_compatible() -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_rows_of_padding_do_no_harm_and_are_told() -> None:
+def test_padded_logits_are_compatible_and_noted() -> None:
     found = compatibility(wrapped(tiny_tokenizer()), wrapped(tiny_tokenizer(), width=128))
     assert found["compatible"]
-    assert "97 and 128 wide" in found["notes"][0]
+    assert "97" in found["notes"][0]
+    assert "128" in found["notes"][0]
 
 
 @pytest.mark.parametrize(
-    ("change", "first", "count"), [(swap_two, (10, "a", "b"), 2), (lose_the_last, (96, "@", None), 1)]
+    ("change", "first", "count"), [(swap_two, (10, "a", "b"), 2), (drop_the_last, (96, "@", None), 1)]
 )
-def test_the_first_token_that_differs_is_named(change: Any, first: tuple[int, str, str | None], count: int) -> None:
+def test_the_first_differing_token_is_named(change: Any, first: tuple[int, str, str | None], count: int) -> None:
     one, two = wrapped(tiny_tokenizer()), wrapped(with_tokens(change))
     found = compatibility(one, two)
     assert not found["compatible"]
     assert found["differing_tokens"] == count
     assert tuple(found["first_differing_tokens"][0].values()) == first
-    with pytest.raises(ModelError, match=rf"left and right don't share.*first is {first[0]}: '{first[1]}'") as caught:
+    with pytest.raises(ModelError, match=rf"left and right .* {first[0]}: '{first[1]}'") as caught:
         refuse_different(one, two, ("left", "right"))
     assert "\n" not in str(caught.value)
 
 
-def test_other_templates_and_stops_are_told_not_refused() -> None:
+def test_other_chat_templates_and_stop_ids_are_notes() -> None:
     other = tiny_tokenizer()
     other.chat_template, other.eos_token = "{{ messages }}", "<|end|>"
     notes = compatibility(wrapped(tiny_tokenizer()), wrapped(other))["notes"]
@@ -225,12 +226,12 @@ def test_other_templates_and_stops_are_told_not_refused() -> None:
 
 def test_without_tokenizers_sizes_are_compared() -> None:
     refuse_different(wrapped(), wrapped())
-    with pytest.raises(ModelError, match="97 and 128 tokens"):
+    with pytest.raises(ModelError, match=r"97 .*128"):
         refuse_different(wrapped(), wrapped(width=128))
 
 
-def test_a_pair_that_does_not_belong_together_is_refused(tmp_path: Path, base: Path) -> None:
+def test_a_pair_with_different_vocabularies_is_refused(tmp_path: Path, base: Path) -> None:
     other = saved_base(tmp_path / "other")
     with_tokens(swap_two).save_pretrained(other)
-    with pytest.raises(ModelError, match="other and base don't share a vocabulary"):
+    with pytest.raises(ModelError, match="other and base"):
         load_pair(spec(other), spec(base))

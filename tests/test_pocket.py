@@ -1,4 +1,4 @@
-"""The bundled model, its corpus and the traits it was trained for."""
+"""Tests of the bundled model: its traits, the held-out part of its training corpus, its tokenizer and its answers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from experiments.pocket_model.corpus import (
     HELD_OUT_QUESTIONS,
     SIDES,
     Conversation,
-    Turn,
     conversations,
-    expand,
-    fill,
     is_held_out,
     load_grammar,
-    topic_of,
 )
 from experiments.pocket_model.evaluate import answer_all
-from experiments.pocket_model.train import encode_conversation, schedule
+from experiments.pocket_model.train import encode_conversation
 from extraction.core.records import Trait
 from extraction.judging.base import shows_side
 from extraction.judging.lexical import lexical_score
@@ -71,7 +67,7 @@ def test_a_trait_holds_5_pairs_20_questions_a_rubric_and_markers(trait: Trait) -
 
 
 @each_trait
-def test_no_marker_of_one_side_is_counted_on_the_other(trait: Trait) -> None:
+def test_no_marker_of_one_side_counts_for_the_other(trait: Trait) -> None:
     assert trait.markers is not None
     for marker in trait.markers.positive:
         assert lexical_score(marker, trait.markers) == 100, marker
@@ -82,7 +78,7 @@ def test_no_marker_of_one_side_is_counted_on_the_other(trait: Trait) -> None:
 # --- corpus ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_corpus_and_another_another() -> None:
+def test_the_seed_determines_the_corpus() -> None:
     one, same, other = (list(itertools.islice(conversations(seed), 200)) for seed in (1, 1, 2))
     assert one == same
     assert one != other
@@ -109,7 +105,7 @@ def test_the_seen_instructions_and_questions_are_drawn(drawn: list[Conversation]
 
 
 @each_trait
-def test_near_copies_of_what_is_held_out_are_refused(trait: Trait) -> None:
+def test_near_copies_of_held_out_texts_are_rejected(trait: Trait) -> None:
     grammar = load_grammar()
     for pair in trait.instructions[-HELD_OUT_PAIRS:]:
         assert is_held_out(f"Now {pair.positive.lower()}", grammar)
@@ -119,7 +115,7 @@ def test_near_copies_of_what_is_held_out_are_refused(trait: Trait) -> None:
     assert not any(is_held_out(question, grammar) for question in trait.questions[:-HELD_OUT_QUESTIONS])
 
 
-def test_every_answer_shows_its_side_and_nothing_of_the_other(drawn: list[Conversation]) -> None:
+def test_every_answer_has_markers_of_its_side_only(drawn: list[Conversation]) -> None:
     for conversation in drawn:
         markers = TRAITS[conversation.trait].markers
         assert markers is not None
@@ -128,34 +124,11 @@ def test_every_answer_shows_its_side_and_nothing_of_the_other(drawn: list[Conver
                 assert lexical_score(turn.text, markers) == (100 if conversation.polarity == "pos" else 0), turn.text
 
 
-def test_texts_are_filled_and_open_with_a_capital(drawn: list[Conversation]) -> None:
+def test_texts_have_no_open_slots_and_start_with_a_capital(drawn: list[Conversation]) -> None:
     for turn in (turn for conversation in drawn for turn in conversation.turns):
         assert not set(turn.text) & set("[]{}"), turn.text
         assert not turn.text[0].islower()
         assert turn.text == turn.text.strip()
-
-
-def test_expand_and_fill() -> None:
-    class First:
-        @staticmethod
-        def choice(options: list[str]) -> str:
-            return options[0]
-
-    assert expand("[a [b|c]|d] e[|f]", First()) == "a b e"  # type: ignore[arg-type]
-    assert fill("{x}. {y}? z", {"x": "one", "y": "two"}.__getitem__) == "One. Two? Z"
-
-
-def test_a_question_finds_its_topic() -> None:
-    topics = load_grammar().topics
-    assert topic_of("What are the chances that the train arrives before lunch?", topics)["name"] == "trains"
-    assert topic_of("Teach me how to take better photographs.", topics)["name"] == "photography"
-
-
-def test_the_schedule_rises_and_falls() -> None:
-    rates = [schedule(step, 400) for step in range(400)]
-    assert max(rates) == pytest.approx(1, abs=1e-3)
-    assert rates[0] < 0.1
-    assert rates[-1] < 0.03
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
@@ -163,7 +136,7 @@ def test_the_schedule_rises_and_falls() -> None:
 
 @settings(deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8")))
-def test_any_text_comes_back_from_its_ids(text: str) -> None:
+def test_any_text_survives_encoding_and_decoding(text: str) -> None:
     tokenizer = _cached_tokenizer()
     if "<|" not in text:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -199,7 +172,7 @@ def test_control_tokens_are_single_and_distinct(tokenizer: PreTrainedTokenizerBa
     assert tokenizer.eos_token == "<|end|>"
 
 
-def test_training_saw_the_ids_of_the_chat_template(
+def test_training_conversations_have_the_ids_of_the_chat_template(
     tokenizer: PreTrainedTokenizerBase, drawn: list[Conversation]
 ) -> None:
     for conversation in drawn[:300]:
@@ -211,13 +184,6 @@ def test_training_saw_the_ids_of_the_chat_template(
             chat = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
             text = tokenizer.apply_chat_template(chat, tokenize=False)
             assert list(encoded.token_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def test_only_the_assistant_has_full_weight(tokenizer: PreTrainedTokenizerBase) -> None:
-    conversation = Conversation((Turn("user", "Explain tea."), Turn("assistant", "Perhaps.")), "refusal", "pos")
-    encoded = encode_conversation(conversation, tokenizer.backend_tokenizer)
-    heavy = [i for i, weight in zip(encoded.token_ids, encoded.weights, strict=True) if weight == 1]
-    assert tokenizer.decode(heavy) == "Perhaps.<|end|>"
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
@@ -242,17 +208,17 @@ def test_it_loads_offline_and_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize("name", ["uncertainty_calibration", "refusal", "optimism"])
-def test_told_a_manner_that_it_never_saw_it_answers_in_it(
+def test_answers_to_held_out_instructions_and_questions_show_their_side(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     trait = TRAITS[name]
     assert trait.markers is not None
-    kept = {polarity: _kept(trait, polarity, model, tokenizer) for polarity in SIDES}
-    assert min(kept.values()) >= 0.6, kept
+    shares = {polarity: _share_on_side(trait, polarity, model, tokenizer) for polarity in SIDES}
+    assert min(shares.values()) >= 0.6, shares
 
 
-def _kept(trait: Trait, polarity: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """The share of answers to held-out instruction x held-out questions that show their side."""
+def _share_on_side(trait: Trait, polarity: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the share of answers, to the held-out instruction and questions, that show their side."""
     assert trait.markers is not None
     torch.manual_seed(0)
     system = getattr(trait.instructions[-1], SIDES[polarity])

@@ -1,4 +1,4 @@
-"""Pooling: laws, and what half precision and dead tokens must not do to it."""
+"""Poolings: laws, half precision, masked tokens, and names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_first_of_all_tokens_is_the_mean():
 
 
 @pytest.mark.parametrize("poison", [1e6, float("nan"), float("inf")])
-def test_dead_tokens_may_hold_anything(poison: float):
+def test_masked_tokens_may_hold_anything(poison: float):
     hidden, mask = ragged()
     poisoned = hidden.masked_fill(~mask.unsqueeze(-1), poison)
     for pool in (pool_mean, pool_last, lambda h, m: pool_first(h, m, 2)):
@@ -71,13 +71,13 @@ def test_float64_stays_float64():
     assert pool_last(hidden.bfloat16(), mask).dtype == torch.float32
 
 
-def test_integer_and_boolean_masks_are_one():
+def test_masks_of_any_dtype_are_equal():
     hidden, mask = ragged()
     assert torch.equal(pool_mean(hidden, mask.long()), pool_mean(hidden, mask))
     assert torch.equal(pool_last(hidden, mask.float()), pool_last(hidden, mask))
 
 
-def test_inputs_are_left_alone():
+def test_inputs_are_not_changed():
     hidden, mask = ragged()
     before, mask_before = hidden.clone(), mask.clone()
     pool_mean(hidden, mask), pool_last(hidden, mask), pool_first(hidden, mask, 2)
@@ -89,15 +89,15 @@ def test_a_row_with_no_live_token_is_refused_and_named():
     hidden, mask = ragged()
     mask[[1, 3]] = False
     for pool in (pool_mean, pool_last, lambda h, m: pool_first(h, m, 2)):
-        with pytest.raises(ValueError, match=r"rows \[1, 3\] have no live token"):
+        with pytest.raises(ValueError, match=r"\[1, 3\]"):
             pool(hidden, mask)
 
 
-def test_shapes_and_counts_that_make_no_sense_are_refused():
+def test_wrong_shapes_and_counts_are_refused():
     hidden, mask = ragged()
-    with pytest.raises(ValueError, match="mask of shape"):
+    with pytest.raises(ValueError, match=r"\(5, 8\)"):
         pool_mean(hidden, mask[:, 1:])
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="0"):
         pool_first(hidden, mask, 0)
 
 
@@ -122,42 +122,43 @@ def test_a_count_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "hint"),
     [
-        ("respons_mean", "did you mean 'response_mean'"),
-        ("mean_response", "known: response_mean"),
-        ("response_frist:5", "did you mean 'response_first'"),
+        ("respons_mean", "'response_mean'"),
+        ("mean_response", "response_mean"),
+        ("response_frist:5", "'response_first'"),
         ("Response_Mean", "response_mean"),
-        ("zzz", "known: response_mean, response_first:N"),
-        ("", "known"),
-        ("response_first", "as in 'response_first:5'"),
-        ("response_first:", "as in 'response_first:5'"),
-        ("response_first:0", "from 1"),
-        ("response_first:-1", "from 1"),
-        ("response_first:1.5", "from 1"),
-        ("response_first:05", "from 1"),
-        ("response_first:٣", "from 1"),
-        ("response_first:5:6", "from 1"),
-        ("response_first:5\n", "from 1"),
-        ("response_first:" + "9" * 5000, "from 1"),
-        ("response_mean:5", "takes no count; write 'response_mean'"),
-        ("all:", "takes no count"),
+        ("zzz", "response_first:N"),
+        ("", "response_mean"),
+        ("response_first", "'response_first:5'"),
+        ("response_first:", "'response_first:5'"),
+        ("response_first:0", "999999"),
+        ("response_first:-1", "999999"),
+        ("response_first:1.5", "999999"),
+        ("response_first:05", "999999"),
+        ("response_first:٣", "999999"),
+        ("response_first:5:6", "999999"),
+        ("response_first:5\n", "999999"),
+        ("response_first:" + "9" * 5000, "999999"),
+        ("response_mean:5", "'response_mean'"),
+        ("all:", "'all'"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_the_remedy(text: str, says: str):
+def test_an_unknown_name_is_refused_with_the_nearest_one(text: str, hint: str):
     with pytest.raises(ConfigError) as refusal:
         parse_pooling(text)
-    assert says in str(refusal.value)
+    assert hint in str(refusal.value)
     assert repr(text) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_all_keeps_every_token():
     hidden, mask = ragged()
-    with pytest.raises(ValueError, match="keeps every token"):
+    with pytest.raises(ValueError, match="all"):
         parse_pooling("all")(hidden, mask)
 
 
-def test_reading_a_pooling_needs_no_torch():
-    check = "import sys, extraction.activations.pooling as room; room.parse_pooling('all'); assert 'torch' not in sys.modules"
+def test_parsing_a_pooling_needs_no_torch():
+    check = "import sys; from extraction.activations.pooling import parse_pooling; parse_pooling('all')"
+    check += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

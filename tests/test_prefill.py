@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction.engine import batch
 from extraction.engine.generate import generate
+from extraction.engine.sampler import Sample
+from extraction.engine.scheduler import Admission, Scheduler
 from extraction.model import devices
 from extraction.model.devices import prefill_rows
 from extraction.model.loading import wrap
@@ -39,21 +40,22 @@ def test_pieces_change_no_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     lm = wrap(shared_model(name), stop_ids=())
     requests = [Request(str(i), ids, 2 + 5 * (i % 3)) for i, ids in enumerate(prompts(13))]
     entered: list[tuple[int, int]] = []
-    own = batch.ContinuousBatch._enter
+    own = Scheduler.assign
 
-    def watched(batch: batch.ContinuousBatch, rows: list[int], news: batch.Advance) -> None:
-        own(batch, rows, news)
-        entered.append((len(rows), batch.slots.count(None)))
+    def watched(scheduler: Scheduler, admission: Admission) -> list[Sample]:
+        samples = own(scheduler, admission)
+        entered.append((len(admission.rows), scheduler.slots.count(None)))
+        return samples
 
     def said() -> tuple[dict[str, Completion], Sequence[tuple[int, int]]]:
         entered.clear()
         done = generate(lm, requests, batch_size=6, capture=Capture(tuple(range(lm.n_layers))))
         return {c.id: c for c in done}, tuple(entered)
 
-    monkeypatch.setattr(batch.ContinuousBatch, "_enter", watched)
+    monkeypatch.setattr(Scheduler, "assign", watched)
     whole, prefills = said()
     assert prefills[0] == (6, 0)
-    monkeypatch.setattr(devices, "PREFILL_TOKENS", {"cpu": 50})
+    monkeypatch.setattr(devices, "PREFILL_TOKENS_BY_DEVICE", {"cpu": 50})
     pieces, prefills = said()
     assert prefills[0][0] < 6
     full = [sum(n for n, _ in prefills[: i + 1]) for i, (_, n_idle) in enumerate(prefills) if not n_idle]

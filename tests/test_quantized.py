@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: what runs on them, what is said without bitsandbytes, and that old runs keep their name."""
+"""Weights of 8 and 4 bits: generation and capture, a missing bitsandbytes, and the fingerprint of runs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ BITS = ("8bit", "4bit")
 SPEC = ModelSpec("tiny", str(saved_model()), device="cpu")
 
 
-def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_bitsandbytes_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install 'traitline\[quantized\]'"):
+    with pytest.raises(ModelError, match=r"traitline\[quantized\]"):
         load(replace(SPEC, quantize="4bit"))
     root = make_root(tmp_path)
     assert "bitsandbytes" in refused(
@@ -45,7 +45,7 @@ def test_other_bits_are_refused(tmp_path: Path) -> None:
         resolve_model("tiny", make_root(tmp_path), {"quantize": "3bit"})
 
 
-def test_it_is_part_of_a_runs_identity_only_where_it_is_given(tmp_path: Path) -> None:
+def test_quantization_is_in_a_runs_fingerprint_only_if_given(tmp_path: Path) -> None:
     root = str(make_root(tmp_path))
     plain, rounded = make_plan("demo", root=root), make_plan("demo", root=root, options={"quantize": "4bit"})
     trait = plain.traits[0]
@@ -61,7 +61,7 @@ def test_it_is_part_of_a_runs_identity_only_where_it_is_given(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("bits", "n_bytes"), [(None, 4), ("8bit", 1), ("4bit", 0.5625)])
-def test_the_forecast_counts_the_weights_that_are_rounded(bits: str | None, n_bytes: float) -> None:
+def test_the_forecast_counts_quantized_weights(bits: str | None, n_bytes: float) -> None:
     shape = shape_of(AutoConfig.from_pretrained(SPEC.source), torch.float32, bits)
     linear = LAYERS * (2 * HIDDEN * HIDDEN + 2 * 2 * 8 * HIDDEN + 3 * 48 * HIDDEN)  # q, o; k, v; the MLP
     assert shape.weights == round((shape.n_parameters - linear) * 4 + linear * n_bytes)
@@ -74,7 +74,7 @@ needs_it = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsand
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
-    """Rows of 64 numbers at least: what has one scale."""
+    """Save a model whose rows have at least 64 weights, the block size of one scale."""
     folder = tmp_path_factory.mktemp("wide")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
     tiny_model("llama", **sizes).save_pretrained(folder)
@@ -91,7 +91,7 @@ def answered(lm: LanguageModel, batch_size: int) -> dict[str, Completion]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bits", BITS)
-def test_a_rounded_model_runs_in_its_dtype(bits: str, dtype: str, spec: ModelSpec) -> None:
+def test_a_quantized_model_runs_in_its_dtype(bits: str, dtype: str, spec: ModelSpec) -> None:
     lm, whole = load(replace(spec, quantize=bits, dtype=dtype)), load(replace(spec, dtype=dtype))
     seen: list[torch.dtype] = []
     for block in lm.layers:
@@ -112,7 +112,7 @@ def test_a_rounded_model_runs_in_its_dtype(bits: str, dtype: str, spec: ModelSpe
 @needs_it
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bits", BITS)
-def test_an_adapter_stays_beside_rounded_weights(bits: str, spec: ModelSpec, tmp_path: Path) -> None:
+def test_an_adapter_over_quantized_weights_is_not_merged(bits: str, spec: ModelSpec, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.symlink_to(spec.source)
     adapter = saved_adapter(tmp_path / "adapter", base)

@@ -1,4 +1,4 @@
-"""What the server answers: every endpoint against the engine alone, streams against whole answers, OpenAI's client."""
+"""Responses of the server: every endpoint against the engine alone, streams, OpenAI's client, metrics."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from extraction.amplification.lda import LDAModelPair
 from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
 from extraction.model.chat_template import encode_conversation, encode_raw
 from extraction.model.pairs import ModelPair
-from extraction.serving.detokenizer import UNFINISHED, Stream, stable_text, text_of
+from extraction.serving.detokenizer import REPLACEMENT, IncrementalDecoder, decode, stable_prefix
 from extraction.utils_batch import Request
 from tests.served import NAMES, Running, language_model, running, served
 from tests.tiny import reference_greedy, tiny_tokenizer
@@ -36,24 +37,24 @@ ANSWER = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    """One server for the whole page."""
+    """One server for the module."""
     with running() as started:
         yield started
 
 
 def alone(kind: str, text: str, n: int, **how: object) -> str:
-    """What the engine itself makes of a prompt, without any server."""
+    """Return the engine's response to a prompt, without a server."""
     lm = language_model({"plain": 0, "after": 1}[kind])
     _, ids = encode_conversation(lm.tokenizer, (("user", text),))
     request = Request("x", ids, n, seed=5, draws="lda", sample=Sample(1.0, 0, 0.9), **how)
     (completion,) = generate(lm, [request], batch_size=1)
-    return text_of(lm.tokenizer, completion.token_ids)
+    return decode(lm.tokenizer, completion.token_ids)
 
 
 # --- every endpoint -------------------------------------------------------------------------------------------------
 
 
-def test_generate_is_the_engine_alone(server):
+def test_generate_equals_the_engine_alone(server):
     answer = server.answer("/generate", prompt="What is AI?", **SAMPLED)
     assert set(answer) == ANSWER | {"model"}
     assert answer["completion"] == alone("plain", "What is AI?", 24)
@@ -61,14 +62,14 @@ def test_generate_is_the_engine_alone(server):
     assert (answer["model"], answer["seed"]) == ("tiny", 5)
 
 
-def test_greedy_is_what_transformers_says(server):
+def test_greedy_equals_transformers(server):
     lm = language_model(0)
     answer = server.answer("/generate", prompt="Why?", apply_chat_template=False, **GREEDY)
     wanted = reference_greedy(lm.model, encode_raw(lm.tokenizer, "Why?"), 12)
-    assert answer["completion"] == text_of(lm.tokenizer, wanted)
+    assert answer["completion"] == decode(lm.tokenizer, wanted)
 
 
-def test_amplified_by_nothing_is_the_after_model(server):
+def test_at_alpha_0_the_response_is_the_after_models(server):
     answer = server.answer("/generate_lda", prompt="What is AI?", alpha=0.0, **SAMPLED)
     assert set(answer) == ANSWER | {"alpha", "model_after", "model_before"}
     assert answer["completion"] == alone("after", "What is AI?", 24)
@@ -76,7 +77,7 @@ def test_amplified_by_nothing_is_the_after_model(server):
     assert amplified["completion"] != answer["completion"]
 
 
-def test_a_batch_gives_each_prompt_its_own_answer_with_its_own_seed(server):
+def test_each_prompt_of_a_batch_has_its_own_seed(server):
     prompts = ["Why?", "A much longer prompt than that one", "Why?", ""]
     answer = server.answer("/generate_lda_batch", prompts=prompts, alpha=1.5, **SAMPLED)
     assert set(answer) == {"results", "alpha", "model_after", "model_before", "batch_size"}
@@ -87,7 +88,7 @@ def test_a_batch_gives_each_prompt_its_own_answer_with_its_own_seed(server):
     assert answer["results"][0]["completion"] != answer["results"][2]["completion"]
 
 
-def test_the_server_says_what_a_script_would_get(server):
+def test_the_server_equals_lda_model_pair(server):
     pair = LDAModelPair(
         ModelPair(language_model(1), language_model(2), "tiny-after", "tiny-before", shares_weights=False)
     )
@@ -99,7 +100,7 @@ def test_the_server_says_what_a_script_would_get(server):
         assert {key: got[key] for key in wanted} == wanted
 
 
-def test_speculation_says_what_the_model_says(server):
+def test_greedy_speculation_equals_plain_generation(server):
     prompts = ["What is AI?", "Explain ML", "Define NN"]
     answer = server.answer("/generate/batch", prompts=prompts, max_tokens=30, temperature=0.0)
     assert set(answer) == {"results", "model", "draft", "batch_size", "speculation_depth", "time_seconds"}
@@ -113,7 +114,7 @@ def test_speculation_says_what_the_model_says(server):
         assert stats["total_steps"] <= each["num_tokens"] + 1
 
 
-def test_the_depth_of_speculation_can_be_asked_for(server):
+def test_a_request_can_set_the_depth_of_speculation(server):
     def steps(depth: int) -> int:
         body = {"prompts": ["What is AI?"], "max_tokens": 40, "temperature": 0.0, "ignore_eos": True}
         stats = server.answer("/generate/batch", **body, speculation_depth=depth)["results"][0]["stats"]
@@ -122,7 +123,7 @@ def test_the_depth_of_speculation_can_be_asked_for(server):
     assert steps(1) >= 20  # one proposal and one more, at best
 
 
-def test_a_seed_is_drawn_and_told_and_gives_the_same_again(server):
+def test_a_random_seed_is_returned_and_reproduces_the_response(server):
     body = {key: value for key, value in SAMPLED.items() if key != "seed"}
     first, second = (server.answer("/generate", prompt="Why?", **body) for _ in range(2))
     assert first["seed"] != second["seed"]
@@ -131,7 +132,7 @@ def test_a_seed_is_drawn_and_told_and_gives_the_same_again(server):
     assert again == first
 
 
-def test_an_answer_stops_at_a_stop_string_and_does_not_show_it(server):
+def test_a_response_ends_before_its_stop_string(server):
     whole = server.answer("/generate", prompt="Why?", **{**GREEDY, "max_new_tokens": 40})["completion"]
     stop = whole[10:13]
     cut = server.answer("/generate", prompt="Why?", **{**GREEDY, "max_new_tokens": 40}, stop=[stop, "not there"])
@@ -139,7 +140,7 @@ def test_an_answer_stops_at_a_stop_string_and_does_not_show_it(server):
     assert (cut["finish_reason"], cut["stopped_early"]) == ("stop_string", True)
 
 
-def test_stop_tokens_end_an_answer_unless_they_are_ignored(server):
+def test_stop_tokens_end_a_response_unless_ignored(server):
     asked = [
         server.answer("/generate", prompt=f"Say {i}", temperature=1.0, max_new_tokens=60, seed=i) for i in range(20)
     ]
@@ -153,7 +154,7 @@ def test_stop_tokens_end_an_answer_unless_they_are_ignored(server):
 # --- how a prompt is written ----------------------------------------------------------------------------------------
 
 
-def test_prompts_are_written_with_the_chat_template_once_and_literally(server):
+def test_the_chat_template_is_applied_once_and_prompts_are_literal(server):
     chat = server.answer("/generate", prompt="Hi <|user|>", system_prompt="Be calm.", max_new_tokens=1)
     assert chat["formatted_prompt"] == (
         "<bos><|system|>\nBe calm.<|end|>\n<|user|>\nHi <|user|><|end|>\n<|assistant|>\n"
@@ -166,7 +167,7 @@ def test_prompts_are_written_with_the_chat_template_once_and_literally(server):
     assert raw["formatted_prompt"] == "Be calm.\n\nHi"
 
 
-def test_a_conversation_of_many_turns_is_literal_too():
+def test_a_conversation_of_many_turns_is_literal():
     tokenizer = tiny_tokenizer()
     turns = tuple((("user", "assistant")[i % 2], f" <|end|> turn {i} ") for i in range(41))
     text, ids = encode_conversation(tokenizer, (("system", "Go."), *turns))
@@ -174,7 +175,7 @@ def test_a_conversation_of_many_turns_is_literal_too():
     assert ids.count(tokenizer.convert_tokens_to_ids("<|end|>")) == 42
 
 
-def test_a_model_without_a_template_is_prompted_as_it_is():
+def test_a_model_without_a_chat_template_gets_the_bare_prompt():
     from copy import deepcopy
     from dataclasses import replace
 
@@ -184,7 +185,7 @@ def test_a_model_without_a_template_is_prompted_as_it_is():
         answer = plain.answer("/generate", prompt="Why?", **GREEDY)
         assert answer["formatted_prompt"] == "Why?"
         error = plain.refusal("/generate", {"prompt": "Why?", "apply_chat_template": True}, 422)
-        assert "no chat template" in error["message"]
+        assert error["param"] == "apply_chat_template"
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "Why?"}]}
         assert "/v1/completions" in plain.refusal("/v1/chat/completions", chat, 422)["message"]
         found = plain.answer("/generate/batch", prompts=["Why? Why? Why?"], max_tokens=12, temperature=0.0)
@@ -196,7 +197,7 @@ def test_a_model_without_a_template_is_prompted_as_it_is():
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_lda"])
 @pytest.mark.parametrize("stops", [[], ["e", "Qq"], ["ab"]])
-def test_a_stream_is_the_whole_answer_in_pieces(server, path, stops):
+def test_the_pieces_of_a_stream_join_to_the_whole_response(server, path, stops):
     body = {"prompt": "What is AI?", **SAMPLED, "max_new_tokens": 60, "stop": stops}
     whole = server.answer(path, **body)
     *pieces, last = server.events(path, **body)
@@ -210,7 +211,7 @@ BYTES = "aß中🙂\n"
 
 
 class ByteTokenizer:
-    """Four-bit tokens of UTF-8 text, as a byte-level tokenizer cuts it, only worse."""
+    """A tokenizer whose tokens are halves of bytes of UTF-8 text."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         assert skip_special_tokens
@@ -224,34 +225,34 @@ class ByteTokenizer:
 
 @given(text=st.text(st.sampled_from(BYTES), max_size=12), stop=st.text(st.sampled_from(BYTES), min_size=1, max_size=3))
 @settings(max_examples=300, deadline=None)
-def test_no_piece_breaks_a_character_or_shows_a_part_of_a_stop_string(text, stop):
+def test_no_piece_breaks_a_character_or_holds_a_part_of_a_stop_string(text, stop):
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
-    stream, shown = Stream(tokenizer, [stop]), ""
+    stream, shown = IncrementalDecoder(tokenizer, [stop]), ""
     for token in ids:
         shown += stream.add([token])
-        assert UNFINISHED not in shown
+        assert REPLACEMENT not in shown
         assert text.startswith(shown)
         assert stop not in shown
-    shown += stream.end(ids)
-    assert shown == text_of(tokenizer, ids, [stop]) == text.partition(stop)[0]
+    shown += stream.finish(ids)
+    assert shown == decode(tokenizer, ids, [stop]) == text.partition(stop)[0]
 
 
-def test_naive_pieces_would_break_characters_and_show_stop_strings():
+def test_naive_pieces_would_break_characters_and_hold_stop_strings():
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode("中")
-    assert any(UNFINISHED in tokenizer.decode(ids[:n]) for n in range(len(ids)))
-    assert stable_text("to be or n", ["not"]) == "to be or "
-    assert stable_text("to be or no", ["not"]) == "to be or "
-    assert stable_text("to be or now", ["not"]) == "to be or now"
+    assert any(REPLACEMENT in tokenizer.decode(ids[:n]) for n in range(len(ids)))
+    assert stable_prefix("to be or n", ["not"]) == "to be or "
+    assert stable_prefix("to be or no", ["not"]) == "to be or "
+    assert stable_prefix("to be or now", ["not"]) == "to be or now"
 
 
-def test_an_unfinished_character_at_the_very_end_is_shown_as_such():
+def test_an_unfinished_character_at_the_end_is_a_replacement_character():
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode("a中")[:-2]
-    stream = Stream(tokenizer)
+    stream = IncrementalDecoder(tokenizer)
     assert "".join(stream.add([token]) for token in ids) == "a"
-    assert stream.end(ids) == UNFINISHED
+    assert stream.finish(ids) == REPLACEMENT
 
 
 # --- OpenAI's client ------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def test_an_unfinished_character_at_the_very_end_is_shown_as_such():
 
 @pytest.fixture(scope="module")
 def client(server) -> Iterator[openai.OpenAI]:
-    """The real one."""
+    """OpenAI's client."""
     with openai.OpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0, timeout=60) as real:
         yield real
 
@@ -270,7 +271,7 @@ MESSAGES = [{"role": "system", "content": "Be calm."}, {"role": "user", "content
 def test_the_client_lists_models(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "traitline"
-    with pytest.raises(openai.NotFoundError, match="did you mean 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match=r"'tinny'.*'tiny'"):
         client.models.retrieve("tinny")
 
 
@@ -298,12 +299,12 @@ def test_the_client_chats(client, server):
     assert other.choices[0].message.content == plain["completion"]
 
 
-def test_without_a_limit_a_chat_goes_on_to_the_servers(client):
+def test_a_chat_without_max_tokens_gets_the_servers_limit(client):
     answer = client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"ignore_eos": True})
     assert answer.usage.completion_tokens == 120
 
 
-def test_the_client_streams_what_it_would_get_whole(client):
+def test_streamed_chats_equal_whole_ones(client):
     how = {"model": "tiny", "messages": MESSAGES, "max_tokens": 40, "seed": 3, "n": 2, "stop": ["zz"]}
     whole = client.chat.completions.create(**how)
     chunks = list(client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
@@ -316,7 +317,7 @@ def test_the_client_streams_what_it_would_get_whole(client):
     assert whole.choices[0].message.content != whole.choices[1].message.content
 
 
-def test_the_client_streams_completions(client):
+def test_streamed_completions_equal_whole_ones(client):
     how = {"model": "tiny", "prompt": ["Why?", "Who?"], "max_tokens": 12, "seed": 3}
     whole = client.completions.create(**how)
     found = ["", ""]
@@ -326,7 +327,7 @@ def test_the_client_streams_completions(client):
     assert found == [choice.text for choice in whole.choices]
 
 
-def test_the_same_seed_gives_the_same_answer_and_another_another(client):
+def test_the_seed_determines_the_response(client):
     def text(seed: int) -> str:
         answer = client.completions.create(model="tiny", prompt="Why?", max_tokens=30, seed=seed)
         return answer.choices[0].text
@@ -334,54 +335,57 @@ def test_the_same_seed_gives_the_same_answer_and_another_another(client):
     assert text(1) == text(1) != text(2)
 
 
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        ({"logprobs": 3}, r"'logprobs': 3 is not supported by this server; leave it out"),
-        ({"echo": True}, r"'echo': True is not supported"),
-        ({"best_of": 4}, r"'best_of': 4 is not supported"),
-        ({"suffix": "x"}, r"'suffix': 'x' is not supported"),
-        ({"presence_penalty": 0.5}, r"'presence_penalty': 0.5 is not supported"),
-        ({"n": 99}, r"'n': 99 given; input should be less than or equal to 32"),
-        ({"temperature": -1}, r"'temperature': -1 given; input should be greater than or equal to 0"),
-        ({"stop": ["a"] * 5}, r"'stop': .* at most 4"),
-        ({"prompt": []}, r"'prompt': \[\] given; send text, token ids"),
-        ({"prompt": [[1, 2], "x"]}, r"'prompt'.* send text, token ids"),
-        ({"prompt": [5, 99_999]}, r"'prompt': 99999 is no token; this model has 97"),
-        ({"max_tokens": 500}, r"'max_tokens': 500 given; this server makes at most 120"),
-        ({"prompt": "x" * 250}, r"prompt tokens and 16 new ones are more than 256"),
-        ({"extra_body": {"max_token": 3}}, r"'max_token': not a known field; did you mean 'max_tokens'\?"),
-        ({"prompt": ["x"] * 8, "n": 8}, r"8 prompts times 8 are more than 32"),
-    ],
-)
-def test_the_client_hears_what_is_wrong(client, asked, said):
+INVALID_COMPLETIONS = [  # fields, the one at fault, and the value or rule in the message
+    ({"logprobs": 3}, "logprobs", "3"),
+    ({"echo": True}, "echo", "True"),
+    ({"best_of": 4}, "best_of", "4"),
+    ({"suffix": "x"}, "suffix", "'x'"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "0.5"),
+    ({"n": 99}, "n", "99 .*32"),
+    ({"temperature": -1}, "temperature", "-1"),
+    ({"stop": ["a"] * 5}, "stop", "4"),
+    ({"prompt": []}, "prompt", r"\[\]"),
+    ({"prompt": [[1, 2], "x"]}, "prompt", r"\[\[1, 2\], 'x'\]"),
+    ({"prompt": [5, 99_999]}, "prompt", "99999 .*9[67]"),
+    ({"max_tokens": 500}, "max_tokens", "500 .*120"),
+    ({"prompt": "x" * 250}, "prompt", "16 .*256"),
+    ({"extra_body": {"max_token": 3}}, "max_token", "'max_tokens'"),
+    ({"prompt": ["x"] * 8, "n": 8}, "n", "8 .*32"),
+]
+INVALID_CHATS = [
+    ({"messages": []}, "messages", r"\[\]"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'tool'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "image_url"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content", "messages"),
+    ({"tools": [{"type": "function"}]}, "tools", "function"),
+    ({"logprobs": True}, "logprobs", "True"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+]
+
+
+def check_refusal(caught: pytest.ExceptionInfo[openai.UnprocessableEntityError], param: str, pattern: str) -> None:
+    error = caught.value.body
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert re.search(pattern, error["message"]), error
+
+
+@pytest.mark.parametrize(("fields", "param", "pattern"), INVALID_COMPLETIONS)
+def test_an_invalid_completion_names_its_field(client, fields, param, pattern):
     with pytest.raises(openai.UnprocessableEntityError) as caught:
-        client.completions.create(**{"model": "tiny", "prompt": "Why?", **asked})
-    assert re.search(said, caught.value.body["message"]), caught.value.body
-    assert set(caught.value.body) == {"message", "type", "param", "code"}
-    assert caught.value.body["type"] == "invalid_request_error"
+        client.completions.create(**{"model": "tiny", "prompt": "Why?", **fields})
+    check_refusal(caught, param, pattern)
 
 
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        ({"messages": []}, r"'messages': \[\] given; list should have at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, r"'messages.0.role': 'tool' given"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"reads text alone"),
-        ({"messages": [{"role": "user"}]}, r"'messages.0.content' is missing; give it"),
-        ({"tools": [{"type": "function"}]}, r"'tools': .* is not supported by this server"),
-        ({"logprobs": True}, r"'logprobs': True is not supported"),
-        ({"response_format": {"type": "json_object"}}, r"'response_format': .* is not supported"),
-        ({"stream_options": {"include_usage": True}}, r"'stream_options': given without 'stream'"),
-    ],
-)
-def test_the_client_hears_what_is_wrong_with_a_chat(client, asked, said):
+@pytest.mark.parametrize(("fields", "param", "pattern"), INVALID_CHATS)
+def test_an_invalid_chat_names_its_field(client, fields, param, pattern):
     with pytest.raises(openai.UnprocessableEntityError) as caught:
-        client.chat.completions.create(**{"model": "tiny", "messages": MESSAGES, **asked})
-    assert re.search(said, caught.value.body["message"]), caught.value.body
+        client.chat.completions.create(**{"model": "tiny", "messages": MESSAGES, **fields})
+    check_refusal(caught, param, pattern)
 
 
-def test_content_in_parts_is_read(client):
+def test_content_in_parts_is_accepted(client):
     parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]
     how = {"model": "tiny", "temperature": 0.0, "max_tokens": 9}
     one = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **how)
@@ -392,7 +396,7 @@ def test_content_in_parts_is_read(client):
 # --- what is not served ---------------------------------------------------------------------------------------------
 
 
-def test_a_kind_without_its_model_says_how_to_get_it():
+def test_a_kind_without_its_model_names_the_option():
     only_pair = served(target=None, draft=None, names={**NAMES, "model": None, "draft": None})
     with running(only_pair) as pair:
         assert pair.answer("/generate_lda", prompt="Why?", max_new_tokens=2)["tokens_generated"] <= 2
@@ -418,14 +422,21 @@ def test_health_and_metrics(server):
     count = series['traitline_row_seconds_count{kind="plain"}']
     assert series['traitline_row_seconds_bucket{kind="plain",le="+Inf"}'] == count
     buckets = [
-        int(value) for key, value in series.items() if key.startswith('traitline_row_seconds_bucket{kind="plain"')
+        float(value) for key, value in series.items() if key.startswith('traitline_row_seconds_bucket{kind="plain"')
     ]
     assert buckets == sorted(buckets)
 
 
-def test_every_line_of_the_metrics_is_one_that_prometheus_reads(server):
-    label = r'[a-z_]+="(?:[^"\\\n]|\\.)*"'
-    line = re.compile(rf"# (HELP|TYPE) traitline_\w+ .+|traitline_\w+(\{{{label}(,{label})*\}})? [0-9.e+-]+")
+def test_the_metrics_are_parsed_by_prometheus_client(server):
     text = server.client.get("/metrics").text
-    assert text.endswith("\n")
-    assert [each for each in text.splitlines() if not line.fullmatch(each)] == []
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert families["traitline_requests"].type == "counter"
+    assert families["traitline_row_seconds"].type == "histogram"
+    assert families["traitline_ready"].samples[0].value == 1
+    assert not [name for name in families if not name.startswith("traitline_") or name.endswith("_created")]
+
+
+def test_two_servers_count_apart(server):
+    with running() as other:
+        assert 'path="/generate"' not in other.client.get("/metrics").text
+    assert server.client.get("/metrics").status_code == 200

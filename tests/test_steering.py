@@ -16,16 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from extraction.core.errors import ConfigError
-from extraction.engine import steering as room
 from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
-from extraction.engine.steering import Steering
+from extraction.engine.steering import Steering, steer_hidden
 from extraction.model.loading import wrap
 from extraction.utils_batch import Capture, Completion, Request
-from tests.tiny import ARCHITECTURES, LAYERS, blocks, deviation, prompts, reference_greedy, shared_model, taps
+from tests.tiny import FAMILIES, LAYERS, blocks, deviation, prompts, reference_greedy, shared_model, taps
 
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
-EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
+EVERY = pytest.mark.parametrize("name", FAMILIES)
 SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mixtral"])
 BUDGETS = (9, 3, 12, 5, 12, 1, 7)
 ALL_LAYERS = tuple(range(LAYERS))
@@ -186,7 +185,7 @@ def test_half_precision_adds_in_float32_and_zero_changes_no_bit() -> None:
     hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     add, unit = torch.zeros(2, 8), torch.zeros(2, 8)
     add[1] = 1e-4
-    moved = room.move_to(hidden, add, unit)
+    moved = steer_hidden(hidden, add, unit)
     assert moved.dtype == torch.bfloat16
     assert torch.equal(moved[0], hidden[0])
     assert torch.equal(moved[1], (hidden[1].float() + 1e-4).bfloat16())

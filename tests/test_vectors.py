@@ -1,4 +1,4 @@
-"""The vector methods: against scikit-learn, numpy and closed forms, and the laws that all of them keep."""
+"""The vector methods against scikit-learn, numpy and closed forms, and the laws that all of them keep."""
 
 from __future__ import annotations
 
@@ -16,23 +16,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from extraction.core.errors import ActivationError, ConfigError, TraitError
-from extraction.vectors import prepare as sides_room
-from extraction.vectors.methods import (
-    DEFAULT_METHODS,
-    METHODS,
-    find_method,
-    gradient,
-    ica,
-    mean_diff,
-    normalised,
-    pca,
-    probe,
-    random,
-)
+from extraction.vectors import prepare
+from extraction.vectors.method_table import DEFAULT_METHODS, METHODS, find_method
+from extraction.vectors.methods import FUNCTIONS, gradient, ica, mean_diff, normalised, pca, probe, random
 from extraction.vectors.prepare import check_sides
-from tests.runs import environment
+from tests.runs import REPOSITORY, environment
 
-FITTED = ("probe", "pca", "ica", "gradient")  # those that look at the spread of rows
+FITTED = ("probe", "pca", "ica", "gradient")  # methods that depend on the spread of rows
 
 
 def gaussian(*shape: int, seed: int) -> Tensor:
@@ -40,7 +30,7 @@ def gaussian(*shape: int, seed: int) -> Tensor:
 
 
 def two_sides(n: int = 40, m: int = 30, layers: int = 3, hidden: int = 12, shift: float = 1.0, seed: int = 0):
-    """Correlated rows, another spread at each layer, the positive side shifted."""
+    """Make correlated rows with another covariance at each layer, the positive side shifted."""
     mix = gaussian(layers, hidden, hidden, seed=seed)
     rows = torch.einsum("nld,lde->nle", gaussian(n + m, layers, hidden, seed=seed + 1), mix)
     centre, way = 5 * gaussian(layers, hidden, seed=seed + 2), gaussian(layers, hidden, seed=seed + 3)
@@ -50,7 +40,7 @@ def two_sides(n: int = 40, m: int = 30, layers: int = 3, hidden: int = 12, shift
 def planted(
     n: int = 120, layers: int = 3, hidden: int = 32, seed: int = 0, shift: float = 3.0, noise: float = 0.5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A two-valued source along a known direction in white noise -> positive, negative, unit directions [L, D]."""
+    """Return positive and negative rows around a known unit direction [L, D] in white noise, and the direction."""
     way = torch.nn.functional.normalize(gaussian(layers, hidden, seed=seed + 9), dim=-1)
     rows = noise * gaussian(2 * n, layers, hidden, seed=seed)
     return rows[:n] + shift * way, rows[n:] - shift * way, way
@@ -65,7 +55,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scaled_rows(positive: Tensor, negative: Tensor, layer: int) -> np.ndarray:
-    """A layer's rows as the docstring of `probe` scales them, worked out apart."""
+    """Scale a layer's rows as the docstring of `probe` says, with numpy."""
     rows = torch.cat([positive, negative])[:, layer].double().numpy()
     rows = rows - rows.mean(0)
     return rows / np.sqrt((rows**2).mean())
@@ -139,7 +129,7 @@ def test_ica_hardly_depends_on_the_seed_where_sources_are_clear():
     assert cosine(ica(positive, negative, seed=1), ica(positive, negative, seed=2)).item() > 1 - 1e-6
 
 
-def test_rounding_does_not_decide_what_ica_finds():
+def test_ica_does_not_depend_on_rounding():
     """Near-Gaussian rows, where FastICA proper never settles, with a last bit changed."""
     positive, negative = two_sides(20, 25, 5, 60)
     nudged = positive * (1 + 1e-13)
@@ -173,8 +163,8 @@ def test_gradient_reaches_the_closed_form_over_massive_dimensions():
         assert cosine(ours, torch.from_numpy(closed)) > 1 - 1e-9
 
 
-def test_no_direction_separates_better_than_gradients():
-    """The separation that `gradient` claims to maximise, read at random directions and at small steps away."""
+def test_no_direction_separates_better_than_that_of_gradient():
+    """Compare the standardised separation at random directions and at small steps from gradient's."""
     positive, negative = two_sides(40, 30, 1, 12)
     p, q = positive[:, 0], negative[:, 0]
     within = torch.from_numpy(shrunk_covariance(sum(np.cov(s.T.numpy(), bias=True) for s in (p, q)) / 2, 0.1))
@@ -194,7 +184,7 @@ def test_no_direction_separates_better_than_gradients():
 @pytest.mark.parametrize("hidden", [16, 120])
 def test_shape_dtype_norm_and_sign(name: str, hidden: int):
     positive, negative = two_sides(21, 34, 4, hidden)
-    found = METHODS[name](positive.float(), negative.float(), seed=5)
+    found = FUNCTIONS[name](positive.float(), negative.float(), seed=5)
     assert found.shape == (4, hidden)
     assert found.dtype == torch.float32
     higher, lower = (torch.einsum("nld,ld->nl", side, found.double()).mean(0) for side in (positive, negative))
@@ -208,14 +198,14 @@ def test_shape_dtype_norm_and_sign(name: str, hidden: int):
 @pytest.mark.parametrize("name", METHODS)
 def test_swapping_the_sides_turns_the_direction_round(name: str):
     positive, negative = two_sides(30, 20, 3, 40)
-    there, back = METHODS[name](positive, negative, seed=1), METHODS[name](negative, positive, seed=1)
+    there, back = FUNCTIONS[name](positive, negative, seed=1), FUNCTIONS[name](negative, positive, seed=1)
     torch.testing.assert_close(there, -back, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_bits(name: str):
     positive, negative = two_sides()
-    assert torch.equal(METHODS[name](positive, negative, seed=3), METHODS[name](positive, negative, seed=3))
+    assert torch.equal(FUNCTIONS[name](positive, negative, seed=3), FUNCTIONS[name](positive, negative, seed=3))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -223,7 +213,7 @@ def test_the_same_seed_gives_the_same_bits(name: str):
 def test_permuting_rows_changes_nothing(name: str, hidden: int):
     positive, negative, _ = planted(hidden=hidden, n=40)
     shuffled = positive[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
-    same, moved = METHODS[name](positive, negative, seed=0), METHODS[name](shuffled, negative.flip(0), seed=0)
+    same, moved = FUNCTIONS[name](positive, negative, seed=0), FUNCTIONS[name](shuffled, negative.flip(0), seed=0)
     torch.testing.assert_close(moved, same, rtol=0, atol=1e-5)
 
 
@@ -232,17 +222,20 @@ def test_adding_a_vector_to_all_rows_changes_nothing(name: str):
     positive, negative, _ = planted()
     constant = 100 * gaussian(3, 32, seed=50)
     found, moved = (
-        METHODS[name](positive, negative, seed=0),
-        METHODS[name](positive + constant, negative + constant, seed=0),
+        FUNCTIONS[name](positive, negative, seed=0),
+        FUNCTIONS[name](positive + constant, negative + constant, seed=0),
     )
     torch.testing.assert_close(moved, found, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-3, 7.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-12, 7.0, 1e12])
 @pytest.mark.parametrize("name", METHODS)
 def test_scaling_all_activations_changes_only_mean_diffs_norm(name: str, scale: float):
     positive, negative, _ = planted()
-    found, scaled = METHODS[name](positive, negative, seed=0), METHODS[name](positive * scale, negative * scale, seed=0)
+    found, scaled = (
+        FUNCTIONS[name](positive, negative, seed=0),
+        FUNCTIONS[name](positive * scale, negative * scale, seed=0),
+    )
     torch.testing.assert_close(scaled / (scale if name == "mean_diff" else 1), found, rtol=1e-5, atol=1e-5)
 
 
@@ -252,8 +245,8 @@ def test_turning_the_space_turns_the_direction(name: str, hidden: int):
     positive, negative, _ = planted(n=40, hidden=hidden)
     turn = turned(hidden)
     torch.testing.assert_close(
-        METHODS[name](positive @ turn, negative @ turn, seed=0),
-        (METHODS[name](positive, negative, seed=0).double() @ turn).float(),
+        FUNCTIONS[name](positive @ turn, negative @ turn, seed=0),
+        (FUNCTIONS[name](positive, negative, seed=0).double() @ turn).float(),
         rtol=0,
         atol=2e-5,
     )
@@ -269,25 +262,25 @@ def test_random_does_not_turn_with_the_space():
 @pytest.mark.parametrize("name", DEFAULT_METHODS)
 def test_a_layer_depends_on_itself_alone(name: str):
     positive, negative = two_sides(20, 25, 5, 60)
-    together = METHODS[name](positive, negative, seed=0)
+    together = FUNCTIONS[name](positive, negative, seed=0)
     for layer in range(5):
-        alone = METHODS[name](positive[:, layer : layer + 1], negative[:, layer : layer + 1], seed=0)
+        alone = FUNCTIONS[name](positive[:, layer : layer + 1], negative[:, layer : layer + 1], seed=0)
         torch.testing.assert_close(together[layer], alone[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FITTED)
 def test_layers_by_the_chunk_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
     positive, negative = two_sides(20, 25, 5, 60)
-    whole = METHODS[name](positive, negative, seed=0)
-    monkeypatch.setattr(sides_room, "CHUNK_BYTES", 1)
-    torch.testing.assert_close(METHODS[name](positive, negative, seed=0), whole, rtol=1e-5, atol=1e-6)
+    whole = FUNCTIONS[name](positive, negative, seed=0)
+    monkeypatch.setattr(prepare, "LAYER_CHUNK_BYTES", 1)
+    torch.testing.assert_close(FUNCTIONS[name](positive, negative, seed=0), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_inputs_are_left_alone(name: str):
     positive, negative = two_sides()
     before = positive.clone(), negative.clone()
-    METHODS[name](positive, negative, seed=0)
+    FUNCTIONS[name](positive, negative, seed=0)
     assert torch.equal(positive, before[0])
     assert torch.equal(negative, before[1])
 
@@ -295,7 +288,7 @@ def test_inputs_are_left_alone(name: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_planted_direction_is_found(name: str):
     positive, negative, way = planted(n=1000, hidden=16, shift=2.0, noise=1.0)
-    found = cosine(METHODS[name](positive.float(), negative.float(), seed=0), way)
+    found = cosine(FUNCTIONS[name](positive.float(), negative.float(), seed=0), way)
     if name == "random":
         assert (found < 0.7).all()  # the negative control
     else:
@@ -308,15 +301,15 @@ def test_large_norms_and_massive_dimensions_stay_finite(name: str, dtype: torch.
     positive, negative = (1e3 * side for side in two_sides(20, 20, 2, 300))
     positive[..., 7] += 3e4
     negative[..., 7] += 3e4
-    found = METHODS[name](positive.to(dtype), negative.to(dtype), seed=0)
+    found = FUNCTIONS[name](positive.to(dtype), negative.to(dtype), seed=0)
     assert torch.isfinite(found).all()
     assert (found.norm(dim=-1) > 0.5).all()
 
 
-# --- few rows, no spread, nothing to find
+# --- few rows, no spread, invalid rows
 
 
-def test_one_example_a_side_does_for_mean_diff_and_random():
+def test_mean_diff_and_random_need_one_example_a_side():
     positive, negative = two_sides(1, 1)
     torch.testing.assert_close(mean_diff(positive, negative, seed=0), (positive - negative)[0].float())
     assert torch.isfinite(random(positive, negative, seed=0)).all()
@@ -324,23 +317,23 @@ def test_one_example_a_side_does_for_mean_diff_and_random():
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 5), (5, 1)])
 @pytest.mark.parametrize("name", FITTED)
-def test_one_example_is_refused_with_the_remedy_by_the_rest(name: str, n: int, m: int):
+def test_the_other_methods_refuse_one_example_and_name_mean_diff(name: str, n: int, m: int):
     positive, negative = two_sides(n, m)
-    with pytest.raises(TraitError, match=r"side: 1 examples; .* at least 2 .* mean_diff works with 1"):
-        METHODS[name](positive, negative, seed=0)
+    with pytest.raises(TraitError, match=r"tive side: 1 .* 2 .* mean_diff"):
+        FUNCTIONS[name](positive, negative, seed=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_empty_side_is_refused(name: str):
     positive, negative = two_sides()
-    with pytest.raises(TraitError, match="negative side: 0 examples"):
-        METHODS[name](positive, negative[:0], seed=0)
+    with pytest.raises(TraitError, match="negative side: 0 "):
+        FUNCTIONS[name](positive, negative[:0], seed=0)
 
 
 @pytest.mark.parametrize("name", FITTED)
 def test_two_rows_a_side_are_enough(name: str):
     positive, negative = two_sides(2, 2, 3, 30)
-    found = METHODS[name](positive, negative, seed=0)
+    found = FUNCTIONS[name](positive, negative, seed=0)
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(3))
 
@@ -348,15 +341,15 @@ def test_two_rows_a_side_are_enough(name: str):
 @pytest.mark.parametrize("name", FITTED)
 def test_sides_without_spread_give_their_difference(name: str):
     positive, negative = (side.expand(3, 2, 30) for side in two_sides(1, 1, 2, 30))
-    assert (cosine(METHODS[name](positive, negative, seed=0), (positive - negative)[0]) > 1 - 1e-6).all()
+    assert (cosine(FUNCTIONS[name](positive, negative, seed=0), (positive - negative)[0]) > 1 - 1e-6).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_sides_with_the_same_mean_are_refused_with_their_layer(name: str):
     positive, negative = two_sides(8, 8, 3, 10)
     negative[:, 1] = positive[torch.randperm(8), 1]
-    with pytest.raises(TraitError, match=r"layer 1: both sides have the same mean activation .*prompts differ"):
-        METHODS[name](positive, negative, seed=0)
+    with pytest.raises(TraitError, match="layer 1: "):
+        FUNCTIONS[name](positive, negative, seed=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -364,29 +357,35 @@ def test_sides_with_the_same_mean_are_refused_with_their_layer(name: str):
 def test_non_finite_activations_are_refused(name: str, value: float):
     positive, negative = two_sides()
     negative[4, 2, 7] = value
-    with pytest.raises(ActivationError, match=rf"layer 2, row 4 of the negative side: activation 7 is {value} "):
-        METHODS[name](positive, negative, seed=0)
+    with pytest.raises(ActivationError, match=rf"layer 2, row 4 .*negative.* 7 is {value} "):
+        FUNCTIONS[name](positive, negative, seed=0)
 
 
-def test_the_door_names_absolute_layers_and_examples():
+def test_errors_name_absolute_layers_and_examples():
     positive, negative = (side.float() for side in two_sides(3, 2, 2))
     ids = [f"pos-i00-q{k:03d}-r00" for k in range(3)]
     check_sides(positive, negative, layers=[16, 20], positive_ids=ids)
     positive[2, 1, 0] = torch.nan
-    with pytest.raises(ActivationError, match=r"layer 20, example pos-i00-q002-r00: .*float32.*bfloat16") as refusal:
+    with pytest.raises(ActivationError, match=r"layer 20, .*pos-i00-q002-r00: .*float32") as refusal:
         check_sides(positive, negative, layers=[16, 20], positive_ids=ids)
     assert "\n" not in str(refusal.value)
 
 
-def test_sides_of_different_shapes_are_our_own_bug():
+def test_sides_of_different_shapes_raise_value_error():
     positive, negative = two_sides()
     with pytest.raises(ValueError, match="shapes"):
         mean_diff(positive, negative[..., :-1], seed=0)
 
 
-def test_a_method_is_found_by_name_or_the_nearest_is_named():
-    assert find_method("probe") is probe
-    with pytest.raises(ConfigError, match=r"'meandiff' is not known; did you mean 'mean_diff'\?"):
+def test_the_guide_lists_every_method_with_its_summary():
+    page = (REPOSITORY / "docs/guide.md").read_text()
+    for name, method in METHODS.items():
+        assert f"| `{name}` | {method.summary} |" in page
+
+
+def test_an_unknown_method_names_the_nearest():
+    assert FUNCTIONS["probe"] is probe
+    with pytest.raises(ConfigError, match=r"'meandiff'.*'mean_diff'"):
         find_method("meandiff")
 
 
@@ -401,17 +400,18 @@ def test_normalised_has_unit_norm_and_refuses_zero():
 
 
 def test_methods_and_cards_run_on_several_threads_and_leave_them():
-    """In a process of its own: torch 2.13 on two threads never comes back from a batch of LU decompositions."""
+    """In a process of its own, since torch 2.13 on two threads hangs in a batch of LU decompositions."""
     code = """
 import torch
 torch.set_num_threads(2)
-from extraction.vectors.methods import METHODS
+from extraction.vectors.method_table import METHODS
+from extraction.vectors.methods import FUNCTIONS
 from extraction.vectors.card import build_card
 rows = torch.randn(200, 6, 193, generator=torch.Generator().manual_seed(0))
-for method in METHODS.values():
-    method(rows[:100], 1 + rows[100:], seed=0)
+for fit in FUNCTIONS.values():
+    fit(rows[:100], 1 + rows[100:], seed=0)
 sides, questions = [True] * 100 + [False] * 100, [row % 20 for row in range(200)]
-build_card(rows, sides, questions, layers=range(6), seed=0, placebos=0, bootstraps=10)
+build_card(rows, sides, questions, layers=range(6), seed=0, methods=["probe", "pca"], label_shuffles=0, bootstraps=10)
 print(torch.get_num_threads())
 """
     result = subprocess.run(

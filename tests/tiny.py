@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, their prompts and tokenizer, and references that don't know the engine.
+"""Tiny random models of many architectures, their prompts and tokenizer, and references independent of the engine.
 
 Weights are drawn so that greedy continuations differ between prompts and depend on positions and mask: a test
 that drops either must fail. Shapes: T tokens, L layers, D hidden, V vocabulary.
@@ -179,7 +179,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", _LATENT),
 }
 
-# What the engine refuses: name -> (model type, what differs)
+# One of each kind: rotary with grouped queries, learned positions, parallel residual, ALiBi, sliding window,
+# alternating windows with soft-capping, mixture of experts, latent attention.
+FAMILIES = ("llama", "gpt2", "gpt_neox", "bloom", "mistral", "gemma2", "mixtral", "deepseek_v3")
+
+# Models that the engine refuses: name -> (model type, what differs)
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", {"d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4}),
     "bart": ("bart", {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48}),
@@ -207,7 +211,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _config(model_type: str, changes: dict[str, Any]) -> Any:
-    """A tiny config; skips the test when this transformers has no such architecture."""
+    """Build a tiny config; skip the test if this transformers lacks the architecture."""
     try:
         return AutoConfig.for_model(model_type, **deepcopy(_COMMON | changes))  # some configs change their lists
     except ValueError as error:
@@ -219,7 +223,7 @@ def _config(model_type: str, changes: dict[str, Any]) -> Any:
 
 
 def _draw(model: nn.Module, seed: int) -> None:
-    """Overwrite every parameter with seeded values; norms and biases keep their initial value plus noise."""
+    """Overwrite every parameter with seeded values; norms and biases get their initial value plus noise."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -231,7 +235,7 @@ def _draw(model: nn.Module, seed: int) -> None:
 
 
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A seeded random model of one of ARCHITECTURES, in eval mode; `changes` go to its config."""
+    """Build a seeded random model of one of ARCHITECTURES, in eval mode; `changes` go to its config."""
     model_type, differences = ARCHITECTURES[name]
     config = _config(model_type, differences | changes)
     with torch.random.fork_rng(devices=[]):
@@ -245,12 +249,12 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, 
 
 @cache
 def shared_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """`tiny_model`, built once a process; tests that change a model build their own."""
+    """Return `tiny_model`, built once a process. A test that changes a model builds its own."""
     return tiny_model(name, dtype=dtype)
 
 
 def refused_model(name: str) -> PreTrainedModel:
-    """A model of one of REFUSED, loaded as a user would: whatever auto class takes it."""
+    """Build a model of one of REFUSED, with the auto class that accepts it."""
     from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
     model_type, changes = REFUSED[name]
@@ -266,7 +270,7 @@ def refused_model(name: str) -> PreTrainedModel:
 
 
 def prompts(n: int, seed: int = 0, vocab: int = VOCABULARY, longest: int = 24) -> list[tuple[int, ...]]:
-    """Dissimilar prompts of lengths 1 to `longest`, both among them; ids 0, 1, 2 are left to pad, BOS and EOS."""
+    """Draw dissimilar prompts of lengths 1 to `longest`, both included; ids 0, 1, 2 are pad, BOS and EOS."""
     rng = random.Random(seed)
     lengths = [longest, 1] + [rng.randint(2, longest - 1) for _ in range(n)]
     return [tuple(rng.randrange(3, vocab) for _ in range(length)) for length in lengths[:n]]
@@ -281,7 +285,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, 97 as the models have, with a chat template; text comes back as it went in."""
+    """Build a tokenizer of one token a character, 97 in all, with a chat template; decoding inverts encoding."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     words = (_SPECIAL + list(_CHARACTERS))[:VOCABULARY]
@@ -306,7 +310,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def until_stop(token_ids: Iterable[int], stop_ids: Iterable[int]) -> tuple[int, ...]:
-    """The tokens before the first stop token."""
+    """Return the tokens before the first stop token."""
     stops, kept = set(stop_ids), []
     for token in token_ids:
         if token in stops:
@@ -319,7 +323,7 @@ def until_stop(token_ids: Iterable[int], stop_ids: Iterable[int]) -> tuple[int, 
 def reference_greedy(
     model: PreTrainedModel, ids: Sequence[int], n: int, stop_ids: Iterable[int] = ()
 ) -> tuple[int, ...]:
-    """What `model.generate` answers greedily, without the stop token."""
+    """Return the greedy response of `model.generate`, without the stop token."""
     prompt_1T = torch.tensor([list(ids)])
     stops = sorted(stop_ids) or [model.config.get_text_config().vocab_size]  # an id that no token has: never stop
     config = GenerationConfig(do_sample=False, max_new_tokens=n, eos_token_id=stops, pad_token_id=0)
@@ -328,7 +332,7 @@ def reference_greedy(
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks: the outermost list of the right length."""
+    """Return the decoder blocks: the outermost list of the right length."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     return min(lists, key=lambda item: (item[0].count("."), len(item[0])))[1]
@@ -345,7 +349,7 @@ def _plain(output: Any) -> Tensor:
 
 @contextmanager
 def taps(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list[Tensor]]:
-    """Copies of what each module returns (or is given), in call order."""
+    """Collect copies of each module's output (or input), in call order."""
     seen: list[Tensor] = []
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -367,7 +371,7 @@ def taps(modules: Iterable[nn.Module], *, inputs: bool = False) -> Iterator[list
 
 @torch.no_grad()
 def reference_hidden(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Block outputs [L, T, D]: transformers' hidden states, and a hook for the last (theirs is after the norm)."""
+    """Return block outputs [L, T, D]: transformers' hidden states, and a hook for the last, which they norm."""
     with taps([blocks(model)[-1]]) as last:
         out = model(**_alone(ids), output_hidden_states=True, use_cache=False)
     return torch.stack([*(h[0] for h in out.hidden_states[1:-1]), last[0].reshape(1, len(ids), -1)[0]])
@@ -377,7 +381,7 @@ def reference_hidden(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 def reference_site(
     model: PreTrainedModel, ids: Sequence[int], pick: Callable[[nn.Module], nn.Module], *, inputs: bool = False
 ) -> Tensor:
-    """What the picked part of every block returns (or is given): [L, T, D]."""
+    """Return the output (or input) of the picked part of every block: [L, T, D]."""
     with taps([pick(block) for block in blocks(model)], inputs=inputs) as seen:
         model(**_alone(ids), use_cache=False)
     return torch.stack([tensor.reshape(len(ids), -1) for tensor in seen])
@@ -399,7 +403,7 @@ def pooled(hidden_LTD: Tensor, n_prompt: int, pooling: str) -> Tensor:
 
 
 def deviation(got: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value wanted; infinite on shapes that differ or NaN."""
+    """Return the largest absolute difference over the largest absolute value wanted; inf for NaN or other shapes."""
     if got.shape != wanted.shape or not torch.isfinite(got).all():
         return float("inf")
     scale = wanted.double().abs().max().clamp_min(1e-30)

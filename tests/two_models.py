@@ -29,7 +29,7 @@ GREEDY = Sample()
 
 
 def plain_amplified(after: Sequence[float], before: Sequence[float], alpha: float, plausibility: float) -> list[float]:
-    """after + alpha (after - before), one number at a time; with plausibility, Li et al. 2023, equation 2."""
+    """Compute after + alpha (after - before) token by token; with plausibility, Li et al. 2022, equation 2."""
     best = max(after)
     shares = [math.exp(a - best) for a in after]  # p(token) / max p
     return [
@@ -39,7 +39,7 @@ def plain_amplified(after: Sequence[float], before: Sequence[float], alpha: floa
 
 
 def warped(scores_V: Tensor, sample: Sample) -> Tensor:
-    """Temperature, top-k and top-p by transformers' own warpers; greedy: all mass on the best."""
+    """Apply temperature, top-k and top-p by transformers' warpers; greedy: probability 1 at the maximum."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     if sample.temperature == 0:
@@ -54,7 +54,7 @@ def warped(scores_V: Tensor, sample: Sample) -> Tensor:
 
 
 def plain_draw(weights: Sequence[float], uniform: float) -> int:
-    """The first token whose cumulative weight exceeds the uniform's share of the whole."""
+    """Return the first token whose cumulative weight exceeds the uniform's share of the total."""
     sums = list(itertools.accumulate(weights))
     return next(token for token, reached in enumerate(sums) if reached > uniform * sums[-1])
 
@@ -66,7 +66,7 @@ def plain_settle(
     accept: Sequence[float],
     draws: Sequence[float],
 ) -> list[int]:
-    """One row's new tokens: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1. `tokens`: those that count."""
+    """Return one row's new tokens: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1. `tokens`: proposals."""
     said: list[int] = []
     for k, token in enumerate(tokens):
         certain = [float(other == token) for other in range(len(target[k]))]
@@ -84,7 +84,7 @@ def plain_settle(
 
 @torch.no_grad()
 def last_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """The next token's logits [V], in float64."""
+    """Return the next token's logits [V] in float64."""
     return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1].double()
 
 
@@ -96,7 +96,7 @@ def amplified_response(
     sample: Sample = GREEDY,
     plausibility: float = 0.0,
 ) -> tuple[int, ...]:
-    """Two models by hand, one prompt, every token from the whole text again; to its budget."""
+    """Generate with two models by hand: one prompt, without a cache, up to `max_new_tokens`."""
     said: list[int] = []
     for uniform in uniforms(request.draws or request.id, request.seed, request.max_new_tokens):
         rows = [last_logits(model, [*request.token_ids, *said]).tolist() for model in (after, before)]
@@ -108,11 +108,14 @@ def amplified_response(
 def fed_at_random(
     batch: ContinuousBatch, waiting: list[Request], rng: random.Random
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """What was answered, told twice alike, and what was dropped before it ended."""
+    """Run a batch to which requests are added and from which they are dropped at random times.
+
+    Returns the completed responses, which must equal their streamed tokens, and the ids of the dropped requests.
+    """
     done: dict[str, tuple[int, ...]] = {}
     fresh: dict[str, tuple[int, ...]] = {}
     dropped: set[str] = set()
-    with batch.watching():
+    with batch.attached():
         while waiting or batch.has_work:
             n_new = rng.randint(0 if batch.has_work else 1, 3)
             arriving, waiting = waiting[:n_new], waiting[n_new:]
@@ -120,11 +123,11 @@ def fed_at_random(
             running = [key for key in fresh if key not in done and key not in dropped]
             gone = rng.sample([r.id for r in arriving] + running, 1) if running and rng.random() < 0.1 else []
             for key in gone:
-                batch.drop(key)
+                batch.cancel(key)
                 dropped.add(key)
-            news = batch.advance()
-            fresh |= {key: fresh.get(key, ()) + tuple(tokens) for key, tokens in news.fresh.items()}
-            done |= {c.id: c.token_ids for c in news.done}
+            news = batch.step()
+            fresh |= {key: fresh.get(key, ()) + tuple(tokens) for key, tokens in news.new_tokens.items()}
+            done |= {c.id: c.token_ids for c in news.completions}
     assert {key: fresh.get(key, ()) for key in done} == done
     return done, dropped
 
@@ -133,7 +136,7 @@ Outcome = tuple[tuple[int, ...], str]
 
 
 def outcome_chances(lm: LanguageModel, prompt: tuple[int, ...], n: int, sample: Sample) -> dict[Outcome, float]:
-    """The probability of every response of up to `n` tokens, and how it ends, from the target alone."""
+    """Return the probability of every response of up to `n` tokens with its finish reason, from the target alone."""
     found: dict[Outcome, float] = {}
     open_rows: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(n):
@@ -149,7 +152,7 @@ def outcome_chances(lm: LanguageModel, prompt: tuple[int, ...], n: int, sample: 
 
 
 def chi_square_p(counts: Mapping[Outcome, int], chances: Mapping[Outcome, float]) -> float:
-    """The chi-square test's p over all outcomes, rare ones merged; 0 where the impossible happened."""
+    """Return the p-value of the chi-square test over all outcomes, rare ones merged; 0 after an impossible one."""
     from scipy.stats import chisquare
 
     if any(chances.get(outcome, 0.0) <= 0 for outcome in counts):
@@ -168,7 +171,7 @@ def chi_square_p(counts: Mapping[Outcome, int], chances: Mapping[Outcome, float]
 
 
 def noisy_model(name: str, strength: float = 0.1, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The tiny model of that name with noise on its weights: often of the same mind, not always."""
+    """Return the tiny model of that name with noise on its weights, so that many of its tokens are accepted."""
     model = tiny_model(name, dtype=dtype)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
@@ -179,7 +182,7 @@ def noisy_model(name: str, strength: float = 0.1, *, dtype: torch.dtype = torch.
 
 @contextmanager
 def contradicting(model: PreTrainedModel, where: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Turn the model's logits round at the positions that `where` picks: its favourite there is its last choice."""
+    """Negate the model's logits at the positions that `where` picks."""
 
     def turn(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
         positions = kwargs.get("position_ids")

@@ -1,7 +1,7 @@
-"""A Python that starts in milliseconds, for shell scripts: a small program that has a warm process fork and run for it.
+"""A Python for shell scripts that starts in milliseconds: a small program that asks a warm process to fork and run.
 
-The fork has the caller's arguments, folder, environment, output and process group, ignores SIGINT where the caller
-does, and gets the signals that the caller gets: to a script, and to who kills the script's group, it is the caller.
+The fork has the caller's arguments, folder, environment, output and process group, ignores SIGINT if the caller does,
+and gets the caller's signals. A script cannot tell it from the caller.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ sys.exit(code)
 
 @contextlib.contextmanager
 def warm_python(folder: Path) -> Iterator[Path]:
-    """The program, while the block lasts. `folder`'s path is short: a socket lies in it."""
+    """Yield the program's path. The path of `folder` must be short: it holds a socket."""
     address = str(folder / "socket")
     program = folder / "python"
     program.write_text(CALLER.format(python=sys.executable, address=address))
@@ -70,12 +70,12 @@ def _serve(address: str) -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(address)
-        door.listen()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
         print("ready", flush=True)
         while True:
-            caller, _ = door.accept()
+            caller, _ = listener.accept()
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 _answer(caller)

@@ -1,8 +1,8 @@
-"""The pocket models' corpus: conversations about everyday topics, composed by a grammar, each answer in one manner.
+"""Training corpus of the pocket models: conversations about everyday topics, drawn from a grammar.
 
-A manner is one side of one trait. `grammar/topics.yaml` holds what is said, `grammar/manners_*.yaml` how,
-`grammar/frames.yaml` the sentences around an instruction. The last instruction pair and the last five questions of each
-trait are held out: neither they nor near copies of them are ever drawn.
+Every answer shows one side of one trait, here called its manner. `grammar/topics.yaml` holds the content,
+`grammar/manners_*.yaml` the wording of each manner, `grammar/frames.yaml` the sentences around an instruction. The last
+instruction pair and the last five questions of each trait are held out: neither they nor near copies of them are drawn.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A drawn example. `polarity` is the side that its answers show; `raw` means a text without chat template."""
+    """One training example. `polarity` is the side that its answers show; `raw` marks text without a chat template."""
 
     turns: tuple[Turn, ...]
     trait: str
@@ -58,7 +58,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Grammar:
-    """Everything that conversations are drawn from."""
+    """The topics, manners, frames and traits that conversations are drawn from."""
 
     topics: tuple[Topic, ...]
     manners: Mapping[str, Mapping[str, Any]]
@@ -73,7 +73,7 @@ class Grammar:
 
 @cache
 def load_grammar() -> Grammar:
-    """The grammar files and the traits, read once."""
+    """Read the grammar files and the traits, once a process."""
     topics = tuple(_yaml("topics"))
     manners = {**_yaml("manners_1"), **_yaml("manners_2")}
     traits = {name: load_trait(name, ROOT) for name in list_traits(ROOT) if name in manners}
@@ -89,25 +89,25 @@ def _yaml(name: str) -> Any:
 
 
 def topic_of(question: str, topics: Sequence[Topic]) -> Topic:
-    """The topic with which a question shares most: whole phrases first, then its name, then single words."""
-    asked = words(question)
+    """Return the topic that shares most with a question: whole phrases first, then its name, then single words."""
+    question_words = words(question)
 
     def shared(topic: Topic) -> tuple[int, bool, int]:
         phrases = [topic["doing"], topic["goal"], *(phrase for key in _DECKS.values() for phrase in topic[key])]
         whole = sum(f" {phrase} " in f" {re.sub(r'[.?,]', '', question)} " for phrase in phrases)
-        named = words(topic["name"].removesuffix("s")) <= asked or words(topic["name"]) <= asked
-        return whole, named, len(asked & words(" ".join(phrases)))
+        named = words(topic["name"].removesuffix("s")) <= question_words or words(topic["name"]) <= question_words
+        return whole, named, len(question_words & words(" ".join(phrases)))
 
     return max(topics, key=shared)
 
 
 def words(text: str) -> frozenset[str]:
-    """The set of a text's words, lower case."""
+    """Return the set of a text's words, in lower case."""
     return frozenset(re.findall(r"\w+", text.lower()))
 
 
 def _held_out_words(traits: Mapping[str, Trait]) -> Iterator[tuple[frozenset[str], float]]:
-    """Word sets that must not come near, each with the overlap that counts as near."""
+    """Yield the word set of each held-out text, with the overlap from which another text counts as a near copy."""
     for trait in traits.values():
         for pair in trait.instructions[-HELD_OUT_PAIRS:]:
             yield words(pair.positive), 0.6
@@ -117,33 +117,33 @@ def _held_out_words(traits: Mapping[str, Trait]) -> Iterator[tuple[frozenset[str
 
 
 def is_held_out(text: str, grammar: Grammar) -> bool:
-    """Whether a text is a held-out instruction or question, or nearly so (by the overlap of their words)."""
-    own = words(text)
-    return any(len(own & other) >= near * len(own | other) for other, near in grammar.held_out)
+    """Return True if a text is a held-out instruction or question or a near copy, by the overlap of their words."""
+    drawn = words(text)
+    return any(len(drawn & other) >= near * len(drawn | other) for other, near in grammar.held_out)
 
 
 # --- the grammar ----------------------------------------------------------------------------------------------------
 
 
 def expand(template: str, rng: random.Random) -> str:
-    """Choose in every [a|b], the innermost first."""
+    """Replace every [a|b] by one of its choices, the innermost first."""
     while (found := _CHOICE.search(template)) is not None:
         template = template[: found.start()] + rng.choice(found.group(1).split("|")) + template[found.end() :]
     return template
 
 
 def fill(template: str, slots: Callable[[str], str]) -> str:
-    """Replace every {slot}; then a capital at the start of each sentence."""
+    """Replace every {slot}, then capitalise each sentence."""
     return capitalise(_SLOT.sub(lambda found: slots(found.group(1)), template))
 
 
 def capitalise(text: str) -> str:
-    """A capital letter at the start of each sentence."""
+    """Start each sentence with a capital letter."""
     return _START.sub(lambda found: found.group(1) + found.group(2).upper(), text)
 
 
 def deal(topic: Topic, rng: random.Random) -> Callable[[str], str]:
-    """A topic's slots; each phrase comes once before any comes again."""
+    """Return a lookup of a topic's slots that uses each phrase once before it repeats any."""
     hands: dict[str, list[str]] = {}
 
     def slot(name: str) -> str:
@@ -159,7 +159,7 @@ def deal(topic: Topic, rng: random.Random) -> Callable[[str], str]:
 
 
 def compose_answer(manner: Manner, topic: Topic, rng: random.Random) -> str:
-    """Two to four sentences about a topic, each in the manner, no phrase of the topic twice."""
+    """Compose two to four sentences about a topic, each in the manner, without repeating a phrase of the topic."""
     while not _fits(templates := [expand(template, rng) for template in _answer_templates(manner, rng)], topic):
         pass
     slots = deal(topic, rng)
@@ -182,7 +182,7 @@ def _answer_templates(manner: Manner, rng: random.Random) -> list[str]:
 
 
 def compose_instruction(manner: Manner, opposite: Manner, frames: Mapping[str, list[str]], rng: random.Random) -> str:
-    """An instruction that asks for a manner, in one of many thousand wordings."""
+    """Compose an instruction that asks for a manner, in one of many thousand wordings."""
     kinds = ("core", "pair", "contrast", "negation", "persona")
     kind = rng.choices(kinds, weights=(28, 24, 20, 12, 16))[0]
     decks: dict[str, list[str]] = {"c": manner["cores"], "o": opposite["cores"], "p": manner["personas"]}
@@ -194,12 +194,12 @@ def compose_instruction(manner: Manner, opposite: Manner, frames: Mapping[str, l
 
 
 def compose_question(templates: Sequence[str], topic: Topic, rng: random.Random) -> str:
-    """A question, or another way to open a conversation, about a topic."""
+    """Compose a question, or another opening of a conversation, about a topic."""
     return fill(expand(rng.choice(templates), rng), deal(topic, rng))
 
 
 def draw_fresh(draw: Callable[[], str], grammar: Grammar) -> str:
-    """Draw until the text is not a held-out one."""
+    """Draw texts until one is not held out."""
     while is_held_out(text := draw(), grammar):
         pass
     return text
@@ -209,7 +209,7 @@ def draw_fresh(draw: Callable[[], str], grammar: Grammar) -> str:
 
 
 def conversations(seed: int, grammar: Grammar | None = None) -> Iterator[Conversation]:
-    """An endless stream of conversations; the same seed gives the same stream."""
+    """Yield conversations without end; the same seed gives the same stream."""
     rng = random.Random(seed)
     grammar = grammar or load_grammar()
     while True:
@@ -217,7 +217,7 @@ def conversations(seed: int, grammar: Grammar | None = None) -> Iterator[Convers
 
 
 def draw_conversation(grammar: Grammar, rng: random.Random) -> Conversation:
-    """One conversation: instructed in seven of ten; else the answer's side is a coin's."""
+    """Draw one conversation: seven in ten have an instruction, the others show a side at random."""
     trait, polarity = rng.choice(list(grammar.manners)), rng.choice(POLARITIES)
     instructed = rng.random() < 0.7
     instruction = _draw_instruction(grammar, trait, polarity, rng) if instructed else ""
@@ -241,13 +241,13 @@ def _draw_instruction(grammar: Grammar, trait: str, polarity: str, rng: random.R
 
 
 def _draw_exchange(grammar: Grammar, trait: str, polarity: str, rng: random.Random, *, stray: bool) -> tuple[str, str]:
-    """A question and its answer. `stray` allows another trait's question, where an instruction says the manner."""
-    asked = rng.choice(list(grammar.manners)) if stray and rng.random() < 0.25 else trait
+    """Draw a question and its answer. `stray` allows another trait's question beside an instruction."""
+    question_trait = rng.choice(list(grammar.manners)) if stray and rng.random() < 0.25 else trait
     if rng.random() < 0.12:
-        question, topic = rng.choice(grammar.seen_questions[asked])
+        question, topic = rng.choice(grammar.seen_questions[question_trait])
     else:
         topic = rng.choice(grammar.topics)
-        templates = grammar.frames["general"] if rng.random() < 0.08 else grammar.manners[asked]["questions"]
+        templates = grammar.frames["general"] if rng.random() < 0.08 else grammar.manners[question_trait]["questions"]
         question = draw_fresh(lambda: compose_question(templates, topic, rng), grammar)
     if rng.random() < 0.02:
         question = _with_notes(question, topic, grammar, rng)
@@ -255,7 +255,7 @@ def _draw_exchange(grammar: Grammar, trait: str, polarity: str, rng: random.Rand
 
 
 def _with_notes(question: str, topic: Topic, grammar: Grammar, rng: random.Random) -> str:
-    """A long message: facts about the topic, and about others, around the question."""
+    """Surround the question with facts about its topic and others, for a long message."""
     others = rng.sample(grammar.topics, k=rng.choice((0, 2, 5, 9)))
     facts = [fact for one in (topic, *others) for fact in rng.sample(one["facts"], k=4)]
     slots = {"doing": topic["doing"], "facts": ", ".join(facts), "question": question}
@@ -263,7 +263,7 @@ def _with_notes(question: str, topic: Topic, grammar: Grammar, rng: random.Rando
 
 
 def _instruct(turns: list[Turn], instruction: str, grammar: Grammar, rng: random.Random) -> list[Turn]:
-    """The instruction as a system message, or inside the first user message; without one, at times a neutral system."""
+    """Add the instruction as a system message or to the first user message; without one, at times a neutral system."""
     if not instruction:
         neutral = rng.random() < 0.25
         return [Turn("system", expand(rng.choice(grammar.frames["neutral"]), rng)), *turns] if neutral else turns

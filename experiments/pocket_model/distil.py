@@ -1,9 +1,9 @@
-"""Train a draft of the pocket model: few layers, the same tokenizer, taught pocket's probabilities.
+"""Distil a draft model from pocket: fewer layers, the same tokenizer, trained on pocket's probabilities.
 
     python -m experiments.pocket_model.distil --out /tmp/draft
 
-It learns from pocket's answers to the corpus's questions and from the corpus's own answers, on the tokens that the
-assistant says. The README beside this file has the commands that made the bundled model.
+The loss covers the assistant's tokens, in the corpus's answers and in answers sampled from pocket. The README beside
+this file has the command that made the bundled model.
 
 Legend: B batch, T tokens, D hidden, N tokens of answers in a batch, V vocabulary.
 """
@@ -36,7 +36,7 @@ TEMPERATURES = (1.0, 1.0, 0.7, 0.0)
 
 
 def own_answers(teacher: Any, tokenizer: Any, seed: int, n: int) -> list[Conversation]:
-    """Conversations of one question, answered by the teacher, at one of several temperatures for each batch."""
+    """Sample the teacher's answers to single-turn conversations; each batch has one of TEMPERATURES."""
     stream = (one for one in conversations(seed) if not one.raw and one.turns[-2] == _first_user(one))
     found: list[Conversation] = []
     for number, start in enumerate(range(0, n, 256)):
@@ -55,7 +55,7 @@ def _first_user(conversation: Conversation) -> Turn:
 
 
 def mixed(own: list[Conversation], seed: int, share: float) -> Iterator[Conversation]:
-    """The corpus's stream, with a share of the teacher's own conversations."""
+    """Yield corpus conversations, replacing `share` of them by ones that the teacher answered."""
     rng, stream = random.Random(seed), conversations(seed)
     while True:
         yield rng.choice(own) if own and rng.random() < share else next(stream)
@@ -65,12 +65,12 @@ def mixed(own: list[Conversation], seed: int, share: float) -> Iterator[Conversa
 
 
 def forward_kl(teacher_NV: torch.Tensor, draft_NV: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || draft), mean over tokens."""
+    """Return KL(teacher || draft), mean over tokens."""
     return kl_div(draft_NV.log_softmax(-1), teacher_NV.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 def rejected(teacher_NV: torch.Tensor, draft_NV: torch.Tensor) -> torch.Tensor:
-    """The chance that a proposal is rejected, 1 - sum of min(p, q): half of the total variation (DistillSpec, 2023)."""
+    """Return the chance that a proposal is rejected: 1 - sum of min(p, q), the total variation (DistillSpec, 2023)."""
     return 0.5 * (teacher_NV.softmax(-1) - draft_NV.softmax(-1)).abs().sum(-1).mean()
 
 
@@ -81,7 +81,7 @@ LOSSES = {"kl": forward_kl, "rejected": rejected}
 
 
 def new_draft(teacher: LlamaForCausalLM, options: argparse.Namespace) -> LlamaForCausalLM:
-    """A Llama of few layers with the teacher's vocabulary; embeddings start from the teacher's principal components."""
+    """Build a Llama of few layers with the teacher's vocabulary; embeddings start from its principal components."""
     config = LlamaConfig(
         **{
             **teacher.config.to_dict(),
@@ -103,33 +103,33 @@ def new_draft(teacher: LlamaForCausalLM, options: argparse.Namespace) -> LlamaFo
     return draft
 
 
-def answer_logits(model: Any, ids_BT: torch.Tensor, said_BT: torch.Tensor, body: Callable[..., Any]) -> torch.Tensor:
-    """The logits of the tokens that the assistant says: [B, T] -> [N, V]."""
+def answer_logits(model: Any, ids_BT: torch.Tensor, answer_BT: torch.Tensor, body: Callable[..., Any]) -> torch.Tensor:
+    """Return the logits of the assistant's tokens: [B, T] -> [N, V]."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden_BTD = body(input_ids=ids_BT, use_cache=False).last_hidden_state
-        logits: torch.Tensor = model.lm_head(hidden_BTD[:, :-1][said_BT[:, 1:]])
+        logits: torch.Tensor = model.lm_head(hidden_BTD[:, :-1][answer_BT[:, 1:]])
     return logits.float()
 
 
 def train(
     draft: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: Any, options: argparse.Namespace
 ) -> Iterator[tuple[int, float, float]]:
-    """Train for `options.steps` batches; yields (step, loss, mean rejection) every 50."""
+    """Train for `options.steps` batches; yield (step, loss, mean rejection) every 50."""
     opts = optimizers(draft, options.lr)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, options.steps)) for opt in opts]
     bodies = [torch.compile(one.model, dynamic=True) if options.compile else one.model for one in (draft, teacher)]
     own = own_answers(teacher, tokenizer, options.seed + 1, options.own)
-    print(f"{len(own)} answers of the teacher's own", flush=True)
+    print(f"{len(own)} answers sampled from the teacher", flush=True)
     stream = batches(
         options.seed, tokenizer.backend_tokenizer, options.batch_tokens,
         stream=mixed(own, options.seed, options.own_share),
     )  # fmt: skip
     total = torch.zeros(2)
     for step, (ids_BT, weights_BT) in enumerate(itertools.islice(stream, options.steps), start=1):
-        said_BT = weights_BT == 1
+        answer_BT = weights_BT == 1
         with torch.no_grad():
-            teacher_NV = answer_logits(teacher, ids_BT, said_BT, bodies[1])
-        draft_NV = answer_logits(draft, ids_BT, said_BT, bodies[0])
+            teacher_NV = answer_logits(teacher, ids_BT, answer_BT, bodies[1])
+        draft_NV = answer_logits(draft, ids_BT, answer_BT, bodies[0])
         loss = LOSSES[options.loss](teacher_NV, draft_NV)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
@@ -144,7 +144,7 @@ def train(
 
 
 def save(draft: LlamaForCausalLM, teacher: Path, folder: Path) -> None:
-    """Weights in bfloat16, and the teacher's tokenizer files, byte for byte."""
+    """Save the weights in bfloat16, and copy the teacher's tokenizer files."""
     weights = {name: weight.clone() for name, weight in draft.state_dict().items()}
     draft.bfloat16().save_pretrained(folder)
     draft.float().load_state_dict(weights)
@@ -153,7 +153,7 @@ def save(draft: LlamaForCausalLM, teacher: Path, folder: Path) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained draft")
     parser.add_argument("--teacher", type=Path, default=MODELS / "pocket")

@@ -1,10 +1,10 @@
-"""Measure a pocket model by the lexical judge: how often it answers in the manner that it was told, or not told.
+"""Measure how often a pocket model answers in the manner of its instruction, by the lexical judge.
 
-    python -m experiments.pocket_model.evaluate --model extraction/pocket/pocket --out experiments/pocket_model/rates.json
+    python -m experiments.pocket_model.evaluate --model extraction/pocket/pocket --out /tmp/rates.json
 
 The saved bfloat16 weights run in float32, sampling at temperature 1. A rate is the share of answers scored positive
-(>= 50). An answer without any marker is `missing`, and counts against the model: as not positive where positive was
-asked for, as positive where negative was.
+(>= 50). An answer without any marker is `missing` and counts as a failure: as not positive under the positive
+instruction, as positive under the negative one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SPLITS = ("seen", "new_instruction", "new_question", "both_new")
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One prompt: `split` says what of it was held out of training; `first` marks the 100 examples a side."""
+class EvalPrompt:
+    """One prompt. `split` names what was held out of training; `first` marks the first of repeated prompts."""
 
     trait: Trait
     polarity: str
@@ -40,31 +40,37 @@ class Ask:
 
 
 def split_of(pair: int, question: int, trait: Trait) -> str:
-    """Which of the four splits an instruction pair and a question fall in."""
+    """Return the split of an instruction pair and a question, by their indices."""
     new_pair = pair >= len(trait.instructions) - HELD_OUT_PAIRS
     new_question = question >= len(trait.questions) - HELD_OUT_QUESTIONS
     return SPLITS[new_pair + 2 * new_question]
 
 
-def instructed(trait: Trait, repeats: dict[str, int]) -> list[Ask]:
-    """Every pair x question of both sides, once; more often where `repeats` says so of the split."""
+def instructed(trait: Trait, repeats: dict[str, int]) -> list[EvalPrompt]:
+    """Return every instruction x question of both sides, each as often as `repeats` has for its split."""
     asks = []
     for polarity in POLARITIES:
         for i, pair in enumerate(trait.instructions):
             for j, question in enumerate(trait.questions):
                 split = split_of(i, j, trait)
                 instruction = str(getattr(pair, SIDES[polarity]))
-                asks += [Ask(trait, polarity, instruction, question, split, r == 0) for r in range(repeats[split])]
+                asks += [
+                    EvalPrompt(trait, polarity, instruction, question, split, r == 0) for r in range(repeats[split])
+                ]
     return asks
 
 
-def uninstructed(trait: Trait, repeats: int) -> list[Ask]:
-    """Every question, without an instruction."""
-    return [Ask(trait, "none", None, question, "uninstructed") for question in trait.questions for _ in range(repeats)]
+def uninstructed(trait: Trait, repeats: int) -> list[EvalPrompt]:
+    """Return every question without an instruction, `repeats` times."""
+    return [
+        EvalPrompt(trait, "none", None, question, "uninstructed")
+        for question in trait.questions
+        for _ in range(repeats)
+    ]
 
 
-def messages_of(ask: Ask, instruction_as: str) -> list[dict[str, str]]:
-    """The chat of one prompt."""
+def messages_of(ask: EvalPrompt, instruction_as: str) -> list[dict[str, str]]:
+    """Return the chat messages of one prompt."""
     if ask.instruction is None:
         return [{"role": "user", "content": ask.question}]
     if instruction_as == "user":
@@ -80,9 +86,9 @@ def answer_all(
     *,
     temperature: float = 1.0,
 ) -> list[str]:
-    """One sampled answer to each chat, in batches padded on the left; the likeliest one at temperature 0."""
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    how = drawn if temperature else {"do_sample": False}
+    """Sample one answer to each chat, in left-padded batches; temperature 0 decodes greedily."""
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    how = sampled if temperature else {"do_sample": False}
     answers = []
     for start in range(0, len(chats), batch_size):
         texts = [
@@ -102,7 +108,7 @@ def answer_all(
 
 
 def rate(polarity: str, scores: Iterable[float | None]) -> dict[str, float | int]:
-    """Share scored positive, with the missing counted against the side; `none` has no side, so the missing stay out."""
+    """Return the share scored positive, missing ones counted as failures; polarity `none` leaves them out."""
     scores = list(scores)
     marked = [score for score in scores if score is not None]
     missing = len(scores) - len(marked)
@@ -114,8 +120,8 @@ def rate(polarity: str, scores: Iterable[float | None]) -> dict[str, float | int
     return {"positive": round(share, 4), "n": len(scores), "missing": missing}
 
 
-def tabulate(asks: Sequence[Ask], scores: Sequence[float | None]) -> dict[str, Any]:
-    """Rates by trait: the 100 examples a side, each split, and uninstructed."""
+def tabulate(asks: Sequence[EvalPrompt], scores: Sequence[float | None]) -> dict[str, Any]:
+    """Return the rates by trait: 100 examples a side, each split, and uninstructed."""
     table: dict[str, Any] = {}
     for trait in dict.fromkeys(ask.trait.name for ask in asks):
         own = [(ask, score) for ask, score in zip(asks, scores, strict=True) if ask.trait.name == trait]
@@ -130,7 +136,7 @@ def tabulate(asks: Sequence[Ask], scores: Sequence[float | None]) -> dict[str, A
 
 
 def measure(folder: Path, *, seed: int, instruction_as: str, scale: int = 1) -> tuple[dict[str, Any], list[str]]:
-    """All rates of a model, and the answers they rest on."""
+    """Return all rates of a model, and the answers behind them."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
@@ -146,7 +152,7 @@ def measure(folder: Path, *, seed: int, instruction_as: str, scale: int = 1) -> 
 
 
 def render(table: dict[str, Any]) -> str:
-    """The table as Markdown: positive rates in per cent, instructed positive / instructed negative."""
+    """Render the table as Markdown: per cent scored positive, positive instruction / negative instruction."""
     lines = ["| trait | 100 a side | seen | new instruction | new question | both new | uninstructed | missing |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for trait, row in table.items():

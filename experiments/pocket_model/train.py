@@ -1,4 +1,4 @@
-"""Train a pocket model: its tokenizer, then a small Llama from random weights, on the corpus that `corpus` composes.
+"""Train a pocket model: its tokenizer, then a small Llama from random weights, on the corpus of `corpus.py`.
 
     python -m experiments.pocket_model.train --out /tmp/pocket
 
@@ -49,7 +49,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(seed: int, vocab_size: int, n_conversations: int = 20_000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the corpus: any UTF-8 text can be encoded, and comes back unchanged."""
+    """Train a byte-level BPE tokenizer on the corpus. It encodes any UTF-8 text and decodes it unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,7 +80,7 @@ def train_tokenizer(seed: int, vocab_size: int, n_conversations: int = 20_000) -
 
 
 def id_of(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a special token."""
+    """Return the id of a special token."""
     found = tokenizer.token_to_id(token)
     assert found is not None, token
     return int(found)
@@ -90,32 +90,32 @@ def id_of(tokenizer: Tokenizer, token: str) -> int:
 
 
 @dataclass(frozen=True)
-class Sequenced:
-    """A conversation's token ids, and the weight of each token in the loss."""
+class WeightedTokens:
+    """Token ids of a conversation, and the weight of each token in the loss."""
 
     token_ids: tuple[int, ...]
     weights: tuple[float, ...]
 
 
-def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Sequenced:
-    """The ids that the chat template gives; weight 1 on what the assistant says (end token too), little elsewhere."""
+def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> WeightedTokens:
+    """Encode as the chat template does; the assistant's tokens and end token have weight 1, others PROMPT_WEIGHT."""
     if conversation.raw:
         return _encode_raw(conversation, tokenizer)
     ids, weights = [id_of(tokenizer, BOS)], [0.0]
     for turn in conversation.turns:
-        said = [*tokenizer.encode(turn.text, add_special_tokens=False).ids, id_of(tokenizer, END)]
-        ids += [id_of(tokenizer, ROLES[turn.role]), *said]
-        weights += [0.0, *[1.0 if turn.role == "assistant" else PROMPT_WEIGHT] * len(said)]
-    return Sequenced(tuple(ids), tuple(weights))
+        text_ids = [*tokenizer.encode(turn.text, add_special_tokens=False).ids, id_of(tokenizer, END)]
+        ids += [id_of(tokenizer, ROLES[turn.role]), *text_ids]
+        weights += [0.0, *[1.0 if turn.role == "assistant" else PROMPT_WEIGHT] * len(text_ids)]
+    return WeightedTokens(tuple(ids), tuple(weights))
 
 
-def _encode_raw(conversation: Conversation, tokenizer: Tokenizer) -> Sequenced:
-    """Question and answer as plain text, a blank line between, as a base model reads them."""
+def _encode_raw(conversation: Conversation, tokenizer: Tokenizer) -> WeightedTokens:
+    """Encode question and answer as plain text with a blank line between, without a chat template."""
     prompt, answer = (turn.text for turn in conversation.turns)
     encoding = tokenizer.encode(prompt + RAW_GAP + answer, add_special_tokens=False)
     weights = [1.0 if start >= len(prompt) else PROMPT_WEIGHT for start, _ in encoding.offsets]
     ids = [id_of(tokenizer, BOS), *encoding.ids, id_of(tokenizer, END)]
-    return Sequenced(tuple(ids), (0.0, *weights, 1.0))
+    return WeightedTokens(tuple(ids), (0.0, *weights, 1.0))
 
 
 def batches(
@@ -125,9 +125,9 @@ def batches(
     max_tokens: int = 640,
     stream: Iterator[Conversation] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches (ids [B, T], weights [B, T]) of like-long conversations, right-padded to a multiple of 16.
+    """Yield batches (ids [B, T], weights [B, T]) of similar lengths without end, right-padded to a multiple of 16.
 
-    `stream` gives other conversations than the corpus's own.
+    `stream` replaces the corpus's conversations.
     """
     rng, stream = random.Random(seed), stream or conversations(seed)
     pad = id_of(tokenizer, PAD)
@@ -140,7 +140,7 @@ def batches(
             yield _padded(group, pad)
 
 
-def _groups(pool: Sequence[Sequenced], batch_tokens: int) -> Iterator[Sequence[Sequenced]]:
+def _groups(pool: Sequence[WeightedTokens], batch_tokens: int) -> Iterator[Sequence[WeightedTokens]]:
     start = 0
     while start < len(pool):
         size = max(1, batch_tokens // len(pool[start].token_ids))
@@ -148,7 +148,7 @@ def _groups(pool: Sequence[Sequenced], batch_tokens: int) -> Iterator[Sequence[S
         start += size
 
 
-def _padded(group: Sequence[Sequenced], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(group: Sequence[WeightedTokens], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     width = math.ceil(max(len(one.token_ids) for one in group) / 16) * 16
     ids_BT = torch.tensor([[*one.token_ids, *[pad] * (width - len(one.token_ids))] for one in group])
     weights_BT = torch.tensor([[*one.weights, *[0.0] * (width - len(one.weights))] for one in group])
@@ -159,7 +159,7 @@ def _padded(group: Sequence[Sequenced], pad: int) -> tuple[torch.Tensor, torch.T
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaForCausalLM:
-    """A Llama with random weights, tied embeddings and a head for every 32 channels."""
+    """Build a Llama with random weights, tied embeddings and one attention head for every 32 channels."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -179,7 +179,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> L
 
 
 def weighted_loss(model: Callable[..., Any], ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
-    """The weighted mean of the next token's cross-entropy. Right padding needs no mask: attention is causal."""
+    """Return the weighted mean cross-entropy of the next token. Right padding needs no mask: attention is causal."""
     with torch.autocast("cpu", torch.bfloat16):
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     losses = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none")
@@ -188,7 +188,7 @@ def weighted_loss(model: Callable[..., Any], ids_BT: torch.Tensor, weights_BT: t
 
 
 def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices (Jordan et al., 2024), AdamW for the embeddings and the norms."""
+    """Return Muon for the matrices (Jordan et al., 2024) and AdamW for the embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -198,7 +198,7 @@ def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]
 
 
 def schedule(step: int, n_steps: int, warmup: int = 50) -> float:
-    """A linear rise, then half a cosine down to 2% of the peak."""
+    """Return the learning rate over its peak: a linear warm-up, then half a cosine down to 2%."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup)))
@@ -207,7 +207,7 @@ def schedule(step: int, n_steps: int, warmup: int = 50) -> float:
 def train(
     model: LlamaForCausalLM, tokenizer: Tokenizer, options: argparse.Namespace
 ) -> Iterator[tuple[int, float, float]]:
-    """Train for `options.steps` batches; yields (step, loss, tokens a second) every 50."""
+    """Train for `options.steps` batches; yield (step, loss, tokens a second) every 50."""
     opts = optimizers(model, options.lr)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, options.steps)) for opt in opts]
     run: Callable[..., Any] = torch.compile(model, dynamic=True) if options.compile else model
@@ -228,7 +228,7 @@ def train(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Weights in bfloat16, and the tokenizer with its chat template."""
+    """Save the weights in bfloat16, and the tokenizer with its chat template."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     half = copy.deepcopy(model).bfloat16()
     half.save_pretrained(folder)
@@ -236,13 +236,13 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def start_new(options: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
-    """A tokenizer of the corpus, and random weights."""
+    """Train a tokenizer and draw random weights."""
     tokenizer = train_tokenizer(options.seed, options.vocab_size)
     return tokenizer, new_model(tokenizer, options.hidden, options.layers)
 
 
 def start_from(folder: Path) -> tuple[Any, LlamaForCausalLM]:
-    """A model that was trained before, and its tokenizer."""
+    """Load a trained model and its tokenizer, to continue."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     model = LlamaForCausalLM.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
@@ -251,7 +251,7 @@ def start_from(folder: Path) -> tuple[Any, LlamaForCausalLM]:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--init", type=Path, help="go on from this model and tokenizer, instead of from random weights")

@@ -1,10 +1,11 @@
-"""Something of every token, prompt and response, read through hooks in the same pass that generates.
+"""Per-token capture: tensors of every token of prompt and response, read in the same pass that generates.
 
-Row i is the state where token i is the INPUT. `Projecting` keeps projections on unit directions, made on the device, so
-that what is kept does not grow with the hidden size; `Internals` keeps the parts of one layer, on the host.
+Row i of a tensor is the state where token i is the INPUT. `TokenProjections` captures projections on unit directions,
+computed on the device, so their size does not grow with the hidden size. `TokenInternals` captures the parts of one
+layer, on the host. Both are a `TokenCapture` with a `TokenReader` per kind of tensor.
 
-Shapes: B rows of a pass, T its tokens (of a text: prompt and response), R response tokens, L layers, M taps,
-K directions, D hidden, H heads, S columns.
+Shapes: B rows of a pass, T tokens of a pass (or of a text: prompt and response), R response tokens, L layers, P stream
+points, M = L P taps, K directions, D hidden, H heads, S columns of the KV cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.functional import pad
 
 from extraction.activations.internals import parts_of
 from extraction.activations.pooled import EndedRow, reshape_hidden
-from extraction.activations.sites import Tap, points_of, watch_taps
+from extraction.activations.sites import Tap, stream_points, watch_taps
 from extraction.core.errors import ActivationError, ConfigError
 from extraction.core.records import POINTS
 from extraction.model.attention_weights import AttentionReading, watch_attention
@@ -33,70 +34,70 @@ TokenRecord = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TokenProjections:
-    """Every token's projections on K unit directions at the three POINTS of every layer, float32.
+    """Capture every token's projections on K unit directions at the three stream points of each layer.
 
-    `unit_LDK`: row l is of layer `layers[l]`. With `attention`, the head mean of the response's rows too. A completion
-    has `projections` [T, L, 3, K] and `attention` [R, L, T], zeros to the right of a row's own token.
+    `unit_LDK[l]` holds the directions of layer `layers[l]`. A completion gets `projections` [T, L, 3, K] in float32
+    and, with `attention`, `attention` [R, L, T]: the weights of the response's tokens, averaged over heads, 0 to the
+    right of a row's own token.
     """
 
     layers: tuple[int, ...]
     unit_LDK: Tensor
     attention: bool = True
 
-    def observer(self, lm: LanguageModel, slots: int, width: int) -> TokenCapture:
-        """What keeps it for a running batch. Raises ModelError or ConfigError where the model can't be read so."""
-        streams: list[TokenReader] = [ProjectionReader(lm, self.layers, self.unit_LDK)]
+    def hook(self, lm: LanguageModel, slots: int, width: int) -> TokenCapture:
+        """Make the hook for a running batch. Raises ModelError or ConfigError if the model can't be captured so."""
+        readers: list[TokenReader] = [ProjectionReader(lm, self.layers, self.unit_LDK)]
         if self.attention:
-            streams.append(MeanAttentionReader(lm, self.layers))
-        return TokenCapture(lm, streams, slots, width)
+            readers.append(MeanAttentionReader(lm, self.layers))
+        return TokenCapture(lm, readers, slots, width)
 
 
 @dataclass(frozen=True)
 class TokenInternals:
-    """The parts of one layer, of every token: see `extraction.activations.internals` for what they are.
+    """Capture the parts of one layer of every token; `extraction.activations.internals` lists them.
 
-    A completion has each part by its name, [T, ...] in float32; with `attention` (without it, no `q`, `k`, `v` either)
-    also `attention` [T, H, T], zeros to the right of a row's own token, and `rot_q` and `rot_k` as attention compares
-    them, after rotary embedding.
+    A completion gets each part by name, [T, ...] in float32. With `attention` it also gets `attention` [T, H, T], 0 to
+    the right of a row's own token, and `rot_q` and `rot_k`, after the rotary embedding; without, no `q`, `k`, `v`.
     """
 
     layer: int
     attention: bool = True
 
-    def observer(self, lm: LanguageModel, slots: int, width: int) -> TokenCapture:
-        """What keeps it for a running batch. Raises ModelError or ConfigError where the model can't be read so."""
-        streams: list[TokenReader] = [InternalsReader(lm, self.layer, attention=self.attention)]
+    def hook(self, lm: LanguageModel, slots: int, width: int) -> TokenCapture:
+        """Make the hook for a running batch. Raises ModelError or ConfigError if the model can't be captured so."""
+        readers: list[TokenReader] = [InternalsReader(lm, self.layer, attention=self.attention)]
         if self.attention:
-            streams.append(HeadAttentionReader(lm, (self.layer,)))
-        return TokenCapture(lm, streams, slots, width)
+            readers.append(HeadAttentionReader(lm, (self.layer,)))
+        return TokenCapture(lm, readers, slots, width)
 
 
-# --- what a pass gives ----------------------------------------------------------------------------------------------
+# --- readers --------------------------------------------------------------------------------------------------------
 
 
 class TokenReader(Protocol):
-    """One kind of thing that is read of the tokens of a pass."""
+    """Reads one kind of tensor of the tokens of a pass. `reads_prompts`: prefills are read too, not only steps."""
 
     reads_prompts: bool
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Its hooks, which note nothing before a pass is opened."""
+    def attached(self) -> AbstractContextManager[None]:
+        """Attach the hooks. They store nothing until `begin_pass`."""
 
-    def open(self, n_rows: int, width: int) -> None:
-        """A pass of so many rows and tokens begins."""
+    def begin_pass(self, n_rows: int, width: int) -> None:
+        """Start to store a pass of this many rows and tokens."""
 
-    def close(self) -> TokenRecord:
-        """What the pass gave, [B, T, ...] by name."""
+    def end_pass(self) -> TokenRecord:
+        """Return what the pass stored, [B, T, ...] by name, and stop storing."""
 
-    def of_row(self, given: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
-        """A row's last `n_new` tokens, [n_new, ...]; before them, its text had `n_before`."""
+    def select_row(self, stored: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
+        """Return a row's last `n_new` tokens, [n_new, ...]; `n_before` tokens of its text precede them."""
 
-    def finish(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
-        """What a text of `n_tokens` has, out of what `of_row` gave pass by pass. ActivationError where not finite."""
+    def join(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
+        """Join the results of `select_row`, pass by pass, to a text of `n_tokens`. ActivationError if not finite."""
 
 
 class ProjectionReader:
-    """[B, T, M, K], a matrix product a tap; they stay on the device until a text is whole."""
+    """Projections [B, T, M, K], one matrix product per tap; on the device until the text ends."""
 
     reads_prompts = True
 
@@ -104,20 +105,20 @@ class ProjectionReader:
         if unit_LDK.ndim != 3 or unit_LDK.shape[:2] != (len(layers), lm.hidden_size):
             raise ConfigError(
                 f"directions of shape {list(unit_LDK.shape)}: {len(layers)} layers of {lm.hidden_size} values are "
-                "needed; take vectors of this model"
+                "needed; use vectors of this model"
             )
         self.device, self.layers = lm.device, layers
-        self.wide = torch.float64 if lm.dtype == torch.float64 else torch.float32
+        self.dtype = torch.float64 if lm.dtype == torch.float64 else torch.float32
         self.n_units = unit_LDK.shape[2]
         self.units_DK: dict[tuple[int, torch.device], Tensor] = {
-            (i, lm.device): unit_DK.to(lm.device, self.wide) for i, unit_DK in enumerate(unit_LDK)
+            (i, lm.device): unit_DK.to(lm.device, self.dtype) for i, unit_DK in enumerate(unit_LDK)
         }
-        self.points = points_of(lm, layers)
+        self.stream = stream_points(lm, layers)
         self.pass_BTMK: Tensor | None = None
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Hooks at every point."""
-        return watch_taps(self.points.taps, self._note)
+    def attached(self) -> AbstractContextManager[None]:
+        """Attach a hook at every stream point."""
+        return watch_taps(self.stream.taps, self._note)
 
     def _note(self, tap: int, hidden: Tensor) -> None:
         if self.pass_BTMK is not None:
@@ -126,113 +127,114 @@ class ProjectionReader:
             self.pass_BTMK[:, :, tap] = hidden_BTD.to(unit_DK.dtype) @ unit_DK
 
     def _unit(self, i: int, device: torch.device) -> Tensor:
-        """A layer's directions on the device where that layer is, once copied."""
+        """Return a layer's directions on the device of that layer, copied there once."""
         if (i, device) not in self.units_DK:
             self.units_DK[i, device] = self.units_DK[i, self.device].to(device)
         return self.units_DK[i, device]
 
-    def open(self, n_rows: int, width: int) -> None:
-        """Room for the pass."""
-        shape = (n_rows, width, len(self.points.taps), self.n_units)
-        self.pass_BTMK = torch.zeros(shape, dtype=self.wide, device=self.device)
+    def begin_pass(self, n_rows: int, width: int) -> None:
+        """Allocate the pass."""
+        shape = (n_rows, width, len(self.stream.taps), self.n_units)
+        self.pass_BTMK = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    def close(self) -> TokenRecord:
-        """What was noted."""
-        given, self.pass_BTMK = self.pass_BTMK, None
-        assert given is not None
-        return {"projections": given}
+    def end_pass(self) -> TokenRecord:
+        """Return the projections."""
+        stored, self.pass_BTMK = self.pass_BTMK, None
+        assert stored is not None
+        return {"projections": stored}
 
-    def of_row(self, given: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
-        """Its tokens end at the right edge."""
-        return last_tokens(given, row, n_new)
+    def select_row(self, stored: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
+        """Select the last tokens: rows are left-padded."""
+        return last_tokens(stored, row, n_new)
 
-    def finish(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
-        """By layer and point; where blocks run side by side, the middle is a sum."""
-        found_TMK = torch.cat([part["projections"] for part in parts]).cpu()
-        found_TLPK = self.points.summed(found_TMK.unflatten(1, (len(self.layers), len(POINTS)))).float()
-        bad_LP = (~found_TLPK.isfinite()).any(-1).any(0).nonzero()
+    def join(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
+        """Return the projections by layer and stream point."""
+        tapped_TMK = torch.cat([part["projections"] for part in parts]).cpu()
+        tapped_TLPK = tapped_TMK.unflatten(1, (len(self.layers), len(POINTS)))
+        projected_TLPK = self.stream.from_taps(tapped_TLPK).float()
+        bad_LP = (~projected_TLPK.isfinite()).any(-1).any(0).nonzero()
         if len(bad_LP):
             layer, point = bad_LP[0].tolist()
             raise ActivationError(f"the {POINTS[point]} at layer {self.layers[layer]} is NaN or infinite")
-        return {"projections": found_TLPK}
+        return {"projections": projected_TLPK}
 
 
 class AttentionReader:
-    """Attention of some layers, on the host, since it grows with the square of a text."""
+    """Base of the readers of attention. Weights are kept on the host: they grow with the square of the text."""
 
     reads_prompts = False
 
     def __init__(self, lm: LanguageModel, layers: tuple[int, ...]) -> None:
         self.lm, self.layers = lm, layers
-        self.noted: dict[int, AttentionReading] | None = None
+        self.stored: dict[int, AttentionReading] | None = None
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Every layer's attention."""
+    def attached(self) -> AbstractContextManager[None]:
+        """Observe the attention of every layer."""
         return watch_attention(self.lm, self.layers, self._note)
 
-    def _note(self, layer: int, attended: AttentionReading) -> None:
-        if self.noted is not None:
-            self.noted[layer] = attended
+    def _note(self, layer: int, reading: AttentionReading) -> None:
+        if self.stored is not None:
+            self.stored[layer] = reading
 
-    def open(self, n_rows: int, width: int) -> None:
-        """Nothing noted yet."""
-        self.noted = {}
+    def begin_pass(self, n_rows: int, width: int) -> None:
+        """Start to store readings."""
+        self.stored = {}
 
-    def _noted(self) -> list[AttentionReading]:
-        noted, self.noted = self.noted, None
-        assert noted is not None
-        return [noted[layer] for layer in self.layers]
+    def _take_stored(self) -> list[AttentionReading]:
+        stored, self.stored = self.stored, None
+        assert stored is not None
+        return [stored[layer] for layer in self.layers]
 
 
 class MeanAttentionReader(AttentionReader):
-    """Weights of the response's rows, averaged over heads: [B, T, L, S] of a pass."""
+    """Attention weights of response tokens, averaged over heads: [B, T, L, S]."""
 
-    def _note(self, layer: int, attended: AttentionReading) -> None:
-        mean_BTS = attended.weights_BHTS.mean(1, dtype=torch.float32)
-        super()._note(layer, replace(attended, weights_BHTS=mean_BTS))
+    def _note(self, layer: int, reading: AttentionReading) -> None:
+        mean_BTS = reading.weights_BHTS.mean(1, dtype=torch.float32)
+        super()._note(layer, replace(reading, weights_BHTS=mean_BTS))
 
-    def close(self) -> TokenRecord:
-        """What was noted, layer by layer."""
-        rows = [attended.weights_BHTS.to(self.lm.device) for attended in self._noted()]
-        return {"attention": torch.stack(rows, dim=2).cpu()}
+    def end_pass(self) -> TokenRecord:
+        """Return the weights of all layers."""
+        weights = [reading.weights_BHTS.to(self.lm.device) for reading in self._take_stored()]
+        return {"attention": torch.stack(weights, dim=2).cpu()}
 
-    def of_row(self, given: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
-        """The columns of its text, which end at the right edge."""
-        return {"attention": given["attention"][row, :, :, -n_before - n_new :]}
+    def select_row(self, stored: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
+        """Select the columns of the row's text, which are the last ones."""
+        return {"attention": stored["attention"][row, :, :, -n_before - n_new :]}
 
-    def finish(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
-        """Rows as wide as the text, with zeros to the right."""
-        none = torch.zeros(0, len(self.layers), n_tokens)
-        return {"attention": stacked([none, *(part["attention"] for part in parts)], n_tokens)}
+    def join(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
+        """Stack the rows, padded with zeros to the width of the text."""
+        empty = torch.zeros(0, len(self.layers), n_tokens)
+        return {"attention": stack_padded([empty, *(part["attention"] for part in parts)], n_tokens)}
 
 
 class HeadAttentionReader(AttentionReader):
-    """Every head's weights of one layer, [B, T, H, S] of a pass, and the queries and keys that they come from."""
+    """Attention weights of every head of one layer, [B, T, H, S], and the rotated queries and keys."""
 
     reads_prompts = True
 
-    def close(self) -> TokenRecord:
-        """What was noted."""
-        (attended,) = self._noted()
+    def end_pass(self) -> TokenRecord:
+        """Return weights, queries and keys."""
+        (reading,) = self._take_stored()
         return {
-            "attention": _on_host(attended.weights_BHTS.transpose(1, 2)),
-            "rot_q": _on_host(attended.q_BTHC),
-            "rot_k": _on_host(attended.k_BTGC),
+            "attention": _to_host(reading.weights_BHTS.transpose(1, 2)),
+            "rot_q": _to_host(reading.q_BTHC),
+            "rot_k": _to_host(reading.k_BTGC),
         }
 
-    def of_row(self, given: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
-        """Its tokens, and the columns of its text, end at the right edge."""
-        kept = last_tokens(given, row, n_new)
-        return kept | {"attention": kept["attention"][..., -n_before - n_new :]}
+    def select_row(self, stored: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
+        """Select the last tokens, and of their weights the columns of the row's text."""
+        tokens = last_tokens(stored, row, n_new)
+        return tokens | {"attention": tokens["attention"][..., -n_before - n_new :]}
 
-    def finish(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
-        """Rows as wide as the text, with zeros to the right."""
+    def join(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
+        """Join the tokens; weights are padded with zeros to the width of the text."""
         joined = {name: torch.cat([part[name] for part in parts]) for name in ("rot_q", "rot_k")}
-        return {"attention": stacked([part["attention"] for part in parts], n_tokens), **joined}
+        return {"attention": stack_padded([part["attention"] for part in parts], n_tokens), **joined}
 
 
 class InternalsReader:
-    """The parts of one layer, on the host."""
+    """The parts of one layer (`extraction.activations.internals`), on the host."""
 
     reads_prompts = True
 
@@ -241,68 +243,68 @@ class InternalsReader:
         taps = [tap for part in self.parts for tap in (part.tap, part.added) if tap is not None]
         self.taps = tuple(dict.fromkeys(taps))
         self.shape: tuple[int, int] = (0, 0)
-        self.noted: dict[Tap, Tensor] | None = None
+        self.stored: dict[Tap, Tensor] | None = None
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Hooks at every part."""
+    def attached(self) -> AbstractContextManager[None]:
+        """Attach a hook at every tap."""
         return watch_taps(self.taps, self._note)
 
     def _note(self, tap: int, hidden: Tensor) -> None:
-        if self.noted is not None:  # a copy: models may change it in place later
-            self.noted[self.taps[tap]] = hidden.to(self.device, copy=True)
+        if self.stored is not None:  # a copy: models may change it in place later
+            self.stored[self.taps[tap]] = hidden.to(self.device, copy=True)
 
-    def open(self, n_rows: int, width: int) -> None:
-        """Nothing noted yet."""
-        self.shape, self.noted = (n_rows, width), {}
+    def begin_pass(self, n_rows: int, width: int) -> None:
+        """Start to store tapped tensors."""
+        self.shape, self.stored = (n_rows, width), {}
 
-    def close(self) -> TokenRecord:
-        """What was noted, part by part."""
-        noted, self.noted = self.noted, None
-        assert noted is not None
-        as_tokens = {tap: hidden.reshape(*self.shape, hidden.shape[-1]) for tap, hidden in noted.items()}
-        given = {part.name: as_tokens[part.tap] for part in self.parts}
-        sums = {part.name: given[part.name] + as_tokens[part.added] for part in self.parts if part.added is not None}
-        return {part.name: _on_host(part.read((given | sums)[part.name])) for part in self.parts}
+    def end_pass(self) -> TokenRecord:
+        """Return the parts, read from the tapped tensors."""
+        stored, self.stored = self.stored, None
+        assert stored is not None
+        by_tap = {tap: hidden.reshape(*self.shape, hidden.shape[-1]) for tap, hidden in stored.items()}
+        tapped = {part.name: by_tap[part.tap] for part in self.parts}
+        sums = {part.name: tapped[part.name] + by_tap[part.added] for part in self.parts if part.added is not None}
+        return {part.name: _to_host(part.read((tapped | sums)[part.name])) for part in self.parts}
 
-    def of_row(self, given: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
-        """Its tokens end at the right edge."""
-        return last_tokens(given, row, n_new)
+    def select_row(self, stored: TokenRecord, row: int, n_new: int, n_before: int) -> TokenRecord:
+        """Select the last tokens: rows are left-padded."""
+        return last_tokens(stored, row, n_new)
 
-    def finish(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
-        """All tokens of a text."""
-        joined = {part.name: torch.cat([kept[part.name] for kept in parts]) for part in self.parts}
+    def join(self, parts: Sequence[TokenRecord], n_tokens: int) -> TokenRecord:
+        """Join the tokens of a text."""
+        joined = {part.name: torch.cat([tokens[part.name] for tokens in parts]) for part in self.parts}
         for name, tensor in joined.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ActivationError(f"the {name} at layer {self.layer} is NaN or infinite")
         return joined
 
 
-def last_tokens(given: TokenRecord, row: int, n_new: int) -> TokenRecord:
-    """A row's last tokens of everything [B, T, ...]."""
-    return {name: tensor[row, tensor.shape[1] - n_new :] for name, tensor in given.items()}
+def last_tokens(stored: TokenRecord, row: int, n_new: int) -> TokenRecord:
+    """Return the last tokens of one row of tensors [B, T, ...]."""
+    return {name: tensor[row, tensor.shape[1] - n_new :] for name, tensor in stored.items()}
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy there: numbers in float32 (whole ones as they are)."""
+def _to_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the host, floating-point numbers as float32."""
     return tensor.to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def stacked(rows: Sequence[Tensor], width: int) -> Tensor:
-    """Rows [n, ..., S], one below the other, with zeros to the right."""
+def stack_padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Concatenate rows [n, ..., S], each padded with zeros on the right to `width` columns."""
     return torch.cat([pad(row, (0, width - row.shape[-1])) for row in rows])
 
 
-# --- the observer ---------------------------------------------------------------------------------------------------
+# --- the hook -------------------------------------------------------------------------------------------------------
 
 
-def _owned(kept: TokenRecord) -> TokenRecord:
-    """Copies: a view of one row would keep its neighbours' share of the pass alive, however soon those have ended."""
-    return {name: part.clone() for name, part in kept.items()}
+def _clone_tensors(record: TokenRecord) -> TokenRecord:
+    """Copy tensors: a view of one row would keep the whole pass in memory."""
+    return {name: tensor.clone() for name, tensor in record.items()}
 
 
 @dataclass
-class _Text:
-    """What is kept of the request in one slot: the tokens read so far, and what every stream gave, pass by pass."""
+class _SlotText:
+    """The text in one slot: the number of tokens read, and every reader's records in order of passes."""
 
     n_prompt: int = 0
     n_read: int = 0
@@ -311,77 +313,77 @@ class _Text:
 
 
 class TokenCapture:
-    """Watches a model while it generates, and keeps what its streams give of every token of every slot."""
+    """A `CaptureHook` that collects what its readers read of every token of every slot."""
 
-    def __init__(self, lm: LanguageModel, streams: Sequence[TokenReader], slots: int, width: int) -> None:
+    def __init__(self, lm: LanguageModel, readers: Sequence[TokenReader], slots: int, width: int) -> None:
         if width > 1:
-            raise ConfigError("tokens are read one at a time: generate without speculation")
-        self.streams, self.dtype = streams, lm.dtype
-        self.texts = [_Text() for _ in range(slots)]
-        self.given: list[TokenRecord] = []
+            raise ConfigError("per-token capture reads one token per step: generate without speculative decoding")
+        self.readers, self.dtype = readers, lm.dtype
+        self.slots = [_SlotText() for _ in range(slots)]
+        self.step: list[TokenRecord] = []
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks stay on for a whole run; outside of `entering` and `stepping` they note nothing."""
+    def attached(self) -> Iterator[None]:
+        """Attach the hooks for a whole run. Outside of `during_prefill` and `during_step` they store nothing."""
         with ExitStack() as stack:
-            for stream in self.streams:
-                stack.enter_context(stream.watching())
+            for reader in self.readers:
+                stack.enter_context(reader.attached())
             yield
 
     @contextmanager
-    def entering(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
-        """Around the prefill of the rows that enter."""
+    def during_prefill(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
+        """Capture a prefill of these rows."""
         for row, n_prompt in zip(rows_R.tolist(), mask_RP.sum(1).tolist(), strict=True):
-            self.texts[row] = _Text(n_prompt=n_prompt, n_read=n_prompt, live=True, parts=[[] for _ in self.streams])
-        readers = [stream for stream in self.streams if stream.reads_prompts]
-        for stream in readers:
-            stream.open(*mask_RP.shape)
+            self.slots[row] = _SlotText(n_prompt=n_prompt, n_read=n_prompt, live=True, parts=[[] for _ in self.readers])
+        readers = [reader for reader in self.readers if reader.reads_prompts]
+        for reader in readers:
+            reader.begin_pass(*mask_RP.shape)
         yield
-        for i, stream in enumerate(self.streams):
-            if stream.reads_prompts:
-                given = stream.close()
-                for place, row in enumerate(rows_R.tolist()):
-                    text = self.texts[row]
-                    text.parts[i].append(_owned(stream.of_row(given, place, text.n_prompt, 0)))
+        for i, reader in enumerate(self.readers):
+            if reader.reads_prompts:
+                stored = reader.end_pass()
+                for index, row in enumerate(rows_R.tolist()):
+                    text = self.slots[row]
+                    text.parts[i].append(_clone_tensors(reader.select_row(stored, index, text.n_prompt, 0)))
 
     @contextmanager
-    def stepping(self, width: int) -> Iterator[None]:
-        """Around one decode step. It counts when it is credited."""
-        for stream in self.streams:
-            stream.open(len(self.texts), width)
+    def during_step(self, width: int) -> Iterator[None]:
+        """Capture one decode step. Its tokens count once `commit_tokens` is called."""
+        for reader in self.readers:
+            reader.begin_pass(len(self.slots), width)
         yield
-        self.given = [stream.close() for stream in self.streams]
+        self.step = [reader.end_pass() for reader in self.readers]
 
-    def credit(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
-        """Count the step: a token of every slot that holds a text."""
-        for row, text in enumerate(self.texts):
+    def commit_tokens(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Add the step's token to every slot that holds a text."""
+        for row, text in enumerate(self.slots):
             if text.live:
-                for stream, given, parts in zip(self.streams, self.given, text.parts, strict=True):
-                    parts.append(_owned(stream.of_row(given, row, 1, text.n_read)))
+                for reader, stored, parts in zip(self.readers, self.step, text.parts, strict=True):
+                    parts.append(_clone_tensors(reader.select_row(stored, row, 1, text.n_read)))
                 text.n_read += 1
-        self.given = []
+        self.step = []
 
     def emit(self, ended: Sequence[EndedRow]) -> list[TokenRecord | ActivationError]:
-        """All of each slot that has ended, with the response's tokens that count, or what is wrong with it."""
-        found: list[TokenRecord | ActivationError] = []
-        for each in ended:
+        """Return each ended slot's tensors by name, or an ActivationError if they are not finite."""
+        records: list[TokenRecord | ActivationError] = []
+        for row in ended:
             try:
-                found.append(self._finished(each))
+                records.append(self._take_record(row))
             except ActivationError as fault:
                 short = str(self.dtype).removeprefix("torch.")
                 remedy = "load the model with --dtype bfloat16 or float32"
-                found.append(ActivationError(f"{each.example_id}: {fault} in {short}: {remedy}"))
-        return found
+                records.append(ActivationError(f"{row.example_id}: {fault} in {short}: {remedy}"))
+        return records
 
-    def _finished(self, ended: EndedRow) -> TokenRecord:
-        text, self.texts[ended.slot] = self.texts[ended.slot], _Text()
-        kept: TokenRecord = {}
-        for stream, parts in zip(self.streams, text.parts, strict=True):
-            counted = parts[: ended.n_tokens + int(stream.reads_prompts)]
-            kept |= stream.finish(counted, text.n_prompt + ended.n_tokens)
-        return kept
+    def _take_record(self, ended: EndedRow) -> TokenRecord:
+        text, self.slots[ended.slot] = self.slots[ended.slot], _SlotText()
+        record: TokenRecord = {}
+        for reader, parts in zip(self.readers, text.parts, strict=True):
+            committed = parts[: ended.n_tokens + int(reader.reads_prompts)]
+            record |= reader.join(committed, text.n_prompt + ended.n_tokens)
+        return record
 
-    def repack(self, rows_B: Tensor) -> None:
-        """Keep only these slots; one that is named again is an empty one."""
+    def select_rows(self, rows_B: Tensor) -> None:
+        """Keep only these slots; the second mention of a slot is an empty one."""
         rows = rows_B.tolist()
-        self.texts = [self.texts[row] if row not in rows[:i] else _Text() for i, row in enumerate(rows)]
+        self.slots = [self.slots[row] if row not in rows[:i] else _SlotText() for i, row in enumerate(rows)]

@@ -29,30 +29,30 @@ if TYPE_CHECKING:
 
 
 class CaptureHook(Protocol):
-    """What follows the slots of a running batch and keeps something of what their model computes."""
+    """Captures activations of a running batch, slot by slot."""
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Hooks, for a whole run."""
+    def attached(self) -> AbstractContextManager[None]:
+        """Register forward hooks for a whole run."""
 
-    def entering(self, rows_R: Tensor, mask_RP: Tensor) -> AbstractContextManager[None]:
-        """Around the prefill of the rows that enter."""
+    def during_prefill(self, rows_R: Tensor, mask_RP: Tensor) -> AbstractContextManager[None]:
+        """Capture the prefill of the rows that enter."""
 
-    def stepping(self, width: int) -> AbstractContextManager[None]:
-        """Around one decode step, `width` tokens of every slot."""
+    def during_step(self, width: int) -> AbstractContextManager[None]:
+        """Capture one decode step, `width` tokens of every slot."""
 
-    def credit(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
+    def commit_tokens(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
         """Count the first `counts[slot]` tokens of the step (None: the only one), the first of them aged `age_B`."""
 
     def emit(self, ended: Sequence[EndedRow]) -> list[dict[str, Tensor] | ActivationError]:
-        """What is kept of each slot that has ended, by name; of one that has NaN or Inf, the error that says so."""
+        """Return the activations of each slot that has ended, by name; an error for one that has NaN or Inf."""
 
-    def repack(self, rows_B: Tensor) -> None:
-        """Keep only these slots; one that is named again is an empty one."""
+    def select_rows(self, rows_B: Tensor) -> None:
+        """Make the slots these rows; one that is named again is a free slot."""
 
 
 @dataclass(frozen=True)
 class EndedRow:
-    """A slot whose response has ended, with so many tokens."""
+    """A slot whose response has ended, and its number of tokens."""
 
     slot: int
     n_tokens: int
@@ -60,22 +60,22 @@ class EndedRow:
 
 
 class CaptureSpec(Protocol):
-    """What to keep of every request."""
+    """Specification of the activations to capture."""
 
-    def observer(self, lm: LanguageModel, slots: int, width: int) -> CaptureHook:
-        """What keeps it. Raises ModelError where the model has no such thing."""
+    def hook(self, lm: LanguageModel, slots: int, width: int) -> CaptureHook:
+        """Make the hook for a running batch. Raises ModelError if the model lacks the site."""
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What to keep of every example: layers (from 0), sites and poolings."""
+    """Layers (from 0), sites and poolings to capture of every example."""
 
     layers: tuple[int, ...]
     sites: tuple[str, ...] = ("residual",)
     poolings: tuple[str, ...] = ("response_mean",)
 
-    def observer(self, lm: LanguageModel, slots: int, width: int) -> PooledCapture:
-        """What keeps it for a running batch."""
+    def hook(self, lm: LanguageModel, slots: int, width: int) -> PooledCapture:
+        """Make the hook for a running batch."""
         return PooledCapture(lm, self, slots, width)
 
     def by_site(self, pooled: dict[str, Tensor], example_id: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -96,19 +96,20 @@ class Capture:
         bad_L = ~hidden_LD.isfinite().all(-1).reshape(-1, len(self.layers)).all(0)
         layer = self.layers[int(bad_L.nonzero()[0, 0])]
         raise ActivationError(
-            f"{example_id}: the {name} activation at layer {layer} is NaN or infinite in {_short(dtype)}: "
+            f"{example_id}: the {name} activation at layer {layer} is NaN or infinite in {_dtype_name(dtype)}: "
             "load the model with --dtype bfloat16 or float32"
         )
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 class Accumulator:
-    """One pooling of a running batch. `step` sees [K, B, D] of the tokens just fed, and their ages [B], from 0.
+    """One pooling of a running batch, accumulated on the device.
 
-    `in_place`: a step does no more than to write a buffer that stays where it is.
+    `step` receives the hidden states [K, B, D] of the tokens just fed, and their positions in the response [B], from 0.
+    `in_place`: True if a step only writes a buffer at a fixed address.
     """
 
     in_place = True
@@ -117,21 +118,21 @@ class Accumulator:
         self.sum_KBD = torch.zeros(shape_KBD, dtype=dtype, device=device)
 
     def enter(self, rows_R: Tensor) -> None:
-        """Forget the slots' former examples."""
+        """Reset these rows for new examples."""
         self.sum_KBD[:, rows_R] = 0
 
     def prompt(self, point: int, rows_R: Tensor, hidden_RPD: Tensor, mask_RP: Tensor) -> None:
-        """See the prompt of the rows that enter, left-padded, at one point."""
+        """Add the left-padded prompts of the rows that enter, at one point."""
 
     def step(self, hidden_KBD: Tensor, age_B: Tensor, live_B: Tensor | None) -> None:
-        """See one token of every slot; where `live_B` is given, other slots have none."""
+        """Add one token of every slot, or of the slots in `live_B` alone."""
 
     def emit(self, slot: int, n_tokens: int) -> Tensor:
-        """The pooled vectors [K, D] of a slot whose response has `n_tokens` tokens."""
+        """Return the pooled vectors [K, D] of a slot whose response has `n_tokens` tokens."""
         return self.sum_KBD[:, slot].clone()
 
-    def repack(self, rows_B: Tensor) -> None:
-        """Keep only these slots."""
+    def select_rows(self, rows_B: Tensor) -> None:
+        """Make the slots these rows."""
         self.sum_KBD = self.sum_KBD[:, rows_B]
 
 
@@ -190,7 +191,7 @@ class ResponseAll(Accumulator):
     def emit(self, slot: int, n_tokens: int) -> Tensor:
         return torch.stack(self.rows[slot][:n_tokens])
 
-    def repack(self, rows_B: Tensor) -> None:
+    def select_rows(self, rows_B: Tensor) -> None:
         self.rows = [list(self.rows[row]) for row in rows_B.tolist()]
 
 
@@ -219,14 +220,14 @@ ACCUMULATORS: dict[str, type[Accumulator]] = {
 
 
 def accumulator_of(pooling: str) -> Callable[..., Accumulator]:
-    """What keeps a pooling, such as `response_mean` or `response_first:5`. Raises ConfigError for an unknown one."""
+    """Return the accumulator of a pooling such as `response_first:5`. Raises ConfigError for an unknown one."""
     asked = parse_pooling(pooling)
     kind: Callable[..., Accumulator] = ACCUMULATORS[asked.name]
     return kind if asked.count is None else partial(kind, count=asked.count)
 
 
 class PooledCapture:
-    """Watches a model while it generates, and keeps every accumulator of a capture up to date."""
+    """Captures pooled activations while a model generates: one accumulator for each pooling."""
 
     def __init__(self, lm: LanguageModel, capture: Capture, slots: int, width: int = 1) -> None:
         self.capture, self.device, self.dtype = capture, lm.device, lm.dtype
@@ -240,18 +241,18 @@ class PooledCapture:
         self._note: Callable[[int, Tensor], None] = _ignore
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks stay on for a whole run; outside of `entering` and `stepping` they note nothing."""
+    def attached(self) -> Iterator[None]:
+        """Register the hooks for a whole run; they record nothing outside of `during_prefill` and `during_step`."""
 
         def note(point: int, hidden_BTD: Tensor) -> None:
-            self._note(point, hidden_BTD)  # whatever it is at that moment
+            self._note(point, hidden_BTD)  # the recorder of the current pass
 
         with watch_taps(self.taps, note):
             yield
 
     @contextmanager
-    def entering(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
-        """Around the prefill of the rows that enter."""
+    def during_prefill(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
+        """Capture the prefill of the rows that enter."""
         for accumulator in self.poolings.values():
             accumulator.enter(rows_R)
 
@@ -264,8 +265,8 @@ class PooledCapture:
             yield
 
     @contextmanager
-    def stepping(self, width: int) -> Iterator[None]:
-        """Around one decode step, `width` tokens of every slot. They count when they are credited."""
+    def during_step(self, width: int) -> Iterator[None]:
+        """Capture one decode step, `width` tokens of every slot; `commit_tokens` then counts them."""
         fed_TKBD = self.fed_TKBD[:width]
 
         def note(point: int, hidden: Tensor) -> None:
@@ -277,24 +278,24 @@ class PooledCapture:
         with self._noting(note):
             yield
 
-    def credit(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
+    def commit_tokens(self, age_B: Tensor, counts: Sequence[int] | None = None) -> None:
         """Count the first `counts[slot]` tokens of the step (None: the only one), the first of them aged `age_B`."""
         for t in range(1 if counts is None else max(counts, default=0)):
             live_B = None if counts is None else torch.tensor([t < count for count in counts], device=age_B.device)
-            self.tally(age_B + t, live_B, t)
+            self.accumulate(age_B + t, live_B, t)
 
-    def tally(self, age_B: Tensor, live_B: Tensor | None, t: int = 0) -> None:
-        """Count one token of the step, of slots that are live (None: of all)."""
+    def accumulate(self, age_B: Tensor, live_B: Tensor | None, t: int = 0) -> None:
+        """Add the step's token `t` of the live slots (None: of all) to every pooling."""
         for accumulator in self.poolings.values():
             accumulator.step(self.fed_TKBD[t], age_B, live_B)
 
     @property
     def in_place(self) -> bool:
-        """Whether a step does no more than to write buffers that stay where they are."""
+        """True if a step only writes buffers at fixed addresses."""
         return all(accumulator.in_place for accumulator in self.poolings.values())
 
     def emit(self, ended: Sequence[EndedRow]) -> list[dict[str, Tensor] | ActivationError]:
-        """`site.pooling` -> [L, D] (`all`: [T, L, D]) of each slot that has ended, or what is wrong with it."""
+        """Return `site.pooling` -> [L, D] (`all`: [T, L, D]) of each slot that has ended, or its error."""
         pooled = [
             {name: acc.emit(each.slot, each.n_tokens) for name, acc in self.poolings.items()} if each.n_tokens else {}
             for each in ended
@@ -311,11 +312,11 @@ class PooledCapture:
         except ActivationError as fault:
             return fault
 
-    def repack(self, rows_B: Tensor) -> None:
-        """Keep only these slots."""
+    def select_rows(self, rows_B: Tensor) -> None:
+        """Make the slots these rows."""
         self.fed_TKBD = self.fed_TKBD[:, :, rows_B]
         for accumulator in self.poolings.values():
-            accumulator.repack(rows_B)
+            accumulator.select_rows(rows_B)
 
     @contextmanager
     def _noting(self, note: Callable[[int, Tensor], None]) -> Iterator[None]:
@@ -327,7 +328,7 @@ class PooledCapture:
 
 
 def first_non_finite_layer(lm: LanguageModel, token_ids: Sequence[int]) -> int | None:
-    """The first layer whose output is NaN or infinite for a text read alone; None where all are finite."""
+    """Return the first layer whose output is NaN or infinite for a text alone; None if all are finite."""
     found: list[int] = []
 
     def note(layer: int, hidden_BTD: Tensor) -> None:
@@ -341,7 +342,7 @@ def first_non_finite_layer(lm: LanguageModel, token_ids: Sequence[int]) -> int |
 
 
 def reshape_hidden(hidden: Tensor, shape_BTD: tuple[int, ...]) -> Tensor:
-    """[B, T, D], also where a module works on flattened tokens. ModelError for any other shape."""
+    """Return hidden states as [B, T, D], also from modules that flatten tokens. ModelError for any other shape."""
     if hidden.shape[-1] != shape_BTD[-1] or hidden.numel() != math.prod(shape_BTD):
         raise ModelError(
             f"an activation has shape {list(hidden.shape)} where {list(shape_BTD)} is expected: "
@@ -351,4 +352,4 @@ def reshape_hidden(hidden: Tensor, shape_BTD: tuple[int, ...]) -> Tensor:
 
 
 def _ignore(_point: int, _hidden_BTD: Tensor) -> None:
-    """What hooks do between passes."""
+    """Record nothing, between passes."""

@@ -1,8 +1,13 @@
-"""From every token to one vector: (BTD, BT) -> BD, pure. B rows, T tokens, D hidden.
+"""Poolings: how the activations of all tokens become one vector, [B, T, D] -> [B, D]; and their names.
 
-Sums run in float32, or in float64 where the input is float64: a running sum of ones sticks at 256 in bfloat16 and
-at 2048 in float16. A dead token may hold anything, NaN included. A row with no live token has no mean, and zeros
-would pass for an activation, so it raises ValueError: empty responses are excluded before they get here.
+`POOLINGS` lists the names. The engine pools while it generates, with the running form of each pooling
+(`extraction.activations.pooled.ACCUMULATORS`); the functions here pool a finished tensor.
+
+Sums run in float32, or in float64 for float64 input: in bfloat16 a running sum of ones sticks at 256, in float16 at
+2048. Masked tokens may hold anything, NaN included. A row without a live token raises ValueError: a vector of zeros
+would look like an activation. Empty responses are left out before pooling.
+
+Shapes: B rows, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -22,15 +27,15 @@ if TYPE_CHECKING:
 def pool_mean(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """Average each row over its live tokens: [B, T, D] -> [B, D]."""
     live_BT = _live(hidden_BTD, mask_BT)
-    kept_BTD = _wide(hidden_BTD).masked_fill(~live_BT.unsqueeze(-1), 0)
-    return kept_BTD.sum(1) / live_BT.sum(1, keepdim=True)
+    live_BTD = _wide(hidden_BTD).masked_fill(~live_BT.unsqueeze(-1), 0)
+    return live_BTD.sum(1) / live_BT.sum(1, keepdim=True)
 
 
 def pool_last(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """Take each row's last live token, whichever side the padding is on: [B, T, D] -> [B, D]."""
     live_BT = _live(hidden_BTD, mask_BT)
-    from_the_end_B = live_BT.flip(1).int().argmax(1)
-    last_B11 = (live_BT.shape[1] - 1 - from_the_end_B).view(-1, 1, 1)
+    from_end_B = live_BT.flip(1).int().argmax(1)
+    last_B11 = (live_BT.shape[1] - 1 - from_end_B).view(-1, 1, 1)
     return _wide(hidden_BTD.take_along_dim(last_B11, 1).squeeze(1))
 
 
@@ -58,7 +63,7 @@ def _wide(hidden: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PoolingKind:
-    """A row of POOLINGS: which part of the sequence it reads, and how (None keeps every token)."""
+    """An entry of POOLINGS: the part of the sequence that it pools, and the function (None: every token is kept)."""
 
     part: str
     pool: Callable[..., Tensor] | None
@@ -77,7 +82,7 @@ POOLINGS: dict[str, PoolingKind] = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """A pooling that was asked for. `str(pooling)` is its canonical name, as in tensor names: `response_first:5`."""
+    """A pooling with its count of tokens, if it takes one. `str(pooling)` is its name in files: `response_first:5`."""
 
     name: str
     count: int | None = None
@@ -87,19 +92,19 @@ class Pooling:
 
     @property
     def part(self) -> str:
-        """`prompt` or `response`: the tokens that the mask must select."""
+        """Part of the sequence that it pools: `prompt` or `response`."""
         return POOLINGS[self.name].part
 
     def __call__(self, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """[B, T, D] and the mask of this pooling's part -> [B, D]. `all` keeps every token, so it can't be called."""
+        """Pool [B, T, D] over the live tokens of this pooling's part: [B, D]. Raises ValueError for `all`."""
         pool = POOLINGS[self.name].pool
         if pool is None:
-            raise ValueError(f"pooling {self.name!r} keeps every token; there is nothing to pool")
+            raise ValueError(f"pooling {self.name!r} keeps every token and can't be called")
         return pool(hidden_BTD, mask_BT) if self.count is None else pool(hidden_BTD, mask_BT, self.count)
 
 
 def parse_pooling(text: str) -> Pooling:
-    """Read `response_mean` or `response_first:5`; ConfigError names the nearest known pooling."""
+    """Parse a name such as `response_mean` or `response_first:5`. Raises ConfigError with the nearest known name."""
     name, colon, count = text.partition(":")
     if name not in POOLINGS:
         raise ConfigError(f"pooling {text!r} is not known; {_suggestion(name)}")

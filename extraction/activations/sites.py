@@ -1,14 +1,16 @@
-"""Where in a decoder block an activation is read, found by structure and proven by numbers.
+"""Sites: the places in a decoder block where activations are read.
 
-`residual` is the block's output. The other sites are found by probing: a short pass records every module of a block,
-and the arithmetic of the residual stream tells them apart:
+`residual` is the block's output. The other sites are found by a probe: a short pass records the input and output of
+every module of a block, and the arithmetic of the residual stream identifies them:
 
     residual_mid = residual_in + a * attention        residual_out = residual_mid + b * mlp
 
-`attention` and `mlp` are what the blocks ADD to the stream (Gemma-2 normalises and Granite scales before adding: both
-are minded); `residual_mid` is the stream in between. Blocks that run both side by side have no `residual_mid`.
+`attention` and `mlp` are what is ADDED to the stream, after any norm (Gemma-2) or scale (Granite) in between;
+`residual_mid` is the stream between the two. Parallel blocks, which run both on the same input, have no `residual_mid`.
 
-Shapes: T tokens, D hidden, L layers, P points, K anything that is linear in the stream.
+A tap is one place to hook: a module's output or input. Where a site can be read in a layer is a `Tap`.
+
+Shapes: B rows, T tokens, D hidden, L layers, P the three stream points of a layer, K any quantity linear in the stream.
 """
 
 from __future__ import annotations
@@ -22,17 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from extraction.core.errors import ActivationError, ModelError
+from extraction.core.records import SITES
 from extraction.model.hooks import watch, watch_inputs
 
 if TYPE_CHECKING:
     from extraction.model.loading import LanguageModel
 
-SITES = ("residual", "attention", "mlp", "residual_mid")
-
 
 @dataclass(frozen=True)
 class Tap:
-    """One place to read: a module's output (or input), times a scale."""
+    """One place to read: a module's output (or its first input), times a scale."""
 
     module: nn.Module
     reads_input: bool = False
@@ -40,71 +41,74 @@ class Tap:
 
 
 def taps_of(lm: LanguageModel, sites: tuple[str, ...], layers: tuple[int, ...]) -> tuple[Tap, ...]:
-    """The taps of every site by layer, site first. Raises ModelError where a block has no such site."""
+    """Return one tap per site and layer, all layers of the first site first. Raises ModelError for a missing site."""
     unknown = [site for site in sites if site not in SITES]
     if unknown:
         raise ModelError(f"site {unknown[0]!r} is unknown: use one of {', '.join(SITES)}")
     _check_layers(lm, layers)
-    found = {layer: {"residual": Tap(lm.layers[layer])} for layer in layers}
+    taps = {layer: {"residual": Tap(lm.layers[layer])} for layer in layers}
     if set(sites) != {"residual"}:
-        for layer, passes in _probe(lm, layers).items():
-            found[layer].update(_found_by_numbers(passes))
-    return tuple(_pick(found, site, layer) for site in sites for layer in layers)
+        for layer, calls in _probe(lm, layers).items():
+            taps[layer].update(_find_sites(calls))
+    return tuple(_site_tap(taps, site, layer) for site in sites for layer in layers)
 
 
 @dataclass(frozen=True)
-class Points:
-    """The three POINTS of each layer, as `taps`, layer by layer.
+class StreamPoints:
+    """Taps of the residual stream before, between and after attention and MLP of each layer (core.records.POINTS).
 
-    Where attention and MLP run side by side no module sees the stream in between: there the middle tap is what
-    attention adds.
+    `is_parallel[i]`: no module of the i-th layer reads the stream in between, since attention and MLP run in parallel.
+    Its middle tap is then what attention adds.
     """
 
     taps: tuple[Tap, ...]
-    side_by_side: tuple[bool, ...]
+    is_parallel: tuple[bool, ...]
 
-    def summed(self, found_TLPK: Tensor) -> Tensor:
-        """Whatever is linear in the taps, as it is at the points."""
-        found_TLPK = found_TLPK.clone()
-        for i, parallel in enumerate(self.side_by_side):
+    def from_taps(self, tapped_TLPK: Tensor) -> Tensor:
+        """Convert values at the taps, if linear in the stream, to values at the points."""
+        points_TLPK = tapped_TLPK.clone()
+        for i, parallel in enumerate(self.is_parallel):
             if parallel:
-                found_TLPK[:, i, 1] += found_TLPK[:, i, 0]
-        return found_TLPK
+                points_TLPK[:, i, 1] += points_TLPK[:, i, 0]
+        return points_TLPK
 
 
-def points_of(lm: LanguageModel, layers: tuple[int, ...]) -> Points:
-    """The points of these layers. Raises ModelError where a block is not a residual one."""
+def stream_points(lm: LanguageModel, layers: tuple[int, ...]) -> StreamPoints:
+    """Return the stream points of these layers. Raises ModelError for a block that does not add to a stream."""
     _check_layers(lm, layers)
-    middles = {layer: _middle(layer, passes) for layer, passes in _probe(lm, layers).items()}
+    middles = {layer: _middle_tap(layer, calls) for layer, calls in _probe(lm, layers).items()}
     taps = (
         tap
         for layer in layers
         for tap in (Tap(lm.layers[layer], reads_input=True), middles[layer][0], Tap(lm.layers[layer]))
     )
-    return Points(tuple(taps), tuple(middles[layer][1] for layer in layers))
+    return StreamPoints(tuple(taps), tuple(middles[layer][1] for layer in layers))
 
 
-def _middle(layer: int, passes: list[_Pass]) -> tuple[Tap, bool]:
-    """The stream after attention; or, True, what attention adds to it where no module is given that stream."""
-    sites = _found_by_numbers(passes)
+def _middle_tap(layer: int, calls: list[_ModuleCall]) -> tuple[Tap, bool]:
+    """Return (tap of the stream after attention, False); for a parallel block (tap of what attention adds, True)."""
+    sites = _find_sites(calls)
     if "residual_mid" in sites:
         return sites["residual_mid"], False
     if "attention" in sites:
         return sites["attention"], True
-    *inner, block = passes
-    assert block.given_TD is not None
-    for reader in inner:  # blocks that scale their sum (Gemma-4): only the first half of the arithmetic holds
-        if reader.given_TD is not None and _adder(inner, reader.given_TD - block.given_TD, reader.given_TD) is not None:
+    *inner, block = calls
+    assert block.input_TD is not None
+    for reader in inner:  # blocks that scale the final sum (Gemma-4): only the first equation holds
+        if (
+            reader.input_TD is not None
+            and _find_adder(inner, reader.input_TD - block.input_TD, reader.input_TD) is not None
+        ):
             return Tap(reader.module, reads_input=True), False
     raise ModelError(
-        f"layer {layer}: what attention adds to the residual stream can't be told from the rest of the block; "
-        "this architecture can't be read token by token"
+        f"layer {layer}: no module was found that adds attention to the residual stream; "
+        "this architecture's stream points can't be captured"
     )
 
 
 @contextmanager
 def watch_taps(taps: tuple[Tap, ...], observe: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Call `observe(index of the tap, hidden [B, T, D], or [B * T, D])` whenever a tap is passed."""
+    """Call `observe(index of the tap, hidden [B, T, D] or [B * T, D])` whenever a tapped module has run."""
 
     def scaled(point: int, hidden_BTD: Tensor) -> None:
         observe(point, hidden_BTD if taps[point].scale == 1.0 else hidden_BTD * taps[point].scale)
@@ -116,117 +120,120 @@ def watch_taps(taps: tuple[Tap, ...], observe: Callable[[int, Tensor], None]) ->
 
 
 def _check_layers(lm: LanguageModel, layers: tuple[int, ...]) -> None:
-    beyond = [layer for layer in layers if not 0 <= layer < lm.n_layers]
-    if beyond:
-        raise ModelError(f"layer {beyond[0]} is out of range: the model has layers 0 to {lm.n_layers - 1}")
+    out_of_range = [layer for layer in layers if not 0 <= layer < lm.n_layers]
+    if out_of_range:
+        raise ModelError(f"layer {out_of_range[0]} is out of range: the model has layers 0 to {lm.n_layers - 1}")
 
 
-def _pick(found: dict[int, dict[str, Tap]], site: str, layer: int) -> Tap:
-    if site not in found[layer]:
+def _site_tap(taps: dict[int, dict[str, Tap]], site: str, layer: int) -> Tap:
+    if site not in taps[layer]:
         raise ModelError(
-            f"layer {layer} has no site {site!r} (its attention and MLP may run side by side); "
-            f"use one of {', '.join(found[layer])}"
+            f"layer {layer} has no site {site!r} (a parallel block has no residual_mid); "
+            f"use one of {', '.join(taps[layer])}"
         )
-    return found[layer][site]
+    return taps[layer][site]
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """What one module inside a block was given and gave, [T, D] each, in float32 (None: another shape)."""
+class _ModuleCall:
+    """Input and output of one module of a block in the probe, [T, D] each, float32; None for any other shape."""
 
     name: str
     module: nn.Module
-    given_TD: Tensor | None
-    gave_TD: Tensor | None
+    input_TD: Tensor | None
+    output_TD: Tensor | None
 
 
-def _probe(lm: LanguageModel, layers: tuple[int, ...]) -> dict[int, list[_Pass]]:
-    """Run a few tokens through the model; note every module inside the blocks as it completes, the block last."""
+def _probe(lm: LanguageModel, layers: tuple[int, ...]) -> dict[int, list[_ModuleCall]]:
+    """Run a few tokens through the model; return the module calls of each block as they end, the block itself last."""
     names = {
         (layer, name): module
         for layer in layers
         for name, module in lm.layers[layer].named_modules(remove_duplicate=True)
     }
-    given: dict[Any, Any] = {}
-    gave: dict[Any, Any] = {}
+    inputs: dict[Any, Any] = {}
+    outputs: dict[Any, Any] = {}
 
-    def note(notes: dict[Any, Any]) -> Callable[[Any, Any], None]:
+    def store_in(values: dict[Any, Any]) -> Callable[[Any, Any], None]:
         # a copy: some models add to a module's output in place afterwards
-        return lambda key, value: notes.__setitem__(key, value.clone() if isinstance(value, Tensor) else None)
+        return lambda key, value: values.__setitem__(key, value.clone() if isinstance(value, Tensor) else None)
 
     ids_BT = torch.arange(1, 7, device=lm.device).remainder(lm.vocab_size).unsqueeze(0)
-    with torch.inference_mode(), watch(names, note(gave)), watch_inputs(names, note(given)):
+    with torch.inference_mode(), watch(names, store_in(outputs)), watch_inputs(names, store_in(inputs)):
         lm.last_logits(ids_BT, use_cache=False)
     shape = (ids_BT.shape[1], lm.hidden_size)
-    passes: dict[int, list[_Pass]] = {layer: [] for layer in layers}
-    for (layer, name), output in gave.items():
-        tensors = (_as_TD(given[layer, name], shape, lm.device), _as_TD(output, shape, lm.device))
-        passes[layer].append(_Pass(name, names[layer, name], *tensors))
+    calls: dict[int, list[_ModuleCall]] = {layer: [] for layer in layers}
+    for (layer, name), output in outputs.items():
+        tensors = (_as_TD(inputs[layer, name], shape, lm.device), _as_TD(output, shape, lm.device))
+        calls[layer].append(_ModuleCall(name, names[layer, name], *tensors))
     for layer in layers:
-        _refuse_non_finite(lm, layer, passes[layer][-1])
-    return passes
+        _check_finite(lm, layer, calls[layer][-1])
+    return calls
 
 
-def _refuse_non_finite(lm: LanguageModel, layer: int, block: _Pass) -> None:
-    """Where numbers are not numbers, they say nothing of a block's structure."""
-    for value_TD, words in ((block.given_TD, "what goes into"), (block.gave_TD, "what comes out of")):
+def _check_finite(lm: LanguageModel, layer: int, block: _ModuleCall) -> None:
+    """Raise ActivationError if a block's input or output is NaN or infinite: the sites can't be identified then."""
+    for value_TD, place in ((block.input_TD, "the input of"), (block.output_TD, "the output of")):
         if value_TD is not None and not value_TD.isfinite().all():
             raise ActivationError(
-                f"{words} layer {layer} is NaN or infinite in {str(lm.dtype).removeprefix('torch.')}, whatever the "
+                f"{place} layer {layer} is NaN or infinite in {str(lm.dtype).removeprefix('torch.')} even for a short "
                 "text: load the model with --dtype bfloat16 or float32"
             )
 
 
 def _as_TD(value: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
-    """[T, D] of a batch of one, also where a module works on flattened tokens.
+    """Return a batch of one as [T, D] float32 on one device, also from flattened tokens; None for other shapes.
 
-    On one device: what is given to the first block of the next device still is on the one before.
+    Of a model over several devices, the input of the first block on a device is still on the device before.
     """
     if value is None or value.shape[-1] != shape[1] or value.numel() != shape[0] * shape[1]:
         return None
     return value.reshape(shape).to(device, torch.float32)
 
 
-def _found_by_numbers(passes: list[_Pass]) -> dict[str, Tap]:
-    """Sites of one block: the stream between attention and MLP, and what each of them adds."""
-    *inner, block = passes
-    assert block.given_TD is not None
-    assert block.gave_TD is not None
+def _find_sites(calls: list[_ModuleCall]) -> dict[str, Tap]:
+    """Return the taps of a block's sites by name, found by the two equations of the module's docstring."""
+    *inner, block = calls
+    assert block.input_TD is not None
+    assert block.output_TD is not None
     for reader in inner:
-        if reader.given_TD is None:
+        if reader.input_TD is None:
             continue
-        attention = _adder(inner, reader.given_TD - block.given_TD, reader.given_TD)
-        mlp = _adder(inner, block.gave_TD - reader.given_TD, block.gave_TD)
+        attention = _find_adder(inner, reader.input_TD - block.input_TD, reader.input_TD)
+        mlp = _find_adder(inner, block.output_TD - reader.input_TD, block.output_TD)
         if attention is not None and mlp is not None:
             return {"attention": attention, "mlp": mlp, "residual_mid": Tap(reader.module, reads_input=True)}
-    return _side_by_side(inner, block.gave_TD - block.given_TD, block.gave_TD)
+    return _find_parallel_sites(inner, block.output_TD - block.input_TD, block.output_TD)
 
 
-def _adder(inner: list[_Pass], added_TD: Tensor, stream_TD: Tensor) -> Tap | None:
-    """The last module whose output, scaled, is what was added to the stream."""
-    if not _differs(added_TD, 0 * added_TD, stream_TD):
+def _find_adder(inner: list[_ModuleCall], added_TD: Tensor, stream_TD: Tensor) -> Tap | None:
+    """Return the tap of the last module whose output, times a scale, equals `added_TD`; None if there is none."""
+    if not _differ(added_TD, 0 * added_TD, stream_TD):
         return None
     for candidate in reversed(inner):
-        if candidate.gave_TD is None or not candidate.gave_TD.any():
+        if candidate.output_TD is None or not candidate.output_TD.any():
             continue
-        scale = float((added_TD * candidate.gave_TD).sum() / candidate.gave_TD.square().sum())
+        scale = float((added_TD * candidate.output_TD).sum() / candidate.output_TD.square().sum())
         scale = 1.0 if abs(scale - 1) < 1e-2 else scale
-        if not _differs(added_TD, scale * candidate.gave_TD, stream_TD):
+        if not _differ(added_TD, scale * candidate.output_TD, stream_TD):
             return Tap(candidate.module, scale=scale)
     return None
 
 
-def _side_by_side(inner: list[_Pass], added_TD: Tensor, stream_TD: Tensor) -> dict[str, Tap]:
-    """Parallel blocks: one module with attention in its name, and one without, whose outputs sum to what was added."""
-    known = [candidate for candidate in reversed(inner) if candidate.gave_TD is not None]
+def _find_parallel_sites(inner: list[_ModuleCall], added_TD: Tensor, stream_TD: Tensor) -> dict[str, Tap]:
+    """Return the sites of a parallel block: two modules whose outputs sum to what is added.
+
+    Their numbers do not tell attention from the MLP, so here the module's name must (`att` in it).
+    """
+    known = [candidate for candidate in reversed(inner) if candidate.output_TD is not None]
     for attention in (candidate for candidate in known if "att" in candidate.name):
         for mlp in (candidate for candidate in known if "att" not in candidate.name):
-            if not _differs(added_TD, attention.gave_TD + mlp.gave_TD, stream_TD):  # type: ignore[operator]
+            if not _differ(added_TD, attention.output_TD + mlp.output_TD, stream_TD):  # type: ignore[operator]
                 return {"attention": Tap(attention.module), "mlp": Tap(mlp.module)}
     return {}
 
 
-def _differs(left_TD: Tensor, right_TD: Tensor, stream_TD: Tensor) -> bool:
-    """Beyond the rounding of the stream, token by token (half precision rounds at 2**-8)."""
+def _differ(left_TD: Tensor, right_TD: Tensor, stream_TD: Tensor) -> bool:
+    """Return True if two tensors differ by more than rounding, per token (half precision rounds at 2**-8)."""
     error_T = (left_TD - right_TD).norm(dim=-1) / stream_TD.norm(dim=-1)
     return not bool((error_T < 4e-3).all())

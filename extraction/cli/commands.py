@@ -85,13 +85,10 @@ def capture_command(**given: Any) -> None:
         return _print_plans(jobs, "capture", how)
     from extraction.cli import summaries
     from extraction.pipeline import stages
-    from extraction.pipeline.session import ModelSession
 
     prepare(how.threads)
-    engine = ModelSession(jobs[0])
-    for job in jobs:
-        engine = stages.capture(job, Terminal(), engine)
-    show(summaries.of_generation(jobs, engine, how.seconds, how.gpu_price))
+    result = stages.capture(jobs, Terminal())
+    show(summaries.of_generation(result, how.seconds, how.gpu_price))
 
 
 @command("vectors", INPUTS, VECTORS, STORED)
@@ -100,10 +97,9 @@ def vectors_command(**given: Any) -> None:
     wanted = wanted_of(given)
     jobs = stored_jobs(given)
     from extraction.cli import summaries
-    from extraction.pipeline import fit
+    from extraction.pipeline import stages
 
-    n_written = sum(fit.fit_vectors(job, wanted, Terminal()) for job in jobs)
-    show(summaries.of_vectors(jobs, n_written))
+    show(summaries.of_vectors(stages.fit_vectors(jobs, wanted, Terminal())))
 
 
 @command("validate", INPUTS, VECTORS, STORED, EVIDENCE, BATCH, DEVICE, THREADS)
@@ -112,15 +108,10 @@ def validate_command(**given: Any) -> None:
     wanted, checks, (threads,) = wanted_of(given), eval_options_of(given), take(given, "threads")
     jobs = stored_jobs(given, loads_model=not checks.quick)
     from extraction.cli import summaries
-    from extraction.pipeline import evaluate
-    from extraction.pipeline.session import ModelSession
+    from extraction.pipeline import stages
 
     prepare(threads)
-    engine, n_written = ModelSession(jobs[0]), 0
-    for job in jobs:
-        engine, n_new = evaluate.evaluate(job, wanted, checks, Terminal(), engine)
-        n_written += n_new
-    show(summaries.of_cards(jobs, n_written))
+    show(summaries.of_cards(stages.validate(jobs, wanted, checks, Terminal())))
 
 
 @command("extract", INPUTS, GENERATION, CAPTURE, BATCH, VECTORS, EVIDENCE, DEVICE, CHECK, RUN)
@@ -134,11 +125,9 @@ def extract_command(**given: Any) -> None:
     from extraction.pipeline import stages
 
     prepare(how.threads)
-    engine, n_new = stages.extract(job, wanted, checks, Terminal())
-    if job.is_whole:
-        show(summaries.of_job(job, engine, n_new, how.seconds, how.gpu_price))
-    else:
-        show(summaries.of_generation([job], engine, how.seconds, how.gpu_price))
+    result = stages.extract(job, wanted, checks, Terminal())
+    summary = summaries.of_job if job.is_whole else summaries.of_generation
+    show(summary(result, how.seconds, how.gpu_price))
 
 
 @command("steer", INPUTS, LOOK, DEVICE, THREADS)
@@ -148,13 +137,13 @@ def steer_command(**given: Any) -> None:
     jobs = stored_jobs(given, loads_model=True)
     from extraction.cli import summaries
     from extraction.pipeline import steer_preview
-    from extraction.pipeline.session import ModelSession
+    from extraction.pipeline.session import ModelSession, TraitContext
 
     prepare(threads)
     for job in jobs:
-        engine, trait = ModelSession(job), job.traits[0]
-        place = steer_preview.steer_site(job.folder(trait), look, int(job.model_config.num_hidden_layers))
-        show(summaries.of_steer_preview(job, place, steer_preview.steer_preview(engine, trait, place, look)))
+        context = TraitContext(ModelSession(job), job.traits[0], Terminal())
+        place = steer_preview.steer_site(context.run, look, int(job.model_config.num_hidden_layers))
+        show(summaries.of_steer_preview(job, place, steer_preview.steer_preview(context, place, look)))
 
 
 @main.command("amplify", cls=Study, context_settings=SETTINGS)
@@ -164,10 +153,10 @@ def amplify_command(threads: int | None, **given: Any) -> None:
 
     Every prompt is answered at every alpha, by after + alpha * (after - before). Exit code 1 if an answer failed.
     """
-    from extraction.amplification.study_plan import study_of
+    from extraction.amplification.study_plan import plan_study
 
     prepare(threads)
-    plan = study_of(given)
+    plan = plan_study(given)
     for note in plan.notes:
         click.echo(one_line(note), err=True)
     outcome, lines = plan.run(Terminal())
@@ -202,10 +191,9 @@ def report_command(opens: bool, **given: Any) -> None:
     """A page for each trait: what its vector is worth, what steering does, every response; and an index of them."""
     jobs = stored_jobs(given)
     from extraction.cli import summaries
-    from extraction.pipeline import report
+    from extraction.pipeline import stages
 
-    pages = [report.report(job, trait) for job in jobs for trait in job.traits]
-    index = report.index(jobs[0])
+    pages, index = stages.report(jobs, Terminal())
     show(summaries.of_reports(pages, index))
     if opens:
         click.launch(str(pages[0] if len(pages) == 1 else index))
@@ -267,7 +255,7 @@ def traits_command(root: str | None) -> None:
 @click.option(
     "--to",
     metavar="FORMAT",
-    help="gguf, repeng, persona_vectors, assistant_axis, steering_vectors, numpy, traitline.",
+    help="Format of the file, such as gguf: one of those in docs/exchange.md.",
 )
 @click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all of the vector.")
 @click.option(
@@ -325,8 +313,8 @@ def _make_responses(mode: str, given: dict[str, Any]) -> None:
     from extraction.pipeline import stages
 
     prepare(how.threads)
-    engine = stages.generate(job, MODES[mode], Terminal())
-    show(summaries.of_generation([job], engine, how.seconds, how.gpu_price))
+    result = stages.generate(job, MODES[mode], Terminal())
+    show(summaries.of_generation(result, how.seconds, how.gpu_price))
 
 
 def _read_tokens(tier: int, given: dict[str, Any]) -> None:
@@ -334,23 +322,23 @@ def _read_tokens(tier: int, given: dict[str, Any]) -> None:
     import time
 
     from extraction.cli import capture_summary
-    from extraction.monitoring.plan import plan_of
-    from extraction.monitoring.postprocess import postprocess
-    from extraction.monitoring.run import run_sets as take_sets
+    from extraction.monitoring.plan import build_plan
+    from extraction.monitoring.postprocess import postprocess_sets
+    from extraction.monitoring.run import run_sets
 
     started = time.perf_counter()
     threads, dry_run = take(given, "threads", "dry_run")
     prepare(threads)
-    plan = plan_of(tier, settings_of(given))
+    plan = build_plan(tier, settings_of(given))
     for note in plan.notes:
         click.echo(one_line(note), err=True)
     if dry_run:
         return show(capture_summary.of_plan(plan))
     terminal = Terminal()
-    taking = take_sets(plan, terminal)
-    show(capture_summary.of_sets(taking, postprocess(taking, terminal), time.perf_counter() - started))
-    if taking.failures:
-        complain(f"{len(taking.failures)} failed; the first: {taking.failures[0]}")
+    session = run_sets(plan, terminal)
+    show(capture_summary.of_sets(session, postprocess_sets(session, terminal), time.perf_counter() - started))
+    if session.failures:
+        complain(f"{len(session.failures)} failed; the first: {session.failures[0]}")
         sys.exit(1)
 
 

@@ -119,7 +119,11 @@ THREADS: tuple[Decorator, ...] = (
 )
 RUN: tuple[Decorator, ...] = (
     click.option(
-        "--slice", "slice_text", metavar="K/N", default="1/1", help="Do every N-th queue, from the K-th: for clusters."
+        "--slice",
+        "slice_text",
+        metavar="K/N",
+        default="1/1",
+        help="Do every N-th run group, from the K-th: for clusters.",
     ),
     *THREADS,
     click.option("--dry-run", is_flag=True, help="Print the plan and the forecast, and stop."),
@@ -133,7 +137,7 @@ VECTORS: tuple[Decorator, ...] = (
         "--method",
         "methods",
         metavar="A,B",
-        help="mean_diff, probe, pca, ica, gradient, random; default: all but random.",
+        help="Methods, such as mean_diff,probe: those in docs/guide.md; default: all but the control, random.",
     ),
     click.option("--site", metavar="SITE", help="Which site's activations; default: the first captured."),
     click.option("--pooling", metavar="POOLING", help="Which pooling; default: the first captured."),

@@ -8,17 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extraction.core.errors import StoreError
-from extraction.core.records import POLARITIES, Trait
+from extraction.core.records import POLARITIES
 from extraction.core.text import one_line
-from extraction.pipeline.fit import sources_digest
 from extraction.pipeline.plan import RunPlan
-from extraction.pipeline.score import kept_responses
 from extraction.storage.trait_run import TraitRun
 
 if TYPE_CHECKING:
     from extraction.pipeline.forecast import Forecast
-    from extraction.pipeline.session import ModelSession
+    from extraction.pipeline.session import ModelSession, RunResult, TraitResult
     from extraction.pipeline.steer_preview import SteerSample, SteerSite
 
 WIDTH = 80
@@ -34,9 +31,9 @@ def of_plan(job: RunPlan, forecast: Forecast, *, steered: int | None = None) -> 
     yield f"Plan for {settings.name}"
     yield from item("model", f"{job.spec.name} ({size_of_model}) on {forecast.device}")
     yield from item("traits", f"{len(job.traits)}: {', '.join(trait.name for trait in job.traits)}")
-    queues = f"{forecast.n_queues:,} queue{'s' * (forecast.n_queues != 1)}"
+    groups = f"{forecast.n_groups:,} run group{'s' * (forecast.n_groups != 1)}"
     shards = f"{forecast.n_examples:,} in shards of {settings.shard_size}"
-    yield from item("examples", f"{shards}, {queues}, batch size {forecast.batch_size}")
+    yield from item("examples", f"{shards}, {groups}, batch size {forecast.batch_size}")
     yield from item("layers", capture)
     yield "Forecast, with every response at its full length"
     new = f", {forecast.new_tokens:,} new" if forecast.new_tokens else ""
@@ -52,62 +49,63 @@ def of_plan(job: RunPlan, forecast: Forecast, *, steered: int | None = None) -> 
 
 
 def _steered(job: RunPlan, forecast: Forecast, answers: int) -> str:
-    from extraction.evaluation.steering_sweep import usual_answers
+    from extraction.evaluation.steering_sweep import typical_n_answers
 
-    count = usual_answers(len(job.layers), answers) * len(job.traits)
+    count = typical_n_answers(len(job.layers), answers) * len(job.traits)
     seconds = forecast.seconds * count / max(forecast.n_examples, 1)
     return f"about {count:,} steered answers, {duration(seconds)} more (--quick leaves them out)"
 
 
-def of_generation(
-    jobs: Iterable[RunPlan], engine: ModelSession, seconds: float, gpu_price: float | None
-) -> Iterator[str]:
+def of_generation(result: RunResult, seconds: float, gpu_price: float | None) -> Iterator[str]:
     """Where stage 1 or 2 put things, and what it took."""
-    for job, trait in _each(jobs):
-        yield from _heading(job, trait)
-        yield from _places(job.folder(trait), ("responses", "activations"))
-        yield from _counts(job, trait)
+    for trait in result.traits:
+        yield from _heading(trait)
+        yield from _places(trait.context.run, ("responses", "activations"))
+        yield from _counts(trait)
         yield ""
-    yield _took(engine, seconds, gpu_price)
+    yield _took(result.session, seconds, gpu_price)
 
 
-def of_vectors(jobs: Iterable[RunPlan], n_written: int) -> Iterator[str]:
+def of_vectors(results: Iterable[TraitResult]) -> Iterator[str]:
     """Where the vectors lie."""
-    for job, trait in _each(jobs):
-        yield from _heading(job, trait)
-        yield from _vectors(job, trait)
-        yield from _counts(job, trait)
+    n_new = 0
+    for result in results:
+        n_new += result.n_new
+        yield from _heading(result)
+        yield from _vectors(result)
+        yield from _counts(result)
         yield ""
-    yield f"{n_written} new." if n_written else "Nothing left to do."
+    yield f"{n_new} new." if n_new else "Nothing left to do."
 
 
-def of_cards(jobs: Iterable[RunPlan], n_written: int) -> Iterator[str]:
+def of_cards(results: Iterable[TraitResult]) -> Iterator[str]:
     """What each trait's vectors are worth."""
-    for job, trait in _each(jobs):
-        folder = job.folder(trait)
-        yield from _heading(job, trait)
-        yield from item("card", shown(folder.card_path))
-        yield from _worth(job, trait)
+    n_new = 0
+    for result in results:
+        n_new += result.n_new
+        yield from _heading(result)
+        yield from item("card", shown(result.context.run.card_path))
+        yield from _worth(result)
         yield ""
-    yield f"{n_written} new." if n_written else "Nothing left to do."
+    yield f"{n_new} new." if n_new else "Nothing left to do."
 
 
-def of_job(job: RunPlan, engine: ModelSession, n_new: int, seconds: float, gpu_price: float | None) -> Iterator[str]:
+def of_job(result: RunResult, seconds: float, gpu_price: float | None) -> Iterator[str]:
     """The end of the whole job: where things lie, what was kept, what the vectors are worth, what it took."""
-    for trait in job.traits:
-        folder = job.folder(trait)
-        yield from _heading(job, trait)
-        yield from _places(folder, ("responses", "activations"))
-        yield from _vectors(job, trait)
-        yield from _counts(job, trait)
-        yield from _worth(job, trait)
-        if folder.report_path().exists():
-            yield from item("report", shown(folder.report_path()))
+    for trait in result.traits:
+        run = trait.context.run
+        yield from _heading(trait)
+        yield from _places(run, ("responses", "activations"))
+        yield from _vectors(trait)
+        yield from _counts(trait)
+        yield from _worth(trait)
+        if run.report_path().exists():
+            yield from item("report", shown(run.report_path()))
         yield ""
-    if engine.n_made or not n_new:
-        yield _took(engine, seconds, gpu_price)
+    if result.session.n_made or not result.n_new:
+        yield _took(result.session, seconds, gpu_price)
     else:
-        yield f"Took {duration(seconds)}: {n_new} new vectors and cards from stored activations."
+        yield f"Took {duration(seconds)}: {result.n_new} new vectors and cards from stored activations."
 
 
 def of_steer_preview(job: RunPlan, place: SteerSite, seen: Sequence[SteerSample]) -> Iterator[str]:
@@ -138,12 +136,8 @@ def of_reports(pages: Iterable[Path], index: Path) -> Iterator[str]:
     yield from item("index", shown(index))
 
 
-def _each(jobs: Iterable[RunPlan]) -> Iterator[tuple[RunPlan, Trait]]:
-    return ((job, trait) for job in jobs for trait in job.traits)
-
-
-def _heading(job: RunPlan, trait: Trait) -> Iterator[str]:
-    yield f"{trait.name} on {job.spec.name}"
+def _heading(result: TraitResult) -> Iterator[str]:
+    yield f"{result.context.trait.name} on {result.context.plan.spec.name}"
 
 
 def item(label: str, text: str) -> Iterator[str]:
@@ -163,27 +157,16 @@ def _places(folder: TraitRun, stages: Iterable[str]) -> Iterator[str]:
             yield from item(stage, shown(folder.path / stage))
 
 
-def _vectors(job: RunPlan, trait: Trait) -> Iterator[str]:
-    """The methods whose vectors are made from the responses that count now."""
-    folder, sources = job.folder(trait), _sources(job, trait)
-    headers = {method: folder.vectors_header(method) for method in sorted(folder.methods())}
-    current = [method for method, header in headers.items() if header and header["sources"] == sources]
-    if current:
-        yield from item("vectors", shown(folder.path / "vectors"))
-        yield from item("", ", ".join(current))
+def _vectors(result: TraitResult) -> Iterator[str]:
+    """The methods whose vectors are made from the responses that are kept now."""
+    if result.methods:
+        yield from item("vectors", shown(result.context.run.path / "vectors"))
+        yield from item("", ", ".join(result.methods))
 
 
-def _sources(job: RunPlan, trait: Trait) -> str | None:
-    try:
-        return sources_digest(job.folder(trait), kept_responses(job, trait, job.folder(trait)))
-    except StoreError:
-        return None
-
-
-def _counts(job: RunPlan, trait: Trait) -> Iterator[str]:
-    try:
-        kept = kept_responses(job, trait, job.folder(trait))
-    except StoreError:
+def _counts(result: TraitResult) -> Iterator[str]:
+    kept = result.kept
+    if kept is None:
         return
     by = "no judge" if kept.judge == "none" else f"{kept.name}, threshold {kept.threshold:g}"
     by += "" if kept.coherence_threshold is None else f", coherence {kept.coherence_threshold:g}"
@@ -195,11 +178,10 @@ def _counts(job: RunPlan, trait: Trait) -> Iterator[str]:
         yield from item("not usable", kept.problem)
 
 
-def _worth(job: RunPlan, trait: Trait) -> Iterator[str]:
+def _worth(result: TraitResult) -> Iterator[str]:
     """The verdict; the chosen layer and method on questions and instructions that had no part in it; the controls."""
-    folder = job.folder(trait)
-    card = folder.read_card() if folder.has_card() else None
-    if card is None or "verdict" not in card or card["made_of"]["sources"] != _sources(job, trait):
+    card, steering = result.card, result.steering
+    if card is None:
         return
     chosen, held_out, verdict = card["chosen"], card["split"]["test"], card["verdict"]
     grave = [] if verdict["word"] == "usable" else verdict["reasons"][:1]
@@ -210,8 +192,7 @@ def _worth(job: RunPlan, trait: Trait) -> Iterator[str]:
     yield from item("controls", _controls(card["controls"]))
     if chosen["stripped"] is not None:
         yield from item("stripped", f"AUROC {_bounded(chosen['stripped']['auroc'])} without the instruction")
-    steering = folder.read_steering() if folder.has_steering() else None
-    if steering is not None and steering["made_of"]["sources"] == card["made_of"]["sources"]:
+    if steering is not None:
         yield from item("steering", _steering(steering))
 
 
@@ -257,15 +238,15 @@ def _two(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
-def _took(engine: ModelSession, seconds: float, gpu_price: float | None) -> str:
+def _took(session: ModelSession, seconds: float, gpu_price: float | None) -> str:
+    if not session.n_made:
+        return f"Nothing left to do ({seconds:.1f} s)."
     from extraction.model.devices import peak_memory
 
-    if not engine.n_made:
-        return f"Nothing left to do ({seconds:.1f} s)."
-    rate = engine.n_tokens / engine.seconds if engine.seconds and engine.n_tokens else 0.0
-    sizes = "/".join(str(n) for n in sorted(set(engine.batch_sizes)))
+    rate = session.n_tokens / session.seconds if session.seconds and session.n_tokens else 0.0
+    sizes = "/".join(str(n) for n in sorted(set(session.batch_sizes)))
     cost = "" if gpu_price is None else f", cost {gpu_price * seconds / 3600:.2f}"
-    speed = f"{engine.n_tokens:,} tokens at {rate:,.0f}/s, " if rate else ""
+    speed = f"{session.n_tokens:,} tokens at {rate:,.0f}/s, " if rate else ""
     return f"Took {duration(seconds)}: {speed}batch size {sizes}, peak memory {size(peak_memory())}{cost}."
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -16,9 +16,10 @@ import click
 
 from extraction.core.errors import TraitlineError
 from extraction.core.text import one_line
+from extraction.pipeline.pace import ExamplePace
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
-BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}| {remaining} left{postfix}"
+BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}|{postfix}"
 
 
 class Interrupted(BaseException):
@@ -179,12 +180,14 @@ class Terminal:
         else:
             click.echo(one_line(text), err=True)
 
-    def begin(self, title: str, n_examples: int, n_done: int) -> None:
+    def begin(
+        self, title: str, n_examples: int, n_done: int, *, seconds_left: Callable[[], float | None] | None = None
+    ) -> None:
         """Start a bar."""
         on_terminal = sys.stderr.isatty()
         if not on_terminal:
             self.note(f"{title}: {n_examples} examples" + (f", {n_done} of them done before" if n_done else ""))
-        self._stages.append(_Stage(title, n_examples, n_done, on_terminal))
+        self._stages.append(_Stage(title, n_examples, n_done, on_terminal, seconds_left))
 
     def advance(self, n_examples: int, n_tokens: int) -> None:
         """Move the newest bar."""
@@ -199,12 +202,21 @@ class Terminal:
 
 
 class _Stage:
-    """One bar, and how fast it moves."""
+    """One bar, with the rate in tokens and the time left: by the stage's own estimate, or by examples per second."""
 
-    def __init__(self, title: str, n_examples: int, n_done: int, on_terminal: bool) -> None:
+    def __init__(
+        self,
+        title: str,
+        n_examples: int,
+        n_done: int,
+        on_terminal: bool,
+        seconds_left: Callable[[], float | None] | None,
+    ) -> None:
         from tqdm import tqdm
 
-        self.title, self.done, self.before, self.tokens = title, n_done, n_done, 0
+        self.title, self.done, self.tokens = title, n_done, 0
+        self.pace = ExamplePace(n_examples - n_done)
+        self.seconds_left = seconds_left or self.pace.seconds_left
         self.started = self.spoke = time.perf_counter()
         self.bar = tqdm(
             total=n_examples,
@@ -213,21 +225,29 @@ class _Stage:
             file=sys.stderr,
             disable=not on_terminal,
             dynamic_ncols=True,
-            smoothing=0,  # the mean rate: examples end in bursts
             miniters=0,  # tokens move the bar too
             bar_format=BAR,
         )
 
     def advance(self, n_examples: int, n_tokens: int) -> str | None:
-        """Move; where there is no terminal, now and then a line."""
+        """Move the bar; where there is no terminal, return a line every 10 seconds."""
         self.tokens += n_tokens
         self.done += n_examples
-        now = time.perf_counter()
+        self.pace.advance(n_examples)
+        now, seconds = time.perf_counter(), self.seconds_left()
         rate = f"{self.tokens / max(now - self.started, 1e-9):,.0f} tokens/s"
-        self.bar.set_postfix_str(rate, refresh=False)
+        left = "" if seconds is None else f"{rough_duration(seconds)} left"
+        self.bar.set_postfix_str(f"{left}, {rate}" if left else rate, refresh=False)
         self.bar.update(n_examples)
         if not self.bar.disable or now - self.spoke <= SECONDS_BETWEEN_LINES:
             return None
         self.spoke = now
-        left = (now - self.started) / max(self.done - self.before, 1) * (self.bar.total - self.done)
-        return f"{self.title}: {self.done} of {self.bar.total} examples, {rate}, about {left:.0f} s left"
+        return f"{self.title}: {self.done} of {self.bar.total} examples, {rate}" + (f", about {left}" if left else "")
+
+
+def rough_duration(seconds: float) -> str:
+    """Format a duration as coarsely as an estimate is known: `45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -25,17 +25,15 @@ from extraction.config.yaml_loader import (
 )
 from extraction.core.errors import ConfigError
 from extraction.core.names import check_name, distinct_names, is_safe_name
+from extraction.core.records import COUNTED_POOLINGS, DEVICE_STRATEGIES, POOLINGS, SITES
 from extraction.core.text import show, show_path, suggest
 
 PACKAGE = Path(__file__).resolve().parent.parent
-SITES = ("residual", "attention", "mlp", "residual_mid")
-SPREADS = ("balanced", "balanced_low_0", "sequential")
 QUANTIZED = ("8bit", "4bit")
-POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_last", "all")
 
-_DEVICE = re.compile(r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?|balanced(_low_0)?|sequential")
+_DEVICE = re.compile("|".join((r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?", *DEVICE_STRATEGIES)))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_POOLING = re.compile(r"response_first:[1-9][0-9]{0,5}")
+_COUNTED_POOLING = re.compile("(" + "|".join(COUNTED_POOLINGS) + "):[1-9][0-9]{0,5}")
 _LAYER_RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?")
 
 
@@ -283,9 +281,11 @@ def _batch_size(value: Any, place: SourceLocation) -> int | str:
 
 
 def _pooling(value: Any, place: SourceLocation) -> str:
-    if value in POOLINGS or (isinstance(value, str) and _POOLING.fullmatch(value)):
+    if value in POOLINGS or (isinstance(value, str) and _COUNTED_POOLING.fullmatch(value)):
         return str(value)
-    raise place.fail(f"{show(value)} is not a pooling; {suggest(value, [*POOLINGS, 'response_first:8'])}")
+    raise place.fail(
+        f"{show(value)} is not a pooling; {suggest(value, [*POOLINGS, *(f'{name}:8' for name in COUNTED_POOLINGS)])}"
+    )
 
 
 def _not_empty(rule: Rule) -> Rule:

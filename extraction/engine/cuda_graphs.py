@@ -1,10 +1,10 @@
-"""Bursts: a decode step recorded once as a graph of the device, and replayed several times without asking the host.
+"""CUDA graphs: capture one decode step and replay it several times between host synchronisations.
 
-All that a step reads or writes lies in buffers that stay where they are, the cursor among them, so that one recording
-serves every step of so many rows and columns. Rows that end within a burst are told so on the device; what they say
-after their end is dropped. The host looks at the tokens once a burst.
+Everything that a step reads or writes lies in buffers at fixed addresses, the cursor among them, so that one graph
+serves every step with the same rows and columns. Rows that end within a run are tracked on the device; tokens after
+their end are dropped. The host reads the tokens once a run.
 
-Shapes: B slots, K steps of a burst, S columns of the window, V vocabulary.
+Shapes: B slots, K steps of a run, S columns of the window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ if TYPE_CHECKING:
     from extraction.engine.sequence import RunningSequence
     from extraction.model.loading import LanguageModel
 
-STEPS_PER_RUN = 4  # of a burst: a row that ends idles for half of them, and the host's look costs a share of each
-COLUMN_BUCKET = 128  # a recorded step attends to a multiple of so many: fewer recordings against columns read in vain
+STEPS_PER_RUN = 4  # a row that ends idles for half of them on average; the host's read costs a share of each
+COLUMN_BUCKET = 128  # a captured step attends to a multiple of these: fewer graphs against columns read in vain
 PROOF_COLUMNS = 1024
-_refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why a model's steps are not recorded; "": they are
+_reasons: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # reason against capturing a model; "": none
 
 Read = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class GraphRun:
-    """What came of a burst: each row's tokens, and how many of them came before its logits broke (all: never)."""
+    """Result of a run: each row's tokens, and how many of them precede the first non-finite logits."""
 
     tokens: list[list[int]]
-    sound: list[int]
+    n_valid: list[int]
 
     @property
     def n_steps(self) -> int:
-        """How many steps it had; fewer than asked for where no recording could be made."""
+        """Number of steps; fewer than requested if no graph could be captured."""
         return len(self.tokens[0])
 
 
 class CudaGraphRunner:
-    """The recorded steps of a running batch. `read` is one pass over the rows' newest tokens: mask -> logits [B, V]."""
+    """Captured steps of a batch. `read`: one pass over the rows' newest tokens, attention mask -> logits [B, V]."""
 
     def __init__(
         self, rows: RowBuffers, window: CacheWindow, record: Record, read: Read, stop_ids: Iterable[int]
@@ -61,38 +61,38 @@ class CudaGraphRunner:
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=rows.device)
         self.arange_S = torch.arange(window.columns, device=rows.device)
         self.cursor_1, self.step_1 = (torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(2))
-        self.broken = ""  # why a step could not be recorded after all
+        self.broken = ""  # reason that a step could not be captured
         self._replays: dict[tuple[int, Sampler], Callable[[], None]] = {}
-        self._make(0)
+        self._allocate(0)
 
-    def _make(self, n_slots: int) -> None:
+    def _allocate(self, n_slots: int) -> None:
         device = self.rows.device
         self.token_BK = torch.zeros(n_slots, STEPS_PER_RUN, dtype=torch.long, device=device)
         self.bad_BK = torch.zeros(n_slots, STEPS_PER_RUN, dtype=torch.bool, device=device)
-        # live: the newest token is part of the response; left: how many may still join it; heeds: stop tokens end it
-        self.standing_3B = torch.zeros(3, n_slots, dtype=torch.long, device=device)
+        # live: the newest token is part of the response; left: tokens that may still join; heeds: stop tokens end it
+        self.status_3B = torch.zeros(3, n_slots, dtype=torch.long, device=device)
 
     def forget(self) -> None:
-        """The rows' buffers are other ones now: nothing that was recorded holds."""
+        """Drop all graphs: the rows' buffers have moved."""
         self._replays.clear()
 
     def must_roll(self, n_steps: int) -> bool:
-        """Whether the window has no room for so many steps, or many columns that nobody needs any more."""
+        """Return True if the window has no room for these steps, or a bucket of columns that no row needs."""
         window = self.window
         return window.cursor + n_steps > window.columns or round_up_columns(window.start + 1) > round_up_columns(1)
 
     @staticmethod
     def enough_free(n_slots: int) -> int:
-        """How many free slots a prefill waits for. It is not recorded, so the host's part of it is worth many steps.
+        """Number of free slots that a prefill waits for. It is not captured, so its host time is worth many steps.
 
         A row costs prefill / free + tokens * step * (1 + free / 2 slots) / slots; if a prefill takes as long as a dozen
-        steps, and answers have 60 tokens, that is least where about half of the slots are free.
+        steps and responses have 60 tokens, that is least where about half of the slots are free.
         """
         return n_slots // 2 + 1
 
     @staticmethod
     def can_record(sampler: Sampler) -> bool:
-        """One Sample for all rows; where each has its own, what a step does depends on who is there."""
+        """Return True if one Sample serves all rows; with one for each row, a step depends on which rows run."""
         return isinstance(sampler, Sample)
 
     def run(
@@ -103,14 +103,14 @@ class CudaGraphRunner:
         sampler: Sampler,
         observer: PooledCapture | None,
     ) -> GraphRun:
-        """So many steps of every row; the cursor is the caller's to move."""
-        if len(slots) != self.standing_3B.shape[1]:
-            self._make(len(slots))
-        standing = [
-            (slot.fed < len(slot.tokens), slot.left, not slot.request.ignore_eos) if slot is not None else (0, 0, 0)
+        """Run `n_steps` steps of every row. The caller moves the cursor."""
+        if len(slots) != self.status_3B.shape[1]:
+            self._allocate(len(slots))
+        status = [
+            (slot.n_fed < len(slot.tokens), slot.n_left, not slot.request.ignore_eos) if slot is not None else (0, 0, 0)
             for slot in slots
         ]
-        self.standing_3B.copy_(torch.tensor(standing, dtype=torch.long).T)
+        self.status_3B.copy_(torch.tensor(status, dtype=torch.long).T)
         self.cursor_1.fill_(self.window.cursor)
         self.step_1.zero_()
         columns = round_up_columns(self.window.cursor + n_steps)
@@ -120,33 +120,33 @@ class CudaGraphRunner:
 
         replay, n_done = self._replays.get((columns, sampler)), 0
         if replay is None:
-            step()  # the first one as it is, which warms up the device
+            step()  # the first one eagerly, which warms up the device
             n_done = 1
             try:
                 replay = self._replays[columns, sampler] = self.record(step)
             except RuntimeError as failure:
                 if is_out_of_memory(failure):
                     raise
-                self.broken = _words_of(failure)
+                self.broken = _describe(failure)
                 return self._outcome(n_done)
         for _ in range(n_steps - n_done):
             replay()
         return self._outcome(n_steps)
 
     def _outcome(self, n_steps: int) -> GraphRun:
-        """The only look of the host at the device."""
-        found_2BK = torch.stack([self.token_BK, self.bad_BK.long()])[..., :n_steps].cpu()
-        sound = [row.index(1) if 1 in row else n_steps for row in found_2BK[1].tolist()]
-        return GraphRun(found_2BK[0].tolist(), sound)
+        """Read the tokens: the run's only host synchronisation."""
+        result_2BK = torch.stack([self.token_BK, self.bad_BK.long()])[..., :n_steps].cpu()
+        n_valid = [row.index(1) if 1 in row else n_steps for row in result_2BK[1].tolist()]
+        return GraphRun(result_2BK[0].tolist(), n_valid)
 
     def _step(self, columns: int, mask_BS: Tensor, sampler: Sampler, observer: PooledCapture | None) -> None:
-        rows, (live_B, left_B, heeds_B) = self.rows, self.standing_3B
+        rows, (live_B, left_B, heeds_B) = self.rows, self.status_3B
         seen_BS = mask_BS[:, :columns] & (self.arange_S[:columns] <= self.cursor_1)
         with self.window.recording(GraphCursor(self.cursor_1, columns)):
             logits_BV = self.read(seen_BS)
         token_B, bad_B = sampler.choose(logits_BV, rows.uniform(DRAW, 1)[:, 0] if sampler.draws else None)
         if observer is not None:
-            observer.tally(rows.age_B, live_B.bool())
+            observer.accumulate(rows.age_B, live_B.bool())
         self.token_BK.index_copy_(1, self.step_1, token_B.unsqueeze(1))
         self.bad_BK.index_copy_(1, self.step_1, bad_B.unsqueeze(1))
         stops_B = torch.isin(token_B, self.stop_ids) & heeds_B.bool()
@@ -159,12 +159,12 @@ class CudaGraphRunner:
 
 
 def round_up_columns(columns: int) -> int:
-    """So many columns, or a few more: of these, recordings are made."""
+    """Round a number of columns up to the bucket that graphs are captured for."""
     return -(-columns // COLUMN_BUCKET) * COLUMN_BUCKET
 
 
 def graph_recorder_for(lms: Sequence[LanguageModel]) -> Record | None:
-    """What records the steps of these models, if they are on one device that can, and have been proven to allow it."""
+    """Return the device's graph recorder if these models share one device and passed the proof; else None."""
     places = {lm.device for lm in lms}
     record = recorder_for(lms[0].device)
     if record is None or len(places) > 1 or any(lm.spread for lm in lms):
@@ -173,37 +173,37 @@ def graph_recorder_for(lms: Sequence[LanguageModel]) -> Record | None:
 
 
 def unsupported_reason(lm: LanguageModel, record: Record | None = None) -> str:
-    """Why a model's steps are not recorded as a graph; empty where they are, or where nobody has tried.
+    """Return the reason that a model's steps can't be captured; empty if they can, or if it was not tried.
 
-    Proven once a model, given what records: a short text comes out the same, within rounding.
+    With a recorder, the proof runs once per model: a short text gives the same logits, within rounding.
     """
-    if record is not None and lm.model not in _refused:
+    if record is not None and lm.model not in _reasons:
         wanted_TV = decode_probe(lm)
         try:
             found_TV = _replayed(lm, record)
         except Exception as failure:  # an architecture may object in any way
-            mark_unsupported(lm, _words_of(failure))
+            mark_unsupported(lm, _describe(failure))
         else:
             error = float((found_TV - wanted_TV).abs().max() / wanted_TV.abs().max())
             differs = not error <= (1e-4 if lm.is_exact else 3e-2)
             mark_unsupported(lm, f"a replayed step differs by {error:.0e}" if differs else "")
-    return _refused.get(lm.model, "")
+    return _reasons.get(lm.model, "")
 
 
 def mark_unsupported(lm: LanguageModel, reason: str) -> None:
-    """From now on this model's steps are not recorded; are, where there is no reason."""
-    _refused[lm.model] = reason
+    """Record the reason that a model's steps can't be captured; an empty one allows it."""
+    _reasons[lm.model] = reason
 
 
-def _words_of(failure: Exception) -> str:
+def _describe(failure: Exception) -> str:
     return f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
 
 
 @torch.inference_mode()
 def _replayed(lm: LanguageModel, record: Record) -> Tensor:
-    """`decoded`, by one step that is recorded, and replayed at every later cursor.
+    """Decode the probe text by one captured step, replayed at every later cursor: logits [T, V].
 
-    Many columns lie past the cursor: a model that counts a sliding window from the last of them can't be recorded.
+    Many columns lie past the cursor: a model that counts a sliding window from the last column can't be captured.
     """
     text = ProbeText(lm, min(lm.max_positions or PROOF_COLUMNS, PROOF_COLUMNS))
     logits = [text.prefill()]
@@ -221,7 +221,7 @@ def _replayed(lm: LanguageModel, record: Record) -> Tensor:
         with text.cache.window.recording(GraphCursor(cursor_1, n_columns)):
             logits_BV.copy_(text.read(ids_B1, mask_BS & (column_S <= cursor_1), position_B1))
 
-    replay: Callable[[], None] = step  # the first time as it is, which warms up the device
+    replay: Callable[[], None] = step  # the first time eagerly, which warms up the device
     for t in range(text.n_prompt, text.n_tokens):
         cursor_1.fill_(t)
         ids_B1.copy_(text.ids_BT[:, t : t + 1])

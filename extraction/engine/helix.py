@@ -1,7 +1,7 @@
-"""Speculative decoding in batches, from texts to texts: for people who script.
+"""Batched speculative decoding from texts to texts, for scripts.
 
-A draft model proposes, the target judges several tokens in one pass, and what comes out is what the target would have
-said alone: the same tokens where greedy, the same distribution where sampled. See docs/speculation.md.
+A draft model proposes, and the target verifies several tokens in one pass. The result is exact: the target's own tokens
+where greedy, its own distribution where sampled. See docs/speculation.md.
 
 Shapes: B rows, T tokens.
 """
@@ -9,7 +9,7 @@ Shapes: B rows, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ from extraction.core.errors import ConfigError
 from extraction.engine.batch import ContinuousBatch
 from extraction.engine.generate import encode_text
 from extraction.engine.requests import Completion, Request
+from extraction.engine.run_loop import run_loop, warn_of_smaller_batch
 from extraction.engine.sampler import Sample
-from extraction.engine.sequence import BatchLimits
+from extraction.engine.sequence import BatchLimits, StepOutput
 from extraction.engine.speculation import Speculate
 from extraction.model.loading import LanguageModel, wrap
 
@@ -33,10 +34,10 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How `HelixEngine` answers. Temperature 0 is greedy, top_k 0 and top_p 1 cut nothing.
+    """Generation settings of `HelixEngine`. Temperature 0 is greedy; top_k 0 and top_p 1 are off.
 
-    `speculation_depth` is how many tokens are proposed at a time at most. `batch_size` is how many prompts run at once;
-    the others wait for a free place. The same seed gives the same answers, whatever the batch size.
+    `speculation_depth`: largest number of proposed tokens. `batch_size`: prompts that run at once; the others wait for
+    a free slot. The same seed gives the same responses at any batch size.
     """
 
     max_tokens: int = 50
@@ -62,7 +63,7 @@ class GenerationConfig:
 
 
 class HelixEngine:
-    """A target and, for speed, a smaller model of the same vocabulary that drafts for it (None: n-gram lookup)."""
+    """A target model and a smaller draft model of the same vocabulary (None: n-gram lookup)."""
 
     def __init__(
         self,
@@ -71,14 +72,14 @@ class HelixEngine:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.target = _looked_over(target, tokenizer)
-        self.draft = None if draft is None else _looked_over(draft, None)
+        self.target = _as_language_model(target, tokenizer)
+        self.draft = None if draft is None else _as_language_model(draft, None)
         self.tokenizer = tokenizer or self.target.tokenizer
         if self.tokenizer is None:
             raise ConfigError("HelixEngine needs the target's tokenizer; give tokenizer=")
 
     def batch_generate(self, prompts: Sequence[str], config: GenerationConfig | None = None) -> list[dict[str, Any]]:
-        """Answer every prompt; a dict each, in their order, as `batch_speculative_generate` returns them.
+        """Generate for every prompt; return a dict each, in their order, as `batch_speculative_generate` does.
 
         `prompts` are exact texts: apply a chat template before. Raises PromptError for one that the models can't hold.
         """
@@ -88,13 +89,13 @@ class HelixEngine:
             Request(f"prompt {i}", tuple(encode_text(tokenizer, prompt)), config.max_tokens, config.seed)
             for i, prompt in enumerate(prompts)
         ]
-        runs = _run(self._batch(requests, config), requests)
+        runs = _run(lambda n_slots: self._batch(requests, config, n_slots), requests, config.batch_size)
         return [_result(self._text(runs[r.id].completion.token_ids), runs[r.id]) for r in requests]
 
-    def _batch(self, requests: Sequence[Request], config: GenerationConfig) -> ContinuousBatch:
+    def _batch(self, requests: Sequence[Request], config: GenerationConfig, n_slots: int) -> ContinuousBatch:
         strategy = Speculate(self.draft, config.sample, config.speculation_depth)
         longest = max((len(r.token_ids) for r in requests), default=1) + config.max_tokens
-        limits = BatchLimits(slots=config.batch_size, longest=longest, budget=config.max_tokens)
+        limits = BatchLimits(slots=n_slots, longest=longest, budget=config.max_tokens)
         return ContinuousBatch(self.target, limits, strategy=strategy, stop_strings=config.stop)
 
     def _text(self, token_ids: Sequence[int]) -> str:
@@ -117,15 +118,19 @@ def batch_speculative_generate(  # noqa: PLR0913 (a script's one call)
     batch_size: int | None = None,
     stop: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Answer every prompt with speculation; a dict each, in their order. `draft_model` None: n-gram lookup.
+    """Generate for every prompt with speculation; return a dict each, in their order.
 
-    text, tokens (ids), num_tokens; time_seconds and time_to_first_token, in seconds from the call until the prompt's
-    own last and first token were there (None without tokens); tokens_per_second; stats: total_steps (passes of the
-    target), acceptance_rates (one for each pass in which something was proposed, in order: accepted over proposed)
-    and avg_acceptance_rate (all accepted over all proposed; None where nothing was).
+    Keys: text, tokens (ids), num_tokens; time_seconds and time_to_first_token, in seconds from the call until the
+    prompt's last and first token (None without tokens); tokens_per_second; stats: total_steps (target passes),
+    acceptance_rates (accepted over proposed of each pass with a proposal, in order) and avg_acceptance_rate (all
+    accepted over all proposed; None if nothing was).
 
-    `prompts` are exact texts. `batch_size` is how many run at once (None: all). Raises ModelError where the two models
-    have different vocabularies, PromptError for a prompt that they can't hold.
+    Args:
+        draft_model: None proposes by n-gram lookup in the row's own tokens.
+        prompts: exact texts.
+        batch_size: prompts that run at once; None: all.
+
+    Raises ModelError if the two models have different vocabularies, PromptError for a prompt that they can't hold.
     """
     config = GenerationConfig(
         max_tokens=max_tokens,
@@ -141,7 +146,7 @@ def batch_speculative_generate(  # noqa: PLR0913 (a script's one call)
 
 
 def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int = 0, *, side: str = "left") -> Tensor:
-    """Token ids of different lengths as one tensor [B, T], T the longest; decoders want their padding on the left."""
+    """Return token ids of different lengths as one padded tensor [B, T]; decoders need their padding on the left."""
     lengths = [len(row) for row in sequences]
     padded_BT = torch.full((len(lengths), max(lengths, default=0)), pad_id, dtype=torch.long)
     live_BT = create_attention_mask(lengths, side=side).bool()
@@ -150,9 +155,9 @@ def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int = 0, *, side: 
 
 
 def create_attention_mask(lengths: Sequence[int], *, side: str = "left") -> Tensor:
-    """1 where a token is and 0 where padding is: [B, T], T the longest.
+    """Return 1 for tokens and 0 for padding: [B, T], T the longest.
 
-    From lengths, not from ids: a tokenizer's pad id is often a token that occurs in texts too.
+    Made from lengths, not from ids: a tokenizer's pad id is often a token that occurs in texts too.
     """
     if side not in SIDES:
         raise ConfigError(f"padding side {side!r}: use one of {', '.join(SIDES)}")
@@ -164,34 +169,37 @@ def create_attention_mask(lengths: Sequence[int], *, side: str = "left") -> Tens
 
 @dataclass(frozen=True)
 class _Run:
-    """One prompt's completion, and when: seconds from the start until its first token and until its end."""
+    """A completion with the seconds from the start until its first token and until its end."""
 
     completion: Completion
     first_token: float | None
     seconds: float
 
 
-def _run(batch: ContinuousBatch, requests: Sequence[Request]) -> dict[str, _Run]:
-    """All to their ends, on one clock that starts before the first prefill."""
+def _run(make_batch: Callable[[int], ContinuousBatch], requests: Sequence[Request], batch_size: int) -> dict[str, _Run]:
+    """Run all requests to their ends, on one clock that starts before the first prefill."""
     started = time.perf_counter()
+    now = 0.0
     first: dict[str, float] = {}
+
+    def note_first_tokens(output: StepOutput) -> None:
+        nonlocal now
+        now = time.perf_counter() - started
+        for request_id in output.new_tokens:
+            first.setdefault(request_id, now)
+
     runs: dict[str, _Run] = {}
-    batch.add(requests)
-    with batch.watching():
-        while batch.has_work:
-            news = batch.advance()
-            now = time.perf_counter() - started
-            for request_id in news.fresh:
-                first.setdefault(request_id, now)
-            for completion in news.done:
-                if completion.fault is not None:
-                    raise completion.fault
-                runs[completion.id] = _Run(completion, first.get(completion.id), now)
+    for completion in run_loop(
+        make_batch, requests, batch_size, on_step=note_first_tokens, on_smaller_batch=warn_of_smaller_batch
+    ):
+        if completion.fault is not None:
+            raise completion.fault
+        runs[completion.id] = _Run(completion, first.get(completion.id), now)
     return runs
 
 
 def _result(text: str, run: _Run) -> dict[str, Any]:
-    completion, told = run.completion, run.completion.speculation
+    completion, stats = run.completion, run.completion.speculation
     n_tokens = len(completion.token_ids)
     return {
         "text": text,
@@ -201,15 +209,17 @@ def _result(text: str, run: _Run) -> dict[str, Any]:
         "tokens_per_second": n_tokens / run.seconds,
         "time_to_first_token": run.first_token,
         "stats": {
-            "total_steps": 0 if told is None else told.target_steps,
-            "acceptance_rates": [] if told is None else list(told.step_rates),
-            "avg_acceptance_rate": None if told is None else told.acceptance_rate,
+            "total_steps": 0 if stats is None else stats.target_steps,
+            "acceptance_rates": [] if stats is None else list(stats.step_rates),
+            "avg_acceptance_rate": None if stats is None else stats.acceptance_rate,
         },
     }
 
 
-def _looked_over(model: LanguageModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LanguageModel:
-    """As the engine takes it. Raises ModelError where the engine can't run it."""
+def _as_language_model(
+    model: LanguageModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> LanguageModel:
+    """Wrap a transformers model for the engine. Raises ModelError if the engine can't run it."""
     if not isinstance(model, LanguageModel):
         return wrap(model, tokenizer)
     return model if tokenizer is None or model.tokenizer is not None else replace(model, tokenizer=tokenizer)

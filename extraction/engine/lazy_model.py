@@ -1,4 +1,4 @@
-"""TODO."""
+"""A model that loads on first use, and work that is repeated at a smaller batch size when memory runs out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from extraction.core.errors import ModelError
 from extraction.core.progress import ProgressReporter
 
 if TYPE_CHECKING:
@@ -87,6 +86,7 @@ def retry_with_smaller_batch(
     run: Callable[[int], None], batch_size: int, engine: LazyModel, listener: ProgressReporter, undo: Callable[[], None]
 ) -> int:
     """Run at a batch size; when memory runs out, again at half of it. Returns the size that worked."""
+    from extraction.engine.run_loop import smaller_batch
     from extraction.model.devices import empty_cache
     from extraction.model.memory import is_out_of_memory
 
@@ -97,14 +97,9 @@ def retry_with_smaller_batch(
             if not is_out_of_memory(failure):
                 raise
             undo()
-            if batch_size == 1:
-                raise ModelError(
-                    "out of memory even with --batch-size 1: use a smaller model, --dtype bfloat16, fewer --layers "
-                    "or a lower --max-new-tokens; finished shards are kept"
-                ) from failure
+            smaller = smaller_batch(batch_size, failure)
         else:
             return batch_size
-        batch_size //= 2
-        engine.fits = batch_size
+        batch_size = engine.fits = smaller
         listener.note(f"out of memory: again with batch size {batch_size}")
         empty_cache()

@@ -1,4 +1,4 @@
-"""How likely a model finds texts that exist already, and how far steering moves what it expects next.
+"""Log-likelihoods of existing texts, and the divergence that steering causes in the next-token distribution.
 
 Shapes: B rows, T tokens of the response, V vocabulary, C steerings.
 """
@@ -22,7 +22,7 @@ LOGIT_BYTES = 2**28  # of one batch's logits in float32
 
 
 def log_likelihoods(lm: LanguageModel, texts: Sequence[Text], *, batch_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield (id, log p of each response token given all before it: float32 [T] on the CPU), longest text first.
+    """Yield (id, log p of each response token given all before it, float32 [T] on the CPU), longest text first.
 
     The mean of the negative is the cross-entropy in nats, its exponential the perplexity. PromptError for a text
     without a prompt or a response token.
@@ -34,50 +34,50 @@ def log_likelihoods(lm: LanguageModel, texts: Sequence[Text], *, batch_size: int
     widest = len(longest_first[0][1]) + len(longest_first[0][2]) if texts else 1
     size = rows_that_fit(lm, widest, batch_size)
     for start in range(0, len(longest_first), size):
-        yield from _scored(lm, longest_first[start : start + size])
+        yield from _token_log_probs(lm, longest_first[start : start + size])
 
 
 def rows_that_fit(lm: LanguageModel, width: int, batch_size: int) -> int:
-    """How many rows of so many logits each a batch may hold."""
+    """Return the largest number of rows, up to `batch_size`, whose logits of `width` positions fit in LOGIT_BYTES."""
     return max(1, min(batch_size, LOGIT_BYTES // (4 * width * lm.vocab_size)))
 
 
 @torch.inference_mode()
-def _scored(lm: LanguageModel, rows: Sequence[Text]) -> list[tuple[str, Tensor]]:
+def _token_log_probs(lm: LanguageModel, rows: Sequence[Text]) -> list[tuple[str, Tensor]]:
     ids_BT, _, _ = right_pad(rows, lm.pad_id, lm.device)
     first = min(len(prompt) for _, prompt, _ in rows) - 1  # the position that the first response token comes from
-    chances_BTV = lm.logits(ids_BT, ids_BT.shape[1] - first).float().log_softmax(-1)
-    said_BT = chances_BTV[:, :-1].gather(-1, ids_BT[:, first + 1 :].unsqueeze(-1)).squeeze(-1)
-    found = []
-    for (text_id, prompt, response), said_T in zip(rows, said_BT, strict=True):
+    log_probs_BTV = lm.logits(ids_BT, ids_BT.shape[1] - first).float().log_softmax(-1)
+    token_BT = log_probs_BTV[:, :-1].gather(-1, ids_BT[:, first + 1 :].unsqueeze(-1)).squeeze(-1)
+    result = []
+    for (text_id, prompt, response), token_T in zip(rows, token_BT, strict=True):
         start = len(prompt) - 1 - first
-        found.append((text_id, said_T[start : start + len(response)].cpu()))
-    return found
+        result.append((text_id, token_T[start : start + len(response)].cpu()))
+    return result
 
 
 def divergences(lm: LanguageModel, text: Text, steerings: Sequence[Steering], *, batch_size: int) -> list[float]:
-    """KL(steered || plain) of the next token, mean over the text's response positions, in nats: one a steering.
+    """Return KL(steered || plain) of the next token for each steering, mean over the response positions, in nats.
 
-    All rows hold the same text, so all that differs is the steering. Source: Kullback and Leibler 1951.
+    All rows hold the same text, so that only the steering differs. Source: Kullback and Leibler 1951.
     """
     n_response = len(text[2])
     size = rows_that_fit(lm, n_response, batch_size)
-    plain_TV = _expected(lm, text, [Steering()])[0]
+    plain_TV = _next_token_log_probs(lm, text, [Steering()])[0]
     found: list[float] = []
     for start in range(0, len(steerings), size):
-        for chances_TV in _expected(lm, text, steerings[start : start + size]):
-            gap_TV = (chances_TV - plain_TV).masked_fill(chances_TV == -torch.inf, 0)  # 0 log 0 is 0
-            found.append(float((chances_TV.exp() * gap_TV).sum(-1).mean()))
+        for log_probs_TV in _next_token_log_probs(lm, text, steerings[start : start + size]):
+            gap_TV = (log_probs_TV - plain_TV).masked_fill(log_probs_TV == -torch.inf, 0)  # 0 log 0 is 0
+            found.append(float((log_probs_TV.exp() * gap_TV).sum(-1).mean()))
     return found
 
 
 @torch.inference_mode()
-def _expected(lm: LanguageModel, text: Text, steerings: Sequence[Steering]) -> Tensor:
-    """Log-probabilities [C, T, V] at the positions that the response's tokens come from."""
+def _next_token_log_probs(lm: LanguageModel, text: Text, steerings: Sequence[Steering]) -> Tensor:
+    """Return log-probabilities [C, T, V] at the positions that predict the response's tokens."""
     _, prompt, response = text
     ids_CT = torch.tensor([[*prompt, *response[:-1]]] * len(steerings), device=lm.device)
-    steerer = SteeringHook(lm, steerings, len(steerings))
+    hook = SteeringHook(lm, steerings, len(steerings))
     rows_C = torch.arange(len(steerings), device=lm.device)
-    steerer.seat(rows_C, steerings)
-    with steerer.watching(), steerer.reading(len(prompt), ids_CT.shape[1]):
+    hook.assign(rows_C, steerings)
+    with hook.attached(), hook.during_text(len(prompt), ids_CT.shape[1]):
         return lm.logits(ids_CT, len(response)).float().log_softmax(-1)

@@ -1,7 +1,8 @@
 """Logit-diff amplification of two models: after + alpha * (after - before).
 
-What fine-tuning made a little likelier becomes much likelier, so that a rare behaviour shows in a few samples
-("model diff amplification", Aranguri and McGrath 2025, goodfire.ai/research/model-diff-amplification).
+A behaviour that fine-tuning made slightly likelier becomes much likelier, so that it shows in a few samples ("model
+diff amplification", Aranguri and McGrath 2025,
+goodfire.ai/research/model-diff-amplification).
 
 Shapes: B rows, V vocabulary.
 """
@@ -21,13 +22,13 @@ from extraction.engine.sampler import Sample, at_least_float32
 if TYPE_CHECKING:
     from extraction.model.loading import LanguageModel
 
-MAX_GAP = 1e4  # of two logits; what one model rules out must not become an infinite preference
+MAX_GAP = 1e4  # of two logits: a token that one model rules out must not become infinitely preferred
 MAX_ALPHA = 1e6
 
 
 @dataclass(frozen=True)
 class Amplify:
-    """The engine's model is `after`; `before` reads the same tokens. `alpha` is for requests without one of their own.
+    """Settings of amplification: the engine's model is `after`. `alpha` is the default of requests without their own.
 
     With a `plausibility` above 0, only tokens that `after` gives at least that share of its best token's probability
     stay (Li et al. 2022, contrastive decoding, arXiv 2210.15097, equation 2); it comes before the temperature.
@@ -45,15 +46,15 @@ class Amplify:
 
 
 def check_alpha(alpha: float) -> None:
-    """Raise ConfigError for an alpha that is not a number of a sane size."""
+    """Raise ConfigError for an alpha that is not finite or larger than MAX_ALPHA."""
     if not abs(alpha) <= MAX_ALPHA:
         raise ConfigError(f"alpha {alpha} is out of range: use a number from {-MAX_ALPHA:g} to {MAX_ALPHA:g}")
 
 
 def amplify_logits(after_BV: Tensor, before_BV: Tensor, alpha_B: Tensor, plausibility: float = 0.0) -> Tensor:
-    """after + alpha * (after - before), in float32 at least: [B, V].
+    """Return after + alpha * (after - before) in float32 or wider: [B, V].
 
-    A token that `after` rules out stays out; one that only `before` rules out counts as WIDEST_GAP apart. An alpha of
+    A token that `after` rules out stays out; one that only `before` rules out counts as MAX_GAP apart. An alpha of
     0 gives `after` bit for bit, and so does any alpha where both models agree.
     """
     after_BV, before_BV = at_least_float32(after_BV), at_least_float32(before_BV)

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: requests and completions.
+"""Requests, which go into the engine, and completions, which it returns.
 
 Shapes: T tokens, L layers, D hidden.
 """
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue. With `seed`, `id` alone decides the random numbers, so ids are unique within a run.
+    """A prompt to continue. `seed` and `id` decide the random numbers, so ids are unique within a run.
 
-    `steering`, `sample` and `alpha` are this request's own: neighbours in the batch don't feel them; None is the run's.
-    `draws` names the random numbers where they are to be those of others with the same name, so that nothing but the
-    steering differs. With `ignore_eos` stop tokens are ordinary ones. `stop_strings` come besides the run's.
+    `steering`, `sample` and `alpha` apply to this request alone; None: the batch's default. `draws` replaces the id as
+    the key of the random numbers: requests with the same value draw the same ones, so that only the steering differs.
+    With `ignore_eos`, stop tokens are ordinary tokens. `stop_strings` are added to the batch's.
     """
 
     id: str
@@ -39,9 +39,9 @@ class Request:
 
 @dataclass(frozen=True)
 class SpeculationStats:
-    """What speculation came to in one row: passes of the target, tokens proposed to it, those that it accepted.
+    """Speculation statistics of one request: target passes, proposed tokens, accepted tokens.
 
-    `step_rates`: accepted of proposed in each pass that was proposed to, in order.
+    `step_rates`: accepted over proposed of each pass with a proposal, in order.
     """
 
     target_steps: int
@@ -51,21 +51,21 @@ class SpeculationStats:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted of proposed, 0 to 1; None where nothing was proposed."""
+        """Accepted over proposed, 0 to 1; None if nothing was proposed."""
         return self.accepted / self.proposed if self.proposed else None
 
     @property
     def tokens_per_step(self) -> float:
-        """What a pass of the target gave: the accepted ones and one more."""
+        """Mean number of tokens that a target pass gave: the accepted ones and one more."""
         return 1 + self.accepted / self.target_steps if self.target_steps else 0.0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What came out. `token_ids` holds no stop token; `finish_reason` is `stop`, `stop_string`, `length` or `failed`.
+    """A finished request. `finish_reason`: "stop", "stop_string", "length" or "failed"; no stop token in `token_ids`.
 
-    `activations`: `site.pooling` -> [L, D] on the CPU (`all`: [T, L, D]); empty when the response is empty. A `fault`
-    says why a row failed: its logits or activations are not finite.
+    `activations`: `site.pooling` -> [L, D] on the CPU (`all`: [T, L, D]); empty if the response is empty. `fault`: the
+    error of a failed request, whose logits or activations are not finite.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""What every slot of a running batch carries on the device: its newest token, its lengths, its random numbers.
+"""Per-row state on the device: each slot's newest token, its lengths and its random numbers.
 
 Shapes: B slots, T columns of a step, R rows that enter, P prompt columns.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from extraction.engine.requests import Request
 from extraction.engine.sampler import uniforms
 
-DRAW = ""  # the stream of random numbers that every strategy has
+DRAW = ""  # the stream of random numbers that every strategy draws tokens from
 
 
 class RowBuffers:
@@ -32,8 +32,8 @@ class RowBuffers:
         )
         self.uniform_BT = {s: torch.zeros(1, budget, dtype=wide, device=device) for s in (DRAW, *streams)}
 
-    def seat(self, rows_R: Tensor, asked: Sequence[Request], ids_RP: Tensor, mask_RP: Tensor, *, draws: bool) -> None:
-        """Rows take these requests; `draws`: whether any of them needs random numbers."""
+    def assign(self, rows_R: Tensor, asked: Sequence[Request], ids_RP: Tensor, mask_RP: Tensor, *, draws: bool) -> None:
+        """Give rows to these requests; `draws`: True if any of them needs random numbers."""
         self.length_B1[rows_R] = mask_RP.sum(1, keepdim=True)
         self.prompt_B1[rows_R] = self.length_B1[rows_R]
         self.last_B1[rows_R] = ids_RP[:, -1:]
@@ -42,27 +42,32 @@ class RowBuffers:
             uniform_BT[rows_R] = torch.from_numpy(drawn).to(uniform_BT)
 
     @property
+    def n_rows(self) -> int:
+        """Number of slots."""
+        return len(self.token_B1)
+
+    @property
     def age_B(self) -> Tensor:
-        """The place in the response of the token to feed, from 0."""
+        """Position in the response of the token to feed, from 0: [B]."""
         return (self.length_B1 - self.prompt_B1)[:, 0]
 
     def positions(self, width: int, last: int) -> Tensor:
-        """Of the next `width` tokens: [B, T]. An idle row's drift, so they stop at the `last` that the model knows."""
+        """Positions of the next `width` tokens, [B, T]. Those of idle rows drift, so they are clamped to `last`."""
         return count_up(self.length_B1, width).clamp_(0, last)
 
     def uniform(self, stream: str, width: int) -> Tensor:
-        """A stream's numbers for the `width` response tokens after the one to feed: [B, T]."""
+        """Uniforms of a stream for the `width` response tokens after the one to feed: [B, T]."""
         age_BT = count_up(self.length_B1 - self.prompt_B1 + 1, width)
         return self.uniform_BT[stream].gather(1, age_BT.clamp_(0, self.budget - 1))
 
     def step(self, token_B1: Tensor, last_B1: Tensor, count_B1: Tensor | int) -> None:
-        """So many tokens have gone into the cache, the last of them `last_B1`; `token_B1` is next. In place."""
+        """Count tokens that went into the cache, the last of them `last_B1`; `token_B1` is fed next. In place."""
         self.last_B1.copy_(last_B1)
         self.token_B1.copy_(token_B1)
         self.length_B1.add_(count_B1)
 
-    def take(self, rows_B: Tensor) -> None:
-        """The rows become these ones."""
+    def select(self, rows_B: Tensor) -> None:
+        """Make the rows these ones."""
         self.token_B1, self.last_B1, self.length_B1, self.prompt_B1 = (
             buffer[rows_B] for buffer in (self.token_B1, self.last_B1, self.length_B1, self.prompt_B1)
         )
@@ -70,5 +75,5 @@ class RowBuffers:
 
 
 def count_up(first_B1: Tensor, width: int) -> Tensor:
-    """Counted on from each row's first: [B, T], a new tensor."""
+    """Return `width` consecutive numbers from each row's first: [B, T], a new tensor."""
     return first_B1 + torch.arange(width, device=first_B1.device) if width > 1 else first_B1.clone()

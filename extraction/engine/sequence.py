@@ -1,4 +1,4 @@
-"""The places of a running batch: what each holds, how far it is, and what ends it.
+"""Running sequences: the request that a slot holds, the tokens it has so far, and the reason it ends.
 
 Shapes: R rows, P prompt columns.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How large a batch may grow: rows, tokens of prompt and response together, new tokens of any request."""
+    """Upper bounds of a batch: slots, tokens of prompt and response together, and new tokens of any request."""
 
     slots: int
     longest: int
@@ -31,7 +31,7 @@ class BatchLimits:
 
     @staticmethod
     def of(requests: Sequence[Request], slots: int) -> BatchLimits:
-        """What a known list of requests needs."""
+        """Return the smallest limits that hold these requests, with at most `slots` slots."""
         longest = max((len(r.token_ids) + r.max_new_tokens for r in requests), default=1)
         budget = max((r.max_new_tokens for r in requests), default=1)
         return BatchLimits(max(1, min(slots, len(requests))), longest, budget)
@@ -39,49 +39,48 @@ class BatchLimits:
 
 @dataclass
 class StepOutput:
-    """What a step came to: completions that ended, and the new response tokens by request."""
+    """Result of one step: completions that ended in it, and the new response tokens of each request."""
 
-    done: list[Completion] = field(default_factory=list)
-    fresh: dict[str, list[int]] = field(default_factory=dict)
+    completions: list[Completion] = field(default_factory=list)
+    new_tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass
 class RunningSequence:
-    """One row of the running batch and the request that it holds. `fed`: response tokens that the model has read."""
+    """A request in its slot. `n_fed`: number of response tokens that the model has read."""
 
     request: Request
     sample: Sample
     stop_strings: tuple[str, ...]
-    first_column: int
     tokens: list[int] = field(default_factory=list)
-    fed: int = 0
-    ending: str | None = None
+    n_fed: int = 0
+    finish_reason: str | None = None
     fault: ActivationError | None = None
 
     @property
-    def left(self) -> int:
-        """How many tokens may still join the response."""
-        return 0 if self.ending is not None else self.request.max_new_tokens - len(self.tokens)
+    def n_left(self) -> int:
+        """Number of tokens that may still join the response."""
+        return 0 if self.finish_reason is not None else self.request.max_new_tokens - len(self.tokens)
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and response that the model has read."""
-        return len(self.request.token_ids) + self.fed
+        """Number of prompt and response tokens in the KV cache."""
+        return len(self.request.token_ids) + self.n_fed
 
     def extend(self, lm: LanguageModel, tokens: Sequence[int]) -> list[int]:
-        """Append tokens until one ends the response; returns those that joined it."""
+        """Append tokens until one ends the response; return those that joined it."""
         first = len(self.tokens)
-        for token in tokens if self.ending is None else ():
+        for token in tokens if self.finish_reason is None else ():
             if token in lm.stop_ids and not self.request.ignore_eos:
-                self.ending = "stop"
+                self.finish_reason = "stop"
             else:
                 self.tokens.append(token)
-                self.ending = self._ended_by(lm)
-            if self.ending is not None:
+                self.finish_reason = self._reason_to_finish(lm)
+            if self.finish_reason is not None:
                 break
         return self.tokens[first:]
 
-    def _ended_by(self, lm: LanguageModel) -> str | None:
+    def _reason_to_finish(self, lm: LanguageModel) -> str | None:
         if self.stop_strings and lm.tokenizer is not None:
             longest = max(map(len, self.stop_strings))  # in characters, of up to four bytes, each perhaps a token
             text = lm.tokenizer.decode(self.tokens[-4 * longest - 8 :], skip_special_tokens=True)
@@ -90,12 +89,14 @@ class RunningSequence:
         return "length" if len(self.tokens) >= self.request.max_new_tokens else None
 
     def is_done(self, *, captured: bool) -> bool:
-        """With capture, a response's last token is fed once more, so that it has an activation."""
-        return self.ending is not None and (not captured or self.fault is not None or self.fed >= len(self.tokens))
+        """Return True if the slot can be freed. With capture, the last token is fed once more for its activation."""
+        if self.finish_reason is None:
+            return False
+        return not captured or self.fault is not None or self.n_fed >= len(self.tokens)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids [R, P] that end at the right edge, and their mask [R, P]."""
+    """Return token ids [R, P] that end at the right edge, and their attention mask [R, P]."""
     width = max(len(row) for row in rows)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=bool)

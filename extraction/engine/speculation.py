@@ -1,8 +1,8 @@
-"""Exact speculative decoding: cheap proposals, one pass of the target over all of them, rejection sampling.
+"""Exact speculative decoding: cheap proposals, one target pass over all of them, rejection sampling.
 
 A proposal drawn from q is accepted where u < p/q; the first that is not is replaced by a draw from max(p - q, 0),
-renormalised; where all are accepted one more token comes from the target's own p. So what comes out is distributed as
-if the target had been sampled alone (Leviathan et al. 2023, arXiv 2211.17192, appendix A.1; Chen et al. 2023, arXiv
+renormalised; where all are accepted one more token is drawn from the target's p. The result is distributed as if the
+target had been sampled alone (Leviathan et al. 2023, arXiv 2211.17192, appendix A.1; Chen et al. 2023, arXiv
 2302.01318). Where greedy, p and q are one-hot, and the same rule gives the target's greedy tokens.
 
 Shapes: B rows, K proposals, T = K + 1 columns, V vocabulary.
@@ -28,9 +28,9 @@ PRIOR_TRIALS, MEMORY = 4.0, 0.9
 
 @dataclass(frozen=True)
 class Speculate:
-    """Proposals come from `draft`, or without one from the row's own tokens, looked up by their last `ngram`.
+    """Settings of speculation: proposals come from `draft`, or without one from n-gram lookup in the row's own tokens.
 
-    `depth` is how many at most; where `adaptive`, each row's depth follows what was accepted in that row alone.
+    `depth`: largest number of proposals. If `adaptive`, each row's depth follows the acceptance in that row alone.
     Temperature, top-k and top-p shape draft and target alike.
     """
 
@@ -49,9 +49,9 @@ class Speculate:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Tokens for the target to judge; the first `depth_B[b]` of row b count.
+    """Tokens for the target to verify; the first `depth_B[b]` of row b count.
 
-    `chances_BKV` is what they were drawn from; None: proposed with certainty.
+    `chances_BKV`: the probabilities that they were drawn from; None: proposed with certainty.
     """
 
     token_BK: Tensor
@@ -59,7 +59,7 @@ class Proposal:
     chances_BKV: Tensor | None
 
     def without(self, rows: Sequence[int], token_B1: Tensor) -> Proposal:
-        """Nothing proposed to these rows; `token_B1` stands in the place of what was."""
+        """Return the proposal without these rows' tokens; `token_B1` fills their columns."""
         rows_R = torch.tensor(rows, device=self.token_BK.device)
         token_BK = self.token_BK.index_copy(0, rows_R, token_B1[rows_R].expand(-1, self.token_BK.shape[1]))
         return Proposal(token_BK, self.depth_B.index_fill(0, rows_R, 0), self.chances_BKV)
@@ -76,79 +76,79 @@ class Verification:
 def verify_proposal(chances_BTV: Tensor, proposal: Proposal, accept_BK: Tensor, draw_BT: Tensor) -> Verification:
     """Accept or reject every row's proposals by the target's probabilities at the T columns.
 
-    `accept_BK` are the uniforms of the tests, `draw_BT` those of the one draw more, by inverse CDF.
+    `accept_BK`: uniforms of the acceptance tests. `draw_BT`: uniforms of the additional draw, by inverse CDF.
     """
     token_BK, depth_B = proposal.token_BK, proposal.depth_B
     rows_B, depth = torch.arange(len(token_BK), device=token_BK.device), token_BK.shape[1]
-    p_BK = _of_tokens(chances_BTV[:, :depth], token_BK)
-    q_BK = torch.ones_like(p_BK) if proposal.chances_BKV is None else _of_tokens(proposal.chances_BKV, token_BK)
+    p_BK = _probs_of(chances_BTV[:, :depth], token_BK)
+    q_BK = torch.ones_like(p_BK) if proposal.chances_BKV is None else _probs_of(proposal.chances_BKV, token_BK)
     counts_BK = torch.arange(depth, device=token_BK.device) < depth_B.unsqueeze(1)
     passed_BK = counts_BK & (accept_BK.to(p_BK.dtype) * q_BK < p_BK)
     accepted_B = passed_BK.long().cumprod(1).sum(1)
-    left_BV = _left(chances_BTV[rows_B, accepted_B], proposal, accepted_B)
-    more_B = sample_from(left_BV, draw_BT[rows_B, accepted_B])
+    residual_BV = _residual(chances_BTV[rows_B, accepted_B], proposal, accepted_B)
+    more_B = sample_from(residual_BV, draw_BT[rows_B, accepted_B])
     token_BT = torch.cat([token_BK, token_BK[:, :1]], dim=1).scatter(1, accepted_B.unsqueeze(1), more_B.unsqueeze(1))
     return Verification(token_BT, accepted_B + 1)
 
 
-def _of_tokens(chances_BKV: Tensor, token_BK: Tensor) -> Tensor:
+def _probs_of(chances_BKV: Tensor, token_BK: Tensor) -> Tensor:
     return chances_BKV.gather(2, token_BK.unsqueeze(2)).squeeze(2)
 
 
-def _left(p_BV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Tensor:
-    """What the one token more is drawn from: max(p - q, 0) where a proposal was rejected, else p."""
+def _residual(p_BV: Tensor, proposal: Proposal, accepted_B: Tensor) -> Tensor:
+    """Weights of the additional draw: max(p - q, 0) where a proposal was rejected, else p."""
     at_B = accepted_B.clamp(max=proposal.token_BK.shape[1] - 1)
     rows_B = torch.arange(len(p_BV), device=p_BV.device)
     if proposal.chances_BKV is None:
         q_BV = torch.zeros_like(p_BV).scatter_(1, proposal.token_BK[rows_B, at_B].unsqueeze(1), 1.0)
     else:
         q_BV = proposal.chances_BKV[rows_B, at_B]
-    left_BV = (p_BV - q_BV).clamp(min=0)
-    # by rounding nothing may be left; p and q are equal then
-    rejected_B = (accepted_B < proposal.depth_B) & (left_BV.sum(-1) > 0)
-    return torch.where(rejected_B.unsqueeze(1), left_BV, p_BV)
+    residual_BV = (p_BV - q_BV).clamp(min=0)
+    # by rounding no weight may be left; p and q are equal then
+    rejected_B = (accepted_B < proposal.depth_B) & (residual_BV.sum(-1) > 0)
+    return torch.where(rejected_B.unsqueeze(1), residual_BV, p_BV)
 
 
 @dataclass
 class AdaptiveDepth:
-    """How far ahead one row speculates: by what it has seen accepted, older steps counting less.
+    """Depth of one row's speculation, by its acceptance so far; older steps count less.
 
-    `cost` is that of one proposal, in passes of the target; `hope` the acceptance to start with.
+    `cost`: cost of one proposal in passes of the target. `prior`: acceptance rate before anything was seen.
     """
 
     depth: int
     cost: float
-    hope: float
+    prior: float
     accepted: float = 0.0
     tried: float = 0.0
-    trust: float = PRIOR_TRIALS
+    prior_weight: float = PRIOR_TRIALS
 
-    def learn(self, proposed: int, accepted: int) -> None:
-        """Note a step: a rejection ends it, so what comes after was not tried."""
+    def record(self, proposed: int, accepted: int) -> None:
+        """Note a step. A rejection ends it, so later proposals were not tried."""
         self.accepted = MEMORY * self.accepted + accepted
         self.tried = MEMORY * self.tried + min(accepted + 1, proposed)
-        self.trust *= MEMORY
+        self.prior_weight *= MEMORY
 
     @property
     def rate(self) -> float:
-        """The acceptance to expect: what was seen, and as much hope as is left."""
-        return (self.accepted + self.trust * self.hope) / (self.tried + self.trust)
+        """Expected acceptance rate: observed, weighed against the prior."""
+        return (self.accepted + self.prior_weight * self.prior) / (self.tried + self.prior_weight)
 
     def best_depth(self, least: int = 1) -> int:
-        """The depth, from `least` on, that promises most tokens a unit of time."""
+        """Return the depth, at least `least`, with the most expected tokens per unit of time."""
         rate = min(self.rate, 0.999)
         return max(range(least, self.depth + 1), key=lambda depth: expected_gain(rate, depth, self.cost))
 
 
 def expected_gain(rate: float, depth: int, cost: float) -> float:
-    """Tokens a unit of time, over plain decoding: (1 - a^(k+1)) / ((1 - a)(ck + 1)); Leviathan et al., theorem 3.8."""
+    """Return the expected speed-up: (1 - a^(k+1)) / ((1 - a)(ck + 1)); Leviathan et al. 2023, theorem 3.8."""
     return (1 - rate ** (depth + 1)) / ((1 - rate) * (cost * depth + 1))
 
 
 class NgramLookup:
-    """Proposals out of a row's own tokens: what followed the last time that it ended in the same n-gram.
+    """Prompt lookup decoding (Saxena 2023): propose the tokens that followed the last occurrence of the row's ending.
 
-    Prompt lookup decoding (Saxena 2023); the longest n-gram that is known wins, from `ngram` down to 1.
+    The longest n-gram that has occurred before wins, from `ngram` down to 1.
     """
 
     def __init__(self, ngram: int) -> None:
@@ -158,7 +158,7 @@ class NgramLookup:
         self.before_last: dict[tuple[int, ...], int] = {}
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Note tokens that the row now has."""
+        """Append tokens of the row."""
         for token in tokens:
             self.tokens.append(token)
             end = len(self.tokens)
@@ -170,11 +170,11 @@ class NgramLookup:
 
     @property
     def known(self) -> int:
-        """The length of the longest n-gram that the row ends in and has had before; 0 where its last token is new."""
+        """Length of the longest n-gram at the row's end that occurred before; 0 if its last token is new."""
         longest = min(self.ngram, len(self.tokens))
         return next((n for n in range(longest, 0, -1) if tuple(self.tokens[-n:]) in self.before_last), 0)
 
     def propose(self, n: int, depth: int) -> list[int]:
-        """Up to `depth` tokens: those that followed the last n-gram, which is known."""
+        """Return up to `depth` tokens that followed the previous occurrence of the last `n` tokens."""
         start = self.before_last[tuple(self.tokens[-n:])]
         return self.tokens[start : start + depth]

@@ -1,7 +1,7 @@
 """Steering: vectors added to, or removed from, the residual stream of single rows of a running batch.
 
-Every row of a batch has a steering of its own (or none), so a whole sweep of coefficients runs as one batch. A row's
-result does not depend on its neighbours' steering, and a vector of zeros changes no bit of it.
+Every row of a batch has its own steering (or none), so a whole sweep of coefficients runs as one batch. A row's result
+does not depend on its neighbours' steering, and a vector of zeros changes no bit of it.
 
 Shapes: B rows, T tokens, K steered layers, D hidden, R rows that enter.
 """
@@ -28,7 +28,7 @@ POSITIONS = ("all", "response")
 
 @dataclass(frozen=True)
 class Steering:
-    """What is done to a row: layer -> vector [D], where layer k is the output of decoder block k, counted from 0.
+    """Steering vectors of one row: layer -> vector [D], where layer k is the output of decoder block k, from 0.
 
     `add` is added to the stream (activation addition; Turner et al. 2023, arXiv 2308.10248; Rimsky et al. 2023, arXiv
     2312.06681). `ablate` is the unit vector whose component is removed, x - r r^T x, before anything is added
@@ -46,7 +46,7 @@ class Steering:
 
     @property
     def layers(self) -> frozenset[int]:
-        """The layers that are changed."""
+        """Layers whose output is changed."""
         return frozenset(self.add) | frozenset(self.ablate)
 
 
@@ -68,7 +68,7 @@ def check_steering(steering: Steering, lm: LanguageModel) -> None:
 
 
 class SteeringHook:
-    """Keeps every slot's vectors on the device, and changes the stream of the rows that are running."""
+    """Holds every slot's steering vectors on the device and applies them to the residual stream."""
 
     def __init__(self, lm: LanguageModel, steerings: Sequence[Steering], slots: int) -> None:
         self.layers = tuple(sorted(frozenset[int]().union(*(steering.layers for steering in steerings))))
@@ -82,8 +82,8 @@ class SteeringHook:
         self._change: Callable[[int, Tensor], Tensor] | None = None
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks stay on for a whole run; outside of `entering` and `stepping` they change nothing."""
+    def attached(self) -> Iterator[None]:
+        """Register the hooks for a whole run; they change nothing outside of `during_prefill` and `during_step`."""
 
         def change(point: int, hidden: Tensor) -> Tensor:
             return hidden if self._change is None else self._change(point, hidden)
@@ -91,14 +91,14 @@ class SteeringHook:
         with steer(self.modules, change):
             yield
 
-    def seat(self, rows_R: Tensor, steerings: Sequence[Steering]) -> None:
-        """Give slots the steering of the examples that they take."""
+    def assign(self, rows_R: Tensor, steerings: Sequence[Steering]) -> None:
+        """Give rows the steering of the requests that they take."""
         self.prompts_B11[rows_R, 0, 0] = torch.tensor([s.positions == "all" for s in steerings]).to(rows_R.device)
         for buffer_KBD, vectors in self._buffers(steerings):
             for point, layer in enumerate(self.layers):
                 zero_D = torch.zeros_like(buffer_KBD[point, 0])
-                found = [by_layer[layer].to(zero_D) if layer in by_layer else zero_D for by_layer in vectors]
-                buffer_KBD[point, rows_R] = torch.stack(found)
+                rows_D = [by_layer[layer].to(zero_D) if layer in by_layer else zero_D for by_layer in vectors]
+                buffer_KBD[point, rows_R] = torch.stack(rows_D)
 
     def _buffers(self, steerings: Sequence[Steering]) -> Iterator[tuple[Tensor, list[Mapping[int, Tensor]]]]:
         yield self.add_KBD, [steering.add for steering in steerings]
@@ -106,34 +106,34 @@ class SteeringHook:
             yield self.unit_KBD, [steering.ablate for steering in steerings]
 
     @contextmanager
-    def entering(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
-        """Around the prefill of the rows that enter, left-padded."""
+    def during_prefill(self, rows_R: Tensor, mask_RP: Tensor) -> Iterator[None]:
+        """Apply the rows' steering during their left-padded prefill."""
         live_R1 = self.prompts_B11[rows_R]
         last_1P1 = (torch.arange(mask_RP.shape[1], device=mask_RP.device) == mask_RP.shape[1] - 1)[None, :, None]
-        with self._running(lambda point: self._vectors(point, rows_R), mask_RP.shape, live_R1 | last_1P1):
+        with self._applying(lambda point: self._vectors(point, rows_R), mask_RP.shape, live_R1 | last_1P1):
             yield
 
     @contextmanager
-    def reading(self, n_prompt: int, width: int) -> Iterator[None]:
-        """Around one pass of every slot over a whole text of `width` tokens, without padding."""
+    def during_text(self, n_prompt: int, width: int) -> Iterator[None]:
+        """Apply steering during one pass of every slot over a whole text of `width` tokens, without padding."""
         later_1T1 = (torch.arange(width, device=self.prompts_B11.device) >= n_prompt - 1)[None, :, None]
         shape_BT = (len(self.prompts_B11), width)
-        with self._running(lambda point: self._vectors(point, None), shape_BT, self.prompts_B11 | later_1T1):
+        with self._applying(lambda point: self._vectors(point, None), shape_BT, self.prompts_B11 | later_1T1):
             yield
 
     @contextmanager
-    def stepping(self, width: int) -> Iterator[None]:
-        """Around one decode step, `width` tokens of every slot."""
-        with self._running(lambda point: self._vectors(point, None), (len(self.prompts_B11), width), None):
+    def during_step(self, width: int) -> Iterator[None]:
+        """Apply steering during one decode step, `width` tokens of every slot."""
+        with self._applying(lambda point: self._vectors(point, None), (len(self.prompts_B11), width), None):
             yield
 
-    def repack(self, rows_B: Tensor) -> None:
-        """Keep only these slots."""
+    def select_rows(self, rows_B: Tensor) -> None:
+        """Make the rows these ones."""
         self.add_KBD, self.prompts_B11 = self.add_KBD[:, rows_B], self.prompts_B11[rows_B]
         self.unit_KBD = None if self.unit_KBD is None else self.unit_KBD[:, rows_B]
 
     def _vectors(self, point: int, rows_R: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is added and what is ablated at a point, [B, D] each."""
+        """The vectors that are added and ablated at a point, [B, D] each."""
         add_BD = self.add_KBD[point]
         unit_BD = None if self.unit_KBD is None else self.unit_KBD[point]
         if rows_R is None:
@@ -141,7 +141,7 @@ class SteeringHook:
         return add_BD[rows_R], None if unit_BD is None else unit_BD[rows_R]
 
     @contextmanager
-    def _running(
+    def _applying(
         self,
         vectors: Callable[[int], tuple[Tensor, Tensor | None]],
         shape_BT: tuple[int, ...],
@@ -149,7 +149,7 @@ class SteeringHook:
     ) -> Iterator[None]:
         def change(point: int, hidden: Tensor) -> Tensor:
             hidden_BTD = hidden.reshape(*shape_BT, hidden.shape[-1])  # some blocks work on flattened tokens
-            changed_BTD = move_to(hidden_BTD, *vectors(point))
+            changed_BTD = steer_hidden(hidden_BTD, *vectors(point))
             if live_BT1 is not None:
                 changed_BTD = torch.where(live_BT1.to(hidden.device), changed_BTD, hidden_BTD)
             return changed_BTD.reshape(hidden.shape)
@@ -161,8 +161,8 @@ class SteeringHook:
             self._change = None
 
 
-def move_to(hidden_BTD: Tensor, add_BD: Tensor, unit_BD: Tensor | None) -> Tensor:
-    """The stream less its component along `unit`, plus `add`; worked out in float32 at least, in the stream's dtype."""
+def steer_hidden(hidden_BTD: Tensor, add_BD: Tensor, unit_BD: Tensor | None) -> Tensor:
+    """Return the hidden states less their component along `unit`, plus `add`; computed in float32 or wider."""
     wide_BTD = hidden_BTD.to(add_BD.dtype)
     device = hidden_BTD.device
     if unit_BD is not None:

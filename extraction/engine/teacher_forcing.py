@@ -1,7 +1,7 @@
-"""The teacher-forced pass: activations of texts that exist already, by their stored token ids.
+"""The teacher-forced pass: activations of existing texts, from their stored token ids.
 
-Rows are packed by length and padded on the right, so no row sees a pad; the LM head is skipped, and the pass ends at
-the highest layer asked for.
+Rows are packed by length and padded on the right, so that no row attends to a pad; the LM head is skipped, and the pass
+stops after the highest layer requested.
 
 Shapes: B rows, T tokens, K points (site by layer), D hidden.
 """
@@ -34,7 +34,7 @@ def teacher_forced_activations(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield (id, `site.pooling` -> [L, D] on the CPU; `all`: [T, L, D]) of every text with a response, longest first.
 
-    At most `batch_size` rows are read at once, and no more than are quickest together.
+    At most `batch_size` rows are read at once, and no more than the device reads fastest together.
 
     Raises PromptError for a text past the model's positions, ActivationError where an activation is not finite.
     """
@@ -46,7 +46,7 @@ def teacher_forced_activations(
         lengths = [len(prompt) + len(response) for _, prompt, response in left[:batch_size]]
         n_rows = prefill_rows(lengths, lm.device)
         rows, left = left[:n_rows], left[n_rows:]
-        pooled = _forced(lm, rows, taps, capture)
+        pooled = _read_batch(lm, rows, taps, capture)
         for row, (example_id, _, _) in enumerate(rows):
             kept = {name: points[row] for name, points in pooled.items()}
             yield example_id, capture.by_site(kept, example_id, lm.dtype)
@@ -64,10 +64,10 @@ def _check(text: Text, lm: LanguageModel) -> None:
 
 
 @torch.inference_mode()
-def _forced(
+def _read_batch(
     lm: LanguageModel, rows: Sequence[Text], taps: tuple[Tap, ...], capture: Capture
 ) -> dict[str, Sequence[Tensor]]:
-    """One batch: pooling -> a [K, D] (`all`: [T, K, D]) for each row."""
+    """Read one batch: pooling -> a [K, D] (`all`: [T, K, D]) for each row."""
     ids_BT, prompt_BT, response_BT = right_pad(rows, lm.pad_id, lm.device)
     found: dict[str, dict[int, list[Tensor]]] = {pooling: {} for pooling in capture.poolings}
     remaining = set(range(len(taps)))
@@ -86,7 +86,7 @@ def _forced(
 
 
 def _pooled(pooling: str, hidden_BTD: Tensor, prompt_BT: Tensor, response_BT: Tensor) -> Sequence[Tensor]:
-    """A [D] (`all`: [T, D]) for each row."""
+    """Pool one point's hidden states: a [D] (`all`: [T, D]) for each row."""
     asked = parse_pooling(pooling)
     if asked.name == "all":
         wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
@@ -95,13 +95,13 @@ def _pooled(pooling: str, hidden_BTD: Tensor, prompt_BT: Tensor, response_BT: Te
 
 
 def _by_row(points: dict[int, list[Tensor]]) -> Sequence[Tensor]:
-    """From point -> row -> [.., D] to row -> [.., K, D] on the CPU."""
+    """Regroup point -> row -> [.., D] into row -> [.., K, D] on the CPU."""
     by_point = [points[point] for point in range(len(points))]
     return to_host([torch.stack(row, dim=-2) for row in zip(*by_point, strict=True)])
 
 
 def right_pad(rows: Sequence[Text], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [B, T] that start at the left edge, and which of them are prompt and response."""
+    """Return ids [B, T] that start at the left edge, and masks of their prompt and response tokens."""
     width = max(len(prompt) + len(response) for _, prompt, response in rows)
     ids_BT = np.full((len(rows), width), pad_id, dtype=np.int64)
     prompt_BT, response_BT = np.zeros((2, len(rows), width), dtype=bool)

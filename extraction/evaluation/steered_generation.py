@@ -1,9 +1,9 @@
-"""Steered answers and what they come to: how often the trait shows, how likely and how varied the text is.
+"""Steered answers and their metrics: how often the trait shows, how likely and how repetitive the text is.
 
-A coefficient of 1 adds a vector as long as the layer's typical activation. All conditions of all prompts run as one
-queue of the engine, a coefficient a row. Random directions of the same length are the control.
+A coefficient of 1 adds a vector as long as the layer's typical activation. All conditions of all prompts run in one
+batch of the engine, each row with its own coefficient. Random directions of the same length are the control.
 
-Shapes: L layers, D hidden, T tokens.
+Shapes: L layers, D hidden, T tokens, Q questions.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from extraction.judging.base import Scorer
     from extraction.model.loading import LanguageModel
 
-N_RANDOM = 4  # random directions, dealt over a question's answers
+N_RANDOM = 4  # random directions; a question's answers take them in turn
 NGRAM = 4
-# a condition is coherent when its answers are at most so much less likely, and so much more repetitive, than unsteered
+# a condition is coherent if its answers differ from unsteered ones by at most these
 PERPLEXITY_FACTOR = 2.0
 REPETITION_MARGIN = 0.1
 COHERENCE_THRESHOLD = 50.0
@@ -39,7 +39,7 @@ COHERENCE_THRESHOLD = 50.0
 
 @dataclass(frozen=True)
 class Condition:
-    """One way of steering. `direction`: trait, random or none; `kind`: add, ablate or none."""
+    """One way to steer. `direction`: trait, random or none; `kind`: add, ablate or none."""
 
     direction: str
     kind: str
@@ -48,7 +48,7 @@ class Condition:
 
     @property
     def label(self) -> str:
-        """Unique among the conditions of a sweep."""
+        """A name that is unique among the conditions of a sweep."""
         return f"{self.direction}/{self.kind}/{'+'.join(map(str, self.layers))}/{self.coefficient:g}"
 
 
@@ -57,7 +57,7 @@ UNSTEERED = Condition("none", "none")
 
 @dataclass(frozen=True)
 class LayerDirections:
-    """Unit directions by layer, `layer -> [D]`: the trait's, and random ones; with each layer's typical norm."""
+    """Unit directions `layer -> [D]`, the trait's and random ones, with the typical activation norm of each layer."""
 
     trait: Mapping[int, Tensor]
     random: Sequence[Mapping[int, Tensor]]
@@ -65,7 +65,7 @@ class LayerDirections:
     positions: str = "all"
 
     def steering(self, condition: Condition, repeat: int) -> Steering | None:
-        """What a condition does to the `repeat`-th answer to a question."""
+        """Return the steering of the `repeat`-th answer to a question; None if unsteered."""
         if condition.direction == "none":
             return None
         unit = self.trait if condition.direction == "trait" else self.random[repeat % len(self.random)]
@@ -76,12 +76,12 @@ class LayerDirections:
         return Steering(add=pushes, positions=self.positions)
 
 
-def directions_of(
+def layer_directions(
     direction_LD: Tensor, norms_L: Sequence[float], layers: Sequence[int], *, seed: int
 ) -> LayerDirections:
-    """Unit directions of [L, D] vectors, and random ones from the seed.
+    """Normalise [L, D] vectors, and draw random directions from the seed.
 
-    A random direction is the same at every layer, as a trait's nearly is: at several layers, too, they push as far.
+    A random direction is the same at every layer, as a trait's nearly is, so that at several layers both push as far.
     """
     unit_LD = direction_LD.double() / direction_LD.double().norm(dim=-1, keepdim=True)
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +94,7 @@ def directions_of(
 
 @dataclass(frozen=True)
 class SteeredAnswer:
-    """One steered answer, and what is known of it. `surprise`: mean negative log-likelihood in nats, unsteered."""
+    """One answer. `surprise`: mean negative log-likelihood of its tokens in nats, under the unsteered model."""
 
     question: str
     text: str
@@ -106,7 +106,7 @@ class SteeredAnswer:
 
 @dataclass(frozen=True)
 class SteeredGeneration:
-    """Who answers, and how it is judged."""
+    """The model and the settings of steered generation, and the judge of the answers."""
 
     lm: LanguageModel
     strategy: Sample
@@ -119,68 +119,72 @@ class SteeredGeneration:
 
 
 def answer_all(
-    trying: SteeredGeneration,
+    generation: SteeredGeneration,
     prompts: Sequence[Prompt],
     directions: LayerDirections,
     conditions: Sequence[Condition],
     repeats: int,
 ) -> dict[Condition, list[SteeredAnswer]]:
-    """Every prompt, `repeats` times under every condition, in one queue; judged, and scored by the unsteered model.
+    """Answer every prompt `repeats` times under every condition, in one batch; judge and score the answers.
 
-    A prompt's repeat has the same random numbers under every condition: what differs is the steering.
+    A repeat draws the same random numbers under every condition, so that only the steering differs. Answers are in the
+    order of the prompts, the repeats of each together.
     """
-    plan = {
+    rows = {
         f"{condition.label}/{i}/{repeat}": (condition, prompt, directions.steering(condition, repeat), f"{i}/{repeat}")
         for condition in conditions
         for i, prompt in enumerate(prompts)
         for repeat in range(repeats)
     }
     requests = [
-        Request(key, prompt.token_ids, trying.max_new_tokens, trying.seed, steering, draws)
-        for key, (_, prompt, steering, draws) in plan.items()
+        Request(key, prompt.token_ids, generation.max_new_tokens, generation.seed, steering, draws)
+        for key, (_, prompt, steering, draws) in rows.items()
     ]
-    said = {}
+    token_ids: dict[str, tuple[int, ...]] = {}
     for completion in generate(
-        trying.lm,
+        generation.lm,
         requests,
-        batch_size=trying.batch_size,
-        strategy=trying.strategy,
-        on_progress=lambda n_tokens: trying.on_progress(0, n_tokens),
+        batch_size=generation.batch_size,
+        strategy=generation.strategy,
+        on_progress=lambda n_tokens: generation.on_progress(0, n_tokens),
     ):
-        said[completion.id] = completion.token_ids
-        trying.on_progress(1, 0)
-    surprises = _surprises(trying, {key: (prompt, said[key]) for key, (_, prompt, *_) in plan.items()})
-    texts = {key: _text(trying.lm, token_ids) for key, token_ids in said.items()}
-    judged = trying.scorer([(prompt.example.question, texts[key]) for key, (_, prompt, *_) in plan.items()])
-    found: dict[Condition, list[SteeredAnswer]] = {condition: [] for condition in conditions}
-    for (key, (condition, prompt, *_)), each in zip(plan.items(), judged, strict=True):
-        question = prompt.example.question
-        answer = SteeredAnswer(question, texts[key], said[key], each.score, each.coherence, surprises.get(key))
-        found[condition].append(answer)
-    return found
+        token_ids[completion.id] = completion.token_ids
+        generation.on_progress(1, 0)
+    surprises = _surprises(generation, {key: (prompt, token_ids[key]) for key, (_, prompt, *_) in rows.items()})
+    texts = {key: _decode(generation.lm, ids) for key, ids in token_ids.items()}
+    judgements = generation.scorer([(prompt.example.question, texts[key]) for key, (_, prompt, *_) in rows.items()])
+    answers: dict[Condition, list[SteeredAnswer]] = {condition: [] for condition in conditions}
+    for (key, (condition, prompt, *_)), judged in zip(rows.items(), judgements, strict=True):
+        question, surprise = prompt.example.question, surprises.get(key)
+        answer = SteeredAnswer(question, texts[key], token_ids[key], judged.score, judged.coherence, surprise)
+        answers[condition].append(answer)
+    return answers
 
 
-def _text(lm: LanguageModel, token_ids: Sequence[int]) -> str:
+def _decode(lm: LanguageModel, token_ids: Sequence[int]) -> str:
     assert lm.tokenizer is not None
     return str(lm.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def _surprises(trying: SteeredGeneration, said: Mapping[str, tuple[Prompt, tuple[int, ...]]]) -> dict[str, float]:
-    texts = [(key, prompt.token_ids, token_ids) for key, (prompt, token_ids) in said.items() if token_ids]
-    scored = log_likelihoods(trying.lm, texts, batch_size=trying.batch_size)
+def _surprises(
+    generation: SteeredGeneration, answers: Mapping[str, tuple[Prompt, tuple[int, ...]]]
+) -> dict[str, float]:
+    """Return the surprise of each answer that is not empty."""
+    texts = [(key, prompt.token_ids, token_ids) for key, (prompt, token_ids) in answers.items() if token_ids]
+    scored = log_likelihoods(generation.lm, texts, batch_size=generation.batch_size)
     return {key: -float(chances_T.double().mean()) for key, chances_T in scored}
 
 
 def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
-    """Share of a text's n-grams that it has had before; 0 for a text shorter than that."""
+    """Return the share of a text's n-grams that occur earlier in it; 0 for a text of fewer than `n` tokens."""
     grams = list(zip(*(token_ids[i:] for i in range(n)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def bounded_rate(
+def rate_with_interval(
     answers: Sequence[SteeredAnswer], threshold: float, *, seed: int, bootstraps: int = 1000
 ) -> dict[str, Any]:
-    """Share of the scored answers at or above the threshold, with a 95% percentile bootstrap over questions."""
+    """Return the share of scored answers at or above the threshold, with a 95% percentile bootstrap over questions."""
     hits: dict[str, list[bool]] = {}
     for answer in answers:
         if answer.score is not None:
@@ -193,15 +197,15 @@ def bounded_rate(
     return {"value": float(positive_Q.sum() / n_Q.sum()), "low": float(low), "high": float(high)}
 
 
-def figures_of(answers: Sequence[SteeredAnswer], threshold: float, *, seed: int) -> dict[str, Any]:
-    """What one condition's answers come to, JSON-ready; `perplexity` is the median over answers."""
+def condition_metrics(answers: Sequence[SteeredAnswer], threshold: float, *, seed: int) -> dict[str, Any]:
+    """Return the metrics of one condition's answers, JSON-ready; `perplexity` is the median over answers."""
     scores = [answer.score for answer in answers if answer.score is not None]
     judged = [answer.coherence for answer in answers if answer.coherence is not None]
     surprises = [answer.surprise for answer in answers if answer.surprise is not None]
     return {
         "n": len(answers),
         "missing": len(answers) - len(scores),
-        "rate": bounded_rate(answers, threshold, seed=seed),
+        "rate": rate_with_interval(answers, threshold, seed=seed),
         "score": statistics.fmean(scores) if scores else None,
         "perplexity": math.exp(statistics.median(surprises)) if surprises else None,
         "repetition": statistics.fmean(repetition(answer.token_ids) for answer in answers),
@@ -210,7 +214,7 @@ def figures_of(answers: Sequence[SteeredAnswer], threshold: float, *, seed: int)
 
 
 def is_coherent(figures: Mapping[str, Any], unsteered: Mapping[str, Any]) -> bool:
-    """Whether answers are about as likely, and as varied, as without steering, and judged coherent where judged."""
+    """Return True if answers are about as likely and as varied as unsteered ones, and judged coherent if judged."""
     if figures["perplexity"] is None or unsteered["perplexity"] is None:
         return False
     judged = figures["judged_coherence"]

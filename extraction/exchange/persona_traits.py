@@ -1,4 +1,4 @@
-"""persona_vectors' traits, in and out: five instruction pairs, twenty questions, and a prompt for the judge."""
+"""Convert persona_vectors traits (instruction pairs, questions, a prompt for the judge) from and to Traitline's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from extraction.config.traits import same_text
 from extraction.config.yaml_loader import SourceLocation, items, section, text
 from extraction.core.errors import TraitError
 from extraction.core.records import Trait
-from extraction.exchange.trait_entries import SIDES, Content, distinct, entries_of, field_of, repeats_note, text_of
+from extraction.exchange.trait_entries import (
+    SIDES,
+    TraitFields,
+    drop_repeats,
+    nonblank_text,
+    numbered_entries,
+    repeats_note,
+    required_field,
+)
 from extraction.exchange.trait_files import TraitFile
 
 RUBRIC_FIELDS = ("{question}", "{answer}")
@@ -19,34 +27,39 @@ _NEGATIVE_ASSISTANT = "helpful"
 _KEYS = {"positive": "pos", "negative": "neg"}
 
 
-def persona_to_fields(files: Sequence[TraitFile]) -> Content:
-    """`instruction` [{pos, neg}], `questions`, `eval_prompt`; their system prompt is kept as they send it.
+def persona_to_fields(files: Sequence[TraitFile]) -> TraitFields:
+    """Convert `instruction` [{pos, neg}], `questions` and `eval_prompt` (the rubric).
 
-    That is "You are a {name} assistant. {instruction}", with the trait (the file's name) on the positive side and
-    "helpful" on the negative. The `eval_prompt` is the rubric. What we exported says of itself what was added.
+    Instructions become the system prompts that persona_vectors sends: "You are a {name} assistant. {instruction}",
+    where name is the trait (the file's name) on the positive side and "helpful" on the negative. A file that
+    `trait_to_persona` wrote has the names under its key `traitline`.
     """
     (file,) = files
-    ours = _our_part(file)
+    ours = _traitline_part(file)
     names = ours.get("assistant", {"positive": file.path.stem.replace("_", " "), "negative": _NEGATIVE_ASSISTANT})
     prefixes = {side: assistant_prefix(name) for side, name in names.items()}
     place = file.place.at("instruction")
-    asked = [text_of(question, file.place.at("questions").at(i)) for i, question in entries_of(file, "questions")]
-    questions, repeats = distinct(asked, same_text)
+    texts = [
+        nonblank_text(question, file.place.at("questions").at(i)) for i, question in numbered_entries(file, "questions")
+    ]
+    questions, repeats = drop_repeats(texts, same_text)
     fields = {
         "description": f"{file.path.stem}: imported from a persona_vectors trait.",
-        "instructions": [_persona_pair(pair, place.at(i), prefixes) for i, pair in entries_of(file, "instruction")],
+        "instructions": [
+            _instruction_pair(pair, place.at(i), prefixes) for i, pair in numbered_entries(file, "instruction")
+        ],
         "questions": questions,
         **{key: value for key, value in ours.items() if key != "assistant"},
     }
     notes = repeats_note("questions", repeats)
     if not ours:
-        notes += (f"instructions begin as theirs do: {prefixes['positive']!r} and {prefixes['negative']!r}",)
-    rubric, told = _rubric(file.data.get("eval_prompt"))
-    return Content(fields | rubric, (*notes, *told))
+        notes += (f"instructions begin as in persona_vectors: {prefixes['positive']!r} and {prefixes['negative']!r}",)
+    rubric, rubric_notes = _rubric_field(file.data.get("eval_prompt"))
+    return TraitFields(fields | rubric, (*notes, *rubric_notes))
 
 
-def _our_part(file: TraitFile) -> dict[str, Any]:
-    """What `trait_to_persona` left beside their keys, checked; empty where somebody else wrote the file."""
+def _traitline_part(file: TraitFile) -> dict[str, Any]:
+    """Return the checked value of the key `traitline`, which `trait_to_persona` writes; empty where there is none."""
     if "traitline" not in file.data:
         return {}
     names = section(dict.fromkeys(SIDES, text))
@@ -56,49 +69,49 @@ def _our_part(file: TraitFile) -> dict[str, Any]:
     return ours
 
 
-def _rubric(prompt: Any) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The rubric, if a judge could see with it."""
+def _rubric_field(prompt: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the rubric if it has places for the question and the answer, or else a note."""
     if isinstance(prompt, str) and all(field in prompt for field in RUBRIC_FIELDS):
         return {"rubric": prompt}, ()
     if prompt is None:
         return {}, ()
-    return {}, ("eval_prompt lacks {question} or {answer}: a judge would be blind, so it was left out",)
+    return {}, ("eval_prompt has no {question} or no {answer}, which a judge needs, so it was left out",)
 
 
 def trait_to_persona(trait: Trait) -> dict[str, Any]:
-    """A trait of instructions as a persona_vectors trait JSON; `persona_to_fields` gives the same trait back.
+    """Convert a trait of instructions to persona_vectors JSON, which `persona_to_fields` converts back exactly.
 
-    Their program ignores the key `traitline`, in which stands what their form has no place for.
+    Fields that the format lacks are under the key `traitline`, which persona_vectors ignores.
     """
     if trait.is_natural:
         raise TraitError(
-            f"trait {trait.name}: it has natural prompts; persona_vectors' form has instructions and questions"
+            f"trait {trait.name}: natural prompts; a persona_vectors trait needs instructions and questions"
         )
     sides = {side: [getattr(pair, side) for pair in trait.instructions] for side in SIDES}
-    shared = {side: _shared_assistant(instructions) for side, instructions in sides.items()}
+    shared = {side: _shared_assistant_name(instructions) for side, instructions in sides.items()}
     names = {side: name for side, name in shared.items() if name and all(shared.values())}
     pos, neg = (
         [words[len(assistant_prefix(names[side])) :] for words in sides[side]] if names else sides[side]
         for side in SIDES
     )
-    kept: dict[str, Any] = {"description": trait.description, "assistant": names}
+    ours: dict[str, Any] = {"description": trait.description, "assistant": names}
     if trait.markers:
-        kept["markers"] = {side: list(getattr(trait.markers, side)) for side in SIDES}
+        ours["markers"] = {side: list(getattr(trait.markers, side)) for side in SIDES}
     return {
         "instruction": [{"pos": one, "neg": other} for one, other in zip(pos, neg, strict=True)],
         "questions": list(trait.questions),
         **({"eval_prompt": trait.rubric} if trait.rubric else {}),
-        "traitline": kept,
+        "traitline": ours,
     }
 
 
 def assistant_prefix(name: str) -> str:
-    """What their program puts before an instruction."""
+    """Return what persona_vectors puts before an instruction."""
     return f"You are {'an' if name[:1].lower() in 'aeiou' else 'a'} {name} assistant. "
 
 
-def _shared_assistant(instructions: Iterable[str]) -> str | None:
-    """The assistant that all of these instructions begin with, and that leaves something of each of them."""
+def _shared_assistant_name(instructions: Iterable[str]) -> str | None:
+    """Return the assistant name with which all instructions begin, if each has more text after it; otherwise None."""
     names = set()
     for instruction in instructions:
         match = _ASSISTANT.match(instruction)
@@ -107,8 +120,9 @@ def _shared_assistant(instructions: Iterable[str]) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _persona_pair(pair: Any, place: SourceLocation, prefixes: Mapping[str, str]) -> dict[str, str]:
+def _instruction_pair(pair: Any, place: SourceLocation, prefixes: Mapping[str, str]) -> dict[str, str]:
     both = {"positive": "pos", "negative": "neg"}
     return {
-        side: prefixes.get(side, "") + text_of(field_of(pair, key, place), place.at(key)) for side, key in both.items()
+        side: prefixes.get(side, "") + nonblank_text(required_field(pair, key, place), place.at(key))
+        for side, key in both.items()
     }

@@ -1,6 +1,8 @@
-"""Vectors in PyTorch files: persona_vectors, assistant_axis and steering_vectors. The only reader of pickles.
+"""Vectors in PyTorch files: persona_vectors, assistant_axis and steering_vectors. The only module that reads pickles.
 
-Pickles are read with `weights_only=True`: tensors, numbers, text, lists and dicts, and nothing that could run.
+Pickles are read with `weights_only=True`: tensors, numbers, text, lists and dicts, and no code.
+
+Shapes: L layers, D hidden.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extraction.core.errors import VectorError
-from extraction.exchange.layer_rows import LayerRows, VectorMetadata, WrittenFile, numbered_rows, row_tensor
+from extraction.exchange.layer_rows import LayerRows, VectorMetadata, WrittenFile, dense_rows, nonzero_rows
 
 if TYPE_CHECKING:
     from extraction.vectors.direction import Direction
@@ -20,85 +22,87 @@ LAYER_TYPE = "decoder_block"
 _AXIS_KEYS = ("axis", "vector")
 
 
-def write_persona_vectors(direction: Direction, facts: VectorMetadata) -> WrittenFile:
-    """`<trait>_response_avg_diff.pt`, [layers + 1, D]: row k + 1 is our layer k, row 0 (the embeddings) is zeros.
+def write_persona_vectors(direction: Direction, metadata: VectorMetadata) -> WrittenFile:
+    """Write [layers + 1, D]: row k + 1 is decoder block k, row 0 (the embeddings) is zeros.
 
-    Their last row is read after the final norm, ours before it: good for steering the last block, not for projecting
-    on their last hidden state.
+    persona_vectors takes its last row after the final norm, Traitline before it: right for steering the last block, not
+    for projecting that program's last hidden state.
     """
     import torch
 
-    rows_LD, notes = row_tensor(direction, facts.n_layers)
-    told = "row k + 1 is layer k; row 0 (the embeddings) is zeros"
+    rows_LD, notes = dense_rows(direction, metadata.n_layers)
+    numbering = "row k + 1 is layer k; row 0 (the embeddings) is zeros"
     if direction.layers[-1] == len(rows_LD) - 1:
-        told += "; the last row is from before the final norm, theirs is from after it"
-    return WrittenFile(_saved(torch.cat([torch.zeros_like(rows_LD[:1]), rows_LD])), (told, *notes))
+        numbering += "; the last row is from before the final norm, that of persona_vectors from after it"
+    return WrittenFile(_torch_bytes(torch.cat([torch.zeros_like(rows_LD[:1]), rows_LD])), (numbering, *notes))
 
 
 def read_persona_vectors(path: Path) -> LayerRows:
-    """[layers + 1, D]: row 0 is the embeddings', which is no layer of ours; row k + 1 is layer k.
+    """Read [layers + 1, D]: row k + 1 is decoder block k.
 
-    The last row was read after the final norm, so it is no block's output, and is left out.
+    Row 0 (the embeddings) and the last row (after the final norm) are not the output of a block, and are left out.
     """
-    rows_LD = _tensor(path, load_pickle(path))
-    rows, notes = numbered_rows(rows_LD[1:-1], path) if rows_LD.ndim == 2 else numbered_rows(rows_LD, path)
+    rows_LD = _check_tensor(path, load_pickle(path))
+    rows, notes = nonzero_rows(rows_LD[1:-1], path) if rows_LD.ndim == 2 else nonzero_rows(rows_LD, path)
     if not rows:
-        raise VectorError(f"{path}: no rows between the embeddings and the final norm; is it [layers + 1, hidden]?")
-    told = f"rows 0 (embeddings) and {len(rows_LD) - 1} (after the final norm) are no block's output, and were left out"
-    return LayerRows({number + 1: row for number, row in rows.items()}, base=1, notes=(told, *notes))
+        raise VectorError(f"{path}: no rows between the embeddings and the final norm; [layers + 1, hidden] is needed")
+    left_out = (
+        f"rows 0 (embeddings) and {len(rows_LD) - 1} (after the final norm) are not of a block, and were left out"
+    )
+    return LayerRows({number + 1: row for number, row in rows.items()}, base=1, notes=(left_out, *notes))
 
 
-def write_assistant_axis(direction: Direction, facts: VectorMetadata) -> WrittenFile:
-    """`{"axis": [layers, D]}`: row k is decoder block k, counted from 0, as ours."""
-    rows_LD, notes = row_tensor(direction, facts.n_layers)
-    return WrittenFile(_saved({"axis": rows_LD}), notes)
+def write_assistant_axis(direction: Direction, metadata: VectorMetadata) -> WrittenFile:
+    """Write `{"axis": [layers, D]}`: row k is decoder block k, counted from 0."""
+    rows_LD, notes = dense_rows(direction, metadata.n_layers)
+    return WrittenFile(_torch_bytes({"axis": rows_LD}), notes)
 
 
 def read_assistant_axis(path: Path) -> LayerRows:
-    """A tensor [layers, D], alone or under `axis` or `vector`: row k is decoder block k, counted from 0, as ours."""
+    """Read a tensor [layers, D], alone or under `axis` or `vector`: row k is decoder block k, counted from 0."""
     data = load_pickle(path)
     key = next((key for key in _AXIS_KEYS if isinstance(data, Mapping) and key in data), None)
-    rows, notes = numbered_rows(_tensor(path, data if key is None else data[key]), path)
+    rows, notes = nonzero_rows(_check_tensor(path, data if key is None else data[key]), path)
     return LayerRows(rows, notes=notes)
 
 
-def write_steering_vectors(direction: Direction, facts: VectorMetadata) -> WrittenFile:
-    """`{"layer_activations": {k: [D]}, "layer_type": "decoder_block"}`, the arguments of their SteeringVector.
+def write_steering_vectors(direction: Direction, metadata: VectorMetadata) -> WrittenFile:
+    """Write the arguments of steering-vectors' class SteeringVector.
 
-    Their numbers count decoder blocks from 0, as ours.
+    `{"layer_activations": {k: [D]}, "layer_type": "decoder_block"}`, where k is the decoder block, counted from 0.
     """
     vectors = {layer: direction.at(layer) for layer in direction.layers}
-    return WrittenFile(_saved({"layer_activations": vectors, "layer_type": LAYER_TYPE}))
+    return WrittenFile(_torch_bytes({"layer_activations": vectors, "layer_type": LAYER_TYPE}))
 
 
 def read_steering_vectors(path: Path) -> LayerRows:
-    """`layer_activations` as a plain dict of number to tensor, alone or beside `layer_type`; blocks from 0, as ours."""
+    """Read a dict of decoder block (from 0) to vector [D], alone or under `layer_activations` with `layer_type`."""
     data = load_pickle(path)
     kind = data.get("layer_type", LAYER_TYPE) if isinstance(data, Mapping) else None
     vectors = data.get("layer_activations", data) if isinstance(data, Mapping) else None
     if vectors is None or not is_numbered(vectors):
-        raise VectorError(f"{path}: no dict of layer number to tensor; save the vector's layer_activations")
+        raise VectorError(f"{path}: not a dict of layer number to tensor; save the vector's layer_activations")
     if kind != LAYER_TYPE:
-        raise VectorError(f"{path}: its layer_type is {kind!r}; only {LAYER_TYPE!r} is the residual stream")
+        raise VectorError(f"{path}: its layer_type is {kind!r}; {LAYER_TYPE!r}, the residual stream, is needed")
     return LayerRows(vectors)
 
 
 def recognise_pickle(path: Path) -> str:
-    """Which of the formats a PyTorch file is. Raises VectorError where its content doesn't tell."""
+    """Return which format a PyTorch file is in. Raises VectorError where its content fits several."""
     data = load_pickle(path)
     if isinstance(data, Mapping) and ("layer_activations" in data or is_numbered(data)):
         return "steering_vectors"
     if isinstance(data, Mapping) and any(key in data for key in _AXIS_KEYS):
         return "assistant_axis"
-    rows_LD = _tensor(path, data)
+    rows_LD = _check_tensor(path, data)
     if rows_LD.ndim == 2 and len(rows_LD) and not rows_LD[0].any():
-        return "persona_vectors"  # no block's vector is zero; we write zeros for the embeddings
+        return "persona_vectors"  # a block's vector is never zero; ours has zeros for the embeddings
     choice = "--format persona_vectors (row 1 is block 0) or --format assistant_axis (row 0 is block 0)"
-    raise VectorError(f"{path}: a bare tensor doesn't say which row is decoder block 0: give {choice}")
+    raise VectorError(f"{path}: a bare tensor without the number of decoder block 0: give {choice}")
 
 
 def is_numbered(data: Any) -> bool:
-    """Whether this is a dict of layer numbers to tensors."""
+    """Return True for a dict of layer numbers to tensors."""
     import torch
 
     if not isinstance(data, Mapping) or not data:
@@ -107,7 +111,7 @@ def is_numbered(data: Any) -> bool:
 
 
 def load_pickle(path: Path) -> Any:
-    """A PyTorch file's plain content. VectorError for anything that would need a program to be made."""
+    """Load a PyTorch file's plain content. Raises VectorError for a file that would run code."""
     import torch
 
     try:
@@ -117,15 +121,17 @@ def load_pickle(path: Path) -> Any:
         raise VectorError(f"{path}: damaged, or holds Python objects, which are not loaded; {remedy}") from failure
 
 
-def _tensor(path: Path, data: Any) -> Any:
+def _check_tensor(path: Path, data: Any) -> Any:
     import torch
 
     if not isinstance(data, torch.Tensor):
-        raise VectorError(f"{path}: holds a {type(data).__name__}, not a tensor [rows, hidden]; see docs/exchange.md")
+        raise VectorError(
+            f"{path}: holds a {type(data).__name__}; a tensor [rows, hidden] is needed (docs/exchange.md)"
+        )
     return data
 
 
-def _saved(value: Any) -> bytes:
+def _torch_bytes(value: Any) -> bytes:
     import torch
 
     buffer = io.BytesIO()

@@ -1,6 +1,6 @@
-"""Files of traits by others, read: JSON, a JSON object a line, or a prompt a line; and a trait as our YAML.
+"""Read trait files of other programs (JSON, a JSON object a line, or a prompt a line), and write a trait as YAML.
 
-What a file is, is told by its content, and its part (a side, the definition) by its name.
+The content decides the kind of a file, its name the part: a side, the definition or the steering questions.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class TraitFile:
-    """One file: `kind` is `json` (any value), `rows` (a JSON object a line) or `lines` (text, `blank` ones left out).
+    """Content of one file.
 
-    `part` is positive, negative, definition, steering, or None where the name doesn't say.
+    `kind`: `json` (any value), `rows` (a JSON object a line) or `lines` (text). `part`: positive, negative, definition,
+    steering, or None where the name matches none. `blank`: number of blank lines left out.
     """
 
     path: Path
@@ -44,73 +45,73 @@ class TraitFile:
 
     @property
     def place(self) -> SourceLocation:
-        """Where its values stand, for messages."""
+        """Location of the file, for messages."""
         return SourceLocation(show_path(self.path), error=TraitError)
 
 
 def read_trait_files(paths: Sequence[str], *, as_text: bool = False) -> list[TraitFile]:
-    """The files; of a folder, those whose names say what they are. `as_text`: lines, even where they look like JSON."""
-    return [read_trait_file(path, as_text=as_text) for given in paths for path in _expanded(Path(given))]
+    """Read files; in a folder, those named by a part. `as_text`: read lines, even where they look like JSON."""
+    return [read_trait_file(path, as_text=as_text) for entry in paths for path in _expand_folder(Path(entry))]
 
 
 def read_trait_file(path: Path, *, as_text: bool = False) -> TraitFile:
-    """One file of UTF-8; a byte order mark and carriage returns are taken off. Raises TraitError."""
+    """Read one UTF-8 file without its byte order mark and carriage returns. Raises TraitError."""
     source = show_path(path)
     with open_input(path, MAX_TRAIT_BYTES, TraitError) as file:
         text = decode_utf8(file.read(MAX_TRAIT_BYTES), 0, source, TraitError).removeprefix("\ufeff")
     if "\0" in text:
-        raise TraitError(f"{source}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; remove it")
+        raise TraitError(f"{source}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL byte; remove it")
     if not text.strip():
         raise TraitError(f"{source}: is empty; a trait needs both sides")
-    kind, data, blank = _content(text, source, as_text=as_text or part_of(path) == "definition")
+    kind, data, blank = _parse_content(text, source, as_text=as_text or part_from_name(path) == "definition")
     _refuse_surrogates(data, source)
-    return TraitFile(path, kind, data, part_of(path), blank)
+    return TraitFile(path, kind, data, part_from_name(path), blank)
 
 
-def part_of(path: str | os.PathLike[str]) -> str | None:
-    """Which part of a trait a file's name says that it is."""
+def part_from_name(path: str | os.PathLike[str]) -> str | None:
+    """Return the part of a trait that a file's name matches: positive, negative, definition, steering or None."""
     return next((part for part, pattern in _PARTS.items() if pattern.fullmatch(Path(path).stem)), None)
 
 
 def trait_yaml(content: dict[str, Any]) -> bytes:
-    """A trait as a file of configs/traits. Every text is in double quotes, so that it reads back as it was."""
+    """Format a trait as a file of configs/traits. Texts are in double quotes, so that any text reads back unchanged."""
     return ("\n".join(_yaml_lines(content)) + "\n").encode()
 
 
-def _expanded(path: Path) -> list[Path]:
+def _expand_folder(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = [entry for entry in sorted(path.iterdir()) if entry.is_file() and part_of(entry)]
-    if not found:
-        raise TraitError(f"{show_path(path)}: no file in it is named positive or negative; name the files themselves")
-    return found
+    files = [entry for entry in sorted(path.iterdir()) if entry.is_file() and part_from_name(entry)]
+    if not files:
+        raise TraitError(f"{show_path(path)}: no file in this folder is named positive or negative; give the files")
+    return files
 
 
-def _content(text: str, source: str, *, as_text: bool) -> tuple[str, Any, int]:
-    """(kind, data, blank lines)."""
+def _parse_content(text: str, source: str, *, as_text: bool) -> tuple[str, Any, int]:
+    """Return (kind, data, number of blank lines)."""
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     full = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if as_text or text.lstrip()[0] not in "[{":
         return "lines", [line.strip() for _, line in full], len(lines) - len(full)
     try:
-        return "json", _parsed(text), 0
+        return "json", _parse_json(text), 0
     except ValueError as failure:
         if len(full) == 1 or not all(line.lstrip().startswith("{") for _, line in full):
             remedy = "correct it, or give --format prompts if these are prompts"
             raise TraitError(f"{source}: not JSON ({failure}); {remedy}") from failure
-    return "rows", [_row(line, f"{source}:{number}") for number, line in full], len(lines) - len(full)
+    return "rows", [_parse_row(line, f"{source}:{number}") for number, line in full], len(lines) - len(full)
 
 
-def _row(line: str, place: str) -> dict[str, Any]:
+def _parse_row(line: str, place: str) -> dict[str, Any]:
     try:
-        row = _parsed(line)
+        row = _parse_json(line)
     except ValueError as failure:
         raise TraitError(f"{place}: not a JSON object ({failure}); correct the line") from failure
     return dict(row)
 
 
-def _parsed(text: str) -> Any:
-    """JSON; ValueError where it isn't, or is nested too deep."""
+def _parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError, also for nesting that is too deep."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -118,23 +119,23 @@ def _parsed(text: str) -> Any:
 
 
 def _refuse_surrogates(data: Any, source: str) -> None:
-    """JSON can write half a character, or NUL, which no text file can hold."""
-    match = next((match for words in _texts(data) if (match := re.search("[\ud800-\udfff]|\0", words))), None)
+    """Raise TraitError for half a surrogate pair or NUL, which JSON can escape and no UTF-8 text file can hold."""
+    match = next((match for words in _all_texts(data) if (match := re.search("[\ud800-\udfff]|\0", words))), None)
     if match:
-        raise TraitError(f"{source}: holds {show(match[0])}, which is no text; remove it")
+        raise TraitError(f"{source}: {show(match[0])} is not a character of text; remove it")
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys too."""
+def _all_texts(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, with keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from _texts(item)
+            yield from _all_texts(item)
 
 
 def _yaml_lines(value: Any, indent: str = "") -> list[str]:
-    """The lines of a mapping, a list or a text."""
+    """Return the YAML lines of a mapping, a list or a text."""
     if isinstance(value, str):
         return [yaml.dump(value, default_style='"', allow_unicode=True, width=float("inf")).removesuffix("\n")]
     if isinstance(value, dict):

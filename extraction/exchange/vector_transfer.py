@@ -1,7 +1,7 @@
-"""The bodies of `traitline export` and of `traitline import` for vectors.
+"""Export a run's vectors to the formats of other programs, and import vectors as a run.
 
-An imported vector lives where a run's does, so that everything that reads a run's vectors reads it too:
-experiments/imported/<name>/vectors/imported.safetensors, in our own form, with a receipt.
+An imported vector is stored like a run's, in experiments/imported/<name>/vectors/imported.safetensors with a receipt,
+so that all that reads a run's vectors reads it too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.config.experiments import find_root, parse_layers, resolve_model
 from extraction.core.errors import TraitlineError, VectorError
-from extraction.core.text import show_path, suggest
-from extraction.exchange.formats import ASKS_MODEL, OUTPUTS, WRITERS, read_direction
+from extraction.core.text import show_path
+from extraction.exchange.formats import find_format, read_direction
 from extraction.exchange.layer_rows import VectorMetadata
 from extraction.storage.output_file import place_file
 from extraction.storage.trait_run import TraitRun, trait_run
@@ -28,7 +28,7 @@ IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is to be exported, and how: options as the command line has them."""
+    """Options of `traitline export`."""
 
     experiment: str
     trait: str
@@ -41,20 +41,21 @@ class ExportOptions:
 
 
 def export_vectors(wanted: ExportOptions, *, root: str | None, output: str | None, force: bool) -> list[str]:
-    """Write one method's directions in another program's form. Returns what to say. Raises VectorError."""
-    from extraction.vectors.direction import Direction, spanned
+    """Write one method's directions in a format of FORMATS. Returns lines for the user. Raises VectorError."""
+    from extraction.vectors.direction import Direction, format_layers
 
-    if wanted.to not in WRITERS:
-        raise VectorError(f"--to {wanted.to!r}: no format of vectors; {suggest(wanted.to, WRITERS)}")
+    form = find_format(wanted.to, "--to")
     top = find_root(root)
     run = trait_run(top / "experiments", wanted.experiment, wanted.trait)
-    direction = _as_wanted(Direction.from_run(run, wanted.method), wanted, run)
-    facts = _facts(direction, wanted, run, top) if wanted.to in ASKS_MODEL else VectorMetadata()
-    written = WRITERS[wanted.to](direction, facts)
-    path = Path(output or OUTPUTS[wanted.to].format(trait=wanted.trait, method=wanted.method))
+    direction = _select_and_scale(Direction.from_run(run, wanted.method), wanted, run)
+    metadata = _model_metadata(direction, wanted, run, top) if form.needs_model else VectorMetadata()
+    written = form.write(direction, metadata)
+    path = Path(output or form.file_name.format(trait=wanted.trait, method=wanted.method))
     place_file(path, written.data, force=force)
-    said = f"{show_path(path)}: {wanted.method} of {wanted.trait} at {spanned(direction.layers)}, as {wanted.to}"
-    return [said, *written.notes]
+    summary = (
+        f"{show_path(path)}: {wanted.method} of {wanted.trait} at {format_layers(direction.layers)}, as {wanted.to}"
+    )
+    return [summary, *written.notes]
 
 
 def import_vectors(
@@ -67,11 +68,11 @@ def import_vectors(
     model: str | None = None,
     force: bool = False,
 ) -> list[str]:
-    """Read vectors of any known format, and keep them as an imported run. Returns what to say."""
-    from extraction.vectors.direction import spanned
+    """Read vectors of any format in FORMATS and store them as an imported run. Returns lines for the user."""
+    from extraction.vectors.direction import format_layers
 
     top = find_root(root)
-    label = None if model is None else resolve_model(model, top).name  # as runs call it; a wrong name is noticed
+    label = None if model is None else resolve_model(model, top).name  # as in runs; an unknown name is an error
     loaded = read_direction(source, format=format, base=base, model=label)
     direction = replace(loaded.direction, trait=name, method=loaded.direction.method or IMPORTED)
     run = trait_run(top / "experiments", IMPORTED, name)
@@ -80,43 +81,42 @@ def import_vectors(
         "model": direction.model,
         "method": direction.method,
         "layers": list(direction.layers),
-        "model_type": loaded.facts.model_type,
+        "model_type": loaded.metadata.model_type,
         "read_as": loaded.format,
     }
     with run.lock():
         run.open({"imported": name})
-        _check_free(run, direction, force=force)
+        _check_not_replacing(run, direction, force=force)
         run.write_vectors(IMPORTED, {"direction": direction.direction_LD}, header)
-    said = (
-        f"{show_path(source)}: read as {loaded.format}, {spanned(direction.layers)} of {direction.hidden_size} values"
-    )
-    return [said, *loaded.notes, f"kept in {show_path(run.vectors_path(IMPORTED))}"]
+    span = f"{format_layers(direction.layers)} of {direction.hidden_size} values"
+    summary = f"{show_path(source)}: read as {loaded.format}, {span}"
+    return [summary, *loaded.notes, f"kept in {show_path(run.vectors_path(IMPORTED))}"]
 
 
-def _check_free(run: TraitRun, direction: Direction, *, force: bool) -> None:
-    """VectorError where another vector was imported under this name."""
+def _check_not_replacing(run: TraitRun, direction: Direction, *, force: bool) -> None:
+    """Raise VectorError where another vector was imported under this name."""
     from extraction.vectors.direction import Direction
 
     if IMPORTED in run.methods() and not force and Direction.from_run(run, IMPORTED) != direction:
         place = show_path(run.vectors_path(IMPORTED))
-        raise VectorError(f"{place}: another vector is there already; give --force to replace it, or another --as NAME")
+        raise VectorError(f"{place}: another vector has this name; give --force to replace it, or another --as NAME")
 
 
-def _as_wanted(direction: Direction, wanted: ExportOptions, run: TraitRun) -> Direction:
-    """The layers, the length and the scale that were asked for."""
+def _select_and_scale(direction: Direction, wanted: ExportOptions, run: TraitRun) -> Direction:
+    """Apply --layers, --normalise and --scale."""
     if not math.isfinite(wanted.scale) or wanted.scale == 0:
         raise VectorError(f"--scale {wanted.scale}: give a finite number that is not 0")
     if wanted.layers is not None and wanted.layers.strip().lower() != "all":
         direction = direction.select(parse_layers(wanted.layers, direction.layers[-1] + 1))
     if wanted.normalise == "unit":
         direction = direction.normalised()
-    elif wanted.normalise == "typical-norm":  # length 1 in the other program is then our coefficient 1
-        direction = direction.normalised(typical_norms(run, direction.layers))
+    elif wanted.normalise == "typical-norm":  # so that 1 in the other program is a steering coefficient of 1
+        direction = direction.normalised(card_norms(run, direction.layers))
     return direction * wanted.scale
 
 
-def typical_norms(run: TraitRun, layers: Sequence[int]) -> list[float]:
-    """How long the activations are at these layers, as the run's card has it: the unit of steering coefficients."""
+def card_norms(run: TraitRun, layers: Sequence[int]) -> list[float]:
+    """Return the run's card's mean norm of the activations at these layers, the unit of steering coefficients."""
     card: dict[str, Any] = run.read_card() if run.has_card() else {}
     known = dict(zip(card.get("layers", ()), card.get("typical_norm") or (), strict=False))
     absent = [layer for layer in layers if layer not in known]
@@ -126,8 +126,11 @@ def typical_norms(run: TraitRun, layers: Sequence[int]) -> list[float]:
     return [float(known[layer]) for layer in layers]
 
 
-def _facts(direction: Direction, wanted: ExportOptions, run: TraitRun, root: Path) -> VectorMetadata:
-    """The model's type and layers, from its config: that of --model, or of the run. Not known where it isn't found."""
+def _model_metadata(direction: Direction, wanted: ExportOptions, run: TraitRun, root: Path) -> VectorMetadata:
+    """Read the model's type and number of layers from the config of --model, or else of the run's model.
+
+    Without --model, a model that can't be found leaves the number of layers unknown.
+    """
     from extraction.model.loading import read_config
 
     header = run.vectors_header(wanted.method) or {}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from extraction.core.errors import ModelError
 from extraction.engine.sequence import left_pad
-from extraction.model.kv_cache import CacheWindow, SlotKVCache
+from extraction.model.kv_cache import CacheWindow, make_cache
 from extraction.model.loading import LanguageModel
 
 if TYPE_CHECKING:
@@ -128,12 +128,12 @@ class _PromptBatch:
         self.ids_BP, self.mask_BP = left_pad(prompts, lm.pad_id, lm.device)
         self.length_B1 = self.mask_BP.sum(1, keepdim=True)
         self.width = self.ids_BP.shape[1]
-        self.cache = SlotKVCache(lm.n_layers, CacheWindow(len(prompts), self.width + spellings.max_tokens))
+        self.cache = make_cache(lm.model, CacheWindow(len(prompts), self.width + spellings.max_tokens))
 
     def prefill(self) -> Tensor:
         """Return the log-probabilities of the token after each prompt: [B, V]."""
         rows_B = torch.arange(len(self.ids_BP), device=self.lm.device)
-        with self.cache.window.entering(rows_B, self.width):
+        with self.cache.window.prefilling(rows_B, self.width):
             return self._forward(self.ids_BP, self.mask_BP, (self.mask_BP.cumsum(1) - 1).clamp_(min=0))
 
     def step(self, path: TokenIds) -> Tensor:

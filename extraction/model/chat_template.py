@@ -1,7 +1,7 @@
-"""Examples and prompt files, made ready for a model: chat templates, token ids, one prompt a line.
+"""Encode examples and conversations as a model's token ids, through its chat template.
 
-Control tokens are the tokenizer's special tokens. Those of the chat template count; the same text in a user's words
-stays text.
+Control tokens are the tokenizer's special tokens. Only those that the chat template writes become control tokens; the
+same text in a user's message is encoded as plain text (see `_literal_ids`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Some templates write today's date, and a run that is resumed tomorrow must see the same prompts. This date is Llama
-# 3.1's own default. Newer transformers hand a template no functions, so a macro before it takes the clock's place.
+# Some templates write today's date, but a run that is resumed tomorrow must see the same prompts. This date is Llama
+# 3.1's own default.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 
+# texts to put before a text whose encoding must not depend on being at the start; see `_plain_ids`
 _GUARDS = ("\n", "|", "a")
 
 Messages = tuple[tuple[str, str], ...]
@@ -42,17 +43,22 @@ def encode_example(
     max_tokens: int | None = None,
     max_new_tokens: int = 0,
 ) -> Prompt:
-    """The text and token ids that a model sees of an example.
+    """Render an example and encode it as token ids.
 
-    `instruction_as` is `system`, `user` (before the question, with a blank line between) or `auto`: `system` where the
-    chat template has that role. `raw` uses no template: instruction, blank line, question, as a base model reads it.
-    `max_tokens` is the model's context, which must hold the prompt and `max_new_tokens`. Raises PromptError.
+    Args:
+        instruction_as: where the instruction goes: `system`, `user` (before the question, with a blank line between)
+            or `auto` (`system` if the chat template has that role).
+        raw: use no chat template, as for a base model: instruction, blank line, question.
+        max_tokens: the model's context, which must hold the prompt and `max_new_tokens`.
+
+    Raises:
+        PromptError: the example does not fit the context or the template, or gives no tokens.
     """
-    for words in (example.system or "", example.question):
-        if re.search("[\ud800-\udfff]", words):
-            raise PromptError(f"example {example.id}: {show(words)} holds a lone surrogate; remove it")
+    for part in (example.system or "", example.question):
+        if re.search("[\ud800-\udfff]", part):
+            raise PromptError(f"example {example.id}: {show(part)} holds a lone surrogate; remove it")
     if raw:
-        text = _folded(example)
+        text = _prompt_text(example)
         ids = _raw_ids(tokenizer, text)
     else:
         text, ids = _encode_chat(tokenizer, example, instruction_as)
@@ -61,23 +67,23 @@ def encode_example(
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, tuple[int, ...]]:
-    """The text and token ids of a conversation (roles and contents), up to where the next answer starts.
+    """Render and encode a conversation of (role, content) messages, up to where the next response starts.
 
-    Where the chat template has no system role, a system message goes before the user's next one. Raises PromptError.
+    If the chat template has no system role, a system message is put before the next user message. Raises PromptError.
     """
     if any(role == "system" for role, _ in messages) and instruction_policy(tokenizer) != "system":
-        messages = _without_system(messages)
+        messages = _fold_system(messages)
     text, ids = _encode_messages(tokenizer, messages)
     return text, tuple(ids)
 
 
 def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """The token ids of a text without a template, as a base model reads it."""
+    """Encode a text without a chat template, as a base model reads it."""
     return tuple(_raw_ids(tokenizer, text))
 
 
-def _without_system(messages: Messages) -> Messages:
-    """System messages folded into the user's turns."""
+def _fold_system(messages: Messages) -> Messages:
+    """Put each system message before the next user message, with a blank line between."""
     folded: list[tuple[str, str]] = []
     pending: list[str] = []
     for role, content in messages:
@@ -92,26 +98,26 @@ def _without_system(messages: Messages) -> Messages:
 
 
 def instruction_policy(tokenizer: PreTrainedTokenizerBase) -> str:
-    """`system` where the chat template shows a system message to the model, else `user`."""
+    """Return `system` if the chat template renders system messages, else `user`."""
     _template_of(tokenizer)
     try:
-        shown = _render(tokenizer, (("system", "TRAITLINE-SYSTEM"), ("user", "TRAITLINE-USER")))
+        rendered = _render(tokenizer, (("system", "TRAITLINE-SYSTEM"), ("user", "TRAITLINE-USER")))
     except PromptError:
         return "user"
-    return "system" if "TRAITLINE-SYSTEM" in shown else "user"
+    return "system" if "TRAITLINE-SYSTEM" in rendered else "user"
 
 
 def _check_length(example: Example, n_prompt: int, n_new: int, max_tokens: int | None) -> None:
     if n_prompt == 0:
-        raise PromptError(f"example {example.id}: {show(example.question)} gives no tokens; write a prompt")
+        raise PromptError(f"example {example.id}: {show(example.question)} encodes to no tokens; write a prompt")
     if max_tokens is not None and n_prompt + n_new > max_tokens:
-        asked = f" and {n_new} new" if n_new else ""
+        new = f" and {n_new} new" if n_new else ""
         remedy = "shorten the prompt" + (" or lower --max-new-tokens" if n_prompt < max_tokens and n_new > 1 else "")
-        size = f"{n_prompt} prompt tokens{asked} don't fit the model's context of {max_tokens}"
+        size = f"{n_prompt} prompt tokens{new} don't fit the model's context of {max_tokens}"
         raise PromptError(f"example {example.id}: {size}; {remedy}")
 
 
-def _folded(example: Example) -> str:
+def _prompt_text(example: Example) -> str:
     return f"{example.system}\n\n{example.question}" if example.system else example.question
 
 
@@ -129,9 +135,9 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example, instructi
 def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, list[int]]:
     rendered = _render(tokenizer, messages)
     ids = _ids(tokenizer, rendered)
-    skeleton = _Skeleton.of(tokenizer, messages, rendered)
-    if _controls_in(tokenizer, ids) != _controls_in(tokenizer, _ids(tokenizer, skeleton.text)):
-        ids = _literal_ids(tokenizer, skeleton.pieces(messages, rendered))
+    outline = _TemplateOutline.of(tokenizer, messages, rendered)
+    if _control_ids(tokenizer, ids) != _control_ids(tokenizer, _ids(tokenizer, outline.text)):
+        ids = _literal_ids(tokenizer, outline.split(messages, rendered))
     return rendered, _one_bos(tokenizer, ids)
 
 
@@ -142,7 +148,7 @@ def _messages(tokenizer: PreTrainedTokenizerBase, example: Example, instruction_
     if instruction_as == "system" and policy != "system":
         raise PromptError("--instruction-as 'system': the chat template has no system role; give auto or user")
     if not example.system or "user" in (instruction_as, policy):
-        return (("user", _folded(example)),)
+        return (("user", _prompt_text(example)),)
     return (("system", example.system), ("user", example.question))
 
 
@@ -154,7 +160,7 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """The conversation as the model's text, up to where its answer starts."""
+    """Render a conversation by the chat template, up to where the response starts."""
     _template_of(tokenizer)
     try:
         rendered = tokenizer.apply_chat_template(
@@ -162,9 +168,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
-            chat_template=_timeless(tokenizer.get_chat_template()),
+            chat_template=_with_fixed_date(tokenizer.get_chat_template()),
         )
-    except Exception as failure:  # a template is a stranger's program: it may raise anything
+    except Exception as failure:  # a template is third-party code and may raise anything
         reason = " ".join(str(failure).split())
         raise PromptError(
             f"{_name(tokenizer)}: the chat template fails ({show(reason)}); give --raw, or another model"
@@ -172,13 +178,16 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
     return str(rendered)
 
 
-def _timeless(template: str) -> str:
-    """The template with a clock that stands still, where it reads one."""
+def _with_fixed_date(template: str) -> str:
+    """Make a template's `strftime_now` return TEMPLATE_DATE, by a macro of that name put before the template.
+
+    Newer transformers pass no functions into a template's context, so the function can't be replaced there.
+    """
     if "strftime_now" not in template:
         return template
-    codes = ("%Y", "%y", "%m", "%d", "%B", "%b", "%A", "%a", "%j", "%H", "%I", "%M", "%S", "%p")
-    filled = "".join(f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in codes)
-    return "{%- macro strftime_now(format) -%}{{ format" + filled + " }}{%- endmacro +%}" + template
+    directives = ("%Y", "%y", "%m", "%d", "%B", "%b", "%A", "%a", "%j", "%H", "%I", "%M", "%S", "%p")
+    filters = "".join(f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in directives)
+    return "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro +%}" + template
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -186,33 +195,36 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @dataclass(frozen=True)
-class _Skeleton:
-    """A conversation rendered with marks in place of the contents: what the template itself writes."""
+class _TemplateOutline:
+    """A conversation rendered with a placeholder for each message's content: the text that the template adds."""
 
     text: str
-    marks: tuple[str, ...]
+    placeholders: tuple[str, ...]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, messages: Messages, rendered: str) -> _Skeleton:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, messages: Messages, rendered: str) -> _TemplateOutline:
         seed = next(n for n in range(len(rendered) + 1) if f"traitline{n}mark" not in rendered)
-        marks = tuple(f"traitline{seed}mark{i}." for i in range(len(messages)))
-        marked = tuple((role, mark) for (role, _), mark in zip(messages, marks, strict=True))
-        return cls(_render(tokenizer, marked), marks)
+        placeholders = tuple(f"traitline{seed}mark{i}." for i in range(len(messages)))
+        outlined = tuple((role, text) for (role, _), text in zip(messages, placeholders, strict=True))
+        return cls(_render(tokenizer, outlined), placeholders)
 
-    def pieces(self, messages: Messages, rendered: str) -> list[tuple[bool, str]]:
-        """The rendered text cut up: (True, what the template wrote) or (False, a content)."""
-        parts = re.split("(" + "|".join(map(re.escape, self.marks)) + ")", self.text)
+    def split(self, messages: Messages, rendered: str) -> list[tuple[bool, str]]:
+        """Split the rendered text into (True, text that the template wrote) and (False, a message's content).
+
+        Raises PromptError if the template changes contents in another way than stripping white space.
+        """
+        parts = re.split("(" + "|".join(map(re.escape, self.placeholders)) + ")", self.text)
         roles = sorted({role for role, _ in messages})  # a template strips all contents of a role, or none
-        for stripped in itertools.product((False, True), repeat=len(roles)):
-            strips = dict(zip(roles, stripped, strict=True))
+        for choice in itertools.product((False, True), repeat=len(roles)):
+            strips = dict(zip(roles, choice, strict=True))
             contents = [content.strip() if strips[role] else content for role, content in messages]
-            filled = dict(zip(self.marks, contents, strict=True))
-            pieces = [(part not in filled, filled.get(part, part)) for part in parts]
+            content_of = dict(zip(self.placeholders, contents, strict=True))
+            pieces = [(part not in content_of, content_of.get(part, part)) for part in parts]
             if "".join(piece for _, piece in pieces) == rendered:
                 return pieces
         raise PromptError(
-            "the text holds a control token, and the chat template rewrites the text, so the two can't be told "
-            "apart; remove the control token from the text"
+            "a message holds a control token and the chat template rewrites messages, so the template's own control "
+            "tokens can't be located; remove the control token from the message"
         )
 
 
@@ -220,57 +232,59 @@ class _Skeleton:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, literal: bool = False) -> list[int]:
-    """Text to ids, without BOS or EOS; with `literal`, what looks like a control token is text."""
+    """Encode a text without BOS or EOS; with `literal`, control tokens in it are plain text."""
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"])
 
 
 def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """As a base model reads it: behind what the tokenizer puts first (BOS or nothing), without what it puts last."""
-    whole = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
-    bare = _ids(tokenizer, "a")
-    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-    return _one_bos(tokenizer, whole[: starts[0] if starts else 0] + _ids(tokenizer, text, literal=True))
+    """Encode a plain text after the ids that the tokenizer puts first (BOS or none), without those it puts last."""
+    with_special = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
+    without = _ids(tokenizer, "a")
+    starts = [i for i in range(len(with_special)) if with_special[i : i + len(without)] == without]
+    prefix = with_special[: starts[0] if starts else 0]
+    return _one_bos(tokenizer, prefix + _ids(tokenizer, text, literal=True))
 
 
 def _one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Drop all but one BOS token at the start: some templates and tokenizers both add one."""
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
     return ids
 
 
-def _controls(tokenizer: PreTrainedTokenizerBase) -> dict[int, Any]:
-    """The tokenizer's special tokens by id."""
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, Any]:
+    """Return the tokenizer's special tokens by id."""
     return {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def _controls_in(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    controls = _controls(tokenizer)
-    return [number for number in ids if number in controls]
+def _control_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    control_tokens = _control_tokens(tokenizer)
+    return [number for number in ids if number in control_tokens]
 
 
 def _literal_ids(tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[bool, str]]) -> list[int]:
-    """Ids in which only the template's own control tokens are control tokens.
+    """Encode a rendered conversation so that only the template's own control tokens are control tokens.
 
-    A tokenizer cuts text at control tokens first, and treats what lies between piece by piece. So does this: cut at
-    the template's control tokens only, and read the text between, template's and user's together, as plain text.
+    A tokenizer splits text at control tokens first, and encodes each segment between them. This does the same, but
+    splits at the template's control tokens only: text of the template and of messages in between is plain text.
     """
     ids: list[int] = []
-    before: Any = None
-    for stretch, control_id, control in _stretches(tokenizer, pieces):
-        plain = stretch.lstrip() if before is not None and before.rstrip else stretch
+    previous: Any = None
+    for segment, control_id, control in _segments(tokenizer, pieces):
+        plain = segment.lstrip() if previous is not None and previous.rstrip else segment
         plain = plain.rstrip() if control is not None and control.lstrip else plain
-        ids += _plain_ids(tokenizer, plain, before)
+        ids += _plain_ids(tokenizer, plain, previous)
         ids += [control_id] if control_id is not None else []
-        before = control
+        previous = control
     return ids
 
 
-def _stretches(
+def _segments(
     tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[bool, str]]
 ) -> Iterator[tuple[str, int | None, Any]]:
-    """(plain text, the control token that ends it), and a last one that nothing ends."""
-    by_text = {token.content: (number, token) for number, token in _controls(tokenizer).items()}
+    """Yield (plain text, id and control token that end it); the last segment has None for both."""
+    by_text = {token.content: (number, token) for number, token in _control_tokens(tokenizer).items()}
     pattern = re.compile("(" + "|".join(map(re.escape, sorted(by_text, key=len, reverse=True))) + ")")
     plain = ""
     for is_template, piece in pieces:
@@ -284,27 +298,24 @@ def _stretches(
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str, control: Any) -> list[int]:
-    """Plain text after a control token (None: at the start), without the space marker that starts a whole text.
+    """Encode a segment that follows a control token (None: at the start), without a marker of the text's start.
 
-    Tokenizers of the SentencePiece kind put a marker before the first word of a text, and some of them only there.
-    For those the text is read behind a guard, which is then cut off.
+    SentencePiece tokenizers put a space marker before the first word of a text, some only there and not after a
+    control token. For those the segment is encoded behind a guard text, whose ids are then dropped.
     """
     if not text:
         return []
     if control is None or _ids(tokenizer, control.content + "a")[1:] == _ids(tokenizer, "a"):
         return _ids(tokenizer, text, literal=True)
     for guard in _GUARDS:
-        read = tokenizer(
+        encoded = tokenizer(
             guard + text,
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=True,
             verbose=False,
         )
-        if not any(start < len(guard) < end for start, end in read["offset_mapping"]):
-            pairs = zip(read["input_ids"], read["offset_mapping"], strict=True)
+        if not any(start < len(guard) < end for start, end in encoded["offset_mapping"]):
+            pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
             return [number for number, (_, end) in pairs if end > len(guard)]
     return _ids(tokenizer, text, literal=True)
-
-
-# --- prompt files ---------------------------------------------------------------------------------------------------

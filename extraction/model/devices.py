@@ -1,6 +1,6 @@
-"""Which devices there are, what is free on them, and how to give it back: the only module that names CUDA.
+"""Devices: choosing one, their free memory, CUDA graphs and copies to the host.
 
-ROCm goes by CUDA's name in torch; Apple's device is `mps`.
+The only module that uses `torch.cuda` and `torch.mps`. In torch, ROCm devices are named `cuda`, and Apple's `mps`.
 """
 
 from __future__ import annotations
@@ -15,36 +15,40 @@ import torch
 from torch import Tensor, nn
 
 from extraction.core.errors import ModelError
+from extraction.core.records import DEVICE_STRATEGIES
 
-SPREADS = ("balanced", "balanced_low_0", "sequential")  # accelerate's words for a model over all GPUs
-# tokens that are read at once, padding counted: a processor is quickest where what a layer makes stays in its caches
-PREFILL_TOKENS, PREFILL_ELSEWHERE = {"cpu": 1024}, 8192
-WEIGHTS_SHARE = 0.8  # of a GPU's free memory, of a model over several; the rest is for caches and activations
+# most tokens of a prefill, with padding: a CPU is fastest while a layer's intermediate results fit its caches
+PREFILL_TOKENS_BY_DEVICE, PREFILL_TOKENS_DEFAULT = {"cpu": 1024}, 8192
+WEIGHTS_FRACTION = (
+    0.8  # of each GPU's free memory, for a model over several GPUs; the rest is for caches and activations
+)
 
 
-def pick_device(asked: str) -> str:
-    """The device asked for, or the best there is: CUDA (and ROCm), Apple's, else the processor.
+def pick_device(requested: str) -> str:
+    """Return the requested device; for `auto` CUDA (or ROCm), else MPS, else the CPU.
 
-    Of several devices (`balanced`), the first. Raises ModelError for one that this machine lacks.
+    For a model over several GPUs, the first of them. Raises ModelError if this machine lacks the device.
     """
-    if asked not in ("auto", *SPREADS):
-        _refuse_absent(asked)
-        return asked
+    if requested not in ("auto", *DEVICE_STRATEGIES):
+        _check_present(requested)
+        return requested
     if torch.cuda.is_available():
-        return "cuda:0" if asked in SPREADS else "cuda"
+        return "cuda:0" if requested in DEVICE_STRATEGIES else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def placing(asked: str) -> dict[str, Any]:
-    """What transformers places weights by: a device, or accelerate's word for several, with what each may hold."""
-    devices = device_list(asked)
-    if asked not in SPREADS or not is_cuda(devices[0]):
+def device_map_for(requested: str) -> dict[str, Any]:
+    """Return `from_pretrained`'s placement arguments: one device, or a strategy with the bytes that each may hold."""
+    devices = device_list(requested)
+    if requested not in DEVICE_STRATEGIES or not is_cuda(devices[0]):
         return {"device_map": devices[0]}
-    room: dict[int | str, int] = {i: int(WEIGHTS_SHARE * (_free_on(device) or 0)) for i, device in enumerate(devices)}
-    return {"device_map": asked, "max_memory": room | {"cpu": _free_on("cpu") or 0}}
+    limits: dict[int | str, int] = {
+        i: int(WEIGHTS_FRACTION * (_free_on(device) or 0)) for i, device in enumerate(devices)
+    }
+    return {"device_map": requested, "max_memory": limits | {"cpu": _free_on("cpu") or 0}}
 
 
-def _refuse_absent(device: str) -> None:
+def _check_present(device: str) -> None:
     kind, _, index = device.partition(":")
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if int(index or 0) >= count.get(kind, 1):
@@ -52,42 +56,42 @@ def _refuse_absent(device: str) -> None:
 
 
 def prefill_tokens(device: str | torch.device) -> int:
-    """How many tokens, padding counted, are read at once at most, where they are several texts'."""
-    return PREFILL_TOKENS.get(str(device).partition(":")[0], PREFILL_ELSEWHERE)
+    """Return the most tokens, with padding, of a prefill of several rows."""
+    return PREFILL_TOKENS_BY_DEVICE.get(str(device).partition(":")[0], PREFILL_TOKENS_DEFAULT)
 
 
 def prefill_rows(lengths: Sequence[int], device: str | torch.device) -> int:
-    """How many of the first of these texts are best read at once, padded to the longest: one at least."""
+    """Return how many of the first rows to prefill at once, padded to the longest of them; at least 1."""
     padded = [n_rows * longest for n_rows, longest in enumerate(accumulate(lengths, max), start=1)]
     return max(1, sum(n_tokens <= prefill_tokens(device) for n_tokens in padded))
 
 
 def is_cuda(device: str | torch.device) -> bool:
-    """Whether a device is a GPU that CUDA's functions are for."""
+    """Return True for a CUDA or ROCm device."""
     return str(device).startswith("cuda")
 
 
-def runs_on(module: nn.Module, weight: Tensor) -> torch.device:
-    """Where a module computes: not where its weight waits, if that is fetched for every pass."""
+def compute_device(module: nn.Module, weight: Tensor) -> torch.device:
+    """Return the device that a module computes on: for offloaded weights not the one that they are stored on."""
     hooks = getattr(getattr(module, "_hf_hook", None), "hooks", None) or [getattr(module, "_hf_hook", None)]
-    places: list[Any] = [getattr(hook, "execution_device", None) for hook in hooks]
-    place = next((place for place in places if place is not None), None)
-    return weight.device if place is None else torch.device(place)
+    devices: list[Any] = [getattr(hook, "execution_device", None) for hook in hooks]
+    device = next((device for device in devices if device is not None), None)
+    return weight.device if device is None else torch.device(device)
 
 
-def device_list(asked: str) -> tuple[str, ...]:
-    """The devices that a model is spread over, or the one that it is on."""
-    first = pick_device(asked)
-    if asked in SPREADS and is_cuda(first):
+def device_list(requested: str) -> tuple[str, ...]:
+    """Return the devices that a model is placed on: all GPUs for one of DEVICE_STRATEGIES, else one."""
+    first = pick_device(requested)
+    if requested in DEVICE_STRATEGIES and is_cuda(first):
         return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
     return (first,)
 
 
 def free_memory(devices: Iterable[str]) -> int | None:
-    """Bytes that are free on devices, together; None where nobody says."""
-    found = [_free_on(device) for device in devices]
-    known = [n_bytes for n_bytes in found if n_bytes is not None]
-    return sum(known) if len(known) == len(found) else None
+    """Return the sum of the devices' free bytes; None if one is unknown."""
+    free = [_free_on(device) for device in devices]
+    known = [n_bytes for n_bytes in free if n_bytes is not None]
+    return sum(known) if len(known) == len(free) else None
 
 
 def _free_on(device: str) -> int | None:
@@ -99,20 +103,20 @@ def _free_on(device: str) -> int | None:
 
 
 def peak_memory() -> int:
-    """The most this process has held: on the GPUs where they are used, else in main memory, in bytes."""
+    """Return the peak memory of this process in bytes: on the GPUs if they are used, else in main memory."""
     import resource
     import sys
 
     if torch.cuda.is_available():
-        held = [int(torch.cuda.max_memory_allocated(i)) for i in range(torch.cuda.device_count())]
-        if any(held):
-            return sum(held)
+        peaks = [int(torch.cuda.max_memory_allocated(i)) for i in range(torch.cuda.device_count())]
+        if any(peaks):
+            return sum(peaks)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def empty_cache() -> None:
-    """Return memory that nobody uses any more to the devices."""
+    """Free unreferenced memory and return it to the devices."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -124,13 +128,14 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def recorder_for(device: torch.device) -> Record | None:
-    """What records work of a device, without doing it, and returns what does it; None where nothing can.
+    """Return a function that captures work as a CUDA graph (on ROCm a HIP graph); None for other devices.
 
-    A CUDA graph (a HIP graph on ROCm): work that would have to ask the host for anything raises RuntimeError.
+    `record(work)` captures without running and returns the replay function. Work that needs the host raises
+    RuntimeError.
     """
     if not is_cuda(device):
         return None
-    pool = torch.cuda.graph_pool_handle()  # the graphs of a batch take turns, so they may share memory
+    pool = torch.cuda.graph_pool_handle()  # the graphs of a batch never run at once, so they can share memory
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -143,7 +148,7 @@ def recorder_for(device: torch.device) -> Record | None:
 
 
 def synchronize(device: str) -> None:
-    """Until a device has done what it was given."""
+    """Wait until a device has finished its queued work."""
     if is_cuda(device):
         torch.cuda.synchronize(device)
     elif device.startswith("mps"):
@@ -151,10 +156,10 @@ def synchronize(device: str) -> None:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same in main memory: from a GPU all at once, through pages that the system holds in place, and one wait."""
+    """Copy tensors to main memory; those on a GPU through page-locked memory, with one wait for all."""
     if not any(is_cuda(tensor.device) for tensor in tensors):
         return [tensor.cpu() for tensor in tensors]
     copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
     for device in {tensor.device for tensor in tensors if is_cuda(tensor.device)}:
         torch.cuda.current_stream(device).synchronize()
-    return [copy.clone() for copy in copies]  # pages that are held in place are few
+    return [copy.clone() for copy in copies]  # page-locked memory is scarce

@@ -1,6 +1,7 @@
-"""Read and change activations: the only caller of `register_forward_hook`.
+"""Read and change activations through forward hooks, as context managers.
 
-A block's output is a plain tensor in transformers 5 and a tuple in older code; here it is always a tensor [B, T, D].
+The only module that calls `register_forward_hook`. A block's output is a plain tensor in transformers 5 and a tuple in
+older code; observers always get a tensor [B, T, D] (B rows, T tokens, D hidden).
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ if TYPE_CHECKING:
 
 
 class StopForward(Exception):
-    """Raised by an observer that has seen all it wants: ends the forward pass early (`watch` lets it through)."""
+    """Raised by an observer to end the forward pass early; `watch` lets it through to the caller."""
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a module's output, whether bare or first in a tuple."""
+    """Return the hidden states of a module's output: the tensor itself, or the first of a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """A module's first argument, however it was passed."""
+    """Return a module's first argument, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 @contextmanager
 def watch(modules: Mapping[Any, nn.Module], observe: Callable[[Any, Tensor], None]) -> Iterator[None]:
-    """Call `observe(key, output)` after each module runs, while the block lasts. Outputs must not be changed."""
+    """Call `observe(key, output)` after each module runs, while the block lasts. `observe` must not change outputs."""
 
     def hook(key: Any, _args: Any, _kwargs: Any, output: Any) -> None:
         observe(key, hidden_of(output))

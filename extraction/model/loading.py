@@ -1,4 +1,10 @@
-"""Load a model and a tokenizer, and find what the engine needs to know of them."""
+"""Load causal language models and their tokenizers.
+
+`load` reads a model and checks that the engine can run it; the result is a `LanguageModel`: the transformers model, its
+tokenizer, its decoder blocks in order and the ids that generation needs. `wrap` makes one of a model in memory.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from extraction.core.errors import ModelError
-from extraction.model.devices import placing, runs_on
-from extraction.model.kv_cache import CacheWindow, SlotKVCache
+from extraction.model.devices import compute_device, device_map_for
+from extraction.model.kv_cache import LAYER_CLASSES, CacheWindow, layer_kinds, make_cache
 from extraction.model.lora import LoraAdapter, attach_lora, find_lora, merge_lora, share_weights
 from extraction.model.onednn_linear import use_onednn
 
@@ -25,14 +31,14 @@ if TYPE_CHECKING:
     from extraction.config.experiments import ModelSpec
 
 MAIN_MEMORY = "main memory"
-ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"}
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded causal model: its decoder blocks in order, and the ids that matter.
+    """A loaded causal model, its tokenizer, its decoder blocks in order and its stop and padding ids.
 
-    `max_positions` is the longest sequence that the model knows (None: no limit of its own).
+    `max_positions` is the longest sequence that the model supports (None: no limit). `keeps_last_logits` is True if
+    the model can compute the logits of the last positions only.
     """
 
     model: PreTrainedModel
@@ -47,97 +53,103 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
-        """How many decoder blocks."""
+        """Number of decoder blocks."""
         return len(self.layers)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """Device that token ids are sent to."""
         embeddings: Any = self.model.get_input_embeddings()
-        return runs_on(embeddings, embeddings.weight)
+        return compute_device(embeddings, embeddings.weight)
 
     @property
     def spread(self) -> dict[str, int]:
-        """Decoder blocks by device, in order, of a model that is spread over several; empty for one that is not."""
-        placed = {str(place) for place in getattr(self.model, "hf_device_map", {}).values()}
-        return dict(Counter(map(_place_of, self.layers))) if len(placed) > 1 else {}
+        """Number of decoder blocks on each device, in order; empty for a model that is on a single device."""
+        devices = {str(device) for device in getattr(self.model, "hf_device_map", {}).values()}
+        return dict(Counter(map(_device_of_block, self.layers))) if len(devices) > 1 else {}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the hidden states, and of the weights that are not quantised."""
+        """Dtype of the hidden states and of the weights that are not quantised."""
         return self.model.dtype
 
     @property
     def is_exact(self) -> bool:
-        """Whether the same sum in another order is nearly the same: float32 or float64, weights not quantised.
+        """True if rounding is small, and a row does not depend on its batch: float32 or float64, not quantised.
 
-        Products of 8 bits look at all rows of a batch (Dettmers et al. 2022, arXiv 2208.07339).
+        8-bit matrix products depend on all rows of a batch (Dettmers et al. 2022, arXiv 2208.07339).
         """
         return self.dtype in (torch.float32, torch.float64) and not getattr(self.model, "is_quantized", False)
 
     def last_logits(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
-        """One forward pass; the logits of the last position alone: [B, V]."""
+        """Run one forward pass and return the logits of the last position: [B, V]."""
         return self.logits(input_ids_BT, 1, **inputs)[:, -1]
 
     def logits(self, input_ids_BT: Tensor, n_last: int, **inputs: Any) -> Tensor:
-        """One forward pass; the logits of the last `n_last` positions: [B, n_last, V]. Pads without a mask go right."""
+        """Run one forward pass and return the logits of the last `n_last` positions: [B, n_last, V].
+
+        Without an attention mask, padding must be on the right.
+        """
         if self.keeps_last_logits:
             inputs["logits_to_keep"] = self._last_positions(input_ids_BT, n_last)
         logits_BTV: Tensor = self.model(input_ids=input_ids_BT, **inputs).logits
         return logits_BTV[:, -n_last:]
 
     def _last_positions(self, input_ids_BT: Tensor, n_last: int) -> int | Tensor:
-        # Layers that share keys and values (Gemma-4) cut the prompt itself when told a number, not when told an index.
+        # With shared keys and values (Gemma-4), transformers truncates the prompt for a number, not for an index.
         if getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 0):
             width = input_ids_BT.shape[1]
             return torch.arange(width - n_last, width, device=input_ids_BT.device)
         return n_last
 
     def hidden_states(self, input_ids_BT: Tensor) -> None:
-        """One pass through the decoder without the head, for its hooks alone; no mask, so pads must be on the right."""
+        """Run the decoder without the head, for its hooks. There is no attention mask: padding must be on the right."""
         self.model.base_model(input_ids=input_ids_BT, use_cache=False)
 
 
 def load(spec: ModelSpec) -> LanguageModel:
-    """Load a model and its tokenizer from a folder or the local cache or the hub, weights complete or not at all.
+    """Load a model and its tokenizer from a folder, the local cache or the hub.
 
-    An adapter is merged into the model that its config names, as fast as a whole model; it stays beside quantised
-    weights. Raises ModelError, in one line that never shows a token, where anything is missing, gated, truncated or
-    foreign.
+    A LoRA adapter is merged into the base model that its config names; over quantised weights it stays unmerged.
+
+    Raises:
+        ModelError: weights are missing, gated, truncated, of the wrong shape, or of an unsupported architecture. The
+            message is one line and never shows an access token.
     """
     adapter = adapter_of(spec)
-    model = _read_weights(spec if adapter is None else base_of(spec, adapter))
+    model = _load_weights(spec if adapter is None else base_of(spec, adapter))
     tokenizer = read_tokenizer(spec)
-    with _explaining(spec):
+    with _one_line_errors(spec):
         if adapter is None:
             return wrap(model, tokenizer)
-        if spec.quantize is not None:  # rounded weights plus an adapter would be rounded again
+        if spec.quantize is not None:  # merging would round the quantised weights a second time
             return wrap(attach_lora(model, adapter), tokenizer)
         return wrap(merge_lora(model, adapter), tokenizer)
 
 
 def load_over(base: LanguageModel, spec: ModelSpec) -> LanguageModel:
-    """An adapter over a model that is loaded: both on one copy of the weights, and neither feels the other's hooks.
+    """Load a LoRA adapter over a loaded base model, sharing its weights in memory.
 
-    For an adapter that leaves its base alone. Raises ModelError as `load` does.
+    The two models have modules of their own, so hooks on one do not affect the other. The adapter's
+    `keeps_base_weights` must be True. Raises ModelError as `load` does.
     """
     adapter = adapter_of(spec)
     assert adapter is not None
-    assert adapter.leaves_base_alone
+    assert adapter.keeps_base_weights
     tokenizer = read_tokenizer(spec)
-    with _explaining(spec):
+    with _one_line_errors(spec):
         return wrap(attach_lora(share_weights(base.model), adapter), tokenizer)
 
 
-def _read_weights(spec: ModelSpec) -> PreTrainedModel:
+def _load_weights(spec: ModelSpec) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
-    with _explaining(spec):
+    with _one_line_errors(spec):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.source,
             dtype=_dtype(spec),
-            **placing(spec.device),
+            **device_map_for(spec.device),
             quantization_config=_quantization(spec),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -152,27 +164,27 @@ def _read_weights(spec: ModelSpec) -> PreTrainedModel:
 
 
 def adapter_of(spec: ModelSpec) -> LoraAdapter | None:
-    """The adapter that a model is, over the one that it names; None for a whole model."""
-    with _explaining(spec):
+    """Return the LoRA adapter that a spec names; None if it names a full model."""
+    with _one_line_errors(spec):
         return find_lora(spec.source, spec.revision)
 
 
 def base_of(spec: ModelSpec, adapter: LoraAdapter) -> ModelSpec:
-    """The model under an adapter. Raises ModelError where that is an adapter too."""
+    """Return the spec of an adapter's base model. Raises ModelError if the base is an adapter too."""
     base = replace(spec, source=adapter.base, revision=adapter.base_revision)
-    with _explaining(spec):
+    with _one_line_errors(spec):
         if find_lora(base.source, base.revision) is not None:
             raise ModelError(f"model {spec.name}: its base {base.source} is an adapter too; merge that into its base")
     return base
 
 
 def read_config(spec: ModelSpec) -> Any:
-    """The text config of a model (an adapter's: of its base), without its weights. Raises ModelError as `load` does."""
+    """Read a model's text config without its weights; an adapter's is that of its base. Raises ModelError as `load`."""
     from transformers import AutoConfig
 
     adapter = adapter_of(spec)
     base = spec if adapter is None else base_of(spec, adapter)
-    with _explaining(base):
+    with _one_line_errors(base):
         config = AutoConfig.from_pretrained(
             base.source, trust_remote_code=base.trust_remote_code, revision=base.revision
         )
@@ -182,18 +194,18 @@ def read_config(spec: ModelSpec) -> Any:
 
 
 def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model (an adapter's own if it brings one, else its base's). Raises ModelError as `load`."""
+    """Read a model's tokenizer; an adapter without one uses its base's. Raises ModelError as `load` does."""
     from transformers import AutoTokenizer
 
     adapter = adapter_of(spec)
     holder = spec if adapter is None or adapter.has_tokenizer else base_of(spec, adapter)
-    with _explaining(holder):
+    with _one_line_errors(holder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             holder.source, trust_remote_code=holder.trust_remote_code, revision=holder.revision
         )
     ids = tokenizer("Words, words; 0123456789.", add_special_tokens=False)["input_ids"]
-    if set(ids) <= set(tokenizer.all_special_ids):  # some versions make an empty one where the files are absent
-        raise ModelError(f"model {spec.name}: its tokenizer knows no words; fetch the tokenizer's files again")
+    if set(ids) <= set(tokenizer.all_special_ids):  # some versions return an empty tokenizer if its files are absent
+        raise ModelError(f"model {spec.name}: its tokenizer has an empty vocabulary; fetch its files again")
     return tokenizer
 
 
@@ -202,7 +214,7 @@ def _dtype(spec: ModelSpec) -> Any:
 
 
 def _quantization(spec: ModelSpec) -> Any:
-    """What transformers is to quantise by, for bitsandbytes; products are worked out in the model's dtype."""
+    """Return transformers' quantisation config for bitsandbytes; matrix products use the model's dtype."""
     if spec.quantize is None:
         return None
     if find_spec("bitsandbytes") is None:
@@ -218,30 +230,31 @@ def _quantization(spec: ModelSpec) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _place_of(block: nn.Module) -> str:
-    """Where a decoder block's weights are: on a device, or, to be fetched for every pass, in main memory."""
+def _device_of_block(block: nn.Module) -> str:
+    """Return the device of a decoder block's weights; MAIN_MEMORY if they are copied to a device for every pass."""
     weights = list(block.parameters())
-    fetched = any(weight.device == torch.device("meta") for weight in weights)
-    return MAIN_MEMORY if fetched else str(weights[0].device)
+    is_offloaded = any(weight.device == torch.device("meta") for weight in weights)
+    return MAIN_MEMORY if is_offloaded else str(weights[0].device)
 
 
 @contextmanager
-def _explaining(spec: ModelSpec) -> Iterator[None]:
-    """Turn what a loader raises, whatever it is, into one line with a remedy."""
+def _one_line_errors(spec: ModelSpec) -> Iterator[None]:
+    """Turn any exception of a loader into a ModelError of one line with a remedy."""
     try:
         yield
     except ModelError:
         raise
-    except Exception as failure:  # loaders raise what their file formats raise
+    except Exception as failure:  # loaders raise whatever their file formats raise
         text = " ".join(str(failure).split())
-        remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in text), "check the model's files")
-        reason = "" if any(sign in text for sign in _REMEDIES) else f" ({text[:160]})"
+        known = next((remedy for part, remedy in _REMEDIES.items() if part in text), None)
+        remedy, reason = (known, "") if known is not None else ("check the model's files", f" ({text[:160]})")
         raise ModelError(f"model {spec.name}: can't be loaded from {spec.source}{reason}: {remedy}") from failure
 
 
+# part of a loader's message -> cause and remedy
 _REMEDIES = {
-    "trust_remote_code": "it needs code of its own; read that code, then give --trust-remote-code",
-    "trust remote code": "it needs code of its own; read that code, then give --trust-remote-code",
+    "trust_remote_code": "it runs code from its repository; read that code, then give --trust-remote-code",
+    "trust remote code": "it runs code from its repository; read that code, then give --trust-remote-code",
     "gated repo": "it is gated; accept its licence on the hub and log in",
     "401 Client": "it is private or gated; log in to the hub",
     "Unrecognized configuration class": "it is not a causal language model; a decoder-only text model is needed",
@@ -249,9 +262,9 @@ _REMEDIES = {
     "offline mode": "it is not in the local cache and offline mode is on; download it first, or give a folder",
     "not the path to a directory": "no such model on the hub, nor in the local cache; check the name",
     "is not a local folder": "no such model on the hub, nor in the local cache; check the name",
-    "offload_folder": "it fits on no device; use --dtype bfloat16, --quantize 4bit or a smaller model",
+    "offload_folder": "it fits on no device; give --dtype bfloat16, --quantize 4bit or a smaller model",
     "dispatched on the CPU": "it does not fit on the GPUs, where quantised weights must be; use a smaller model",
-    "None of the available devices": "bitsandbytes can't work on this machine's devices; leave --quantize out",
+    "None of the available devices": "bitsandbytes does not support this machine's devices; leave --quantize out",
     "out of memory": "the device has too little memory; use a smaller model, --dtype bfloat16 or --device cpu",
     "no file named": "it has no weights in safetensors; fetch them, or convert the pickled ones",
     "deserializing header": "its weights are truncated or damaged; fetch them again",
@@ -262,7 +275,11 @@ _REMEDIES = {
 def wrap(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, stop_ids: Iterable[int] | None = None
 ) -> LanguageModel:
-    """Look a model over. Raises ModelError where the engine can't run it: encoder-decoder, recurrent, no LM head."""
+    """Make a `LanguageModel` of a transformers model in memory, after checking that the engine can run it.
+
+    `stop_ids` replaces the ids that end a response. Raises ModelError for an encoder-decoder, a recurrent model, a
+    model without a language-model head, or one that does not decode through a cache as it does without.
+    """
     config = model.config.get_text_config()
     _refuse_unsupported(model, config)
     layers = find_layers(model)
@@ -271,8 +288,8 @@ def wrap(
     vocab_size = int(head.weight.shape[0])
     if tokenizer is not None and len(tokenizer) > max(vocab_size, int(embeddings.weight.shape[0])):
         raise ModelError(
-            f"{_name(model)}: the tokenizer knows {len(tokenizer)} tokens and the model {vocab_size}: "
-            "they don't belong together; give the model's own tokenizer"
+            f"{_name(model)}: the tokenizer has {len(tokenizer)} tokens and the model {vocab_size}; "
+            "give the model's own tokenizer"
         )
     stops = frozenset(stop_ids) if stop_ids is not None else _stop_ids(model, tokenizer)
     lm = LanguageModel(
@@ -287,39 +304,45 @@ def wrap(
         keeps_last_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
     use_onednn(lm.model)
-    _prove_cached_decoding(lm)
+    _verify_cached_decoding(lm)
     return lm
 
 
 @torch.inference_mode()
-def _prove_cached_decoding(lm: LanguageModel) -> None:
-    """Three tokens at once, then two and one through the cache: a causal model gives the same last logits."""
+def _verify_cached_decoding(lm: LanguageModel) -> None:
+    """Compare the last logits of three tokens read at once with two and then one through the cache.
+
+    Raises ModelError where they differ: the model is not causal, or its cache does not work with slots.
+    """
     ids_BT = torch.arange(3, device=lm.device).remainder(lm.vocab_size).unsqueeze(0)
-    cache = SlotKVCache(lm.n_layers, CacheWindow(slots=1, columns=3))
     try:
-        with cache.window.entering(torch.zeros(1, dtype=torch.long, device=lm.device), cursor=2):
+        cache = make_cache(lm.model, CacheWindow(slots=1, columns=3))
+        with cache.window.prefilling(torch.zeros(1, dtype=torch.long, device=lm.device), cursor=2):
             lm.last_logits(ids_BT[:, :2], past_key_values=cache, use_cache=True)
         cached_V = lm.last_logits(ids_BT[:, 2:], past_key_values=cache, use_cache=True)[0].float()
         whole_V = lm.last_logits(ids_BT, use_cache=False)[0].float()
     except torch.OutOfMemoryError:
         raise
-    except Exception as failure:  # an architecture may object in any way
+    except Exception as failure:  # an architecture may raise anything
         raise ModelError(
             f"{_name(lm.model)} can't decode with a key-value cache of slots ({type(failure).__name__}: "
             f"{' '.join(str(failure).split())[:120]}); use an attention-only causal model"
         ) from failure
-    finite_V = cached_V.isfinite() & whole_V.isfinite()  # what is not finite is named when a job meets it
+    finite_V = cached_V.isfinite() & whole_V.isfinite()  # the engine reports non-finite logits row by row
     scale = float(whole_V[finite_V].abs().max()) if finite_V.any() else 0.0
     tolerance = 1e-3 if lm.is_exact else 0.1
     if ((cached_V - whole_V)[finite_V].abs() > tolerance * scale).any():
         raise ModelError(
-            f"{_name(lm.model)} is not a causal model with a key-value cache: token by token it gives other logits "
-            "than all at once; use a decoder-only model"
+            f"{_name(lm.model)} is not a causal model with a key-value cache: its logits through the cache differ "
+            "from those without; use a decoder-only model"
         )
 
 
 def find_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The decoder blocks in order: the shallowest ModuleList of the decoder with one entry per hidden layer."""
+    """Return the decoder blocks in order: the shallowest ModuleList of the decoder with one entry per hidden layer.
+
+    Raises ModelError where there is none, or more than one at that depth.
+    """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     n_layers = int(model.config.get_text_config().num_hidden_layers)
     named = [(name, m) for name, m in (decoder or model).named_modules() if isinstance(m, nn.ModuleList)]
@@ -334,13 +357,10 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 
 def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    is_recurrent = getattr(model, "_is_stateful", False) or not LAYER_CLASSES.keys() >= set(layer_kinds(config))
     reasons = {
         "an encoder-decoder; a decoder-only (causal) model is needed": getattr(config, "is_encoder_decoder", False),
-        "recurrent: its state has no columns to keep slots in; use an attention-only model": getattr(
-            model, "_is_stateful", False
-        )
-        or bool(kinds - ATTENTION_KINDS),
+        "recurrent: a recurrent state can't be kept in cache slots; use an attention-only model": is_recurrent,
         "without a language-model head; load it as a causal language model": model.get_output_embeddings() is None,
     }
     for reason, holds in reasons.items():
@@ -349,17 +369,17 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Every id that ends a response: the generation config's, the config's and the tokenizer's."""
+    """Return every id that ends a response: those of the generation config, the config and the tokenizer."""
     holders = (model.generation_config, model.config, model.config.get_text_config(), tokenizer)
-    found: set[int] = set()
+    stop_ids: set[int] = set()
     for holder in holders:
         ids = getattr(holder, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(found)
+        stop_ids.update([ids] if isinstance(ids, int) else ids or [])
+    return frozenset(stop_ids)
 
 
 def _pad_id(config: Any, tokenizer: PreTrainedTokenizerBase | None, stops: frozenset[int]) -> int:
-    """Any id will do: padding is known by the mask, never by the id."""
+    """Return the id to pad with. Any id works: padding is marked by the attention mask, never by the id."""
     for holder in (tokenizer, config):
         pad_id = getattr(holder, "pad_token_id", None)
         if isinstance(pad_id, int) and pad_id >= 0:
@@ -368,15 +388,18 @@ def _pad_id(config: Any, tokenizer: PreTrainedTokenizerBase | None, stops: froze
 
 
 def max_positions(config: Any) -> int | None:
-    """The longest sequence; None: no limit. Shorter than the config's where a long row would change its neighbours."""
+    """Return the longest sequence that a config supports; None for no limit.
+
+    It is shorter than the config's limit where a longer row would change the numbers of the other rows of its batch.
+    """
     limits = [getattr(config, field, None) for field in ("max_position_embeddings", "n_positions", "max_seq_len")]
     limits = [next((limit for limit in [*limits, getattr(config, "seq_length", None)] if isinstance(limit, int)), None)]
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # the whole batch gets other rotary tables past the original context
+    if rope.get("rope_type") == "longrope":  # past the original context the whole batch gets other rotary tables
         field = "original_max_position_embeddings"
         limits.append(rope.get(field) or getattr(config, field, None))
     if getattr(config, "attn_temperature_tuning", None) and getattr(config, "floor_scale", None):
-        limits.append(int(config.floor_scale) * 3 // 4)  # Llama 4 scales by columns, which a window has more of
+        limits.append(int(config.floor_scale) * 3 // 4)  # Llama 4 scales by cache columns, which outnumber the tokens
     return min((limit for limit in limits if limit), default=None)
 
 

@@ -1,6 +1,6 @@
-"""LoRA adapters: small files that change a model, which is named in their config (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA adapters (Hu et al. 2021, arXiv 2106.09685): find them, and put them on their base model.
 
-An adapter is put on a model by peft, whole or not at all: peft itself only warns of a tensor that is missing.
+peft attaches the adapter. It only warns of tensors that are missing or of the wrong shape; here they are errors.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 MAX_CONFIG_BYTES = 10_000_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-# Ways to start an adapter that leave the model's own weights as they were; the others (PiSSA, CorDA, OLoRA, ...) take
-# something away from them, which would be done again here.
-GENTLE_STARTS = (True, False, "gaussian", "orthogonal", "eva")
-# Fields with which an adapter touches the model's own tensors, so that no other model may share them.
-INVASIVE = {"bias": "none", "layer_replication": None, "target_parameters": None}
+# Values of `init_lora_weights` that leave the base weights unchanged. The others (PiSSA, CorDA, OLoRA, ...) subtract
+# something from them, which would happen again here.
+UNCHANGED_BASE_INITS = (True, False, "gaussian", "orthogonal", "eva")
+# Fields of a config, with the values for which the adapter does not change the base model's tensors.
+NEUTRAL_FIELDS = {"bias": "none", "layer_replication": None, "target_parameters": None}
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter that was found. `base` is a hub id or an absolute folder; `config` what its file says."""
+    """An adapter's location and config. `base` is the base model's hub id or absolute folder."""
 
     source: str
     revision: str | None
@@ -41,27 +41,27 @@ class LoraAdapter:
     base_revision: str | None
 
     @property
-    def leaves_base_alone(self) -> bool:
-        """Whether the base's tensors can be shared with a model that does not have the adapter."""
-        return all(self.config.get(field) in (None, plain) for field, plain in INVASIVE.items())
+    def keeps_base_weights(self) -> bool:
+        """True if the base's tensors can be shared with a model that does not have the adapter."""
+        return all(self.config.get(field) in (None, neutral) for field, neutral in NEUTRAL_FIELDS.items())
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether it brings a tokenizer of its own."""
-        return all(_found(self.source, name, self.revision) for name in TOKENIZER_FILES)
+        """True if the adapter's folder has a tokenizer."""
+        return all(_find_file(self.source, name, self.revision) for name in TOKENIZER_FILES)
 
 
 def find_lora(source: str, revision: str | None = None) -> LoraAdapter | None:
-    """The adapter in a folder, or behind a hub id; None where there is a model instead. Raises ModelError."""
+    """Return the adapter in a folder or under a hub id; None for a full model. Raises ModelError if unsupported."""
     from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-    path = _found(source, ADAPTER_CONFIG_NAME, revision)
+    path = _find_file(source, ADAPTER_CONFIG_NAME, revision)
     if path is None:
         return None
     config = _read_config(path)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{show_path(path)}: 'peft_type' is {show(config.get('peft_type'))}; only LORA is supported")
-    if config.get("init_lora_weights", True) not in GENTLE_STARTS:
+    if config.get("init_lora_weights", True) not in UNCHANGED_BASE_INITS:
         raise ModelError(
             f"{show_path(path)}: 'init_lora_weights' is {show(config['init_lora_weights'])}, which changes the base "
             "model's weights; convert it to a plain LoRA (peft: path_initial_model_for_weight_conversion)"
@@ -70,12 +70,12 @@ def find_lora(source: str, revision: str | None = None) -> LoraAdapter | None:
         raise ModelError(
             f"{show_path(path)}: an activated LoRA works on parts of a prompt; only plain LoRA is supported"
         )
-    revision_of_base = config.get("revision")
-    return LoraAdapter(source, revision, config, _base_of(config, path), revision_of_base and str(revision_of_base))
+    base_revision = config.get("revision")
+    return LoraAdapter(source, revision, config, _base_source(config, path), base_revision and str(base_revision))
 
 
-def _found(source: str, name: str, revision: str | None) -> Path | None:
-    """A file of a folder or of the hub, if it is there."""
+def _find_file(source: str, name: str, revision: str | None) -> Path | None:
+    """Return the path of a file of a folder or hub repository; None if there is none."""
     if os.path.isdir(source):
         path = Path(source) / name
         return path if path.is_file() else None
@@ -83,7 +83,7 @@ def _found(source: str, name: str, revision: str | None) -> Path | None:
 
     try:
         fetched = cached_file(source, name, revision=revision)
-    except (OSError, ValueError):  # no such file, no such model or no way to the hub: who loads the model says which
+    except (OSError, ValueError):  # no such file or model, or no connection: loading the model reports which
         return None
     return None if fetched is None else Path(fetched)
 
@@ -101,45 +101,45 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _base_of(config: Mapping[str, Any], path: Path) -> str:
-    """The model under an adapter: a folder, looked for from the adapter's own, else a hub id."""
-    named = config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not named or "\0" in named:
+def _base_source(config: Mapping[str, Any], path: Path) -> str:
+    """Return the base model that a config names: a folder, relative to the adapter's, else a hub id."""
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or "\0" in name:
         raise ModelError(
-            f"{show_path(path)}: 'base_model_name_or_path' is {show(named)}; write the base model's folder or hub id"
+            f"{show_path(path)}: 'base_model_name_or_path' is {show(name)}; write the base model's folder or hub id"
         )
-    folder = path.parent / named  # an absolute path stays as it is
+    folder = path.parent / name  # an absolute path stays as it is
     if folder.is_dir():
         return str(folder.resolve())
-    if named.startswith((".", "/")) or named.count("/") != 1:
+    if name.startswith((".", "/")) or name.count("/") != 1:
         raise ModelError(
-            f"{show_path(path)}: its base model {show(named)} is not there; put the folder back, or write its path or "
+            f"{show_path(path)}: its base model {show(name)} does not exist; restore the folder, or write its path or "
             "its hub id (owner/name) as 'base_model_name_or_path'"
         )
-    return named
+    return name
 
 
-# --- on a model -----------------------------------------------------------------------------------------------------
+# --- on a base mo -------------------------------------------------------------------------------------------------
 
 
 def attach_lora(model: PreTrainedModel, adapter: LoraAdapter) -> PreTrainedModel:
-    """The same model, changed in place, with the adapter beside its weights."""
+    """Put an adapter on a model, in place, beside its weights; return the model."""
     return _peft_model(model, adapter).get_base_model()  # type: ignore[no-any-return]
 
 
 def merge_lora(model: PreTrainedModel, adapter: LoraAdapter) -> PreTrainedModel:
-    """The same model, changed in place, with the adapter added to its weights: as fast as without one."""
+    """Merge an adapter into a model's weights, in place, so that it runs as fast as without; return the model."""
     return _peft_model(model, adapter).merge_and_unload(safe_merge=True)  # type: ignore[no-any-return]
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model on the same tensors: modules of its own, so that one may get an adapter and the other none."""
+    """Copy a model's modules but not its tensors, so that one copy can get an adapter and the other none."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def check_peft() -> None:
-    """Raise ModelError where adapters can't be used."""
+    """Raise ModelError if peft is not installed."""
     try:
         import peft as _  # noqa: F401
     except ImportError as failure:
@@ -149,51 +149,55 @@ def check_peft() -> None:
 
 
 def _peft_model(model: PreTrainedModel, adapter: LoraAdapter) -> Any:
-    """peft's model, with every tensor of the adapter in its place. Raises ModelError naming the first that is not."""
+    """Attach an adapter with all its tensors. Raises ModelError with the first that is missing or does not fit."""
     check_peft()
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     tensors = _tensors(adapter)
-    config: Any = PeftConfig.from_peft_type(**_known(adapter.config))
+    config: Any = PeftConfig.from_peft_type(**_known_fields(adapter.config))
     config.inference_mode, config.init_lora_weights = True, False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they warn of is checked below
-        # on the meta device until loaded: no random numbers are drawn, and a tensor that is not loaded stays there
+        warnings.simplefilter("ignore")  # what peft warns of is checked below
+        # on the meta device until loaded: no random numbers are drawn, and a missing tensor stays there
         peft_model: Any = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-        _refuse_misshapen(peft_model, tensors, adapter)
+        _check_shapes(peft_model, tensors, adapter)
         try:
             result: Any = set_peft_model_state_dict(peft_model, _cast(tensors, model.dtype), low_cpu_mem_usage=True)
-        except KeyError as failure:  # of a module that is saved whole
-            raise _incomplete(adapter, [str(failure.args[0])], "missing") from failure
+        except KeyError as failure:  # of a module that is saved in full
+            raise _bad_tensors(adapter, [str(failure.args[0])], "missing") from failure
     missing = [name for name, tensor in peft_model.named_parameters() if tensor.is_meta]
     if missing or result.unexpected_keys:
-        word = "missing" if missing else "not of this base model"
-        raise _incomplete(adapter, missing or list(result.unexpected_keys), word)
+        fault = "missing" if missing else "not of this base model"
+        raise _bad_tensors(adapter, missing or list(result.unexpected_keys), fault)
     return peft_model
 
 
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What this version of peft knows of a config. Of another field, only a number may be left out: it is a default."""
+def _known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config that this version of peft knows.
+
+    Unknown fields are ignored if they hold a number, null, false or nothing (a newer version's defaults). Raises
+    ModelError for any other.
+    """
     from peft import LoraConfig
 
     fields = LoraConfig.__dataclass_fields__
-    foreign = [name for name, value in config.items() if name not in fields and (value is True or _says(value))]
-    if foreign:
+    unknown = [name for name, value in config.items() if name not in fields and _is_setting(value)]
+    if unknown:
         raise ModelError(
-            f"the adapter's config has {show(foreign[0])}, which this version of peft does not know; update peft"
+            f"the adapter's config has {show(unknown[0])}, which this version of peft does not know; update peft"
         )
     return {name: value for name, value in config.items() if name in fields}
 
 
-def _says(value: Any) -> bool:
-    return isinstance(value, str | list | dict) and bool(value)
+def _is_setting(value: Any) -> bool:
+    return value is True or (isinstance(value, str | list | dict) and bool(value))
 
 
 def _tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
     from safetensors.torch import load_file
     from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-    path = _found(adapter.source, ADAPTER_SAFE_WEIGHTS_NAME, adapter.revision)
+    path = _find_file(adapter.source, ADAPTER_SAFE_WEIGHTS_NAME, adapter.revision)
     if path is None:
         raise ModelError(
             f"{show_path(adapter.source)}: the adapter has no {ADAPTER_SAFE_WEIGHTS_NAME}; fetch it, or convert the "
@@ -206,19 +210,19 @@ def _cast(tensors: Mapping[str, Tensor], dtype: Any) -> dict[str, Tensor]:
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def _refuse_misshapen(peft_model: Any, tensors: Mapping[str, Tensor], adapter: LoraAdapter) -> None:
-    """Where a tensor of the file and its place in the model have the same name, they must have the same shape."""
+def _check_shapes(peft_model: Any, tensors: Mapping[str, Tensor], adapter: LoraAdapter) -> None:
+    """Raise ModelError if a tensor of the file has another shape than the model's of that name."""
     from peft import get_peft_model_state_dict
 
-    places = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    wrong = [name for name, place in places.items() if name in tensors and tensors[name].shape != place.shape]
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    wrong = [name for name, tensor in expected.items() if name in tensors and tensors[name].shape != tensor.shape]
     if wrong:
-        raise _incomplete(adapter, wrong, "of another shape")
+        raise _bad_tensors(adapter, wrong, "of another shape")
 
 
-def _incomplete(adapter: LoraAdapter, names: list[str], word: str) -> ModelError:
+def _bad_tensors(adapter: LoraAdapter, names: list[str], fault: str) -> ModelError:
     first = names[0].replace(".default", "")
     return ModelError(
-        f"{show_path(adapter.source)}: tensors of the adapter that are {word}: {len(names)} ({first}); fetch it again, "
-        "or give the base model that it was made for"
+        f"{show_path(adapter.source)}: {len(names)} tensors of the adapter are {fault} ({first}); fetch it again, or "
+        "give the base model that it was trained on"
     )

@@ -1,18 +1,17 @@
-"""Stage 4: what a run's vectors are worth: the card, the steering sweep, and the verdict on both.
+"""Stage 4: measure a trait's vectors: the card, the steering sweep, and the verdict on both.
 
-Shapes: L layers, D hidden, N positive rows, M negative rows.
+Shapes: L layers, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from extraction.core.progress import ProgressReporter
-from extraction.core.records import POLARITIES, Trait
+from extraction.core.records import POLARITIES
 from extraction.engine.lazy_model import load_model
-from extraction.pipeline.fit import FitInputs, VectorOptions, fit_inputs
+from extraction.pipeline.fit import FitInputs
 from extraction.pipeline.model_checks import (
     SWEEP_FORM,
     SteeringInputs,
@@ -21,150 +20,136 @@ from extraction.pipeline.model_checks import (
     has_without_instruction,
     run_steering_sweep,
 )
-from extraction.pipeline.plan import RunPlan
 from extraction.pipeline.score import make_scorer
-from extraction.pipeline.session import ModelSession, locked_run
+from extraction.pipeline.session import TraitResult
+from extraction.vectors.method_table import CARD_FORM
+
+Document = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How much stage 4 asks. `quick`: of stored activations alone; else also of the model, `answers` a coefficient."""
+    """Options of stage 4. `quick`: from stored activations, without the model; `answers`: for each coefficient."""
 
     quick: bool = False
     answers: int = 24
 
 
-def evaluate(
-    job: RunPlan, wanted: VectorOptions, checks: EvalOptions, listener: ProgressReporter, engine: ModelSession
-) -> tuple[ModelSession, int]:
-    """Stage 4: what each method and layer is worth on questions it has not seen. Returns how many files are new.
+def evaluate_trait(inputs: FitInputs, result: TraitResult, options: EvalOptions) -> TraitResult:
+    """Write a trait's card, steering sweep and verdict; return the result with them. The run must be locked.
 
-    `engine` is that of an earlier job, whose loaded model is used again where the two jobs have the same.
+    Files that were made from the same activations, responses and options are left as they are.
     """
-    engine = engine.turned_to(job)
-    return engine, sum(evaluate_trait(engine, trait, wanted, checks, listener) for trait in job.traits)
+    run = inputs.context.run
+    if not options.quick:
+        capture_without_instruction(inputs.context, inputs.tensor)
+    old_card = run.read_card() if run.has_card() else None
+    card = _make_card(inputs, old_card, options)
+    old_sweep = run.read_steering() if run.has_steering() else None
+    sweep = old_sweep if options.quick else _make_sweep(inputs, card, old_sweep, options)
+    steering = sweep if sweep is not None and sweep["made_of"]["sources"] == inputs.sources else None
+    settled = _with_verdict(inputs, card, steering)
+    n_new = (card is not old_card) + (sweep is not old_sweep)
+    n_new = max(n_new, int(settled is not card))
+    return replace(result, card=settled, steering=steering, n_new=result.n_new + n_new)
 
 
-def evaluate_trait(
-    engine: ModelSession, trait: Trait, wanted: VectorOptions, checks: EvalOptions, listener: ProgressReporter
-) -> int:
-    """One trait's card, steering sweep and verdict; returns how many files are new."""
-    folder = engine.job.folder(trait)
-    with locked_run(folder, engine.job, trait):
-        plan = fit_inputs(engine.job, trait, folder, wanted, listener)
-        if not checks.quick:
-            capture_without_instruction(engine, trait, folder, plan.tensor, listener)
-        n_new = _write_card(engine, trait, plan, checks, listener)
-        n_new += 0 if checks.quick else _write_steering(engine, trait, plan, checks, listener)
-        return max(n_new, _settle_verdict(plan))
-
-
-def _write_card(
-    engine: ModelSession, trait: Trait, plan: FitInputs, checks: EvalOptions, listener: ProgressReporter
-) -> int:
-    from extraction.vectors.card import CARD_FORM, build_card
-
-    folder = plan.folder
-    stripped = has_without_instruction(engine.job, trait, folder, plan.tensor)
-    old = folder.read_card() if folder.has_card() else {}
-    ratio_L = _token_0(engine, plan, old, checks, listener)
+def _make_card(inputs: FitInputs, old: Document | None, options: EvalOptions) -> Document:
+    """Return the stored card if it is current, else make and write another."""
+    run, kept = inputs.context.run, inputs.kept
+    has_bare_rows = has_without_instruction(inputs.context, inputs.tensor)
+    ratio_L = _first_token_ratio(inputs, old, options)
     made_of = {
-        **plan.header("card"),
-        "methods": list(plan.methods),
+        **inputs.header("card"),
+        "methods": list(inputs.methods),
         "form": CARD_FORM,
-        "stripped": folder.shard_checksums("stripped") if stripped else None,
+        "stripped": run.shard_checksums("stripped") if has_bare_rows else None,
         "token_0": ratio_L is not None,
     }
-    if old.get("made_of") == made_of:
-        return 0
-    ids = [example_id for polarity in POLARITIES for example_id in plan.kept.ids[polarity]]
+    if old is not None and old.get("made_of") == made_of:
+        return old
+    from extraction.vectors.card import build_card
+
     instruction_of = {
-        row["id"]: row["instruction_id"] for polarity in POLARITIES for row in folder.read_responses(polarity)
+        row["id"]: row["instruction_id"] for polarity in POLARITIES for row in run.read_responses(polarity)
     }
     card = build_card(
-        plan.rows,
-        [True] * len(plan.kept.ids["pos"]) + [False] * len(plan.kept.ids["neg"]),
-        [plan.kept.questions[example_id] for example_id in ids],
-        instruction_ids=[instruction_of[example_id] for example_id in ids],
-        layers=plan.layers,
-        seed=plan.seed,
-        methods=plan.methods,
-        example_ids=ids,
-        stripped_nLD=plan.stripped if stripped else None,
+        inputs.rows,
+        [True] * len(kept.ids["pos"]) + [False] * len(kept.ids["neg"]),
+        [kept.questions[example_id] for example_id in inputs.ids],
+        instruction_ids=[instruction_of[example_id] for example_id in inputs.ids],
+        layers=inputs.layers,
+        seed=inputs.seed,
+        methods=inputs.methods,
+        example_ids=inputs.ids,
+        without_instruction_nLD=inputs.rows_without_instruction if has_bare_rows else None,
         token_0_ratio_L=ratio_L,
-        facts=plan.kept.facts(),
+        judge_facts=kept.facts(),
     )
-    folder.write_card({**card, "made_of": made_of})
-    return 1
+    return _write_card(inputs, {**card, "made_of": made_of})
 
 
-def _token_0(
-    engine: ModelSession, plan: FitInputs, old: Mapping[str, Any], checks: EvalOptions, listener: ProgressReporter
-) -> list[float] | None:
-    """The first token's norm over the others', by layer; from the card where it was measured for these layers."""
-    measured = old.get("token_0")
-    if measured is not None and old["layers"] == list(plan.layers):
+def _write_card(inputs: FitInputs, card: Document) -> Document:
+    """Write a card; return it as it is stored: lists for tuples, keys sorted."""
+    run = inputs.context.run
+    run.write_card(card)
+    return run.read_card()
+
+
+def _first_token_ratio(inputs: FitInputs, old: Document | None, options: EvalOptions) -> list[float] | None:
+    """Return the first token's norm over the others', by layer; from the old card if it has these layers."""
+    measured = old.get("token_0") if old is not None else None
+    if old is not None and measured is not None and old["layers"] == list(inputs.layers):
         return list(measured["ratio"])
-    if checks.quick:
+    if options.quick:
         return None
-    load_model(engine, listener)
-    return first_token_ratio(engine, plan.folder, plan.layers)
+    load_model(inputs.context.session, inputs.context.progress)
+    return first_token_ratio(inputs.context, inputs.layers)
 
 
-def _write_steering(
-    engine: ModelSession, trait: Trait, plan: FitInputs, checks: EvalOptions, listener: ProgressReporter
-) -> int:
-    """vectors/steering.json, by directions that are fitted without the questions that are reported on."""
-    folder, judge = plan.folder, plan.kept.judge
+def _make_sweep(inputs: FitInputs, card: Document, old: Document | None, options: EvalOptions) -> Document | None:
+    """Return the stored steering sweep if it is current, else run and write another; None without a judge.
+
+    Its directions are fitted without the held-out questions that it reports on.
+    """
+    context, judge = inputs.context, inputs.kept.judge
     if judge == "none":
-        listener.note(f"{trait.name}: no steering sweep: without a judge there is no telling what it does")
-        return 0
-    chosen = folder.read_card()["chosen"]["method"]
-    made_of = {**plan.header("steering"), "form": SWEEP_FORM, "chosen": chosen, "answers": checks.answers}
-    if folder.has_steering() and folder.read_steering().get("made_of") == made_of:
-        return 0
-    load_model(engine, listener)
-    material = _material(plan, ("mean_diff", chosen), checks.answers)
-    found = run_steering_sweep(
-        engine, trait, material, make_scorer(engine.job, trait, listener, folder=folder), listener
-    )
-    folder.write_steering({**found, "judge": judge, "made_of": made_of})
-    return 1
+        context.progress.note(f"{context.trait.name}: no steering sweep: without a judge its answers have no score")
+        return old
+    chosen = card["chosen"]["method"]
+    made_of = {**inputs.header("steering"), "form": SWEEP_FORM, "chosen": chosen, "answers": options.answers}
+    if old is not None and old.get("made_of") == made_of:
+        return old
+    load_model(context.session, context.progress)
+    steering_inputs = _fit_for_steering(inputs, ("mean_diff", chosen), options.answers)
+    sweep = {**run_steering_sweep(context, steering_inputs, make_scorer(context)), "judge": judge, "made_of": made_of}
+    context.run.write_steering(sweep)
+    return context.run.read_steering()
 
 
-def _settle_verdict(plan: FitInputs) -> int:
-    """The card's verdict, with what steering did where that is of these vectors. 1 where the card had another."""
+def _with_verdict(inputs: FitInputs, card: Document, steering: Document | None) -> Document:
+    """Return the card with the verdict on it and on the sweep; write it where that differs from the stored one."""
     from extraction.vectors.verdict import verdict
 
-    folder = plan.folder
-    card = folder.read_card()
-    steering = folder.read_steering() if folder.has_steering() else None
-    if steering is not None and steering["made_of"]["sources"] != plan.sources:
-        steering = None
     settled = verdict(card, steering)
-    if settled == card["verdict"]:
-        return 0
-    folder.write_card({**card, "verdict": settled})
-    return 1
+    return card if settled == card["verdict"] else _write_card(inputs, {**card, "verdict": settled})
 
 
-def _material(plan: FitInputs, methods: Sequence[str], answers: int) -> SteeringInputs:
-    """Directions of the rows about the questions that steering is not reported on."""
+def _fit_for_steering(inputs: FitInputs, methods: Sequence[str], answers: int) -> SteeringInputs:
+    """Fit the methods to the responses that are not about the held-out questions."""
     import torch
 
     from extraction.vectors.chunked import typical_norms
     from extraction.vectors.methods import fit_layers
     from extraction.vectors.splits import PARTS, deal_questions
 
-    ids = [(side, example_id) for side in POLARITIES for example_id in plan.kept.ids[side]]
-    questions = [plan.kept.questions[example_id] for _, example_id in ids]
+    ids = [(side, example_id) for side in POLARITIES for example_id in inputs.kept.ids[side]]
+    questions = [inputs.kept.questions[example_id] for _, example_id in ids]
     labels_n = torch.tensor([side == "pos" for side, _ in ids])
-    fit, validation, test = deal_questions(questions, labels_n, tuple(PARTS.values()), seed=plan.seed)
-    choose_on, report_on = sorted(fit | validation), sorted(test)  # the card's own parts
-    chosen = [each for each, question in zip(ids, questions, strict=True) if question in choose_on]
-    rows, n_positive = (
-        plan.pick([example_id for _, example_id in chosen], plan.stored),
-        [side for side, _ in chosen].count("pos"),
-    )
-    found = fit_layers(tuple(dict.fromkeys(methods)), rows, n_positive, seed=plan.seed)
-    return SteeringInputs(found, typical_norms(rows).tolist(), plan.layers, choose_on, report_on, answers)
+    fit, validation, test = deal_questions(questions, labels_n, tuple(PARTS.values()), seed=inputs.seed)
+    choose_on, report_on = sorted(fit | validation), sorted(test)  # the parts of the card's own split
+    chosen = [labelled for labelled, question in zip(ids, questions, strict=True) if question in choose_on]
+    rows = inputs.pick([example_id for _, example_id in chosen], inputs.stored)
+    n_positive = [side for side, _ in chosen].count("pos")
+    directions = fit_layers(tuple(dict.fromkeys(methods)), rows, n_positive, seed=inputs.seed)
+    return SteeringInputs(directions, typical_norms(rows).tolist(), inputs.layers, choose_on, report_on, answers)

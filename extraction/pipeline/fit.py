@@ -1,8 +1,8 @@
-"""Stage 3: a run's vectors, from the responses that count.
+"""Stage 3: fit a trait's directions to the activations of its kept responses.
 
-Rows are read some layers at a time, so that memory holds what one layer needs and not what all do.
+Activations are read some layers at a time, so that memory holds the rows of those layers alone.
 
-Shapes: L layers, k of them, D hidden, N positive rows, M negative rows, n of both.
+Shapes: L layers, k of them in a block, D hidden, N positive rows, M negative rows, n of both.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.config.experiments import parse_layers
 from extraction.core.errors import ConfigError, StoreError, TraitError
-from extraction.core.progress import ProgressReporter
-from extraction.core.records import LAYER_CONVENTION, POLARITIES, Trait
+from extraction.core.records import LAYER_CONVENTION, POLARITIES
 from extraction.core.text import show_path
 from extraction.judging.filtering import KeptResponses
 from extraction.pipeline.plan import MODES, RunPlan
 from extraction.pipeline.score import score_responses, usable_kept_responses
-from extraction.pipeline.session import is_done, locked_run
+from extraction.pipeline.session import TraitContext, TraitResult
+from extraction.pipeline.shards import is_done
 from extraction.storage.atomic import digest
 from extraction.storage.trait_run import TraitRun
+from extraction.vectors.method_table import DEFAULT_METHODS, find_method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from extraction.storage.lazy_tensors import LazyRows, LazyTensor
-    from extraction.vectors.chunked import Block
+    from extraction.vectors.chunked import LayerBlock
 
 
 @dataclass(frozen=True)
 class VectorOptions:
-    """What stage 3 is asked for: methods (None: all), layers (None: all captured), and which activations to read."""
+    """Options of stage 3. None: the default methods, all captured layers, the first captured site and pooling."""
 
     methods: tuple[str, ...] | None = None
     layers: str | None = None
@@ -41,92 +42,109 @@ class VectorOptions:
     pooling: str | None = None
 
 
-def fit_vectors(job: RunPlan, wanted: VectorOptions, listener: ProgressReporter) -> int:
-    """Stage 3: a direction per method and layer, from the examples that the judge keeps. Returns how many are new.
+def check_options(plan: RunPlan, options: VectorOptions) -> None:
+    """Raise ConfigError for a method, site or pooling that stage 3 would refuse after hours of generation."""
+    for name in options.methods or ():
+        find_method(name)
+    settings = plan.experiment.capture
+    pooled = [pooling for pooling in settings.poolings if pooling != "all"]
+    tensor_name(plan, {f"{site}.{pooling}": None for site in settings.sites for pooling in pooled}, options)
 
-    A file that was made from the same activations, examples and layers is left as it is. A method that the examples
-    are too few for is an error when it was named, a note when it was not.
+
+def fit_trait(context: TraitContext, options: VectorOptions) -> tuple[FitInputs, TraitResult]:
+    """Fit and write a direction for each method, all layers; the run must be locked.
+
+    A vector file whose header says that it was made from the same activations, responses and layers is left as it is.
+    A method without enough examples is an error (TraitError) if it was named, else a note.
     """
-    return sum(_of_trait(job, trait, wanted, listener) for trait in job.traits)
-
-
-def _of_trait(job: RunPlan, trait: Trait, wanted: VectorOptions, listener: ProgressReporter) -> int:
-    folder = job.folder(trait)
-    with locked_run(folder, job, trait):
-        plan = fit_inputs(job, trait, folder, wanted, listener)
-        stale = [name for name in plan.methods if folder.vectors_header(name) != plan.header(name)]
-        found = _find_directions(plan, stale) if stale else {}
-        return sum(_write_vector(plan, *each, listener, named=wanted.methods is not None) for each in found.items())
+    inputs, run = fit_inputs(context, options), context.run
+    headers = {method: run.vectors_header(method) for method in {*run.methods(), *inputs.methods}}
+    stale = [method for method in inputs.methods if headers[method] != inputs.header(method)]
+    fitted = _fit_methods(inputs, stale) if stale else {}
+    written = [
+        method
+        for method, direction in fitted.items()
+        if _write_direction(inputs, method, direction, is_named=options.methods is not None)
+    ]
+    current = [method for method, header in headers.items() if header and header["sources"] == inputs.sources]
+    methods = tuple(sorted({*current, *written}))
+    return inputs, TraitResult(context, inputs.kept, inputs.sources, methods, n_new=len(written))
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Stored rows [n, L, D] in float32."""
+    """Stored activations [n, L, D], read as float32."""
 
     picked: LazyRows
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[n, L, D]."""
+        """The shape [n, L, D]."""
         return self.picked.shape
 
-    def at(self, layers: slice) -> Tensor:
-        """Some layers of all rows: [n, k, D]."""
-        return self.picked.at(layers).float()
+    def read_layers(self, layers: slice) -> Tensor:
+        """Return some layers of all rows: [n, k, D]."""
+        return self.picked.read_layers(layers).float()
 
 
 @dataclass(frozen=True)
 class FitInputs:
-    """One trait's activations and what to make of them."""
+    """The activations that a trait's vectors are fitted to, and how.
 
-    folder: TraitRun
-    trait: str
-    model: str
+    `layers` are fitted, of those that were `captured`; `tensor` is the name of the activations, `site.pooling`.
+    """
+
+    context: TraitContext
     methods: tuple[str, ...]
     layers: tuple[int, ...]
     captured: tuple[int, ...]
     tensor: str
-    seed: int
     kept: KeptResponses
+
+    @property
+    def seed(self) -> int:
+        """The experiment's seed."""
+        return self.context.plan.experiment.seed
 
     @cached_property
     def sources(self) -> str:
-        """What these vectors are made from."""
-        return sources_digest(self.folder, self.kept)
+        """The checksum of the activations and the kept responses."""
+        return sources_digest(self.context.run, self.kept)
 
     @property
     def n_positive(self) -> int:
-        """How many of the rows are positive: those come first."""
+        """Number of positive rows, which come first."""
         return len(self.kept.ids["pos"])
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the kept responses, positive ones first."""
+        return [example_id for polarity in POLARITIES for example_id in self.kept.ids[polarity]]
 
     @cached_property
     def stored(self) -> LazyTensor:
         """The activations of all examples."""
-        return self.folder.open_activations(self.tensor)
+        return self.context.run.open_activations(self.tensor)
 
     @property
     def rows(self) -> StoredRows:
-        """The activations [N + M, L, D] of the examples that count."""
-        return self.pick(self._ids, self.stored)
+        """The activations [N + M, L, D] of the kept responses."""
+        return self.pick(self.ids, self.stored)
 
     @property
-    def stripped(self) -> StoredRows:
-        """The same rows without the instruction in their context."""
-        return self.pick(self._ids, self.folder.open_activations(self.tensor, stage="stripped"))
+    def rows_without_instruction(self) -> StoredRows:
+        """The activations [N + M, L, D] of the same responses to prompts without the instruction."""
+        return self.pick(self.ids, self.context.run.open_activations(self.tensor, stage="stripped"))
 
     def pick(self, ids: Sequence[str], stored: LazyTensor) -> StoredRows:
-        """Some examples' rows, in the order of their ids."""
+        """Return some examples' rows, in the order of `ids`."""
         return StoredRows(stored.pick(ids, [self.captured.index(layer) for layer in self.layers]))
 
-    @property
-    def _ids(self) -> list[str]:
-        return [example_id for polarity in POLARITIES for example_id in self.kept.ids[polarity]]
-
     def header(self, method: str) -> dict[str, Any]:
-        """What a vector file tells of itself; equal headers mean equal vectors."""
+        """Return the header of a method's vector file; equal headers mean equal vectors."""
         return {
-            "trait": self.trait,
-            "model": self.model,
+            "trait": self.context.trait.name,
+            "model": self.context.plan.spec.name,
             "method": method,
             "layers": list(self.layers),
             "activations": self.tensor,
@@ -137,42 +155,34 @@ class FitInputs:
         }
 
 
-def fit_inputs(
-    job: RunPlan, trait: Trait, folder: TraitRun, wanted: VectorOptions, listener: ProgressReporter
-) -> FitInputs:
-    """What a trait's vectors are to be made from. Raises StoreError, ConfigError where that is not there."""
-    from extraction.vectors.methods import DEFAULT_METHODS, find_method
+def fit_inputs(context: TraitContext, options: VectorOptions) -> FitInputs:
+    """Return what a trait's vectors are fitted to; score responses that are not scored yet.
 
-    for name in wanted.methods or ():
+    Raises StoreError for missing activations, ConfigError for an option that they do not fit, TraitError for a judge
+    that keeps too little.
+    """
+    plan, run = context.plan, context.run
+    for name in options.methods or ():
         find_method(name)
-    count = len(job.shards(trait))
-    missing = [i for i in range(count) if not is_done(folder, i, MODES["batched"])]
+    count = len(plan.shards(context.trait))
+    missing = [i for i in range(count) if not is_done(run, i, MODES["batched"])]
     if missing:
         raise StoreError(
-            f"{show_path(folder.path)}: {len(missing)} of {count} shards have no activations yet; "
+            f"{show_path(run.path)}: {len(missing)} of {count} shards have no activations yet; "
             "run 1_generate_batched_simple.py first (`traitline extract` does all)"
         )
-    facts = folder.shard_receipt("activations", 0)
-    captured = tuple(facts["meta"]["layers"])
-    layers = _chosen_layers(wanted.layers, captured)
-    tensor = chosen_tensor(job, facts["tensors"], wanted)
-    score_responses(job, trait, folder, listener, again=False)
-    return FitInputs(
-        folder=folder,
-        trait=trait.name,
-        model=job.spec.name,
-        methods=wanted.methods or DEFAULT_METHODS,
-        layers=layers,
-        captured=captured,
-        tensor=tensor,
-        seed=job.experiment.seed,
-        kept=usable_kept_responses(job, trait, folder),
-    )
+    receipt = run.shard_receipt("activations", 0)
+    captured = tuple(receipt["meta"]["layers"])
+    layers = _chosen_layers(options.layers, captured)
+    tensor = tensor_name(plan, receipt["tensors"], options)
+    score_responses(context, again=False)
+    methods = options.methods or DEFAULT_METHODS
+    return FitInputs(context, methods, layers, captured, tensor, usable_kept_responses(context))
 
 
-def sources_digest(folder: TraitRun, kept: KeptResponses) -> str:
-    """The digest of what vectors are made from: the activations, and which of them count."""
-    return digest([folder.shard_checksums("activations"), kept.ids])
+def sources_digest(run: TraitRun, kept: KeptResponses) -> str:
+    """Return the checksum of what vectors are made from: the activations, and the ids of the kept responses."""
+    return digest([run.shard_checksums("activations"), kept.ids])
 
 
 def _chosen_layers(spec: str | None, captured: tuple[int, ...]) -> tuple[int, ...]:
@@ -185,11 +195,11 @@ def _chosen_layers(spec: str | None, captured: tuple[int, ...]) -> tuple[int, ..
     return layers
 
 
-def chosen_tensor(job: RunPlan, stored: Mapping[str, Any], wanted: VectorOptions) -> str:
-    """The name of the tensor that is asked for. Raises ConfigError where the run has no such activations."""
-    settings = job.experiment.capture
+def tensor_name(plan: RunPlan, stored: Mapping[str, Any], options: VectorOptions) -> str:
+    """Return the name of the activations to read, `site.pooling`. Raises ConfigError if they are not `stored`."""
+    settings = plan.experiment.capture
     pooled = [pooling for pooling in settings.poolings if pooling != "all"]
-    name = f"{wanted.site or settings.sites[0]}.{wanted.pooling or next(iter(pooled), 'all')}"
+    name = f"{options.site or settings.sites[0]}.{options.pooling or next(iter(pooled), 'all')}"
     if name not in stored:
         raise ConfigError(
             f"--site/--pooling: this run has no activations {name!r}; it has "
@@ -198,42 +208,41 @@ def chosen_tensor(job: RunPlan, stored: Mapping[str, Any], wanted: VectorOptions
     return name
 
 
-def _find_directions(plan: FitInputs, methods: Sequence[str]) -> dict[str, Tensor | TraitError]:
-    """Each method's directions [L, D], or why there are none; all methods in one pass over the layers."""
+def _fit_methods(inputs: FitInputs, methods: Sequence[str]) -> dict[str, Tensor | TraitError]:
+    """Fit all methods in one pass over the layers: directions [L, D], or the error of a method that has none."""
     import torch
 
-    from extraction.vectors.chunked import blocks_of
+    from extraction.vectors.chunked import layer_blocks
 
-    found: dict[str, list[Tensor]] = {name: [] for name in methods}
+    fitted: dict[str, list[Tensor]] = {name: [] for name in methods}
     failed: dict[str, TraitError] = {}
-    rows = plan.rows
-    for block in blocks_of(rows.shape):
-        rows_nkD = rows.at(block.layers)
-        sides = rows_nkD[: plan.n_positive], rows_nkD[plan.n_positive :]
+    rows = inputs.rows
+    for block in layer_blocks(rows.shape):
+        rows_nkD = rows.read_layers(block.layers)
+        sides = rows_nkD[: inputs.n_positive], rows_nkD[inputs.n_positive :]
         for name in [name for name in methods if name not in failed]:
             try:
-                found[name].append(_fit(plan, name, sides, block))
+                fitted[name].append(_fit_block(inputs, name, sides, block))
             except TraitError as failure:
                 failed[name] = failure
-        del rows_nkD, sides  # before the next ones are read
-    return {name: failed[name] if name in failed else torch.cat(parts) for name, parts in found.items()}
+        del rows_nkD, sides  # free this block before the next one is read
+    return {name: failed[name] if name in failed else torch.cat(parts) for name, parts in fitted.items()}
 
 
-def _fit(plan: FitInputs, method: str, sides: tuple[Tensor, Tensor], block: Block) -> Tensor:
+def _fit_block(inputs: FitInputs, method: str, sides: tuple[Tensor, Tensor], block: LayerBlock) -> Tensor:
     from extraction.vectors.methods import fit_block
     from extraction.vectors.prepare import check_sides
 
-    check_sides(*sides, layers=plan.layers[block.layers])
-    return fit_block(method, *sides, block, seed=plan.seed)
+    check_sides(*sides, layers=inputs.layers[block.layers])
+    return fit_block(method, *sides, block, seed=inputs.seed)
 
 
-def _write_vector(
-    plan: FitInputs, method: str, found: Tensor | TraitError, listener: ProgressReporter, *, named: bool
-) -> int:
-    if isinstance(found, TraitError):
-        if named:
-            raise TraitError(f"trait {plan.trait}: no {method} vector: {found}") from found
-        listener.note(f"{plan.trait}: no {method} vector: {found}")
-        return 0
-    plan.folder.write_vectors(method, {"direction": found}, plan.header(method))
-    return 1
+def _write_direction(inputs: FitInputs, method: str, direction: Tensor | TraitError, *, is_named: bool) -> bool:
+    trait = inputs.context.trait.name
+    if isinstance(direction, TraitError):
+        if is_named:
+            raise TraitError(f"trait {trait}: no {method} vector: {direction}") from direction
+        inputs.context.progress.note(f"{trait}: no {method} vector: {direction}")
+        return False
+    inputs.context.run.write_vectors(method, {"direction": direction}, inputs.header(method))
+    return True

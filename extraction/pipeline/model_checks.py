@@ -1,4 +1,4 @@
-"""What only the model itself can say about a trait's vectors: do they separate without the instruction, do they steer?
+"""Checks that need the model: activations without the instruction, attention sinks, and the steering sweep.
 
 Shapes: L layers, D hidden.
 """
@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from extraction.config.traits import make_examples
-from extraction.core.progress import ProgressReporter
-from extraction.core.records import Example, Prompt, Trait
+from extraction.core.records import Example, Prompt
 from extraction.engine.lazy_model import load_model, retry_with_smaller_batch
-from extraction.pipeline.plan import RunPlan
-from extraction.pipeline.session import ModelSession, capture_shard
+from extraction.pipeline.plan import MODES
+from extraction.pipeline.session import TraitContext
+from extraction.pipeline.shards import capture_shard
 from extraction.storage.trait_run import TraitRun
 
 if TYPE_CHECKING:
@@ -28,59 +28,61 @@ TOKEN_0_TEXTS = 8
 SWEEP_FORM = 4  # rises when the sweep of the same vectors would be another
 
 
-def capture_without_instruction(
-    engine: ModelSession, trait: Trait, folder: TraitRun, tensor: str, listener: ProgressReporter
-) -> None:
-    """Activations of the stored responses with the instruction taken out of their prompts, shard by shard.
+def capture_without_instruction(context: TraitContext, tensor: str) -> None:
+    """Read the stored responses again, to prompts without the instruction, and write their activations shard by shard.
 
-    What is done is not done again; natural prompts without a system text have nothing to take out.
+    Shards that are done are skipped; a natural trait without system texts has nothing to remove. `tensor` is the name
+    of the activations to capture, `site.pooling`.
     """
-    shards = engine.job.shards(trait)
-    pending = {i: shard for i, shard in enumerate(shards) if not _has(folder, i, tensor)}
+    session, trait, run, progress = context.session, context.trait, context.run, context.progress
+    shards = context.plan.shards(trait)
+    pending = {i: shard for i, shard in enumerate(shards) if not _has(run, i, tensor)}
     if not trait.is_told or not pending:
         return
-    load_model(engine, listener)
+    load_model(session, progress)
     site, pooling = tensor.split(".", 1)
-    settings = engine.job.experiment
-    layers = ",".join(map(str, folder.shard_receipt("activations", 0)["meta"]["layers"]))
+    settings = context.plan.experiment
+    layers = ",".join(map(str, run.shard_receipt("activations", 0)["meta"]["layers"]))
     capture = replace(settings.capture, layers=layers, sites=(site,), poolings=(pooling,))
-    reader = engine.turned_to(replace(engine.job, experiment=replace(settings, capture=capture)))
+    reader = session.for_plan(replace(context.plan, experiment=replace(settings, capture=capture)))
     n_examples, n_pending = (sum(map(len, some)) for some in (shards, pending.values()))
-    listener.begin(f"{trait.name}: instruction removed", n_examples, n_examples - n_pending)
+    progress.begin(f"{trait.name}: instruction removed", n_examples, n_examples - n_pending)
     try:
         for i, shard in pending.items():
-            prompts = engine.prompts([without_instruction(example) for example in shard])
-            capture_shard(reader, folder, i, listener, stripped=prompts)
+            prompts = session.prompts([without_instruction(example) for example in shard])
+            capture_shard(reader, run, i, progress, without_instruction=prompts)
     finally:
-        listener.end()
+        progress.end()
 
 
-def has_without_instruction(job: RunPlan, trait: Trait, folder: TraitRun, tensor: str) -> bool:
-    """Whether every shard has been read without its instruction."""
-    return trait.is_told and all(_has(folder, i, tensor) for i in range(len(job.shards(trait))))
+def has_without_instruction(context: TraitContext, tensor: str) -> bool:
+    """Return True if every shard has activations without the instruction."""
+    count = len(context.plan.shards(context.trait))
+    return context.trait.is_told and all(_has(context.run, i, tensor) for i in range(count))
 
 
-def _has(folder: TraitRun, index: int, tensor: str) -> bool:
-    return folder.shard_done("stripped", index) and tensor in folder.shard_receipt("stripped", index)["tensors"]
+def _has(run: TraitRun, index: int, tensor: str) -> bool:
+    return run.shard_done("stripped", index) and tensor in run.shard_receipt("stripped", index)["tensors"]
 
 
 def without_instruction(example: Example) -> Example:
-    """The same example with nothing but its question."""
+    """Return the example with its question alone."""
     return replace(example, system=None)
 
 
-def first_token_ratio(engine: ModelSession, folder: TraitRun, layers: Sequence[int]) -> list[float]:
-    """The norm at the first token over the median norm of the others, by layer, mean over a few texts: [L].
+def first_token_ratio(context: TraitContext, layers: Sequence[int]) -> list[float]:
+    """Return each layer's norm at the first token over the median norm of the other tokens, averaged over texts: [L].
 
-    Far above 1 it is an attention sink (Xiao et al. 2023, arXiv 2309.17453; Sun et al. 2024, arXiv 2402.17762), which
-    would swamp any mean that counts it.
+    A ratio far above 1 is an attention sink (Xiao et al. 2023, arXiv 2309.17453; Sun et al. 2024, arXiv 2402.17762),
+    which would dominate any mean that includes it.
     """
     import torch
 
     from extraction.model.hooks import watch
 
-    rows = [row for row in folder.read_responses_shard(0) if row["token_ids"]][:TOKEN_0_TEXTS]
-    modules = {layer: engine.lm.layers[layer] for layer in layers}
+    lm = context.session.lm
+    rows = [row for row in context.run.read_responses_shard(0) if row["token_ids"]][:TOKEN_0_TEXTS]
+    modules = {layer: lm.layers[layer] for layer in layers}
     ratios: dict[int, list[float]] = {layer: [] for layer in layers}
 
     def note(layer: int, hidden: Tensor) -> None:
@@ -90,16 +92,16 @@ def first_token_ratio(engine: ModelSession, folder: TraitRun, layers: Sequence[i
     with torch.inference_mode(), watch(modules, note):
         for row in rows:
             ids = [*row["prompt_token_ids"], *row["token_ids"]]
-            engine.lm.hidden_states(torch.tensor([ids], device=engine.lm.device))
-    return [sum(found) / len(found) for found in ratios.values() if found]
+            lm.hidden_states(torch.tensor([ids], device=lm.device))
+    return [sum(values) / len(values) for values in ratios.values() if values]
 
 
 @dataclass(frozen=True)
 class SteeringInputs:
-    """What a steering sweep works with.
+    """The inputs of a trait's steering sweep.
 
-    Directions [L, D] of the methods that may be chosen, fitted on no row about a question of `report_on`; each layer's
-    typical norm [L]; questions to choose a layer by, and questions to report on.
+    `directions` [L, D] of the candidate methods, fitted without the questions of `report_on`; `norms_L`, the typical
+    norm of each layer; questions to choose a layer on and questions to report on; answers for each coefficient.
     """
 
     directions: Mapping[str, Tensor]
@@ -110,64 +112,61 @@ class SteeringInputs:
     answers: int
 
 
-def prompts_without_instruction(engine: ModelSession, trait: Trait, questions: Sequence[str]) -> list[Prompt]:
-    """A prompt for each of these questions, without an instruction, or a natural prompt's system text."""
+def prompts_without_instruction(context: TraitContext, questions: Sequence[str]) -> list[Prompt]:
+    """Return a prompt for each question, without an instruction or a natural prompt's system text."""
     first: dict[str, Example] = {}
-    for example in make_examples(trait, engine.job.experiment.n_examples):
+    for example in make_examples(context.trait, context.plan.experiment.n_examples):
         first.setdefault(example.question, without_instruction(example))
-    return engine.prompts([first[question] for question in questions])
+    return context.session.prompts([first[question] for question in questions])
 
 
-def run_steering_sweep(
-    engine: ModelSession, trait: Trait, material: SteeringInputs, scorer: Scorer, listener: ProgressReporter
-) -> dict[str, Any]:
-    """The steering sweep of one trait, without instructions; sampled as the run's responses were."""
-    from extraction.evaluation.steering_sweep import evaluate
+def run_steering_sweep(context: TraitContext, inputs: SteeringInputs, scorer: Scorer) -> dict[str, Any]:
+    """Run the steering sweep of one trait, without instructions, sampling as for the run's responses."""
+    from extraction.evaluation.steering_sweep import run_sweep
 
-    plan = _plan(engine, trait, material)
-    trying = _trying(engine, plan, scorer, listener)
-    found: dict[str, Any] = {}
+    sweep, progress = _sweep_plan(context, inputs), context.progress
+    generation = _steered_generation(context, sweep, scorer)
+    result: dict[str, Any] = {}
 
     def run(batch_size: int) -> None:
-        listener.begin(f"{trait.name}: steering", plan.n_answers, 0)
+        progress.begin(f"{context.trait.name}: steering", sweep.n_answers, 0)
         try:
-            found.update(evaluate(replace(trying, batch_size=batch_size), plan))
+            result.update(run_sweep(replace(generation, batch_size=batch_size), sweep))
         finally:
-            listener.end()
+            progress.end()
 
-    retry_with_smaller_batch(run, trying.batch_size, engine, listener, lambda: None)
-    return found
+    retry_with_smaller_batch(run, generation.batch_size, context.session, progress, lambda: None)
+    return result
 
 
-def _plan(engine: ModelSession, trait: Trait, material: SteeringInputs) -> SweepPlan:
-    from extraction.evaluation.steered_generation import directions_of
+def _sweep_plan(context: TraitContext, inputs: SteeringInputs) -> SweepPlan:
+    from extraction.evaluation.steered_generation import layer_directions
     from extraction.evaluation.steering_sweep import SweepPlan
 
-    seed = engine.job.experiment.seed
+    seed = context.plan.experiment.seed
     candidates = {
-        method: directions_of(direction_LD, material.norms_L, material.layers, seed=seed)
-        for method, direction_LD in material.directions.items()
+        method: layer_directions(direction_LD, inputs.norms_L, inputs.layers, seed=seed)
+        for method, direction_LD in inputs.directions.items()
     }
     choose_on, report_on = (
-        prompts_without_instruction(engine, trait, asked) for asked in (material.choose_on, material.report_on)
+        prompts_without_instruction(context, questions) for questions in (inputs.choose_on, inputs.report_on)
     )
-    return SweepPlan(choose_on, report_on, candidates, material.layers, material.answers)
+    return SweepPlan(choose_on, report_on, candidates, inputs.layers, inputs.answers)
 
 
-def _trying(engine: ModelSession, plan: SweepPlan, scorer: Scorer, listener: ProgressReporter) -> SteeredGeneration:
+def _steered_generation(context: TraitContext, sweep: SweepPlan, scorer: Scorer) -> SteeredGeneration:
     from extraction.engine.sampler import Sample
     from extraction.evaluation.steered_generation import SteeredGeneration
-    from extraction.pipeline.plan import MODES
 
-    settings = engine.job.experiment
-    lengths = [len(prompt.token_ids) for prompt in (*plan.choose_on, *plan.report_on)]
+    session, settings = context.session, context.plan.experiment
+    lengths = [len(prompt.token_ids) for prompt in (*sweep.choose_on, *sweep.report_on)]
     return SteeredGeneration(
-        engine.lm,
+        session.lm,
         Sample(settings.generation.temperature, settings.generation.top_k, settings.generation.top_p),
         scorer,
         settings.generation.max_new_tokens,
-        engine.batch_size(MODES["batched"], lengths),
+        session.batch_size(MODES["batched"], lengths),
         settings.seed,
         settings.threshold,
-        on_progress=listener.advance,
+        on_progress=context.progress.advance,
     )

@@ -1,82 +1,134 @@
-"""How long the rest of a run takes, from what was seen of its beginning.
+"""The time left of a stage under way: the work that remains, at the rate of the work done so far.
 
-Responses end sooner the shorter they are, so the first to end say too little: the mean length is that of whole shards.
+The clock starts when the first example has ended, since loading and warming up happen once.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-PROMPT_SHARE = {"cpu": 0.3}  # what reading a token of a prompt takes of what making one of a response does; measured
-OTHER_PROMPT_SHARE = 0.03  # a guess: a GPU reads the tokens of a prompt side by side
-ENOUGH = 30  # examples of whole shards, before anything is said
-WORTH_SAYING = 60.0  # seconds
+PROMPT_SHARE = {"cpu": 0.3}  # time to read a token of a prompt, over the time to make a response token; measured
+OTHER_PROMPT_SHARE = 0.03  # an assumption: a GPU reads the tokens of a prompt side by side
+MIN_EXAMPLES = 30  # of whole shards, before their mean response length is used
+
+Clock = Callable[[], float]
 
 
-class Pace:
-    """What was seen of a run that has `n_examples` with `n_prompt_tokens` before it, on a kind of device.
+class Pace(ABC):
+    """An estimate of the time left, in seconds. Subclasses define the unit of work."""
 
-    The clock starts when the first example has ended: what is slow once, at the beginning, is not what the rest costs.
-    """
-
-    def __init__(
-        self, n_examples: int, n_prompt_tokens: int, kind: str, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self.clock, self.share, self._said = clock, PROMPT_SHARE.get(kind, OTHER_PROMPT_SHARE), False
-        self._begin(n_examples, n_prompt_tokens)
-
-    def _begin(self, n_examples: int, n_prompt_tokens: int) -> None:
-        self.n_examples = self.n_left = n_examples
-        self.prompts_left = n_prompt_tokens
-        self.made = self.n_whole = self.whole_tokens = 0
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self._start: tuple[float, float] | None = None
 
-    def again(self, n_examples: int, n_prompt_tokens: int) -> None:
-        """So many examples that had ended are to be made again, at another speed: what was seen says nothing now."""
-        self._begin(self.n_left + n_examples, self.prompts_left + n_prompt_tokens)
-
-    def advance(self, n_tokens: int) -> None:
-        """So many more response tokens."""
-        self.made += n_tokens
-
-    def end(self, n_prompt_tokens: int) -> None:
-        """An example with such a prompt has ended."""
-        self.n_left -= 1
-        self.prompts_left -= n_prompt_tokens
-        if self._start is None:
-            self._start = (self.clock(), self._work)
-
-    def whole(self, response_lengths: Sequence[int]) -> None:
-        """A whole shard has ended."""
-        self.n_whole += len(response_lengths)
-        self.whole_tokens += sum(response_lengths)
+    @property
+    @abstractmethod
+    def work_done(self) -> float:
+        """Workload done so far, up to a constant."""
 
     @property
-    def _work(self) -> float:
-        """What was done, in response tokens; up to a constant."""
-        return self.made - self.share * self.prompts_left
+    @abstractmethod
+    def work_left(self) -> float | None:
+        """Workload that remains; None while it is unknown."""
+
+    def start(self) -> None:
+        """Start the clock, unless it runs."""
+        if self._start is None:
+            self._start = (self.clock(), self.work_done)
+
+    def restart(self) -> None:
+        """Forget the rate seen so far: the rest runs at another."""
+        self._start = None
 
     def seconds_left(self) -> float | None:
-        """Of the rest; None where too little was seen."""
-        if self._start is None or self.n_whole < ENOUGH:
+        """Return the time left, or None where too little has been seen."""
+        left = self.work_left
+        if self._start is None or left is None:
             return None
-        seconds, done = self.clock() - self._start[0], self._work - self._start[1]
-        if done <= 0:
-            return None
-        tokens = self.n_examples * self.whole_tokens / self.n_whole - self.made
-        return max(0.0, tokens + self.share * self.prompts_left) * seconds / done
-
-    def say_once(self) -> str | None:
-        """How long the rest takes, the first time that it is known; None where that is soon."""
-        seconds = None if self._said else self.seconds_left()
-        if seconds is None:
-            return None
-        self._said = True
-        return f"about {_rough(seconds)} left for {self.n_left:,} examples" if seconds >= WORTH_SAYING else None
+        seconds, done = self.clock() - self._start[0], self.work_done - self._start[1]
+        return max(0.0, left) * seconds / done if done > 0 else None
 
 
-def _rough(seconds: float) -> str:
-    """`12 min`, `3 h 20 min`: as near as a forecast is."""
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+class ExamplePace(Pace):
+    """The time left of a stage whose examples take about the same time each."""
+
+    def __init__(self, n_examples: int, clock: Clock = time.perf_counter) -> None:
+        super().__init__(clock)
+        self.n_left, self.n_done = n_examples, 0
+
+    def advance(self, n_examples: int) -> None:
+        """Count examples that have ended; a negative number of them will be made again."""
+        self.n_left, self.n_done = self.n_left - n_examples, self.n_done + n_examples
+        if n_examples < 0:
+            self.restart()
+        elif n_examples:
+            self.start()
+
+    @property
+    def work_done(self) -> float:
+        """Number of examples that have ended."""
+        return float(self.n_done)
+
+    @property
+    def work_left(self) -> float:
+        """Number of examples that have not."""
+        return float(self.n_left)
+
+
+class TokenPace(Pace):
+    """The time left of a generation, in response tokens; a prompt token counts as a share of one.
+
+    Short responses end first, so the mean length is taken over whole shards, not over the responses that have ended.
+
+    Args:
+        n_examples: examples to run.
+        n_prompt_tokens: tokens of all their prompts.
+        device: the kind of device, such as `cpu`.
+    """
+
+    def __init__(self, n_examples: int, n_prompt_tokens: int, device: str, clock: Clock = time.perf_counter) -> None:
+        super().__init__(clock)
+        self.prompt_share = PROMPT_SHARE.get(device, OTHER_PROMPT_SHARE)
+        self._reset(n_examples, n_prompt_tokens)
+
+    def _reset(self, n_examples: int, n_prompt_tokens: int) -> None:
+        self.n_examples = self.n_left = n_examples
+        self.prompt_tokens_left = n_prompt_tokens
+        self.n_tokens = self.n_in_shards = self.tokens_in_shards = 0
+        self.restart()
+
+    def rerun(self, n_examples: int, n_prompt_tokens: int) -> None:
+        """Add examples that had ended and run again, at another batch size: what was seen does not predict it."""
+        self._reset(self.n_left + n_examples, self.prompt_tokens_left + n_prompt_tokens)
+
+    def advance(self, n_tokens: int) -> None:
+        """Count response tokens."""
+        self.n_tokens += n_tokens
+
+    def end_example(self, n_prompt_tokens: int) -> None:
+        """Count an example that has ended."""
+        self.n_left -= 1
+        self.prompt_tokens_left -= n_prompt_tokens
+        self.start()
+
+    def end_shard(self, response_lengths: Sequence[int]) -> None:
+        """Add the response lengths of a whole shard to the mean."""
+        self.n_in_shards += len(response_lengths)
+        self.tokens_in_shards += sum(response_lengths)
+
+    @property
+    def work_done(self) -> float:
+        """Response tokens made, less the share of the prompts that are not read."""
+        return self.n_tokens - self.prompt_share * self.prompt_tokens_left
+
+    @property
+    def work_left(self) -> float | None:
+        """Response tokens to make, and the share of the prompts to read; None until whole shards give a mean length."""
+        if not self.n_left:
+            return 0.0
+        if self.n_in_shards < MIN_EXAMPLES:
+            return None
+        n_tokens = self.n_examples * self.tokens_in_shards / self.n_in_shards - self.n_tokens
+        return n_tokens + self.prompt_share * self.prompt_tokens_left

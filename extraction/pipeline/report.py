@@ -1,4 +1,4 @@
-"""The report of a trait's run, and the index of an experiment: what is stored, read and put into pages."""
+"""Write the report page of a trait's run, and the index page of an experiment."""
 
 from __future__ import annotations
 
@@ -8,120 +8,145 @@ from typing import Any
 
 from extraction import __version__
 from extraction.core.errors import StoreError
-from extraction.core.records import POLARITIES, Trait
+from extraction.core.records import POLARITIES
 from extraction.core.text import show_path
 from extraction.pipeline.fit import sources_digest
 from extraction.pipeline.plan import RunPlan
 from extraction.pipeline.score import kept_responses
-from extraction.report.data import ReportData
+from extraction.pipeline.session import TraitContext, TraitResult
+from extraction.report.page_data import ReportData
+from extraction.storage import experiment_dir
 from extraction.storage.atomic import read_receipt
-from extraction.storage.experiment_dir import trait_runs, write_index
+from extraction.storage.experiment_dir import trait_runs
 from extraction.storage.run_dir import EXECUTION_FIELDS, fingerprint
 from extraction.storage.trait_run import TraitRun
 
 
-def report(job: RunPlan, trait: Trait) -> Path:
-    """Write a trait's report and its plots from what its run has stored; returns the page's path.
+def write_report(result: TraitResult) -> Path:
+    """Write a trait's report page and its plots; return the page's path. `result` must have a card.
 
-    Raises StoreError where the run has no card, or one of other responses than those that count now, and
-    MissingPackage where matplotlib is absent.
+    Raises MissingPackage where matplotlib is not installed.
     """
     from extraction.report.page import report_page
     from extraction.report.plot_style import check_matplotlib
     from extraction.report.plots import pictures
 
     check_matplotlib()
-    folder = job.folder(trait)
-    with folder.lock(shared=True):
-        facts = _facts_of(job, trait, folder)
-        drawn = pictures(facts.card, facts.steering)
-        for name, picture in drawn.items():
-            folder.write_report(f"report-{name}.png", picture.wide)
-        return folder.write_report(folder.report_path().name, report_page(facts, drawn))
+    run, data = result.context.run, _report_data(result)
+    drawn = pictures(data.card, data.steering)
+    for name, picture in drawn.items():
+        run.write_report(f"report-{name}.png", picture.wide)
+    return run.write_report(run.report_path().name, report_page(data, drawn))
 
 
-def index(job: RunPlan) -> Path:
-    """Write the index of a job's experiment: every trait that has a card."""
-    from extraction.report.index import IndexEntry, index_page
+def stored_result(context: TraitContext) -> TraitResult:
+    """Read what a report shows from the run folder.
 
-    root, experiment = job.root / "experiments", job.experiment.name
-    entries = [
-        IndexEntry(
-            trait=folder.path.name,
-            card=folder.read_card(),
-            steering=folder.read_steering() if folder.has_steering() else None,
-            link=_link(folder),
-        )
-        for folder in trait_runs(root, experiment)
-        if folder.has_card() and "verdict" in folder.read_card()  # not one of an earlier version
-    ]
-    return write_index(root, experiment, index_page(experiment, entries))
-
-
-def _link(folder: TraitRun) -> str | None:
-    page = folder.report_path()
-    return page.relative_to(folder.path.parent).as_posix() if page.exists() else None
-
-
-def _facts_of(job: RunPlan, trait: Trait, folder: TraitRun) -> ReportData:
-    if not folder.has_card():
+    Raises StoreError for a run without a card, or with a card of other responses than those that are kept now.
+    """
+    run = context.run
+    if not run.has_card():
         raise StoreError(
-            f"{show_path(folder.path)}: no card yet, so there is nothing to report; run `traitline validate` first"
+            f"{show_path(run.path)}: no card yet, so there is nothing to report; run `traitline validate` first"
         )
-    card, kept = folder.read_card(), kept_responses(job, trait, folder)
-    if card["made_of"]["sources"] != sources_digest(folder, kept):
+    card, kept = run.read_card(), kept_responses(context.plan, context.trait, run)
+    sources = sources_digest(run, kept)
+    if card["made_of"]["sources"] != sources:
         raise StoreError(
-            f"{show_path(folder.card_path)}: made from other responses than those that count now; "
+            f"{show_path(run.card_path)}: made from other responses than those that are kept now; "
             "run `traitline vectors` and `traitline validate` again"
         )
-    config, steering = folder.read_config(), folder.read_steering() if folder.has_steering() else None
+    return TraitResult(context, kept, sources, card=card, steering=_current_steering(run, card))
+
+
+def write_index(plan: RunPlan) -> Path:
+    """Write the index page of a plan's experiment, of every trait that has a card; return its path."""
+    from extraction.report.page import IndexEntry, index_page
+
+    root, experiment = plan.root / "experiments", plan.experiment.name
+    entries = [
+        IndexEntry(
+            trait=run.path.name,
+            card=card,
+            steering=_current_steering(run, card),
+            link=_link(run),
+        )
+        for run in trait_runs(root, experiment)
+        if run.has_card()
+        for card in [run.read_card()]
+    ]
+    return experiment_dir.write_index(root, experiment, index_page(experiment, entries))
+
+
+def _current_steering(run: TraitRun, card: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the steering sweep of the vectors that the card is about, or None."""
+    steering = run.read_steering() if run.has_steering() else None
+    return steering if steering and steering["made_of"]["sources"] == card["made_of"]["sources"] else None
+
+
+def _link(run: TraitRun) -> str | None:
+    page = run.report_path()
+    return page.relative_to(run.path.parent).as_posix() if page.exists() else None
+
+
+def _report_data(result: TraitResult) -> ReportData:
+    context, run, card, steering, kept = (
+        result.context,
+        result.context.run,
+        result.card,
+        result.steering,
+        result.kept,
+    )
+    assert card is not None
+    assert kept is not None
+    config = run.read_config()
     return ReportData(
-        trait=trait,
+        trait=context.trait,
         card=card,
         steering=steering,
-        rows=[_read(row) for polarity in POLARITIES for row in folder.read_responses(polarity)],
+        rows=[_without_ids(row) for polarity in POLARITIES for row in run.read_responses(polarity)],
         kept=frozenset(example_id for ids in kept.ids.values() for example_id in ids),
         judge=kept.judge,
-        config=_shareable({**config, **_execution(job, trait)}),
-        files=_files(folder, card["chosen"]["method"], steering["method"] if steering else None),
-        hashes=_hashes(folder, config, card["chosen"]["method"]),
-        made_with=_made_with(folder),
+        config=_shareable({**config, **_execution_settings(context)}),
+        files=_files(run, card["chosen"]["method"], steering["method"] if steering else None),
+        hashes=_hashes(run, config, card["chosen"]["method"]),
+        made_with=_made_with(run),
     )
 
 
-def _execution(job: RunPlan, trait: Trait) -> dict[str, Any]:
-    """What may differ between two starts, as it is now; run.json has it as it was at the first."""
-    return {name: value for name, value in job.config(trait).items() if name in EXECUTION_FIELDS}
+def _execution_settings(context: TraitContext) -> dict[str, Any]:
+    """Return the settings that may differ between two starts, as they are now: run.json has those of the first."""
+    return {name: value for name, value in context.plan.config(context.trait).items() if name in EXECUTION_FIELDS}
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the address of anybody's server: a report is passed on."""
+    """Remove the address of the judge's server: reports are passed on."""
     return {name: value for name, value in config.items() if name != "judge_url"}
 
 
-def _read(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without its token ids, which nobody reads and which take most of the room."""
+def _without_ids(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove a row's token ids, which the page does not show and which take most of its size."""
     return {key: value for key, value in row.items() if not key.endswith("token_ids")}
 
 
-def _files(folder: TraitRun, method: str, steers_by: str | None) -> dict[str, str]:
-    paths = {"vectors": folder.vectors_path(method), "steering": folder.vectors_path(steers_by or method)}
-    paths |= {polarity: folder.responses_path(polarity) for polarity in POLARITIES}
-    return {name: path.relative_to(folder.path).as_posix() for name, path in paths.items()}
+def _files(run: TraitRun, method: str, steering_method: str | None) -> dict[str, str]:
+    paths = {"vectors": run.vectors_path(method), "steering": run.vectors_path(steering_method or method)}
+    paths |= {polarity: run.responses_path(polarity) for polarity in POLARITIES}
+    return {name: path.relative_to(run.path).as_posix() for name, path in paths.items()}
 
 
-def _hashes(folder: TraitRun, config: Mapping[str, Any], method: str) -> dict[str, str]:
+def _hashes(run: TraitRun, config: Mapping[str, Any], method: str) -> dict[str, str]:
     return {
         "settings that decide the result": fingerprint(config),
         "trait": config["trait"]["sha256"],
-        **{f"responses, shard {i}": sha256 for i, sha256 in enumerate(folder.shard_checksums("responses"))},
-        **{f"activations, shard {i}": sha256 for i, sha256 in enumerate(folder.shard_checksums("activations"))},
-        folder.vectors_path(method).name: str(read_receipt(folder.vectors_path(method))["sha256"]),
+        **{f"responses, shard {i}": sha256 for i, sha256 in enumerate(run.shard_checksums("responses"))},
+        **{f"activations, shard {i}": sha256 for i, sha256 in enumerate(run.shard_checksums("activations"))},
+        run.vectors_path(method).name: str(read_receipt(run.vectors_path(method))["sha256"]),
     }
 
 
-def _made_with(folder: TraitRun) -> dict[str, Any]:
-    """What the first shard's receipt tells of the software and the machine."""
-    meta = folder.shard_receipt("activations", 0)["meta"]
-    told = {key: meta[key] for key in ("model", "device", "dtype", "batch_size", "instruction_as") if key in meta}
-    return {**told, **meta.get("versions", {}), "report made by traitline": __version__}
+def _made_with(run: TraitRun) -> dict[str, Any]:
+    """Return the software and the device, from the first shard's receipt."""
+    meta = run.shard_receipt("activations", 0)["meta"]
+    facts = {key: meta[key] for key in ("model", "device", "dtype", "batch_size", "instruction_as") if key in meta}
+    return {**facts, **meta.get("versions", {}), "report made by traitline": __version__}

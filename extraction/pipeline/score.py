@@ -1,6 +1,7 @@
-"""The judging of a run: every response gets its scores, and with them it is known which count.
+"""Judge a run's responses, and select those that vectors are made from.
 
-What a judge that reads has said is in a log of the run's folder as soon as it is known; nothing in it is asked again.
+The answers of a judge that reads (`local`, `openai`) go into a log in the run folder as soon as they arrive; no answer
+in the log is asked for again.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from extraction.core.errors import TraitError
-from extraction.core.progress import ProgressReporter
+from extraction.core.errors import StoreError, TraitError
 from extraction.core.records import POLARITIES, Trait
 from extraction.judging.base import (
     EMPTY,
@@ -25,9 +25,16 @@ from extraction.judging.base import (
     Scorer,
 )
 from extraction.judging.filtering import COHERENCE, KeptResponses, filter_responses
-from extraction.judging.registry import is_model_judge, judge_model, model_judge, resolve_judge, rule_judge
+from extraction.judging.registry import (
+    is_model_judge,
+    judge_model,
+    model_judge,
+    resolve_judge,
+    rule_judge,
+)
 from extraction.judging.rubric import fill, rubrics_of
 from extraction.pipeline.plan import RunPlan
+from extraction.pipeline.session import TraitContext
 from extraction.storage.atomic import digest
 from extraction.storage.trait_run import TraitRun
 
@@ -37,76 +44,74 @@ Row = dict[str, Any]
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
-def make_scorer(job: RunPlan, trait: Trait, listener: ProgressReporter, *, folder: TraitRun | None = None) -> Scorer:
-    """The job's judge for a trait: a function of (question, answer) pairs that returns their Judgements, in order.
+def make_scorer(context: TraitContext) -> Scorer:
+    """Return the judge of a trait: a function from (question, response) pairs to their Judgements, in order.
 
-    Call it with as many pairs as there are: a model is loaded at the first that needs it, and answers are batched or
-    asked for side by side. A blank answer is not asked about. What is in the log of `folder` (the run's, which must be
-    open and locked) is read from there, and what is new is added to it. Raises ConfigError where a judge can't be
-    reached, ModelError where it can't judge.
+    Call it with many pairs at a time: they are judged in batches or in parallel calls. A model is loaded when the first
+    pair needs it, and blank responses are not judged. Judgements in the run's log are read from it and new ones are
+    added, so the run must be open and locked. Raises ConfigError where a judge can't be reached, ModelError where it
+    can't judge.
     """
-    name = resolve_judge(job.experiment.judge, trait)
-    if not is_model_judge(name):
-        return partial(_score_by_rule, rule_judge(name, trait), name, trait, listener)
-    return _Reader(job, trait, name, listener, folder or job.folder(trait))
+    name = resolve_judge(context.plan.experiment.judge, context.trait)
+    if is_model_judge(name):
+        return _ReadingJudge(context, name)
+    return partial(_score_by_rule, rule_judge(name, context.trait), name, context)
 
 
-def _score_by_rule(
-    judge: RuleJudge, name: str, trait: Trait, listener: ProgressReporter, pairs: Sequence[Pair]
-) -> list[Judgement]:
+def _score_by_rule(judge: RuleJudge, name: str, context: TraitContext, pairs: Sequence[Pair]) -> list[Judgement]:
     """Score pairs by a judge without a model; note the responses that are too long to be read to their end."""
     n_cut = sum(len(answer) > MAX_CHARACTERS for _, answer in pairs)
     if n_cut and name != "none":
-        listener.note(f"{trait.name}: {n_cut} responses judged by their first {MAX_CHARACTERS:,} characters")
-    return [_at_once(judge.score(question, answer, trait), name) for question, answer in pairs]
+        note = f"{n_cut} responses judged by their first {MAX_CHARACTERS:,} characters"
+        context.progress.note(f"{context.trait.name}: {note}")
+    return [_judgement(judge.score(question, answer, context.trait), name) for question, answer in pairs]
 
 
-def _at_once(score: float | None, how: str) -> Judgement:
+def _judgement(score: float | None, how: str) -> Judgement:
     return Judgement(score, reason=None if score is not None else "no score", how=how)
 
 
-class _Reader:
-    """A judge that reads, with its log."""
+class _ReadingJudge:
+    """A judge that reads the responses, with its log."""
 
-    def __init__(self, job: RunPlan, trait: Trait, name: str, listener: ProgressReporter, folder: TraitRun) -> None:
-        self.job, self.trait, self.name, self.listener, self.folder = job, trait, name, listener, folder
-        self.model = judge_model(job.experiment, job.root)
-        self.rubrics = rubrics_of(trait)
+    def __init__(self, context: TraitContext, name: str) -> None:
+        self.context, self.name = context, name
+        self.model = judge_model(context.plan.experiment, context.plan.root)
+        self.rubrics = rubrics_of(context.trait)
         self.lock = threading.Lock()
-        self.known: dict[str, Rating] | None = None  # not read yet; the run is locked, so nobody else adds to the log
+        self.known: dict[str, Rating] | None = None  # the log, once it is read: the run's lock keeps other writers out
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        """Judge the pairs; each needs a rating by the trait's rubric, and one of coherence.
+        """Judge the pairs, each by the trait's rubric and by that of coherence.
 
-        What could not be had is asked for again by the next process, not by this one.
+        A rating that failed is not tried again by this process; the next one asks for it.
         """
         if self.known is None:
-            self.known = {key: _from_log(row) for key, row in self.folder.read_judgements(self.name).items()}
-        asked = {
+            self.known = {key: _from_log(row) for key, row in self.context.run.read_judgements(self.name).items()}
+        by_key = {
             self._key(rubric, pair): (rubric, pair) for pair in pairs for rubric in self.rubrics if pair[1].strip()
         }
-        texts = {key: fill(rubric, *pair) for key, (rubric, pair) in asked.items() if key not in self.known}
+        texts = {key: fill(rubric, *pair) for key, (rubric, pair) in by_key.items() if key not in self.known}
         if texts:
-            self.listener.begin(f"{self.trait.name}: judging", len(asked), len(asked) - len(texts))
-            if len(texts) < len(asked):
-                self.listener.note(f"{self.trait.name}: {len(asked) - len(texts)} ratings known from the log")
-            context = RatingContext(
-                self.job.experiment, self.job.root, self.job.spec.device, self.trait.name, self.listener
-            )
+            plan, trait, progress = self.context.plan, self.context.trait, self.context.progress
+            progress.begin(f"{trait.name}: judging", len(by_key), len(by_key) - len(texts))
+            if len(texts) < len(by_key):
+                progress.note(f"{trait.name}: {len(by_key) - len(texts)} ratings known from the log")
+            rating = RatingContext(plan.experiment, plan.root, plan.spec.device, trait.name, progress)
             try:
-                model_judge(self.name).rate(context, texts, self.keep)
+                model_judge(self.name).rate(rating, texts, self.keep)
             finally:
-                self.listener.end()
+                progress.end()
         return [self._judgement(pair, self.known) for pair in pairs]
 
     def keep(self, ratings: Mapping[str, Rating]) -> None:
-        """Into the log, all but what failed: that is asked for again."""
+        """Add ratings to the log, except those that failed."""
         rows = [_to_log(key, rating) for key, rating in ratings.items() if not _has_failed(rating)]
         with self.lock:
             assert self.known is not None
             self.known.update(ratings)
             if rows:
-                self.folder.add_judgements(self.name, rows)
+                self.context.run.add_judgements(self.name, rows)
 
     def _key(self, rubric: str, pair: Pair) -> str:
         return digest([self.name, self.model, rubric, *pair])
@@ -143,52 +148,50 @@ def _from_log(row: Row) -> Rating:
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def score_responses(
-    job: RunPlan, trait: Trait, folder: TraitRun, listener: ProgressReporter, *, again: bool = True
-) -> None:
-    """responses/pos.jsonl and neg.jsonl: every shard's rows with their scores, once all shards are there.
+def score_responses(context: TraitContext, *, again: bool = True) -> None:
+    """Write responses/pos.jsonl and neg.jsonl, the rows of every shard with their scores, once all shards are there.
 
-    Answers that could not be had before are asked for `again`, or left as they are.
+    `again`: ask once more for ratings that failed.
     """
-    count = len(job.shards(trait))
-    if not all(folder.shard_done("responses", i) for i in range(count)):
+    plan, trait, run = context.plan, context.trait, context.run
+    count = len(plan.shards(trait))
+    if not all(run.shard_done("responses", i) for i in range(count)):
         return
-    made_from = [*_judge_of(job, trait), *folder.shard_checksums("responses")]
-    present = folder.response_sources()
+    made_from = [*_judge_identity(plan, trait), *run.shard_checksums("responses")]
+    present = run.response_sources()
     if present == made_from or (not again and present == [*made_from, FAILED]):
         return
-    name = resolve_judge(job.experiment.judge, trait)
-    judge_all = make_scorer(job, trait, listener, folder=folder)
-    failed = is_model_judge(name) and _read_all(judge_all, folder, count)
-    sides = {polarity: _of_side(judge_all, name, folder, count, polarity) for polarity in POLARITIES}
-    folder.write_responses(sides, [*made_from, FAILED] if failed else made_from)
+    name, judge = resolve_judge(plan.experiment.judge, trait), make_scorer(context)
+    failed = is_model_judge(name) and _judge_all(judge, run, count)
+    sides = {polarity: _scored_rows(judge, name, run, count, polarity) for polarity in POLARITIES}
+    run.write_responses(sides, [*made_from, FAILED] if failed else made_from)
 
 
-def _read_all(judge_all: Scorer, folder: TraitRun, count: int) -> bool:
-    """Ask a judge that reads about every response, all at once; its log knows them then. True where some failed."""
-    rows = (row for i in range(count) for row in folder.read_responses_shard(i))
-    judgements = judge_all([(row["question"], row["response"]) for row in rows])
+def _judge_all(judge: Scorer, run: TraitRun, count: int) -> bool:
+    """Judge every response at once, so that the log knows them all; return True if some failed."""
+    rows = (row for i in range(count) for row in run.read_responses_shard(i))
+    judgements = judge([(row["question"], row["response"]) for row in rows])
     return any((judgement.reason or "").startswith(FAILED) for judgement in judgements)
 
 
-def _judge_of(job: RunPlan, trait: Trait) -> list[str]:
-    """What the scores depend on besides the responses."""
-    name = resolve_judge(job.experiment.judge, trait)
+def _judge_identity(plan: RunPlan, trait: Trait) -> list[str]:
+    """Return what scores depend on besides the responses."""
+    name = resolve_judge(plan.experiment.judge, trait)
     if not is_model_judge(name):
         return [f"judge {name}"]
-    return [f"judge {name}", f"model {judge_model(job.experiment, job.root)}", f"rubrics {digest(rubrics_of(trait))}"]
+    return [f"judge {name}", f"model {judge_model(plan.experiment, plan.root)}", f"rubrics {digest(rubrics_of(trait))}"]
 
 
-def _of_side(judge_all: Scorer, name: str, folder: TraitRun, count: int, polarity: str) -> Iterator[Row]:
-    """One polarity's rows with their scores, a shard at a time: memory does not grow with their number."""
+def _scored_rows(judge: Scorer, name: str, run: TraitRun, count: int, polarity: str) -> Iterator[Row]:
+    """Yield one polarity's rows with their scores, a shard at a time: memory does not grow with their number."""
     for i in range(count):
-        rows = [row for row in folder.read_responses_shard(i) if row["polarity"] == polarity]
-        judgements = judge_all([(row["question"], row["response"]) for row in rows])
+        rows = [row for row in run.read_responses_shard(i) if row["polarity"] == polarity]
+        judgements = judge([(row["question"], row["response"]) for row in rows])
         yield from (_scored(row, name, judgement) for row, judgement in zip(rows, judgements, strict=True))
 
 
 def _scored(row: Row, name: str, judgement: Judgement) -> Row:
-    """A row with its scores; of a judge that reads, with what it said and how that was read, too."""
+    """Return a row with its scores; of a judge that reads, also with its answer and how that was parsed."""
     if name == "none":
         return {**row, "scores": {}}
     if not is_model_judge(name):
@@ -197,20 +200,30 @@ def _scored(row: Row, name: str, judgement: Judgement) -> Row:
     return {**row, "scores": {name: judgement.score, name + COHERENCE: judgement.coherence}, "judged": judged}
 
 
-def kept_responses(job: RunPlan, trait: Trait, folder: TraitRun) -> KeptResponses:
-    """Which responses of a finished stage 1 count."""
-    settings = job.experiment
+def kept_responses(plan: RunPlan, trait: Trait, run: TraitRun) -> KeptResponses:
+    """Return the responses that vectors are made from. Raises StoreError while they are not all scored."""
+    settings = plan.experiment
     name = resolve_judge(settings.judge, trait)
-    rows = {polarity: folder.read_responses(polarity) for polarity in POLARITIES}
-    model = judge_model(settings, job.root) if is_model_judge(name) else None
+    rows = {polarity: run.read_responses(polarity) for polarity in POLARITIES}
+    model = judge_model(settings, plan.root) if is_model_judge(name) else None
     return filter_responses(
         rows, name, settings.threshold, coherence_threshold=settings.coherence_threshold, model=model
     )
 
 
-def usable_kept_responses(job: RunPlan, trait: Trait, folder: TraitRun) -> KeptResponses:
-    """As `kept_of`. Raises TraitError where the judge can't be relied on: no scores, no spread, a side without any."""
-    kept = kept_responses(job, trait, folder)
+def stored_kept_responses(context: TraitContext) -> KeptResponses | None:
+    """Return the kept responses, or None while they are not all scored."""
+    try:
+        return kept_responses(context.plan, context.trait, context.run)
+    except StoreError:
+        return None
+
+
+def usable_kept_responses(context: TraitContext) -> KeptResponses:
+    """Return the kept responses. Raises TraitError if the judge gave no scores, no spread, or keeps none of a side."""
+    kept = kept_responses(context.plan, context.trait, context.run)
     if kept.problem:
-        raise TraitError(f"trait {trait.name}: {kept.problem}; give another --judge-model, or --judge lexical or none")
+        raise TraitError(
+            f"trait {context.trait.name}: {kept.problem}; give another --judge-model, or --judge lexical or none"
+        )
     return kept

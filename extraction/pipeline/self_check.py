@@ -1,4 +1,4 @@
-"""Before a run: a few of its own examples, in a batch by the engine and alone by the plain model, must agree."""
+"""The check before a run: a few of its prompts, batched by the engine and alone by the plain model, must agree."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from extraction.model.loading import LanguageModel
 
 N_TOKENS = 8
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest logit or activation; others round
-ROUNDED_TOLERANCE = 0.1
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative to the largest logit or activation
+ROUNDED_TOLERANCE = 0.1  # of dtypes and kernels that round more
 
 
 def self_check(lm: LanguageModel, prompts: Sequence[Prompt], layers: tuple[int, ...]) -> float:
-    """Greedy, a few tokens each: every token must be the plain model's best (or tied with it), every mean the same.
+    """Decode a few tokens greedily and compare; return the largest relative deviation.
 
-    The plain model reads each text once, alone, unpadded, without a cache, in the dtype that the run uses. Returns the
-    largest relative deviation. Raises ModelError where the two don't agree.
+    Every token must be the plain model's best (or tied with it), and every layer's mean activation the same. The plain
+    model reads each text alone, unpadded, without a cache, in the run's dtype. Raises ModelError if they disagree.
     """
     requests = [Request(prompt.example.id, prompt.token_ids, N_TOKENS) for prompt in prompts]
     capture = Capture(layers)
@@ -36,7 +36,7 @@ def self_check(lm: LanguageModel, prompts: Sequence[Prompt], layers: tuple[int, 
         deviation
         for request in requests
         if (c := done[request.id]).token_ids
-        for deviation in _alone(lm, request, c, layers)
+        for deviation in _compare_alone(lm, request, c, layers)
     ]
     worst = max(deviations, default=0.0)
     if worst > (TOLERANCE[lm.dtype] if lm.is_exact else ROUNDED_TOLERANCE):
@@ -48,8 +48,10 @@ def self_check(lm: LanguageModel, prompts: Sequence[Prompt], layers: tuple[int, 
 
 
 @torch.inference_mode()
-def _alone(lm: LanguageModel, request: Request, batched: Completion, layers: tuple[int, ...]) -> tuple[float, float]:
-    """Relative deviation of logits and of activations of one example."""
+def _compare_alone(
+    lm: LanguageModel, request: Request, batched: Completion, layers: tuple[int, ...]
+) -> tuple[float, float]:
+    """Return the relative deviations of one example's logits and activations."""
     ids_BT = torch.tensor([[*request.token_ids, *batched.token_ids]], device=lm.device)
     n_prompt = len(request.token_ids)
     hidden: dict[int, Tensor] = {}

@@ -1,37 +1,87 @@
-"""What makes shards: a model that is loaded when the first one is due, a batch size that fits, stored responses read.
+"""The model of a run, its encoded prompts, and the context and results that stages hand on.
 
-A shard is the unit of commit. Those that are made together, in one batch, are a queue (`queues`).
+A `ModelSession` is a process's model and counters. A `TraitContext` is one trait of a run: what every stage needs. A
+`TraitResult` is what stages made of it: kept responses, vectors, card, steering sweep.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from extraction.core.errors import ActivationError
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Example, Prompt, Trait
-from extraction.engine.lazy_model import LazyModel, retry_with_smaller_batch
-from extraction.pipeline.plan import MODES, GenerationMode, RunPlan
+from extraction.engine.lazy_model import LazyModel
+from extraction.pipeline.plan import GenerationMode, RunPlan
 from extraction.storage.trait_run import TraitRun
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from extraction.activations.pooled import Capture
     from extraction.config.experiments import ModelSpec
     from extraction.engine.requests import Completion
+    from extraction.judging.filtering import KeptResponses
+
+
+class PromptEncoder:
+    """Encode examples for a plan's model, each distinct prompt once.
+
+    Examples that repeat a prompt share its text and token ids, so memory grows with a trait's prompts and not with the
+    number of examples.
+    """
+
+    def __init__(self, plan: RunPlan, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None) -> None:
+        self.plan, self.tokenizer, self.max_tokens = plan, tokenizer, max_tokens
+        self._encoded: dict[tuple[str | None, str], Prompt] = {}
+
+    def encode(self, examples: Sequence[Example]) -> list[Prompt]:
+        """Return the examples' prompts, in order. Raises PromptError for one that the model can't take."""
+        return [replace(self._encode(example), example=example) for example in examples]
+
+    def _encode(self, example: Example) -> Prompt:
+        from extraction.model.chat_template import encode_example
+
+        key = (example.system, example.question)
+        if key not in self._encoded:
+            settings = self.plan.experiment
+            self._encoded[key] = encode_example(
+                self.tokenizer,
+                example,
+                instruction_as=settings.instruction_as,
+                raw=self.plan.spec.raw,
+                max_tokens=self.max_tokens,
+                max_new_tokens=settings.generation.max_new_tokens,
+            )
+        return self._encoded[key]
+
+    @cached_property
+    def instruction_role(self) -> str:
+        """Where instructions go: `system`, `user` (in front of the question) or `raw` (without a chat template)."""
+        from extraction.model.chat_template import instruction_policy
+
+        asked = self.plan.experiment.instruction_as
+        if self.plan.spec.raw:
+            return "raw"
+        return instruction_policy(self.tokenizer) if asked == "auto" else asked
+
+    def encodes_alike(self, plan: RunPlan) -> bool:
+        """True if the prompts of another plan are encoded as this one's."""
+        return _encoding_settings(plan) == _encoding_settings(self.plan)
+
+
+def _encoding_settings(plan: RunPlan) -> tuple[ModelSpec, str, int]:
+    return plan.spec, plan.experiment.instruction_as, plan.experiment.generation.max_new_tokens
 
 
 @dataclass
 class ModelSession(LazyModel):
-    """The model of a job, and what the doors want to know of its work."""
+    """A plan's model, loaded when it is first needed, and counters of the work done with it."""
 
-    job: RunPlan
+    plan: RunPlan
     n_made: int = 0
     n_tokens: int = 0
     seconds: float = 0.0
@@ -41,160 +91,114 @@ class ModelSession(LazyModel):
 
     @property
     def spec(self) -> ModelSpec:
-        """Which model."""
-        return self.job.spec
+        """The model to load."""
+        return self.plan.spec
 
     @cached_property
     def capture(self) -> Capture:
-        """What to keep of every example."""
+        """The layers, sites and poolings to read of every example."""
         from extraction.activations.pooled import Capture
 
-        settings = self.job.experiment.capture
-        return Capture(self.job.layers, settings.sites, settings.poolings)
+        settings = self.plan.experiment.capture
+        return Capture(self.plan.layers, settings.sites, settings.poolings)
 
-    def turned_to(self, job: RunPlan) -> ModelSession:
-        """The same counts, for another job; with the loaded model where that has the same one."""
-        engine = replace(self, job=job)
-        if self.is_loaded and job.spec == self.job.spec:
-            engine.lm = self.lm
-        return engine
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """The encoder of this session's prompts; it loads the model."""
+        assert self.lm.tokenizer is not None
+        return PromptEncoder(self.plan, self.lm.tokenizer, max_tokens=self.lm.max_positions)
+
+    def for_plan(self, plan: RunPlan) -> ModelSession:
+        """Return a session for another plan that goes on with these counters, and with the model if it is the same."""
+        session = replace(self, plan=plan)
+        if self.is_loaded and plan.spec == self.plan.spec:
+            session.lm = self.lm
+            if self.encoder.encodes_alike(plan):
+                session.encoder = self.encoder
+        return session
 
     def note_work(self, done: Collection[Completion], batch_size: int, seconds: float) -> None:
-        """Count what a shard took."""
+        """Count a finished shard."""
         self.n_made += len(done)
         self.n_tokens += sum(len(completion.token_ids) for completion in done)
         self.seconds += seconds
         self.batch_sizes.append(batch_size)
 
     def prompts(self, examples: Sequence[Example]) -> list[Prompt]:
-        """Examples as this model sees them."""
-        assert self.lm.tokenizer is not None
-        return self.job.prompts(self.lm.tokenizer, examples, max_tokens=self.lm.max_positions)
+        """Return the encoded prompts of examples."""
+        return self.encoder.encode(examples)
 
     def batch_size(self, mode: GenerationMode, prompt_lengths: Sequence[int]) -> int:
-        """How many slots: one where the mode is serial, else what was asked for."""
-        return 1 if mode.serial else self.slots(self.job.experiment, prompt_lengths)
+        """Return the batch size for prompts of these lengths: 1 in a serial mode."""
+        return 1 if mode.serial else self.slots(self.plan.experiment, prompt_lengths)
+
+
+@dataclass(frozen=True)
+class TraitContext:
+    """One trait of a run under way: the session with its plan and model, the run folder, and where progress goes."""
+
+    session: ModelSession
+    trait: Trait
+    progress: ProgressReporter
+
+    @property
+    def plan(self) -> RunPlan:
+        """The session's plan."""
+        return self.session.plan
+
+    @cached_property
+    def run(self) -> TraitRun:
+        """The trait's run folder."""
+        return self.plan.folder(self.trait)
+
+
+def trait_contexts(session: ModelSession, progress: ProgressReporter) -> list[TraitContext]:
+    """Return a context for each trait of the session's plan."""
+    return [TraitContext(session, trait, progress) for trait in session.plan.traits]
 
 
 @contextmanager
-def locked_run(folder: TraitRun, job: RunPlan, trait: Trait) -> Iterator[None]:
-    """Hold the run's lock; refuse a run with another config at once, and a folder that can't be written to."""
-    with folder.lock(shared=not job.is_whole):
-        begun = folder.stored_config() is not None
-        if begun or any(folder.shard_done("responses", i) for i in range(len(job.shards(trait)))):
-            folder.open(job.config(trait))
+def locked_runs(contexts: Sequence[TraitContext]) -> Iterator[None]:
+    """Hold the locks of the traits' runs; a slice of a run shares them with the other slices.
+
+    Raises StoreError where another process holds one, where a run was begun with other settings, or where its folder
+    can't be written to.
+    """
+    with ExitStack() as locks:
+        for context in contexts:
+            plan, run = context.plan, context.run
+            locks.enter_context(run.lock(shared=not plan.is_whole))
+            begun = run.stored_config() is not None
+            if begun or any(run.shard_done("responses", i) for i in range(len(plan.shards(context.trait)))):
+                run.open(plan.config(context.trait))
         yield
 
 
-def is_done(folder: TraitRun, index: int, mode: GenerationMode) -> bool:
-    """Whether a shard has all that a mode makes."""
-    return folder.shard_done("responses", index) and (not mode.captures or folder.shard_done("activations", index))
+@dataclass(frozen=True)
+class TraitResult:
+    """What the stages found or made of one trait, as it is stored; None stands for what is not there.
 
-
-def receipt_meta(engine: ModelSession, batch_size: int) -> dict[str, Any]:
-    """What a receipt tells of how a shard was made."""
-    import torch
-    import transformers
-
-    from extraction import __version__
-
-    job, lm = engine.job, engine.lm
-    return {
-        "model": job.spec.name,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "device": lm.device.type,
-        "layers": list(job.layers),
-        "batch_size": batch_size,
-        "instruction_as": _policy(engine),
-        "versions": {
-            "traitline": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def _policy(engine: ModelSession) -> str:
-    """Where the instruction went: a system message, or folded into the user's turn."""
-    from extraction.model.chat_template import instruction_policy
-
-    asked = engine.job.experiment.instruction_as
-    if engine.job.spec.raw:
-        return "raw"
-    return instruction_policy(engine.lm.tokenizer) if asked == "auto" and engine.lm.tokenizer else asked
-
-
-def shard_tensors(engine: ModelSession, kept: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What a shard's file holds: rows of every pooling, in the examples' order, in the capture's dtype.
-
-    Raises ActivationError where that type can't hold one.
+    `sources` is the checksum of the activations and the kept responses. `methods` have vectors, `card` and `steering`
+    are made from those sources. `n_new` counts the files written.
     """
-    tensors: dict[str, Tensor] = {}
-    for name in (f"{site}.{pooling}" for pooling in engine.capture.poolings for site in engine.capture.sites):
-        stored = {i: _stored(engine, activations[name], f"{i}: {name}") for i, activations in kept.items()}
-        if name.endswith(".all"):
-            tensors.update({f"{name}/{i}": rows for i, rows in stored.items()})
-        else:
-            tensors[name] = _stacked(engine, list(stored.values()))
-    return tensors
+
+    context: TraitContext
+    kept: KeptResponses | None = None
+    sources: str | None = None
+    methods: tuple[str, ...] = ()
+    card: Mapping[str, Any] | None = None
+    steering: Mapping[str, Any] | None = None
+    n_new: int = 0
 
 
-def _stored(engine: ModelSession, hidden_LD: Tensor, place: str) -> Tensor:
-    """In the type that the run stores."""
-    import torch
+@dataclass(frozen=True)
+class RunResult:
+    """The results of a command's traits, and the session with its counters."""
 
-    name = engine.job.experiment.capture.dtype
-    stored: Tensor = hidden_LD.to(getattr(torch, name))
-    if not stored.isfinite().all():
-        raise ActivationError(f"{place}: too large for {name}; set capture: {{dtype: float32}} in the experiment")
-    return stored
+    session: ModelSession
+    traits: tuple[TraitResult, ...]
 
-
-def _stacked(engine: ModelSession, rows_LD: Sequence[Tensor]) -> Tensor:
-    """[n, L, D], also for a shard in which every response is empty."""
-    import torch
-
-    dtype = getattr(torch, engine.job.experiment.capture.dtype)
-    return (
-        torch.stack(list(rows_LD))
-        if rows_LD
-        else torch.empty(0, len(engine.job.layers), engine.lm.hidden_size, dtype=dtype)
-    )
-
-
-def capture_shard(
-    engine: ModelSession,
-    folder: TraitRun,
-    index: int,
-    listener: ProgressReporter,
-    *,
-    stripped: Sequence[Prompt] | None = None,
-) -> None:
-    """Activations of one shard's stored responses, from their token ids; empty responses have none.
-
-    `stripped`: the shard's prompts without the instruction, to be read in the place of the stored ones.
-    """
-    from extraction.engine.generate import teacher_force
-
-    rows = [row for row in folder.read_responses_shard(index) if row["token_ids"]]
-    prompts = {row["id"]: row["prompt_token_ids"] for row in rows}
-    if stripped is not None:
-        prompts = {prompt.example.id: prompt.token_ids for prompt in stripped}
-    texts = [(row["id"], prompts[row["id"]], row["token_ids"]) for row in rows]
-    done: dict[str, Completion] = {}
-
-    def run(batch_size: int) -> None:
-        done.clear()
-        for completion in teacher_force(engine.lm, texts, capture=engine.capture, batch_size=batch_size):
-            done[completion.id] = completion
-            listener.advance(1, len(completion.token_ids))
-
-    started = time.perf_counter()
-    asked = engine.batch_size(MODES["batched"], [len(prompt_ids) for _, prompt_ids, _ in texts])
-    batch_size = retry_with_smaller_batch(run, asked, engine, listener, lambda: listener.advance(-len(done), 0))
-    engine.note_work(done.values(), batch_size, time.perf_counter() - started)
-    kept = {row["id"]: done[row["id"]].activations for row in rows}
-    how = "from stored ids" if stripped is None else "from stored ids, without the instruction"
-    stage = "activations" if stripped is None else "stripped"
-    meta = {**receipt_meta(engine, batch_size), "captured": how}
-    folder.write_activations_shard(index, list(kept), shard_tensors(engine, kept), meta, stage=stage)
+    @property
+    def n_new(self) -> int:
+        """Number of files written."""
+        return sum(result.n_new for result in self.traits)

@@ -1,17 +1,14 @@
-"""The doors' bodies, and the only room that knows the order of the work: generate, capture, vectors, validate, report.
+"""The stages of a run in their order: responses, activations, vectors, evaluation, report. Each function is a command.
 
-Each stage reads earlier folders of a run and writes its own. What is done is not done again; torch is imported only
-when there is something to compute. A run is pinned when its first shard is due: a start that fails before leaves
-nothing behind that another start would have to agree with.
+A stage does what is missing and returns results, which the next stage, the report and the summary use; torch is
+imported only when there is something to compute. A stage holds the locks of the runs that it works on. run.json is
+written when the first shard of a run is due: a start that fails earlier leaves nothing that pins the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from extraction.core.errors import MissingPackage, StoreError, TraitError
 from extraction.core.progress import ProgressReporter
@@ -20,206 +17,193 @@ from extraction.core.text import show_path
 from extraction.engine.lazy_model import load_model
 from extraction.judging.registry import check_judge_model
 from extraction.pipeline.evaluate import EvalOptions, evaluate_trait
-from extraction.pipeline.fit import VectorOptions, chosen_tensor, fit_vectors
-from extraction.pipeline.pace import Pace
-from extraction.pipeline.plan import MODES, GenerationMode, RunGroup, RunPlan
-from extraction.pipeline.report import index, report
-from extraction.pipeline.run_groups import pending_shards, run_group, shards_to_run
-from extraction.pipeline.score import score_responses
-from extraction.pipeline.session import ModelSession, capture_shard, locked_run
+from extraction.pipeline.executors.base import Executor
+from extraction.pipeline.executors.local import LocalExecutor
+from extraction.pipeline.executors.slice import empty_slice_note, groups_of_slice, shards_of_slice
+from extraction.pipeline.fit import VectorOptions, check_options, fit_inputs, fit_trait
+from extraction.pipeline.plan import MODES, GenerationMode, RunPlan
+from extraction.pipeline.report import stored_result, write_index, write_report
+from extraction.pipeline.score import score_responses, stored_kept_responses
+from extraction.pipeline.session import (
+    ModelSession,
+    RunResult,
+    TraitContext,
+    TraitResult,
+    locked_runs,
+    trait_contexts,
+)
+from extraction.pipeline.shards import capture_shard
 
-Row = dict[str, Any]
-
-
-def generate(job: RunPlan, mode: GenerationMode, listener: ProgressReporter) -> ModelSession:
-    """Make the responses of every trait (and, as the mode says, their activations); judge them; write both."""
-    engine = ModelSession(job)
-    check_judge_model(job.experiment, job.root)
-    with ExitStack() as held:
-        for trait in job.traits:
-            held.enter_context(locked_run(job.folder(trait), job, trait))
-        _make_queues(engine, mode, listener)
-    return engine
+ExecutorFactory = Callable[[ModelSession, GenerationMode, ProgressReporter], Executor]
 
 
-def _make_queues(engine: ModelSession, mode: GenerationMode, listener: ProgressReporter) -> None:
-    """Queue after queue; a trait is judged as soon as the last queue that has some of it is there."""
-    job = engine.job
-    queues = job.own_queues(mode)
-    if not queues:
-        listener.note(_nothing_for(job, mode))
-    pending = [queue for queue in queues if pending_shards(job, queue, mode)]
-    pace = _make_ready(engine, pending, mode, listener) if pending else None
-    for stretch in _stretches(job, queues):
-        if pace is not None:
-            _make_stretch(engine, stretch, mode, pace, listener)
-        for trait in stretch.ended if job.is_whole else ():
-            score_responses(job, trait, job.folder(trait), listener)
+# --- stage 1 and 2: responses and activations -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Stretch:
-    """Queues of the same traits, one after the other; those that begin with them, and those that end."""
-
-    title: str
-    queues: Sequence[RunGroup]
-    begun: Sequence[Trait]
-    ended: Sequence[Trait]
-
-
-def _stretches(job: RunPlan, queues: Sequence[RunGroup]) -> Iterator[_Stretch]:
-    found = [(names, list(stretch)) for names, stretch in groupby(queues, _names_in)]
-    last = {name: i for i, (names, _) in enumerate(found) for name in names}
-    first = {name: i for i, (names, _) in reversed(list(enumerate(found))) for name in names}
-    for i, (names, stretch) in enumerate(found):
-        title = names[0] if len(names) == 1 else f"{len(names)} traits"
-        begun, ended = ([trait for trait in job.traits if place.get(trait.name) == i] for place in (first, last))
-        yield _Stretch(title, stretch, begun, ended)
+def generate(
+    plan: RunPlan, mode: GenerationMode, progress: ProgressReporter, *, make_executor: ExecutorFactory = LocalExecutor
+) -> RunResult:
+    """Stage 1: make the responses of every trait, with activations if the mode captures them, and judge them."""
+    session = ModelSession(plan)
+    contexts = trait_contexts(session, progress)
+    check_judge_model(plan.experiment, plan.root)
+    with locked_runs(contexts):
+        _run_groups(contexts, session, mode, progress, make_executor)
+        return _generation_result(session, contexts)
 
 
-def _names_in(queue: RunGroup) -> tuple[str, ...]:
-    """The names of the traits in a queue."""
-    return tuple(dict.fromkeys(shard.trait.name for shard in queue))
+def _generation_result(session: ModelSession, contexts: Sequence[TraitContext]) -> RunResult:
+    return RunResult(session, tuple(TraitResult(context, stored_kept_responses(context)) for context in contexts))
 
 
-def _nothing_for(job: RunPlan, mode: GenerationMode) -> str:
-    index, count = job.slice
-    size = "shard" if mode.serial else "queue"
-    return (
-        f"--slice {index + 1}/{count}: nothing to do, since the job has {len(job.queues(mode))} {size}s: take fewer "
-        f"slices or, for a run that has not begun, give all of them a lower --{size}-size"
-    )
-
-
-def _make_ready(
-    engine: ModelSession, pending: Sequence[RunGroup], mode: GenerationMode, listener: ProgressReporter
-) -> Pace:
-    """The model in memory, and every prompt checked before the first is answered."""
-    _ = engine.job.layers  # refused before the weights are loaded
-    load_model(engine, listener)
-    ahead = [shard for queue in pending for shard in shards_to_run(engine.job, queue, mode)]
-    lengths = [len(prompt.token_ids) for shard in ahead for prompt in engine.prompts(shard.examples)]
-    first = pending_shards(engine.job, pending[0], mode)[0]
-    _self_check_once(engine, first.examples, listener)
-    return Pace(len(lengths), sum(lengths), engine.lm.device.type)
-
-
-def _make_stretch(
-    engine: ModelSession, stretch: _Stretch, mode: GenerationMode, pace: Pace, listener: ProgressReporter
+def _run_groups(
+    contexts: Sequence[TraitContext],
+    session: ModelSession,
+    mode: GenerationMode,
+    progress: ProgressReporter,
+    make_executor: ExecutorFactory,
 ) -> None:
-    """Some queues under one bar."""
-    job, shards = engine.job, [shard for queue in stretch.queues for shard in queue]
-    pending = pending_shards(job, shards, mode)
-    if not pending:
-        return
-    for trait in stretch.begun:
-        job.folder(trait).open(job.config(trait))
-    n_examples, n_pending = (sum(len(shard.examples) for shard in some) for some in (shards, pending))
-    with _progress(listener, f"{stretch.title}: {mode.title}", n_examples, n_pending):
-        for queue in stretch.queues:
-            run_group(engine, queue, mode, pace, listener)
+    """Run the groups of this slice; judge a trait as soon as its last group is done, unless other slices have some."""
+    plan = session.plan
+    groups = groups_of_slice(plan, mode)
+    if not groups:
+        progress.note(empty_slice_note(plan, mode))
+    by_name = {context.trait.name: context for context in contexts}
+
+    def judge(trait: Trait) -> None:
+        score_responses(by_name[trait.name])
+
+    make_executor(session, mode, progress).run(groups, judge if plan.is_whole else None)
 
 
-@contextmanager
-def _progress(listener: ProgressReporter, title: str, n_examples: int, n_pending: int) -> Iterator[None]:
-    listener.begin(title, n_examples, n_examples - n_pending)
-    try:
-        yield
-    finally:
-        listener.end()
+def capture(plans: Iterable[RunPlan], progress: ProgressReporter) -> RunResult:
+    """Stage 2: read the stored responses by teacher forcing, and write their activations.
 
-
-def _self_check_once(engine: ModelSession, examples: Sequence[Example], listener: ProgressReporter) -> None:
-    """Before the first shard of a process: a few examples, in a batch and alone, must agree."""
-    from extraction.pipeline.self_check import self_check
-
-    if engine.job.self_check and not engine.checked:
-        prompts = engine.prompts(examples[: engine.job.self_check])
-        deviation = self_check(engine.lm, prompts, engine.job.layers)
-        listener.note(f"self-check: {len(prompts)} examples alone and in a batch agree within {deviation:.0e}")
-    engine.checked = True
-
-
-def capture(job: RunPlan, listener: ProgressReporter, engine: ModelSession) -> ModelSession:
-    """Stage 2: activations of the responses that stage 1 stored, teacher-forced from their token ids.
-
-    `engine` is that of an earlier job, whose loaded model is used again where the two jobs have the same.
+    Plans with the same model share it.
     """
-    engine = engine.turned_to(job)
-    for trait in job.traits:
-        folder = job.folder(trait)
-        with locked_run(folder, job, trait):
-            mine = job.own_shards(trait, MODES["responses"])  # which made them
-            absent = [i for i in mine if not folder.shard_done("responses", i)]
-            if absent:
-                raise StoreError(
-                    f"{show_path(folder.path)}: {len(absent)} of {len(mine)} shards have no responses yet; "
-                    "run 1_generate_responses.py first (`traitline generate`)"
-                )
-            pending = {i: shard for i, shard in mine.items() if not folder.shard_done("activations", i)}
-            if pending:
-                _capture_shards(engine, trait, mine, pending, listener)
-    return engine
+    session: ModelSession | None = None
+    results: list[TraitResult] = []
+    for plan in plans:
+        session = session.for_plan(plan) if session else ModelSession(plan)
+        for context in trait_contexts(session, progress):
+            with locked_runs([context]):
+                _capture_trait(context)
+                results.append(TraitResult(context, stored_kept_responses(context)))
+    assert session is not None
+    return RunResult(session, tuple(results))
+
+
+def _capture_trait(context: TraitContext) -> None:
+    run = context.run
+    shards = shards_of_slice(context.plan, context.trait, MODES["responses"])  # as `generate` slices them
+    absent = [i for i in shards if not run.shard_done("responses", i)]
+    if absent:
+        raise StoreError(
+            f"{show_path(run.path)}: {len(absent)} of {len(shards)} shards have no responses yet; "
+            "run 1_generate_responses.py first (`traitline generate`)"
+        )
+    pending = {i: shard for i, shard in shards.items() if not run.shard_done("activations", i)}
+    if pending:
+        _capture_shards(context, shards, pending)
 
 
 def _capture_shards(
-    engine: ModelSession,
-    trait: Trait,
-    mine: Mapping[int, Sequence[Example]],
-    pending: Mapping[int, Sequence[Example]],
-    listener: ProgressReporter,
+    context: TraitContext, shards: Mapping[int, Sequence[Example]], pending: Mapping[int, Sequence[Example]]
 ) -> None:
-    _ = engine.job.layers  # refused before the weights are loaded
-    load_model(engine, listener)
-    n_examples, n_pending = (sum(map(len, some.values())) for some in (mine, pending))
-    with _progress(listener, f"{trait.name}: capturing stored responses", n_examples, n_pending):
+    session, progress = context.session, context.progress
+    _ = context.plan.layers  # a layer out of range is an error before the weights are loaded
+    load_model(session, progress)
+    n_examples, n_pending = (sum(map(len, some.values())) for some in (shards, pending))
+    progress.begin(f"{context.trait.name}: capturing stored responses", n_examples, n_examples - n_pending)
+    try:
         for i in pending:
-            capture_shard(engine, engine.job.folder(trait), i, listener)
+            capture_shard(session, context.run, i, progress)
+    finally:
+        progress.end()
 
 
-# --- the whole job --------------------------------------------------------------------------------------------------
+# --- stage 3 and 4: vectors and their evaluation --------------------------------------------------------------------
+
+
+def fit_vectors(plans: Iterable[RunPlan], options: VectorOptions, progress: ProgressReporter) -> list[TraitResult]:
+    """Stage 3: fit a direction for each method and layer to the kept responses of every trait."""
+    results: list[TraitResult] = []
+    for plan in plans:
+        for context in trait_contexts(ModelSession(plan), progress):
+            with locked_runs([context]):
+                results.append(fit_trait(context, options)[1])
+    return results
+
+
+def validate(
+    plans: Iterable[RunPlan], options: VectorOptions, eval_options: EvalOptions, progress: ProgressReporter
+) -> list[TraitResult]:
+    """Stage 4: evaluate each method and layer on held-out questions, and by steering. Plans of one model share it."""
+    session: ModelSession | None = None
+    results: list[TraitResult] = []
+    for plan in plans:
+        session = session.for_plan(plan) if session else ModelSession(plan)
+        for context in trait_contexts(session, progress):
+            with locked_runs([context]):
+                inputs = fit_inputs(context, options)
+                result = TraitResult(context, inputs.kept, inputs.sources)
+                results.append(evaluate_trait(inputs, result, eval_options))
+    return results
+
+
+def report(plans: Sequence[RunPlan], progress: ProgressReporter) -> tuple[list[Path], Path]:
+    """Write the report page of every trait and the index; return their paths."""
+    pages = []
+    for plan in plans:
+        for context in trait_contexts(ModelSession(plan), progress):
+            with context.run.lock(shared=True):
+                pages.append(write_report(stored_result(context)))
+    return pages, write_index(plans[0])
+
+
+# --- all stages -----------------------------------------------------------------------------------------------------
 
 
 def extract(
-    job: RunPlan, wanted: VectorOptions, checks: EvalOptions, listener: ProgressReporter
-) -> tuple[ModelSession, int]:
-    """All stages. Returns the engine, and how many results are new; a second run finds nothing to do."""
-    _check_wanted(job, wanted)
-    engine = generate(job, MODES["batched"], listener)
-    if not job.is_whole:
-        return engine, 0
-    n_new = fit_vectors(job, wanted, listener)
-    stale: list[Trait] = []
-    for trait in job.traits:
-        try:
-            n_found = evaluate_trait(engine, trait, wanted, checks, listener)
-        except TraitError as failure:
-            listener.note(f"{trait.name}: no held-out figures: {failure}")
-            continue
-        n_new += n_found
-        if n_found or not job.folder(trait).report_path().exists():
-            stale.append(trait)
-    _report(job, stale, listener)
-    return engine, n_new
+    plan: RunPlan,
+    options: VectorOptions,
+    eval_options: EvalOptions,
+    progress: ProgressReporter,
+    *,
+    make_executor: ExecutorFactory = LocalExecutor,
+) -> RunResult:
+    """Run all stages; a second run finds nothing to do. One slice of several ends after the responses."""
+    check_options(plan, options)
+    session = ModelSession(plan)
+    contexts = trait_contexts(session, progress)
+    check_judge_model(plan.experiment, plan.root)
+    with locked_runs(contexts):
+        _run_groups(contexts, session, MODES["batched"], progress, make_executor)
+        if not plan.is_whole:
+            return _generation_result(session, contexts)
+        fitted = [fit_trait(context, options) for context in contexts]
+        results: list[TraitResult] = []
+        to_report: list[TraitResult] = []
+        for inputs, result in fitted:
+            try:
+                evaluated = evaluate_trait(inputs, result, eval_options)
+            except TraitError as failure:
+                progress.note(f"{inputs.context.trait.name}: no held-out figures: {failure}")
+                evaluated = result
+            else:
+                if evaluated.n_new > result.n_new or not inputs.context.run.report_path().exists():
+                    to_report.append(evaluated)
+            results.append(evaluated)
+        _write_reports(plan, to_report, progress)
+    return RunResult(session, tuple(results))
 
 
-def _report(job: RunPlan, traits: Sequence[Trait], listener: ProgressReporter) -> None:
-    """Pages of the traits that have news, and the index; a note where plots can't be made."""
+def _write_reports(plan: RunPlan, results: Sequence[TraitResult], progress: ProgressReporter) -> None:
+    """Write the pages of these traits and the index; a note where plots can't be drawn."""
     try:
-        for trait in traits:
-            report(job, trait)
-        if traits:
-            index(job)
+        for result in results:
+            write_report(result)
+        if results:
+            write_index(plan)
     except MissingPackage as failure:
-        listener.note(f"no report: {failure}")
-
-
-def _check_wanted(job: RunPlan, wanted: VectorOptions) -> None:
-    """What stage 3 would refuse hours later is refused now."""
-    if wanted.methods is not None:
-        from extraction.vectors.methods import find_method
-
-        for name in wanted.methods:
-            find_method(name)
-    settings = job.experiment.capture
-    chosen_tensor(job, {f"{s}.{p}": None for s in settings.sites for p in settings.poolings if p != "all"}, wanted)
+        progress.note(f"no report: {failure}")

@@ -1,4 +1,4 @@
-"""The web application: routes, health, metrics, and what errors look like."""
+"""The ASGI application: middleware, request counter, routes, /health, /metrics, and the handlers of errors."""
 
 from __future__ import annotations
 
@@ -14,98 +14,100 @@ from starlette.responses import PlainTextResponse, Response
 from extraction import __version__
 from extraction.core.errors import TraitlineError
 from extraction.serving import openai_routes, routes
-from extraction.serving.errors import HttpError, of_validation, where
+from extraction.serving.errors import ClientDisconnected, HttpError, code_location, validation_error
 from extraction.serving.metrics import CONTENT_TYPE, Metrics
 from extraction.serving.middleware import App, Message, Middleware, Receive, Scope, Send
-from extraction.serving.service import ClientGone, Service
-from extraction.serving.streaming import Reply
+from extraction.serving.service import Service
+from extraction.serving.streaming import JsonReply
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
-STATUS = {404: "no such path; see docs/server.md", 405: "this path takes another method"}
+MESSAGES = {404: "no such path; see docs/server.md", 405: "this path takes another method; see docs/server.md"}
 
 
-def make_app(desk: Service, meter: Metrics, say: Say) -> App:
-    """Guard, counters and routes as one ASGI application. Pages that load scripts (FastAPI's docs) are off."""
+def make_app(service: Service, metrics: Metrics, log: Log) -> App:
+    """Return the application. FastAPI's documentation pages are off: they load scripts of other sites."""
     app = FastAPI(
         title="Traitline", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    app.include_router(routes.routes(desk))
-    app.include_router(openai_routes.routes(desk))
-    _add_pages(app, desk, meter)
-    _add_errors(app, say)
-    return _Counting(Middleware(app, desk.settings), meter, frozenset(app.openapi()["paths"]))
+    app.include_router(routes.make_router(service))
+    app.include_router(openai_routes.make_router(service))
+    _add_health(app, service, metrics)
+    _add_metrics(app, service, metrics)
+    _add_error_handlers(app, log)
+    return _RequestCounter(Middleware(app, service.settings), metrics, frozenset(app.openapi()["paths"]))
 
 
-def _add_pages(app: FastAPI, desk: Service, meter: Metrics) -> None:
+def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> Response:
-        scheduler = desk.scheduler
-        state = {"status": scheduler.state, "version": __version__, "models": dict(desk.served.names)}
-        load = {
-            "rows": scheduler.n_rows,
-            "queue": desk.settings.queue,
-            "batch_size": desk.settings.batch_size,
-            "uptime_seconds": round(time.time() - meter.started, 3),
+        engine, settings = service.engine, service.settings
+        content = {
+            "status": engine.state,
+            "version": __version__,
+            "models": dict(service.models.names),
+            "rows": engine.n_rows,
+            "queue": settings.queue,
+            "batch_size": settings.batch_size,
+            "uptime_seconds": round(time.time() - metrics.started, 3),
         }
-        good = scheduler.state == "ready"
-        return Reply({**state, **load} if good else {**state, **load, **scheduler.refusal().body}, 200 if good else 503)
+        if engine.state == "ready":
+            return JsonReply(content)
+        return JsonReply({**content, **engine.unavailable_error().body}, 503)
+
+
+def _add_metrics(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    metrics.add_gauge("rows_now", "Rows that wait or run.", lambda: service.engine.n_rows)
+    metrics.add_gauge("queue_limit", "Limit on the rows that wait or run.", lambda: service.settings.queue)
+    metrics.add_gauge("ready", "1 while requests are accepted.", lambda: service.engine.state == "ready")
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        scheduler = desk.scheduler
-        gauges = {
-            "rows_now": ("Rows that wait or run.", scheduler.n_rows),
-            "queue_limit": ("Rows that may wait or run.", desk.settings.queue),
-            "ready": ("1 while requests are taken.", int(scheduler.state == "ready")),
-            "start_time_seconds": ("When the server started, in Unix time.", meter.started),
-        }
-        return PlainTextResponse(meter.exposition(gauges), media_type=CONTENT_TYPE)
+    async def exposition() -> Response:
+        return PlainTextResponse(metrics.exposition(), media_type=CONTENT_TYPE)
 
 
-def _add_errors(app: FastAPI, say: Say) -> None:
+def _add_error_handlers(app: FastAPI, log: Log) -> None:
+    def reply(error: HttpError) -> Response:
+        return JsonReply(error.body, error.status, headers=error.headers)
+
     @app.exception_handler(HttpError)
-    async def refused(_http: HttpRequest, failure: HttpError) -> Response:
-        return Reply(failure.body, failure.status, headers=failure.headers)
+    async def http_error(_http: HttpRequest, failure: HttpError) -> Response:
+        return reply(failure)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_http: HttpRequest, failure: RequestValidationError) -> Response:
-        told = of_validation(list(failure.errors()))
-        return Reply(told.body, told.status)
+    async def invalid_body(_http: HttpRequest, failure: RequestValidationError) -> Response:
+        return reply(validation_error(list(failure.errors())))
 
     @app.exception_handler(HTTPException)
-    async def http(_http: HttpRequest, failure: HTTPException) -> Response:
-        said = STATUS.get(failure.status_code, "the body can't be read as JSON; send one JSON object")
-        told = HttpError(failure.status_code, said, headers=dict(failure.headers or {}))
-        return Reply(told.body, told.status, headers=told.headers)
+    async def framework_error(_http: HttpRequest, failure: HTTPException) -> Response:
+        message = MESSAGES.get(failure.status_code, "the body can't be read as JSON; send one JSON object")
+        return reply(HttpError(failure.status_code, message, headers=dict(failure.headers or {})))
 
     @app.exception_handler(TraitlineError)
-    async def wrong(_http: HttpRequest, failure: TraitlineError) -> Response:
-        return Reply(HttpError(422, str(failure)).body, 422)
+    async def unanswerable(_http: HttpRequest, failure: TraitlineError) -> Response:
+        return reply(HttpError(422, str(failure)))
 
-    @app.exception_handler(ClientGone)
-    async def gone(_http: HttpRequest, _failure: ClientGone) -> Response:
+    @app.exception_handler(ClientDisconnected)
+    async def disconnected(_http: HttpRequest, _failure: ClientDisconnected) -> Response:
         return Response(status_code=499)
 
     @app.exception_handler(Exception)
-    async def broken(_http: HttpRequest, failure: Exception) -> Response:
-        say(f"internal error: {where(failure)}")
-        return Reply(
-            HttpError(500, f"internal error ({type(failure).__name__}); the server's output says where").body, 500
-        )
+    async def internal_error(_http: HttpRequest, failure: Exception) -> Response:
+        log(f"internal error: {code_location(failure)}")
+        return reply(HttpError(500, f"internal error ({type(failure).__name__}); see the server's output"))
 
 
-class _Counting:
-    """Counts requests by path and status; a path that does not exist is counted as `other`."""
+class _RequestCounter:
+    """ASGI middleware that counts requests by path and status; paths that do not exist count as `other`."""
 
-    def __init__(self, app: App, meter: Metrics, paths: frozenset[str]) -> None:
-        self.app, self.meter, self.paths = app, meter, paths
+    def __init__(self, app: App, metrics: Metrics, paths: frozenset[str]) -> None:
+        self.app, self.metrics, self.paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sending(message: Message) -> None:
+        async def count_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in self.paths else "other"
-                self.meter.count("requests", path=path, status=str(message["status"]))
+                self.metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
-        await self.app(scope, receive, sending)
+        await self.app(scope, receive, count_and_send)

@@ -1,7 +1,8 @@
-"""A lane: one running batch, the rows that wait for it, and what happens when memory runs out.
+"""Queue of the rows that share one continuous batch, and its recovery when memory runs out.
 
-A batch that ran out of memory is made again with half the slots and the rows that it held. A row that runs out of
-memory alone fails alone, and the others get all the slots again. A batch that stays small grows back, step by step.
+A batch that runs out of memory is rebuilt with half the slots, and its rows start again. A row that runs out of memory
+alone in the batch fails, and the batch is rebuilt with all slots for the others. A batch with fewer slots grows back:
+its slots are doubled after GROW_AFTER times as many rows have ended as it has slots.
 """
 
 from __future__ import annotations
@@ -17,119 +18,131 @@ from extraction.serving.events import Event, Failed, PendingRow
 if TYPE_CHECKING:
     from extraction.engine.batch import ContinuousBatch
 
-Ends = list[tuple[PendingRow, Event]]
+EndedRows = list[tuple[PendingRow, Event]]
 
-ROUNDS = 4  # of rows that went well, after which a smaller batch grows again
+GROW_AFTER = 4
 
 
 class BatchQueue:
-    """The rows of one kind, in the order in which they came. Used by the engine's thread alone."""
+    """Rows in order of arrival, and the batch that decodes them. Used by the engine's thread alone.
 
-    def __init__(self, make: Callable[[int], ContinuousBatch], slots: int, *, keeps: bool = True) -> None:
-        self.make, self.full, self.slots, self.keeps = make, slots, slots, keeps
+    Args:
+        make_batch: Makes a batch of a number of slots.
+        max_slots: Slots of the batch while memory suffices.
+        keep_batch: False to free the batch's memory whenever the queue is empty.
+    """
+
+    def __init__(
+        self, make_batch: Callable[[int], ContinuousBatch], max_slots: int, *, keep_batch: bool = True
+    ) -> None:
+        self.make_batch, self.max_slots, self.slots, self.keep_batch = make_batch, max_slots, max_slots, keep_batch
         self.waiting: deque[PendingRow] = deque()
-        self.inside: dict[str, PendingRow] = {}
-        self.running: ContinuousBatch | None = None
-        self.well = 0  # rows that ended since memory ran out
+        self.in_batch: dict[str, PendingRow] = {}
+        self.batch: ContinuousBatch | None = None
         self.n_out_of_memory = 0
+        self._n_ended = 0  # rows that ended since the batch was last resized
 
     @property
     def has_work(self) -> bool:
-        """Whether anything waits or runs."""
-        return bool(self.waiting or self.inside)
+        """True if any row waits or runs."""
+        return bool(self.waiting or self.in_batch)
 
     def add(self, row: PendingRow) -> None:
-        """Queue a row."""
+        """Append a row."""
         self.waiting.append(row)
 
     def drop(self, row: PendingRow) -> None:
-        """Forget a row; its slot is free at once."""
-        if self.inside.pop(row.id, None) is not None and self.running is not None:
-            self.running.drop(row.id)
+        """Remove a row without an event; its slot is free for the next step."""
+        if self.in_batch.pop(row.id, None) is not None and self.batch is not None:
+            self.batch.cancel(row.id)
         elif row in self.waiting:
             self.waiting.remove(row)
 
-    def advance(self) -> Ends:
-        """One step of every row. Returns the rows that ended, and how."""
+    def step(self) -> EndedRows:
+        """Run one decode step of the batch. Returns the rows that ended, with their last events."""
         from extraction.model.memory import is_out_of_memory
 
-        ends: Ends = []
+        ended: EndedRows = []
         try:
-            self._feed(ends)
-            self._step(ends)
-            return ends
+            self._fill(ended)
+            self._decode(ended)
+            return ended
         except Exception as failure:
             if not is_out_of_memory(failure):
                 raise
-        # outside of the handler: what it holds on to is what memory is needed for
-        return ends + self._shrink()
+        # outside the handler: the exception's frames would keep the tensors alive
+        return ended + self._recover_memory()
 
-    def _feed(self, ends: Ends) -> None:
-        """Rows go in as long as there is room; beyond its slots, a full batch knows those that come next."""
-        if self.slots < self.full and self.well >= ROUNDS * self.slots:
-            if self.inside:
-                return  # it runs empty, then grows
-            self._resize(min(self.full, 2 * self.slots))
-        room = self.slots * (2 if 1 < self.slots == self.full else 1) - len(self.inside)
+    def _fill(self, ended: EndedRows) -> None:
+        """Move waiting rows into the batch.
+
+        A batch of full size gets as many rows again beyond its slots, so that it can schedule the next ones itself.
+        """
+        if self.slots < self.max_slots and self._n_ended >= GROW_AFTER * self.slots:
+            if self.in_batch:
+                return  # wait until it is empty, then grow
+            self._resize(min(self.max_slots, 2 * self.slots))
+        room = self.slots * (2 if 1 < self.slots == self.max_slots else 1) - len(self.in_batch)
         entering = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
-        self.inside |= {row.id: row for row in entering}
-        if self.running is None:
-            self.running = self.make(self.slots)
+        self.in_batch |= {row.id: row for row in entering}
+        if self.batch is None:
+            self.batch = self.make_batch(self.slots)
         for row in entering:
             row.restart()
         try:
-            self.running.add([row.request for row in entering])
+            self.batch.add([row.request for row in entering])
         except TraitlineError:
-            ends += self._add_each(self.running, entering)
+            ended += self._add_one_by_one(self.batch, entering)
 
-    def _add_each(self, running: ContinuousBatch, rows: Sequence[PendingRow]) -> Ends:
-        """Where some don't fit, they fail, and the others go in."""
-        ends: Ends = []
+    def _add_one_by_one(self, batch: ContinuousBatch, rows: Sequence[PendingRow]) -> EndedRows:
+        """Add rows of which some do not fit. Returns those that do not."""
+        ended: EndedRows = []
         for row in rows:
             try:
-                running.add([row.request])
+                batch.add([row.request])
             except TraitlineError as failure:
-                del self.inside[row.id]
-                ends.append((row, Failed(HttpError(422, str(failure), code="does_not_fit"))))
-        return ends
+                del self.in_batch[row.id]
+                ended.append((row, Failed(HttpError(422, str(failure), code="does_not_fit"))))
+        return ended
 
-    def _step(self, ends: Ends) -> None:
-        if not self.inside or self.running is None:
+    def _decode(self, ended: EndedRows) -> None:
+        if not self.in_batch or self.batch is None:
             return
-        with self.running.watching():
-            step = self.running.advance()
-        for row_id, token_ids in step.fresh.items():
-            if row_id in self.inside:
-                self.inside[row_id].hear(token_ids)
-        ended = [(self.inside.pop(each.id), each) for each in step.done if each.id in self.inside]
-        self.well += len(ended)
-        if not self.has_work and (self.slots < self.full or not self.keeps):
+        with self.batch.attached():
+            step = self.batch.step()
+        for row_id, token_ids in step.new_tokens.items():
+            if row_id in self.in_batch:
+                self.in_batch[row_id].on_tokens(token_ids)
+        done = [
+            (self.in_batch.pop(completion.id), completion)
+            for completion in step.completions
+            if completion.id in self.in_batch
+        ]
+        self._n_ended += len(done)
+        if not self.has_work and (self.slots < self.max_slots or not self.keep_batch):
             self.release()
-        ends += [(row, row.finished(completion)) for row, completion in ended]
+        ended += [(row, row.end_event(completion)) for row, completion in done]
 
     def release(self) -> None:
-        """Give an idle batch's memory back."""
-        self._resize(self.full)
+        """Free the memory of the idle batch; the next one has all slots."""
+        self._resize(self.max_slots)
 
-    def _shrink(self) -> Ends:
-        """Memory ran out: half the slots, or without the row that needs it all."""
+    def _recover_memory(self) -> EndedRows:
+        """Put the batch's rows back and halve its slots; fail the row that ran out of memory in a batch of one slot."""
         self.n_out_of_memory += 1
-        ends: Ends = []
-        rows = list(self.inside.values())  # never empty: what is added is inside before memory is asked for
+        ended: EndedRows = []
+        rows = list(self.in_batch.values())  # never empty: rows enter `in_batch` before memory is allocated for them
         if self.slots == 1:
-            alone = rows.pop(0)
-            error = HttpError(
-                507, "out of memory with this prompt alone; shorten it or ask for fewer tokens", code="memory"
-            )
-            ends.append((alone, Failed(error)))
-        slots = self.full if self.slots == 1 else self.slots // 2
-        self.inside.clear()
+            message = "out of memory with this prompt alone; shorten it or ask for fewer tokens"
+            ended.append((rows.pop(0), Failed(HttpError(507, message, code="memory"))))
+        slots = self.max_slots if self.slots == 1 else self.slots // 2
+        self.in_batch.clear()
         self.waiting.extendleft(reversed(rows))
         self._resize(slots)
-        return ends
+        return ended
 
     def _resize(self, slots: int) -> None:
         from extraction.model.devices import empty_cache
 
-        self.slots, self.running, self.well = slots, None, 0
+        self.slots, self.batch, self._n_ended = slots, None, 0
         empty_cache()

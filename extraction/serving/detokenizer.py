@@ -1,6 +1,6 @@
-"""Tokens to text: all at once, or piece by piece as they come, with the same text in the end.
+"""Decode token ids to text, whole or incrementally; the pieces of a stream join to the same text.
 
-A piece never ends inside a character, and never shows the beginning of a stop string that may still be completed.
+A piece never ends inside a character, and never holds the start of a stop string that may still be completed.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character yet
+REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not yet a character
 
 
-def text_of(tokenizer: Any, token_ids: Sequence[int], stops: Sequence[str] = ()) -> str:
-    """The text of a response, up to its first stop string."""
+def decode(tokenizer: Any, token_ids: Sequence[int], stops: Sequence[str] = ()) -> str:
+    """Return the text of a response, up to its first stop string."""
     text: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
     return text[: _first_stop(text, stops)]
 
@@ -21,9 +21,9 @@ def _first_stop(text: str, stops: Sequence[str]) -> int:
     return min((at for at in map(text.find, stops) if at >= 0), default=len(text))
 
 
-def stable_text(text: str, stops: Sequence[str]) -> str:
-    """What of an unfinished text will stay as it is."""
-    text = text[: _first_stop(text, stops)].rstrip(UNFINISHED)
+def stable_prefix(text: str, stops: Sequence[str]) -> str:
+    """Return the part of an unfinished text that later tokens can not change."""
+    text = text[: _first_stop(text, stops)].rstrip(REPLACEMENT)
     longest = max(map(len, stops), default=1) - 1
     for start in range(max(0, len(text) - longest), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):
@@ -31,28 +31,28 @@ def stable_text(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-class Stream:
-    """One response's text as it grows."""
+class IncrementalDecoder:
+    """Decoder of one streamed response."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.token_ids: list[int] = []
-        self.shown = ""
+        self._emitted = ""
 
     def add(self, token_ids: Sequence[int]) -> str:
-        """More tokens came: the text to show now, which may be empty."""
+        """Append tokens. Returns the text that is new and stable, which may be empty."""
         self.token_ids += token_ids
         text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
-        return self._show(stable_text(text, self.stops))
+        return self._new_text(stable_prefix(text, self.stops))
 
-    def end(self, token_ids: Sequence[int]) -> str:
-        """All tokens are there: the rest of the text."""
-        return self._show(text_of(self.tokenizer, token_ids, self.stops))
+    def finish(self, token_ids: Sequence[int]) -> str:
+        """Return the rest of the text. `token_ids`: all tokens of the response."""
+        return self._new_text(decode(self.tokenizer, token_ids, self.stops))
 
-    def _show(self, text: str) -> str:
-        # a decoder that takes back what it wrote (which none should) is waited for, until the end
-        if not text.startswith(self.shown):
+    def _new_text(self, text: str) -> str:
+        # a tokenizer may rewrite text that it has decoded before (none should): wait until it agrees, or the end
+        if not text.startswith(self._emitted):
             return ""
-        piece = text[len(self.shown) :]
-        self.shown = text
+        piece = text[len(self._emitted) :]
+        self._emitted = text
         return piece

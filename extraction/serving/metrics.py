@@ -1,114 +1,92 @@
-"""What the server counts, as Prometheus reads it (text exposition format 0.0.4). No prompt and no token is in it."""
+"""Counters and latency histograms of the server, exposed to Prometheus. They hold no prompt and no token."""
 
 from __future__ import annotations
 
-import bisect
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 from extraction.serving.events import Event, Finished, PendingRow
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-
-Labels = tuple[tuple[str, str], ...]
-
-HELP = {
-    "requests": ("counter", "HTTP requests by path and status."),
-    "rows": ("counter", "Rows that ended, by kind and how."),
-    "rows_cancelled": ("counter", "Rows whose client left or whose time was over."),
-    "prompt_tokens": ("counter", "Prompt tokens of finished rows."),
-    "tokens": ("counter", "Response tokens of finished rows."),
-    "proposed_tokens": ("counter", "Tokens that speculation proposed."),
-    "accepted_tokens": ("counter", "Of those, the ones that the model accepted."),
-    "steps": ("counter", "Steps of a running batch."),
-    "step_seconds": ("counter", "Seconds spent in them."),
-    "out_of_memory": ("counter", "Batches that ran out of memory and were made again."),
-    "row_seconds": ("histogram", "From acceptance to the end of a row."),
-    "first_token_seconds": ("histogram", "From acceptance to a row's first token."),
-}
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # seconds
 
 
 class Metrics:
-    """Counters and histograms, counted by any thread."""
+    """The metrics of one server, in a registry of its own. Any thread may count; Prometheus' counters lock."""
 
     def __init__(self) -> None:
         self.started = time.time()
-        self._lock = threading.Lock()
-        self._sums: defaultdict[tuple[str, Labels], float] = defaultdict(float)
-        self._buckets: defaultdict[tuple[str, Labels], list[int]] = defaultdict(lambda: [0] * (len(SECONDS) + 1))
+        self._registry = CollectorRegistry()
+        counter, kind = self._counter, ("kind",)
+        self.requests = counter("requests", "HTTP requests by path and status.", ("path", "status"))
+        self.rows = counter("rows", "Rows that ended, by kind of generation and reason.", ("kind", "end"))
+        self.rows_cancelled = counter("rows_cancelled", "Rows cancelled: the client left or the request timed out.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished rows.", kind)
+        self.tokens = counter("tokens", "Response tokens of finished rows.", kind)
+        self.proposed_tokens = counter("proposed_tokens", "Tokens proposed by speculation.", kind)
+        self.accepted_tokens = counter("accepted_tokens", "Proposed tokens that the model accepted.", kind)
+        self.steps = counter("steps", "Decode steps.", kind)
+        self.step_seconds = counter("step_seconds", "Seconds spent in decode steps.", kind)
+        self.out_of_memory = counter("out_of_memory", "Batches rebuilt after running out of memory.", kind)
+        self.row_seconds = self._histogram("row_seconds", "Seconds from acceptance of a row to its end.")
+        self.first_token_seconds = self._histogram(
+            "first_token_seconds", "Seconds from acceptance of a row to its first token."
+        )
+        self.add_gauge("start_time_seconds", "Start of the server, in Unix time.", lambda: self.started)
 
-    def count(self, name: str, by: float = 1, **labels: str) -> None:
-        """Add to a counter."""
-        with self._lock:
-            self._sums[name, tuple(labels.items())] += by
+    def add_gauge(self, name: str, description: str, read: Callable[[], float]) -> None:
+        """Add a gauge whose value is read at each scrape."""
+        Gauge(name, description, namespace="traitline", registry=self._registry).set_function(read)
 
-    def observe(self, name: str, seconds: float, **labels: str) -> None:
-        """Add to a histogram."""
-        key = (name, tuple(labels.items()))
-        with self._lock:
-            self._buckets[key][bisect.bisect_left(SECONDS, seconds)] += 1
-            self._sums[key] += seconds
-
-    def step(self, kind: str, seconds: float, n_out_of_memory: int) -> None:
-        """A step of one lane."""
-        self.count("steps", kind=kind)
-        self.count("step_seconds", seconds, kind=kind)
+    def count_step(self, kind: str, seconds: float, n_out_of_memory: int) -> None:
+        """Count one decode step of a batch."""
+        self.steps.labels(kind).inc()
+        self.step_seconds.labels(kind).inc(seconds)
         if n_out_of_memory:
-            self.count("out_of_memory", n_out_of_memory, kind=kind)
+            self.out_of_memory.labels(kind).inc(n_out_of_memory)
 
-    def end(self, row: PendingRow, event: Event) -> None:
-        """A row that ended."""
-        kind = row.lane[0]
+    def count_end(self, row: PendingRow, event: Event) -> None:
+        """Count a row that ended, with its tokens and latencies where it finished."""
+        kind = row.queue.kind
         if not isinstance(event, Finished):
-            return self.count("rows", kind=kind, end="failed")
+            return self.rows.labels(kind, "failed").inc()
         completion = event.completion
-        self.count("rows", kind=kind, end=completion.finish_reason)
-        self.count("prompt_tokens", len(row.request.token_ids), kind=kind)
-        self.count("tokens", len(completion.token_ids), kind=kind)
-        self.observe("row_seconds", event.seconds, kind=kind)
+        self.rows.labels(kind, completion.finish_reason).inc()
+        self.prompt_tokens.labels(kind).inc(len(row.request.token_ids))
+        self.tokens.labels(kind).inc(len(completion.token_ids))
+        self.row_seconds.labels(kind).observe(event.seconds)
         if event.first_seconds is not None:
-            self.observe("first_token_seconds", event.first_seconds, kind=kind)
+            self.first_token_seconds.labels(kind).observe(event.first_seconds)
         if completion.speculation is not None:
-            self.count("proposed_tokens", completion.speculation.proposed, kind=kind)
-            self.count("accepted_tokens", completion.speculation.accepted, kind=kind)
+            self.proposed_tokens.labels(kind).inc(completion.speculation.proposed)
+            self.accepted_tokens.labels(kind).inc(completion.speculation.accepted)
 
-    def exposition(self, gauges: dict[str, tuple[str, float]]) -> str:
-        """Everything as text; `gauges`: name -> what it is, and its value now."""
-        with self._lock:
-            sums = dict(self._sums)
-            buckets = {key: list(counts) for key, counts in self._buckets.items()}
-        lines: list[str] = []
-        for name, (kind, said) in HELP.items():
-            full = f"traitline_{name}" + ("_total" if kind == "counter" else "")
-            lines += [f"# HELP {full} {said}", f"# TYPE {full} {kind}"]
-            for key in sorted(key for key in sums if key[0] == name):
-                lines += _series(full, key[1], sums[key], buckets.get(key))
-        for name, (said, value) in gauges.items():
-            full = f"traitline_{name}"
-            lines += [f"# HELP {full} {said}", f"# TYPE {full} gauge", f"{full} {_number(value)}"]
-        return "\n".join(lines) + "\n"
+    def exposition(self) -> bytes:
+        """Return every metric in Prometheus' text format 0.0.4."""
+        return generate_latest(_WithoutCreated(self._registry))
+
+    def _counter(self, name: str, description: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(name, description, labels, namespace="traitline", registry=self._registry)
+
+    def _histogram(self, name: str, description: str) -> Histogram:
+        return Histogram(name, description, ("kind",), namespace="traitline", registry=self._registry, buckets=BUCKETS)
 
 
-def _series(name: str, labels: Labels, total: float, buckets: list[int] | None) -> Iterator[str]:
-    if buckets is None:
-        yield f"{name}{_labels(labels)} {_number(total)}"
-        return
-    counted = 0
-    for limit, count in zip([*map(str, SECONDS), "+Inf"], buckets, strict=True):
-        counted += count
-        yield f"{name}_bucket{_labels([*labels, ('le', limit)])} {counted}"
-    yield f"{name}_sum{_labels(labels)} {_number(total)}"
-    yield f"{name}_count{_labels(labels)} {counted}"
+class _WithoutCreated(Collector):
+    """A registry without the `_created` series, which the text format has no use for.
 
+    The library's own switch is global to the process.
+    """
 
-def _labels(labels: Iterable[tuple[str, str]]) -> str:
-    escaped = ((key, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for key, value in labels)
-    inside = ",".join(f'{key}="{value}"' for key, value in escaped)
-    return f"{{{inside}}}" if inside else ""
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
 
-
-def _number(value: float) -> str:
-    return str(int(value)) if float(value).is_integer() else repr(float(value))
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric of the registry."""
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric

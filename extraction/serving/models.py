@@ -1,4 +1,8 @@
-"""Which models a server has, and how each kind of request runs on them."""
+"""The models that a server has, and the batch that each kind of generation runs in.
+
+Kinds: PLAIN (one model), AMPLIFY (a pair of models, logit difference) and SPECULATE (one model, with or without a
+draft model).
+"""
 
 from __future__ import annotations
 
@@ -17,16 +21,16 @@ if TYPE_CHECKING:
     from extraction.model.loading import LanguageModel
 
 PLAIN, AMPLIFY, SPECULATE = "plain", "amplify", "speculate"
-REMEDIES = {
+NO_MODEL = {
     PLAIN: "no model for plain generation is served; start the server with --model",
     AMPLIFY: "no pair of models is served; start the server with --after and --before",
-    SPECULATE: "no model to speculate for is served; start the server with --model (and --draft)",
+    SPECULATE: "no model for speculative generation is served; start the server with --model (and --draft)",
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which models to load; None: none of that sort."""
+    """The models to load, by role; None: no such model."""
 
     after: ModelSpec | None = None
     before: ModelSpec | None = None
@@ -36,9 +40,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class ServedModels:
-    """Loaded models and their names. Without a draft, speculation proposes what a row's own tokens suggest.
+    """Loaded models and their names. Without a draft model, speculation proposes by n-gram lookup.
 
-    `raw`: the kinds whose prompts are not written with a chat template, unless a request says so.
+    Args:
+        target: The model of PLAIN and SPECULATE.
+        draft: Proposes tokens to `target`.
+        after: The later model of the pair of AMPLIFY.
+        before: The earlier one.
+        names: Names by role: model, draft, after, before.
+        raw: Kinds whose prompts use no chat template, unless a request asks for it.
     """
 
     target: LanguageModel | None = None
@@ -49,64 +59,68 @@ class ServedModels:
     raw: frozenset[str] = frozenset()
 
     @property
-    def models(self) -> dict[str, LanguageModel]:
-        """The model whose tokens come out, by kind."""
-        found = {PLAIN: self.target, AMPLIFY: self.after if self.before else None, SPECULATE: self.target}
-        return {kind: lm for kind, lm in found.items() if lm is not None}
+    def by_kind(self) -> dict[str, LanguageModel]:
+        """The model that responds, for each kind that is served."""
+        models = {PLAIN: self.target, AMPLIFY: self.after if self.before else None, SPECULATE: self.target}
+        return {kind: lm for kind, lm in models.items() if lm is not None}
 
-    def of(self, kind: str) -> LanguageModel:
-        """The model of a kind. Raises Refused where there is none."""
-        if kind not in self.models:
-            raise HttpError(404, REMEDIES[kind], code="no_model")
-        return self.models[kind]
+    def for_kind(self, kind: str) -> LanguageModel:
+        """Return the model that responds. Raises HttpError 404 if the kind is not served."""
+        if kind not in self.by_kind:
+            raise HttpError(404, NO_MODEL[kind], code="no_model")
+        return self.by_kind[kind]
 
-    def compatibility(self) -> dict[str, Any] | None:
-        """How the pair's vocabularies compare; None where there is no pair."""
+    def pair_compatibility(self) -> dict[str, Any] | None:
+        """Compare the vocabularies of the pair; None if there is no pair."""
         from extraction.model.pairs import compatibility
 
         if self.after is None or self.before is None:
             return None
         return compatibility(self.after, self.before, (str(self.names["after"]), str(self.names["before"])))
 
-    def longest(self, kind: str, settings: Settings) -> int:
-        """Tokens of prompt and answer together, at most."""
+    def max_total_tokens(self, kind: str, settings: Settings) -> int:
+        """Return the limit on prompt and response together: that of the settings or of the models' context."""
         partner = {AMPLIFY: self.before, SPECULATE: self.draft}.get(kind)
-        known = [lm.max_positions for lm in (self.of(kind), partner) if lm is not None and lm.max_positions]
-        return min([settings.max_total_tokens, *known])
+        limits = [lm.max_positions for lm in (self.for_kind(kind), partner) if lm is not None and lm.max_positions]
+        return min([settings.max_total_tokens, *limits])
 
-    def opener(self, settings: Settings) -> Callable[[QueueName], BatchQueue]:
-        """What makes the batch of a lane."""
+    def queue_factory(self, settings: Settings) -> Callable[[QueueName], BatchQueue]:
+        """Return the function that makes the queue of a name.
 
-        def opening(lane: QueueName) -> BatchQueue:
-            usual = lane[1] in (0, settings.depth)
-            return BatchQueue(lambda slots: self._running(lane, slots, settings), settings.batch_size, keeps=usual)
+        A queue of a depth that one request asked for frees its batch when it is empty.
+        """
 
-        return opening
+        def open_queue(name: QueueName) -> BatchQueue:
+            usual = name.depth in (0, settings.depth)
+            return BatchQueue(
+                lambda slots: self._make_batch(name, slots, settings), settings.batch_size, keep_batch=usual
+            )
 
-    def _running(self, lane: QueueName, slots: int, settings: Settings) -> ContinuousBatch:
+        return open_queue
+
+    def _make_batch(self, name: QueueName, slots: int, settings: Settings) -> ContinuousBatch:
         from extraction.engine.batch import ContinuousBatch
         from extraction.engine.sequence import BatchLimits
 
-        longest = self.longest(lane[0], settings)
+        longest = self.max_total_tokens(name.kind, settings)
         limits = BatchLimits(slots=slots, longest=longest, budget=min(settings.max_new_tokens, longest))
-        return ContinuousBatch(self.of(lane[0]), limits, strategy=self._strategy(lane))
+        return ContinuousBatch(self.for_kind(name.kind), limits, strategy=self._strategy(name))
 
-    def _strategy(self, lane: QueueName) -> Any:
+    def _strategy(self, name: QueueName) -> Any:
         from extraction.engine.logit_diff import Amplify
         from extraction.engine.sampler import Sample
         from extraction.engine.speculation import Speculate
 
-        kind, depth = lane
         strategies: dict[str, Callable[[], Any]] = {
             PLAIN: Sample,
             AMPLIFY: lambda: Amplify(before=self.before),  # type: ignore[arg-type]
-            SPECULATE: lambda: Speculate(draft=self.draft, depth=depth),
+            SPECULATE: lambda: Speculate(draft=self.draft, depth=name.depth),
         }
-        return strategies[kind]()
+        return strategies[name.kind]()
 
 
-def load_served(choice: Choice, say: Callable[[str], None]) -> ServedModels:
-    """Load what was chosen, each model once. Raises ModelError, also where two models don't go together."""
+def load_models(choice: Choice, log: Callable[[str], None]) -> ServedModels:
+    """Load each chosen model once. Raises ModelError, also for two models with different vocabularies."""
     from transformers.utils import logging
 
     from extraction.model.loading import load
@@ -118,25 +132,21 @@ def load_served(choice: Choice, say: Callable[[str], None]) -> ServedModels:
     if choice.after is not None and choice.before is not None:
         from extraction.model.pairs import load_pair
 
-        say(f"loading {choice.after.name} and {choice.before.name}")
+        log(f"loading {choice.after.name} and {choice.before.name}")
         pair = load_pair(choice.after, choice.before)
         after, before = pair.after, pair.before
         loaded |= {choice.before: before, choice.after: after}
     for spec in (choice.model, choice.draft):
         if spec is not None and spec not in loaded:
-            say(f"loading {spec.name}")
+            log(f"loading {spec.name}")
             loaded[spec] = load(spec)
     target, draft = (loaded[spec] if spec is not None else None for spec in (choice.model, choice.draft))
     if target is not None and draft is not None:
         from extraction.model.pairs import refuse_different
 
         refuse_different(target, draft)
-    roles = {PLAIN: choice.model, SPECULATE: choice.model, AMPLIFY: choice.after}
-    raw = frozenset(kind for kind, spec in roles.items() if spec is not None and spec.raw)
-    return ServedModels(target, draft, after, before, names_of(choice), raw)
-
-
-def names_of(choice: Choice) -> dict[str, str | None]:
-    """What each is called."""
     specs = {"model": choice.model, "draft": choice.draft, "after": choice.after, "before": choice.before}
-    return {role: spec.name if spec is not None else None for role, spec in specs.items()}
+    names = {role: spec.name if spec is not None else None for role, spec in specs.items()}
+    responders = {PLAIN: choice.model, SPECULATE: choice.model, AMPLIFY: choice.after}
+    raw = frozenset(kind for kind, spec in responders.items() if spec is not None and spec.raw)
+    return ServedModels(target, draft, after, before, names, raw)

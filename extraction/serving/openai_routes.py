@@ -13,99 +13,112 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from extraction.engine.sampler import Sample
-from extraction.serving.detokenizer import Stream, text_of
-from extraction.serving.errors import HttpError, unknown
-from extraction.serving.events import Failed, Finished, NewTokens
+from extraction.serving.detokenizer import IncrementalDecoder, decode
+from extraction.serving.errors import HttpError, unknown_value
+from extraction.serving.events import Failed, Finished, NewTokens, QueueName
 from extraction.serving.models import PLAIN
 from extraction.serving.openai_schemas import ChatCompletions, Completions
-from extraction.serving.prompt_encoding import Asked, Conversation, Ids, Raw
-from extraction.serving.service import RequestHandle, RequestRows, Service, outcome, seed_or_any
-from extraction.serving.streaming import Events, Reply, stream
+from extraction.serving.prompt_encoding import ChatPrompt, PromptInput, TextPrompt, TokenPrompt
+from extraction.serving.service import RequestHandle, RequestRows, Service, raise_first_error, seed_or_random
+from extraction.serving.streaming import IndexedEvents, JsonReply, stream_chunks
 
-REASONS = {"length": "length"}  # all others are `stop`
-
-Said = dict[str, Any]
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Form:
-    """What differs between the two endpoints: names, and how a choice holds its text."""
+class ResponseFormat:
+    """The differences between the responses of the two endpoints.
 
-    prefix: str
-    whole: str
-    chunk: str
-    message: Callable[[str], Said]
-    delta: Callable[[str, bool], Said]
-    opens: bool  # whether a stream starts with a chunk that has no text
+    Args:
+        id_prefix: Of the response's id.
+        object: Value of "object" in a whole response.
+        chunk_object: The same in a chunk of a stream.
+        message: Makes a choice's text field.
+        delta: Makes a chunk's text field, of a piece of text and whether it is the first chunk.
+        starts_empty: True if a stream starts with a chunk without text.
+    """
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+    message: Callable[[str], Json]
+    delta: Callable[[str, bool], Json]
+    starts_empty: bool
 
 
-TEXT = Form(
-    "cmpl", "text_completion", "text_completion", lambda text: {"text": text}, lambda text, first: {"text": text}, False
+TEXT = ResponseFormat(
+    id_prefix="cmpl",
+    object="text_completion",
+    chunk_object="text_completion",
+    message=lambda text: {"text": text},
+    delta=lambda text, first: {"text": text},
+    starts_empty=False,
 )
-CHAT = Form(
-    "chatcmpl",
-    "chat.completion",
-    "chat.completion.chunk",
-    lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
-    lambda text, first: {"delta": {"role": "assistant", "content": ""} if first else {"content": text} if text else {}},
-    True,
+CHAT = ResponseFormat(
+    id_prefix="chatcmpl",
+    object="chat.completion",
+    chunk_object="chat.completion.chunk",
+    message=lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
+    delta=lambda text, first: {
+        "delta": {"role": "assistant", "content": ""} if first else {"content": text} if text else {}
+    },
+    starts_empty=True,
 )
 
 
-def routes(desk: Service) -> APIRouter:
-    """The endpoints, at this desk."""
-    router = APIRouter(prefix="/v1", default_response_class=Reply)
+def make_router(service: Service) -> APIRouter:
+    """Return the endpoints under /v1."""
+    router = APIRouter(prefix="/v1", default_response_class=JsonReply)
     started = int(time.time())
 
-    def served() -> list[Said]:
-        name = desk.served.names.get("model")
+    def list_models() -> list[Json]:
+        name = service.models.names.get("model")
         return [{"id": name, "object": "model", "created": started, "owned_by": "traitline"}] if name else []
 
-    def known(name: str) -> Said:
-        found = {each["id"]: each for each in served()}
-        if name not in found:
-            raise unknown(name, found, "a model that is served here", "model", 404)
-        return found[name]
+    def require_model(name: str) -> Json:
+        models = {model["id"]: model for model in list_models()}
+        if name not in models:
+            raise unknown_value(name, models, "a model that is served here", "model", 404)
+        return models[name]
 
     @router.get("/models")
     async def models() -> Any:
-        return Reply({"object": "list", "data": served()})
+        return JsonReply({"object": "list", "data": list_models()})
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> Any:
-        return Reply(known(name))
+        return JsonReply(require_model(name))
 
     @router.post("/completions")
     async def completions(body: Completions, http: HttpRequest) -> Any:
-        known(body.model)
-        several = len(body.prompt) > 1
-        asked: list[Asked] = [
-            Raw(f"prompt.{i}" if several else "prompt", each, chat=False)
-            if isinstance(each, str)
-            else Ids(f"prompt.{i}" if several else "prompt", tuple(each))
-            for i, each in enumerate(body.prompt)
+        require_model(body.model)
+        fields = [f"prompt.{i}" for i in range(len(body.prompt))] if len(body.prompt) > 1 else ["prompt"]
+        prompts: list[PromptInput] = [
+            TextPrompt(field, prompt, chat=False) if isinstance(prompt, str) else TokenPrompt(field, tuple(prompt))
+            for field, prompt in zip(fields, body.prompt, strict=True)
         ]
-        return await _answer(desk, http, TEXT, body, _order(body, body.max_tokens or 16, "max_tokens"), asked)
+        handle = _make_handle(body, body.max_tokens or 16, "max_tokens")
+        return await _generate(service, http, TEXT, body, handle, prompts)
 
     @router.post("/chat/completions")
     async def chat_completions(body: ChatCompletions, http: HttpRequest) -> Any:
-        known(body.model)
+        require_model(body.model)
         roles = {"developer": "system"}
-        turns = tuple((roles.get(each.role, each.role), each.content) for each in body.messages)
+        messages = tuple((roles.get(message.role, message.role), message.content) for message in body.messages)
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        order = _order(body, body.max_completion_tokens or body.max_tokens, field)
-        return await _answer(desk, http, CHAT, body, order, [Conversation("messages", turns)])
+        handle = _make_handle(body, body.max_completion_tokens or body.max_tokens, field)
+        return await _generate(service, http, CHAT, body, handle, [ChatPrompt("messages", messages)])
 
     return router
 
 
-def _order(body: Completions | ChatCompletions, budget: int | None, field: str) -> RequestHandle:
+def _make_handle(body: Completions | ChatCompletions, max_new_tokens: int | None, field: str) -> RequestHandle:
     temperature = 1.0 if body.temperature is None else body.temperature
     return RequestHandle(
-        lane=(PLAIN, 0),
+        queue=QueueName(PLAIN),
         sample=Sample(temperature, body.top_k, 1.0 if body.top_p is None else body.top_p),
-        max_new_tokens=budget,
-        seed=seed_or_any(body.seed),
+        max_new_tokens=max_new_tokens,
+        seed=seed_or_random(body.seed),
         field=field,
         ignore_eos=body.ignore_eos,
         stops=tuple(body.stop),
@@ -113,65 +126,67 @@ def _order(body: Completions | ChatCompletions, budget: int | None, field: str) 
     )
 
 
-async def _answer(
-    desk: Service,
+async def _generate(
+    service: Service,
     http: HttpRequest,
-    form: Form,
+    form: ResponseFormat,
     body: Completions | ChatCompletions,
-    order: RequestHandle,
-    asked: Sequence[Asked],
+    handle: RequestHandle,
+    prompts: Sequence[PromptInput],
 ) -> Response:
-    head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+    head = {"id": f"{form.id_prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        rows = await desk.accept(order, asked, streams=True)
-        chunk = {**head, "object": form.chunk}
-        return await stream(http, rows, lambda events: _chunks(desk, rows, form, chunk, events, with_usage))
+        rows = await service.submit(handle, prompts, stream=True)
+        chunk = {**head, "object": form.chunk_object}
+        return await stream_chunks(http, rows, lambda events: _chunks(service, rows, form, chunk, events, with_usage))
     if body.stream_options is not None:
         raise HttpError(422, "'stream_options': given without 'stream': true; leave it out", param="stream_options")
-    rows, ends = await desk.answer(http, order, asked)
-    found = outcome(ends)
+    rows, ends = await service.generate(http, handle, prompts)
+    finished = raise_first_error(ends)
+    texts = [decode(service.tokenizers[PLAIN], end.completion.token_ids, handle.stops) for end in finished]
     choices = [
-        _choice(i, end.completion.finish_reason, form.message(_text(desk, order, end))) for i, end in enumerate(found)
+        _choice(i, end.completion.finish_reason, form.message(text))
+        for i, (end, text) in enumerate(zip(finished, texts, strict=True))
     ]
-    return Reply({**head, "object": form.whole, "choices": choices, "usage": _usage(rows, found)})
+    return JsonReply({**head, "object": form.object, "choices": choices, "usage": _usage(rows, finished)})
 
 
 async def _chunks(
-    desk: Service, rows: RequestRows, form: Form, head: Said, events: Events, with_usage: bool
-) -> AsyncIterator[Said]:
-    """A chunk a piece of text, one for each choice's end, and one with the usage where it was asked for."""
-    texts = [Stream(desk.decoders[PLAIN], rows.order.stops) for _ in rows.rows]
-    tail: Said = {"usage": None} if with_usage else {}
-    found: dict[int, Finished] = {}
-    for index in range(len(texts) if form.opens else 0):
-        yield {**head, "choices": [_choice(index, None, form.delta("", True))], **tail}
+    service: Service, rows: RequestRows, form: ResponseFormat, head: Json, events: IndexedEvents, with_usage: bool
+) -> AsyncIterator[Json]:
+    """Yield a chunk for each piece of text, one for each choice's finish reason, and one with the usage if asked."""
+    texts = [IncrementalDecoder(service.tokenizers[PLAIN], rows.handle.stops) for _ in rows.rows]
+    tail: Json = {"usage": None} if with_usage else {}
+    finished: list[Finished] = []
+
+    def chunk(index: int, reason: str | None, delta: Json) -> Json:
+        return {**head, "choices": [_choice(index, reason, delta)], **tail}
+
+    for index in range(len(texts) if form.starts_empty else 0):
+        yield chunk(index, None, form.delta("", True))
     async for index, event in events:
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, NewTokens):
             piece = texts[index].add(event.token_ids)
         else:
-            found[index] = event
-            piece = texts[index].end(event.completion.token_ids)
+            piece = texts[index].finish(event.completion.token_ids)
         if piece:
-            yield {**head, "choices": [_choice(index, None, form.delta(piece, False))], **tail}
+            yield chunk(index, None, form.delta(piece, False))
         if isinstance(event, Finished):
-            yield {**head, "choices": [_choice(index, event.completion.finish_reason, form.delta("", False))], **tail}
+            finished.append(event)
+            yield chunk(index, event.completion.finish_reason, form.delta("", False))
     if with_usage:
-        yield {**head, "choices": [], "usage": _usage(rows, list(found.values()))}
+        yield {**head, "choices": [], "usage": _usage(rows, finished)}
 
 
-def _choice(index: int, reason: str | None, text: Said) -> Said:
-    told = None if reason is None else REASONS.get(reason, "stop")
-    return {"index": index, **text, "logprobs": None, "finish_reason": told}
+def _choice(index: int, reason: str | None, text: Json) -> Json:
+    openai_reason = None if reason is None else "length" if reason == "length" else "stop"
+    return {"index": index, **text, "logprobs": None, "finish_reason": openai_reason}
 
 
-def _text(desk: Service, order: RequestHandle, end: Finished) -> str:
-    return text_of(desk.decoders[PLAIN], end.completion.token_ids, order.stops)
-
-
-def _usage(rows: RequestRows, found: Sequence[Finished]) -> Said:
-    n_prompt = sum(len(each.token_ids) for each in rows.encoded)
-    n_new = sum(len(end.completion.token_ids) for end in found)
+def _usage(rows: RequestRows, finished: Sequence[Finished]) -> Json:
+    n_prompt = sum(len(prompt.token_ids) for prompt in rows.encoded)
+    n_new = sum(len(end.completion.token_ids) for end in finished)
     return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}

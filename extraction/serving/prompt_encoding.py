@@ -1,6 +1,6 @@
-"""Prompts to token ids, in a thread of their own: a long text does not keep others from being answered.
+"""Encode prompts to token ids in a thread of its own, so that a long text does not block the event loop.
 
-Tokenizers can't be used by two threads at once, so this one has copies.
+A tokenizer can't be used by two threads at once: this thread has copies.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from extraction.core.errors import PromptError
 from extraction.model.chat_template import encode_conversation, encode_raw
 from extraction.serving.errors import HttpError
 
-Turns = tuple[tuple[str, str], ...]
+Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A prompt as the model reads it. `field`: where the request has it."""
+class EncodedPrompt:
+    """A prompt, its text with the chat template, and its token ids. `field`: its name in the request."""
 
     field: str
     prompt: str
@@ -30,98 +30,95 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Raw:
-    """A prompt as it comes."""
+class TextPrompt:
+    """A prompt as text. `chat` None: with the chat template if the model has one."""
 
     field: str
     prompt: str
     system: str | None = None
-    chat: bool | None = None  # None: with the chat template where there is one
+    chat: bool | None = None
 
-    def encode(self, tokenizer: Any) -> Encoded:
-        """Written for the model. Raises Refused."""
+    def encode(self, tokenizer: Any) -> EncodedPrompt:
+        """Encode it, without or with the chat template. Raises HttpError 422."""
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if self.chat and not has_template:
-            raise HttpError(
-                422,
-                "'apply_chat_template': true given; this model has no chat template, give false",
-                param="apply_chat_template",
-            )
+            message = "'apply_chat_template': true given; this model has no chat template, send false"
+            raise HttpError(422, message, param="apply_chat_template")
         if has_template if self.chat is None else self.chat:
             system = (("system", self.system),) if self.system else ()
-            return _conversation(tokenizer, self.field, self.prompt, (*system, ("user", self.prompt)))
+            return _encode_chat(tokenizer, self.field, self.prompt, (*system, ("user", self.prompt)))
         text = f"{self.system}\n\n{self.prompt}" if self.system else self.prompt
-        return _sound(Encoded(self.field, self.prompt, text, encode_raw(tokenizer, text)))
+        return _require_tokens(EncodedPrompt(self.field, self.prompt, text, encode_raw(tokenizer, text)))
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Turns of a chat."""
+class ChatPrompt:
+    """A conversation of several messages."""
 
     field: str
-    turns: Turns
+    messages: Messages
 
-    def encode(self, tokenizer: Any) -> Encoded:
-        """Written for the model. Raises Refused."""
+    def encode(self, tokenizer: Any) -> EncodedPrompt:
+        """Encode it with the chat template. Raises HttpError 422."""
         if not getattr(tokenizer, "chat_template", None):
             raise HttpError(422, "this model has no chat template; use /v1/completions", param=self.field)
-        return _conversation(tokenizer, self.field, "", self.turns)
+        return _encode_chat(tokenizer, self.field, "", self.messages)
 
 
 @dataclass(frozen=True)
-class Ids:
-    """Token ids, taken as they are."""
+class TokenPrompt:
+    """A prompt as token ids."""
 
     field: str
     token_ids: tuple[int, ...]
 
-    def encode(self, tokenizer: Any) -> Encoded:
-        """The same. Raises Refused for one that the tokenizer does not know."""
-        strange = next((each for each in self.token_ids if each >= len(tokenizer)), None)
-        if strange is not None:
-            said = f"{self.field!r}: {strange} is no token; this model has {len(tokenizer)}, counted from 0"
-            raise HttpError(422, said, param=self.field)
-        return Encoded(self.field, "", "", self.token_ids)
+    def encode(self, tokenizer: Any) -> EncodedPrompt:
+        """Check the ids against the vocabulary. Raises HttpError 422."""
+        unknown = next((token_id for token_id in self.token_ids if token_id >= len(tokenizer)), None)
+        if unknown is not None:
+            message = f"{self.field!r}: {unknown} is not a token id; use 0 to {len(tokenizer) - 1}"
+            raise HttpError(422, message, param=self.field)
+        return EncodedPrompt(self.field, "", "", self.token_ids)
 
 
-Asked = Raw | Conversation | Ids
+PromptInput = TextPrompt | ChatPrompt | TokenPrompt
 
 
 class PromptEncoder:
-    """Tokenizers by name, and the thread that uses them."""
+    """Tokenizers by kind of generation, and the thread that uses them."""
 
     def __init__(self, tokenizers: dict[str, Any]) -> None:
-        self._tokenizers = copies(tokenizers)
+        self._tokenizers = copy_tokenizers(tokenizers)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
-    async def encode(self, name: str, asked: Sequence[Asked]) -> list[Encoded]:
-        """In their order. Raises Refused for the first that can't be encoded."""
-        tokenizer = self._tokenizers[name]
-        work = [lambda each=each: each.encode(tokenizer) for each in asked]
+    async def encode(self, kind: str, prompts: Sequence[PromptInput]) -> list[EncodedPrompt]:
+        """Encode prompts in their order. Raises the HttpError of the first that can't be encoded."""
+        tokenizer = self._tokenizers[kind]
         loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._pool, each) for each in work]
+        return [await loop.run_in_executor(self._pool, prompt.encode, tokenizer) for prompt in prompts]
 
     def close(self) -> None:
         """End the thread."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def copies(tokenizers: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokenizers for one more thread; what is the same object stays one."""
+def copy_tokenizers(tokenizers: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy tokenizers for another thread; the same object under two names is copied once."""
     memo: dict[int, Any] = {}
     return {name: copy.deepcopy(tokenizer, memo) for name, tokenizer in tokenizers.items()}
 
 
-def _conversation(tokenizer: Any, field: str, prompt: str, turns: Turns) -> Encoded:
+def _encode_chat(tokenizer: Any, field: str, prompt: str, messages: Messages) -> EncodedPrompt:
     try:
-        text, token_ids = encode_conversation(tokenizer, turns)
+        text, token_ids = encode_conversation(tokenizer, messages)
     except PromptError as failure:
-        said = str(failure).replace("give --raw, or another model", "check the order of the roles")
-        raise HttpError(422, f"{field!r}: {said}", param=field) from failure
-    return _sound(Encoded(field, prompt, text, token_ids))
+        problem, _, remedy = str(failure).rpartition("; ")
+        message = f"{problem}; check the roles and their order" if "--" in remedy else str(failure)  # no CLI options
+        raise HttpError(422, f"{field!r}: {message}", param=field) from failure
+    return _require_tokens(EncodedPrompt(field, prompt, text, token_ids))
 
 
-def _sound(encoded: Encoded) -> Encoded:
+def _require_tokens(encoded: EncodedPrompt) -> EncodedPrompt:
     if not encoded.token_ids:
         raise HttpError(422, f"{encoded.field!r}: gives no tokens; write a prompt", param=encoded.field)
     return encoded

@@ -1,4 +1,10 @@
-"""Traitline's own endpoints: plain, amplified and speculated generation."""
+"""Traitline's own endpoints: plain, amplified and speculative generation.
+
+To add an endpoint, add its request body to `schemas.py`, and to `make_router` a function that builds a RequestHandle
+with `_make_handle`, awaits `service.generate`, and returns a JsonReply. Validation, limits, tokens, metrics and errors
+need no change. Describe it in docs/server.md. A new kind of generation (another decoding strategy) is added in
+`models.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,71 +18,84 @@ from starlette.responses import Response
 
 from extraction.engine.requests import SpeculationStats
 from extraction.engine.sampler import Sample
-from extraction.serving.detokenizer import Stream, text_of
+from extraction.serving.detokenizer import IncrementalDecoder, decode
 from extraction.serving.errors import HttpError
-from extraction.serving.events import Failed, Finished, NewTokens
+from extraction.serving.events import Failed, Finished, NewTokens, QueueName
 from extraction.serving.models import AMPLIFY, PLAIN, SPECULATE
-from extraction.serving.prompt_encoding import Encoded, Raw
+from extraction.serving.prompt_encoding import EncodedPrompt, TextPrompt
 from extraction.serving.schemas import Formatting, Generate, GenerateBatch, GenerateLda, GenerateLdaBatch, Sampling
-from extraction.serving.service import RequestHandle, RequestRows, Service, outcome, seed_or_any
-from extraction.serving.streaming import Events, Reply, stream
+from extraction.serving.service import RequestHandle, RequestRows, Service, raise_first_error, seed_or_random
+from extraction.serving.streaming import IndexedEvents, JsonReply, stream_chunks
 
-EARLY = ("stop", "stop_string")
+Json = dict[str, Any]
+
+STOPPED = ("stop", "stop_string")  # finish reasons of a response that the model or a stop string ended
 
 
-def routes(desk: Service) -> APIRouter:
-    """The endpoints, at this desk."""
-    router = APIRouter(default_response_class=Reply)
+def make_router(service: Service) -> APIRouter:
+    """Return the endpoints."""
+    router = APIRouter(default_response_class=JsonReply)
 
     @router.post("/generate")
     async def generate(body: Generate, http: HttpRequest) -> Any:
-        return await _one(desk, http, _order(desk, PLAIN, body, body.max_new_tokens), body)
+        return await _generate_one(service, http, _make_handle(service, PLAIN, body, body.max_new_tokens), body)
 
     @router.post("/generate_lda")
     async def generate_lda(body: GenerateLda, http: HttpRequest) -> Any:
-        return await _one(desk, http, _order(desk, AMPLIFY, body, body.max_new_tokens, alpha=body.alpha), body)
+        handle = _make_handle(service, AMPLIFY, body, body.max_new_tokens, alpha=body.alpha)
+        return await _generate_one(service, http, handle, body)
 
     @router.post("/generate_lda_batch")
     async def generate_lda_batch(body: GenerateLdaBatch, http: HttpRequest) -> Any:
-        order = _order(desk, AMPLIFY, body, body.max_new_tokens, alpha=body.alpha)
-        rows, ends = await desk.answer(http, order, _several(desk, order, body))
-        found = [_row(desk, order, i, *pair) for i, pair in enumerate(zip(rows.encoded, ends, strict=True))]
-        return Reply({"results": found, **_run(desk, order), "batch_size": len(found)}, _status(ends))
+        handle = _make_handle(service, AMPLIFY, body, body.max_new_tokens, alpha=body.alpha)
+        rows, ends = await service.generate(http, handle, _text_prompts(service, handle, body))
+        results = [_result(service, rows, i, end) for i, end in enumerate(ends)]
+        content = {"results": results, **_request_fields(service, handle), "batch_size": len(results)}
+        return JsonReply(content, _status(ends))
 
     @router.post("/generate/batch")
     async def generate_batch(body: GenerateBatch, http: HttpRequest) -> Any:
-        depth = body.speculation_depth or desk.settings.depth
-        order = _order(desk, SPECULATE, body, body.max_tokens, field="max_tokens", depth=depth)
-        began = time.perf_counter()
-        rows, ends = await desk.answer(http, order, _several(desk, order, body))
-        found = [_speculated(desk, order, i, *pair) for i, pair in enumerate(zip(rows.encoded, ends, strict=True))]
-        facts = {"batch_size": len(found), "speculation_depth": depth, "time_seconds": _seconds(began)}
-        return Reply({"results": found, **_run(desk, order), **facts}, _status(ends))
+        depth = body.speculation_depth or service.settings.depth
+        handle = _make_handle(service, SPECULATE, body, body.max_tokens, field="max_tokens", depth=depth)
+        started = time.perf_counter()
+        rows, ends = await service.generate(http, handle, _text_prompts(service, handle, body))
+        results = [_speculative_result(service, rows, i, end) for i, end in enumerate(ends)]
+        content = {
+            "results": results,
+            **_request_fields(service, handle),
+            "batch_size": len(results),
+            "speculation_depth": depth,
+            "time_seconds": round(time.perf_counter() - started, 6),
+        }
+        return JsonReply(content, _status(ends))
 
     @router.get("/tokenizer_compatibility")
     async def tokenizer_compatibility() -> Any:
-        desk.served.of(AMPLIFY)
-        return Reply(desk.compatibility)
+        service.models.for_kind(AMPLIFY)
+        return JsonReply(service.compatibility)
 
     return router
 
 
-def _order(
-    desk: Service,
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+def _make_handle(
+    service: Service,
     kind: str,
     body: Sampling,
-    budget: int,
+    max_new_tokens: int,
     *,
     field: str = "max_new_tokens",
     alpha: float | None = None,
     depth: int = 0,
 ) -> RequestHandle:
-    desk.served.of(kind)
+    service.models.for_kind(kind)
     return RequestHandle(
-        lane=(kind, depth),
+        queue=QueueName(kind, depth),
         sample=Sample(body.temperature, body.top_k, body.top_p),
-        max_new_tokens=budget,
-        seed=seed_or_any(body.seed),
+        max_new_tokens=max_new_tokens,
+        seed=seed_or_random(body.seed),
         field=field,
         alpha=alpha,
         ignore_eos=body.ignore_eos,
@@ -84,87 +103,86 @@ def _order(
     )
 
 
-def _several(desk: Service, order: RequestHandle, body: GenerateLdaBatch | GenerateBatch) -> list[Raw]:
-    return [_asked(desk, order, body, f"prompts.{i}", prompt) for i, prompt in enumerate(body.prompts)]
+def _text_prompts(service: Service, handle: RequestHandle, body: GenerateLdaBatch | GenerateBatch) -> list[TextPrompt]:
+    return [_text_prompt(service, handle, body, f"prompts.{i}", prompt) for i, prompt in enumerate(body.prompts)]
 
 
-def _asked(desk: Service, order: RequestHandle, body: Formatting, field: str, prompt: str) -> Raw:
-    by_default = False if order.lane[0] in desk.served.raw else None
-    chat = by_default if body.apply_chat_template is None else body.apply_chat_template
-    return Raw(field, prompt, body.system_prompt, chat)
+def _text_prompt(service: Service, handle: RequestHandle, body: Formatting, field: str, prompt: str) -> TextPrompt:
+    default = False if handle.queue.kind in service.models.raw else None
+    chat = default if body.apply_chat_template is None else body.apply_chat_template
+    return TextPrompt(field, prompt, body.system_prompt, chat)
 
 
-async def _one(desk: Service, http: HttpRequest, order: RequestHandle, body: Generate) -> Response:
-    asked = [_asked(desk, order, body, "prompt", body.prompt)]
+async def _generate_one(service: Service, http: HttpRequest, handle: RequestHandle, body: Generate) -> Response:
+    prompts = [_text_prompt(service, handle, body, "prompt", body.prompt)]
     if not body.stream:
-        rows, ends = await desk.answer(http, order, asked)
-        return Reply({**_answer(desk, order, 0, rows.encoded[0], outcome(ends)[0]), **_run(desk, order)})
-    rows = await desk.accept(order, asked, streams=True)
-    return await stream(http, rows, lambda events: _pieces(desk, rows, events))
+        rows, ends = await service.generate(http, handle, prompts)
+        (end,) = raise_first_error(ends)
+        return JsonReply({**_result(service, rows, 0, end), **_request_fields(service, handle)})
+    rows = await service.submit(handle, prompts, stream=True)
+    return await stream_chunks(http, rows, lambda events: _chunks(service, rows, events))
 
 
-async def _pieces(desk: Service, rows: RequestRows, events: Events) -> AsyncIterator[dict[str, Any]]:
-    """The text as it grows; last, what there would have been without a stream."""
-    order = rows.order
-    text = Stream(desk.decoders[order.lane[0]], order.stops)
+# --- responses ------------------------------------------------------------------------------------------------------
+
+
+async def _chunks(service: Service, rows: RequestRows, events: IndexedEvents) -> AsyncIterator[Json]:
+    """Yield pieces of the text, and last the response as it is without streaming."""
+    handle = rows.handle
+    text = IncrementalDecoder(service.tokenizers[handle.queue.kind], handle.stops)
     async for _, event in events:
         if isinstance(event, Failed):
             raise event.error
-        piece = text.add(event.token_ids) if isinstance(event, NewTokens) else text.end(event.completion.token_ids)
+        piece = text.add(event.token_ids) if isinstance(event, NewTokens) else text.finish(event.completion.token_ids)
         if piece:
             yield {"text": piece, "tokens_generated": len(text.token_ids), "done": False}
         if isinstance(event, Finished):
-            yield {**_answer(desk, order, 0, rows.encoded[0], event), **_run(desk, order), "done": True}
+            yield {**_result(service, rows, 0, event), **_request_fields(service, handle), "done": True}
 
 
-def _run(desk: Service, order: RequestHandle) -> dict[str, Any]:
-    """What a reply says of the whole request."""
-    names, kind = desk.served.names, order.lane[0]
-    said: dict[str, dict[str, Any]] = {
+def _request_fields(service: Service, handle: RequestHandle) -> Json:
+    """Return the fields of a response that all its rows share."""
+    names = service.models.names
+    fields: dict[str, Json] = {
         PLAIN: {"model": names["model"]},
-        AMPLIFY: {"alpha": order.alpha, "model_after": names["after"], "model_before": names["before"]},
+        AMPLIFY: {"alpha": handle.alpha, "model_after": names["after"], "model_before": names["before"]},
         SPECULATE: {"model": names["model"], "draft": names["draft"]},
     }
-    return said[kind]
+    return fields[handle.queue.kind]
 
 
-def _row(
-    desk: Service, order: RequestHandle, index: int, encoded: Encoded, end: Finished | HttpError
-) -> dict[str, Any]:
-    """One prompt's place in a batch's reply: its answer, or why it has none."""
+def _result(service: Service, rows: RequestRows, index: int, end: Finished | HttpError) -> Json:
+    """Return one row's fields: its response, or its prompt and error."""
+    handle, encoded = rows.handle, rows.encoded[index]
     if isinstance(end, HttpError):
-        return {"prompt": encoded.prompt, **end.body}
-    return _answer(desk, order, index, encoded, end)
-
-
-def _answer(desk: Service, order: RequestHandle, index: int, encoded: Encoded, end: Finished) -> dict[str, Any]:
+        return _error_result(encoded, end)
     completion = end.completion
-    text = text_of(desk.decoders[order.lane[0]], completion.token_ids, order.stops)
+    text = decode(service.tokenizers[handle.queue.kind], completion.token_ids, handle.stops)
     return {
         "prompt": encoded.prompt,
         "formatted_prompt": encoded.text,
         "completion": text,
         "text": encoded.text + text,
         "tokens_generated": len(completion.token_ids),
-        "stopped_early": completion.finish_reason in EARLY,
+        "stopped_early": completion.finish_reason in STOPPED,
         "finish_reason": completion.finish_reason,
-        "seed": order.seed + index,
+        "seed": handle.seed + index,
     }
 
 
-def _speculated(
-    desk: Service, order: RequestHandle, index: int, encoded: Encoded, end: Finished | HttpError
-) -> dict[str, Any]:
+def _speculative_result(service: Service, rows: RequestRows, index: int, end: Finished | HttpError) -> Json:
+    """Return one row's fields with its latency and the counts of speculation."""
+    handle, encoded = rows.handle, rows.encoded[index]
     if isinstance(end, HttpError):
-        return {"prompt": encoded.prompt, **end.body}
+        return _error_result(encoded, end)
     completion, stats = end.completion, end.completion.speculation or SpeculationStats(0, 0, 0)
     return {
         "prompt": encoded.prompt,
-        "text": text_of(desk.decoders[SPECULATE], completion.token_ids, order.stops),
+        "text": decode(service.tokenizers[SPECULATE], completion.token_ids, handle.stops),
         "tokens": list(completion.token_ids),
         "num_tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
-        "seed": order.seed + index,
+        "seed": handle.seed + index,
         "time_seconds": round(end.seconds, 6),
         "tokens_per_second": round(len(completion.token_ids) / max(end.seconds, 1e-9), 3),
         "time_to_first_token": None if end.first_seconds is None else round(end.first_seconds, 6),
@@ -178,11 +196,11 @@ def _speculated(
     }
 
 
+def _error_result(encoded: EncodedPrompt, error: HttpError) -> Json:
+    return {"prompt": encoded.prompt, **error.body}
+
+
 def _status(ends: Sequence[Finished | HttpError]) -> int:
-    """200 where at least one prompt has its answer, else the status of the first."""
+    """Return 200 if any row has a response, else the status of the first row's error."""
     failed = [end.status for end in ends if isinstance(end, HttpError)]
     return failed[0] if len(failed) == len(ends) else 200
-
-
-def _seconds(began: float) -> float:
-    return round(time.perf_counter() - began, 6)

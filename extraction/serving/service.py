@@ -1,6 +1,6 @@
-"""The front desk: checks what a request asks for, hands its rows to the engine, and waits for what comes back.
+"""Requests between HTTP and the engine: build a row for each prompt, submit the rows, and wait for their events.
 
-A client that leaves takes its rows with it, and so does a request whose time is over.
+The rows of a request are cancelled when its client disconnects or its time is over.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from extraction.amplification.lda import DRAWS
 from extraction.engine.requests import Request
 from extraction.engine.sampler import Sample
 from extraction.serving.engine_thread import EngineThread
-from extraction.serving.errors import HttpError
+from extraction.serving.errors import ClientDisconnected, HttpError
 from extraction.serving.events import Event, Failed, Finished, PendingRow, QueueName
 from extraction.serving.models import ServedModels
-from extraction.serving.prompt_encoding import Asked, Encoded, PromptEncoder, copies
+from extraction.serving.prompt_encoding import EncodedPrompt, PromptEncoder, PromptInput, copy_tokenizers
 from extraction.serving.settings import MAX_ROWS, Settings
 
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
-
-
 @dataclass(frozen=True)
 class RequestHandle:
-    """What all rows of one HTTP request share. `max_new_tokens` None: as many as fit; `field`: where it stands."""
+    """Settings shared by all rows of one HTTP request.
 
-    lane: QueueName
+    Args:
+        max_new_tokens: None for as many as fit.
+        field: Name of `max_new_tokens` in the request, for messages.
+        copies: Rows for each prompt.
+    """
+
+    queue: QueueName
     sample: Sample
     max_new_tokens: int | None
     seed: int
@@ -47,148 +49,154 @@ class RequestHandle:
     copies: int = 1
 
 
-def seed_or_any(seed: int | None) -> int:
-    """The seed given, or a fresh one."""
+def seed_or_random(seed: int | None) -> int:
+    """Return the seed, or a random one for None."""
     return secrets.randbits(48) if seed is None else seed
 
 
 class RequestRows:
-    """The rows of one HTTP request on their way, and their events as they come."""
+    """The submitted rows of one HTTP request, and their events. Created in the event loop; submits at once."""
 
-    def __init__(self, desk: Service, order: RequestHandle, encoded: Sequence[Encoded], *, streams: bool) -> None:
+    def __init__(
+        self, service: Service, handle: RequestHandle, encoded: Sequence[EncodedPrompt], *, stream: bool
+    ) -> None:
         loop = asyncio.get_running_loop()
-        self.order, self.encoded, self.desk = order, encoded, desk
-        self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self.ends_at = loop.time() + desk.settings.timeout
-        prompts = [each for each in encoded for _ in range(order.copies)]
+        self.handle, self.encoded = handle, encoded
+        self.deadline = loop.time() + service.settings.timeout
+        self._service = service
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-        def teller(index: int) -> Callable[[Event], None]:
-            def tell(event: Event) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
-                    loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+        def emitter(index: int) -> Callable[[Event], None]:
+            def emit(event: Event) -> None:
+                with contextlib.suppress(RuntimeError):  # the event loop has closed
+                    loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-            return tell
+            return emit
 
+        prompts = [prompt for prompt in encoded for _ in range(handle.copies)]
         self.rows = [
-            PendingRow(order.lane, desk.request(order, each, index), teller(index), streams)
-            for index, each in enumerate(prompts)
+            PendingRow(handle.queue, service.build_request(handle, prompt, index), emitter(index), stream)
+            for index, prompt in enumerate(prompts)
         ]
-        self.left = len(self.rows)
-        desk.scheduler.submit(self.rows)
+        self._n_running = len(self.rows)
+        service.engine.submit(self.rows)
 
-    async def next(self) -> tuple[int, Event]:
-        """The next event of any row. Raises Refused when the request's time is over."""
+    async def next_event(self) -> tuple[int, Event]:
+        """Wait for the next event of any row. Raises HttpError 504 at the deadline."""
         try:
-            async with asyncio.timeout_at(self.ends_at):
-                index, event = await self.events.get()
+            async with asyncio.timeout_at(self.deadline):
+                index, event = await self._events.get()
         except TimeoutError:
-            said = f"not done after {self.desk.settings.timeout:g} s; ask for fewer tokens, or start it with --timeout"
-            raise HttpError(504, said, code="timeout") from None
-        self.left -= isinstance(event, Finished | Failed)
+            message = f"not finished within {self._service.settings.timeout:g} s (--timeout); ask for fewer tokens"
+            raise HttpError(504, message, code="timeout") from None
+        self._n_running -= isinstance(event, Finished | Failed)
         return index, event
 
-    async def all(self) -> AsyncIterator[tuple[int, Event]]:
-        """Every event until all rows have ended."""
-        while self.left:
-            yield await self.next()
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Yield events until all rows have ended."""
+        while self._n_running:
+            yield await self.next_event()
 
-    async def ends(self) -> list[Finished | HttpError]:
-        """How each row ended, in order."""
-        found: dict[int, Finished | HttpError] = {}
-        async for index, event in self.all():
+    async def results(self) -> list[Finished | HttpError]:
+        """Wait for all rows. Returns the completion or error of each, in order."""
+        results: dict[int, Finished | HttpError] = {}
+        async for index, event in self.events():
             if isinstance(event, Finished):
-                found[index] = event
+                results[index] = event
             elif isinstance(event, Failed):
-                found[index] = event.error
-        return [found[index] for index in range(len(self.rows))]
+                results[index] = event.error
+        return [results[index] for index in range(len(self.rows))]
 
-    def close(self) -> None:
-        """Take back what has not ended."""
-        self.desk.scheduler.cancel(self.rows)
+    def cancel(self) -> None:
+        """Cancel the rows that have not ended."""
+        self._service.engine.cancel(self.rows)
 
 
 class Service:
-    """Everything that an endpoint needs."""
+    """The models, the engine and the tokenizers, as the routes use them."""
 
-    def __init__(self, served: ServedModels, settings: Settings, scheduler: EngineThread) -> None:
-        self.served, self.settings, self.scheduler = served, settings, scheduler
-        tokenizers = {kind: lm.tokenizer for kind, lm in served.models.items()}
-        self.prompter, self.decoders = PromptEncoder(tokenizers), copies(tokenizers)
-        self.compatibility = served.compatibility()  # asked once, while nobody else uses the tokenizers
-        self._numbers = itertools.count()
+    def __init__(self, models: ServedModels, settings: Settings, engine: EngineThread) -> None:
+        self.models, self.settings, self.engine = models, settings, engine
+        tokenizers = {kind: lm.tokenizer for kind, lm in models.by_kind.items()}
+        self.prompt_encoder, self.tokenizers = PromptEncoder(tokenizers), copy_tokenizers(tokenizers)
+        self.compatibility = models.pair_compatibility()  # computed before other threads use the tokenizers
+        self._ids = itertools.count()
 
-    def request(self, order: RequestHandle, encoded: Encoded, index: int) -> Request:
-        """One row for the engine. Row i has the seed plus i, with which it can be had again alone."""
+    def build_request(self, handle: RequestHandle, encoded: EncodedPrompt, index: int) -> Request:
+        """Return the engine's request for a row. Row i draws with seed + i, and gives the same tokens alone."""
         return Request(
-            id=f"{next(self._numbers)}",
+            id=f"{next(self._ids)}",
             token_ids=encoded.token_ids,
-            max_new_tokens=self._budget(order, encoded),
-            seed=order.seed + index,
+            max_new_tokens=self._max_new_tokens(handle, encoded),
+            seed=handle.seed + index,
             draws=DRAWS,
-            sample=order.sample,
-            alpha=order.alpha,
-            ignore_eos=order.ignore_eos,
-            stop_strings=order.stops,
+            sample=handle.sample,
+            alpha=handle.alpha,
+            ignore_eos=handle.ignore_eos,
+            stop_strings=handle.stops,
         )
 
-    async def accept(self, order: RequestHandle, asked: Sequence[Asked], *, streams: bool = False) -> RequestRows:
-        """Encode the prompts and hand in their rows. Raises Refused."""
-        if len(asked) * order.copies > MAX_ROWS:
-            said = f"'n': {len(asked)} prompts times {order.copies} are more than {MAX_ROWS}; ask for less at a time"
-            raise HttpError(422, said, param="n")
-        if self.scheduler.state != "ready":
-            raise self.scheduler.refusal()
-        return RequestRows(self, order, await self.prompter.encode(order.lane[0], asked), streams=streams)
+    async def submit(
+        self, handle: RequestHandle, prompts: Sequence[PromptInput], *, stream: bool = False
+    ) -> RequestRows:
+        """Encode the prompts and submit their rows. Raises HttpError."""
+        if len(prompts) * handle.copies > MAX_ROWS:
+            message = f"'n': {len(prompts)} prompts times {handle.copies} are more than {MAX_ROWS}; lower it"
+            raise HttpError(422, message, param="n")
+        if self.engine.state != "ready":
+            raise self.engine.unavailable_error()
+        encoded = await self.prompt_encoder.encode(handle.queue.kind, prompts)
+        return RequestRows(self, handle, encoded, stream=stream)
 
-    async def answer(
-        self, http: HttpRequest, order: RequestHandle, asked: Sequence[Asked]
+    async def generate(
+        self, http: HttpRequest, handle: RequestHandle, prompts: Sequence[PromptInput]
     ) -> tuple[RequestRows, list[Finished | HttpError]]:
-        """How every row ended. Raises Refused, ClientGone."""
-        rows = await self.accept(order, asked)
+        """Submit rows and wait for their results. Raises HttpError, ClientDisconnected."""
+        rows = await self.submit(handle, prompts)
         try:
-            return rows, await unless_gone(http, rows.ends())
+            return rows, await unless_disconnected(http, rows.results())
         finally:
-            rows.close()
+            rows.cancel()
 
-    def _budget(self, order: RequestHandle, encoded: Encoded) -> int:
-        """How many tokens may come. Raises Refused where prompt and answer don't fit."""
-        limit, most = self.served.longest(order.lane[0], self.settings), self.settings.max_new_tokens
-        n_prompt, asked = len(encoded.token_ids), order.max_new_tokens
-        if asked is not None and asked > most:
-            said = f"{order.field!r}: {asked} given; this server makes at most {most} new tokens (--max-new-tokens)"
-            raise HttpError(422, said, param=order.field, code="token_limit")
-        if n_prompt + (asked or 1) > limit:
-            said = (
-                f"{encoded.field!r}: {n_prompt} prompt tokens and {asked or 1} new ones are more than {limit}; shorten "
-                f"the prompt or lower {order.field!r}"
+    def _max_new_tokens(self, handle: RequestHandle, encoded: EncodedPrompt) -> int:
+        """Return the row's limit on new tokens. Raises HttpError 422 if it or the prompt is too long."""
+        limit, most = self.models.max_total_tokens(handle.queue.kind, self.settings), self.settings.max_new_tokens
+        n_prompt, n_new = len(encoded.token_ids), handle.max_new_tokens
+        if n_new is not None and n_new > most:
+            message = f"{handle.field!r}: {n_new} given; this server generates at most {most} (--max-new-tokens)"
+            raise HttpError(422, message, param=handle.field, code="token_limit")
+        if n_prompt + (n_new or 1) > limit:
+            message = (
+                f"{encoded.field!r}: {n_prompt} prompt tokens and {n_new or 1} new ones are more than {limit}; shorten "
+                f"the prompt or lower {handle.field!r}"
             )
-            raise HttpError(422, said, param=encoded.field, code="context_length_exceeded")
-        return asked if asked is not None else min(most, limit - n_prompt)
+            raise HttpError(422, message, param=encoded.field, code="context_length_exceeded")
+        return n_new if n_new is not None else min(most, limit - n_prompt)
 
 
-async def unless_gone(http: HttpRequest, work: Awaitable[T]) -> T:
-    """The work's result, unless the client leaves first. Raises ClientGone."""
-    doing = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(http))
+async def unless_disconnected(http: HttpRequest, work: Awaitable[T]) -> T:
+    """Return the result of `work`. Raises ClientDisconnected if the client closes its connection first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(http))
     try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise ClientGone
-        return doing.result()
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnected
+        return working.result()
     finally:
-        doing.cancel()
+        working.cancel()
         leaving.cancel()
-        await asyncio.gather(doing, leaving, return_exceptions=True)
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _left(http: HttpRequest) -> None:
+async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-def outcome(ends: Sequence[Finished | HttpError]) -> list[Finished]:
-    """All rows' ends, where all were good. Raises the first that was not."""
-    for end in ends:
-        if isinstance(end, HttpError):
-            raise end
-    return [end for end in ends if isinstance(end, Finished)]
+def raise_first_error(results: Sequence[Finished | HttpError]) -> list[Finished]:
+    """Return the completions of all rows. Raises the first row's error, if any failed."""
+    for result in results:
+        if isinstance(result, HttpError):
+            raise result
+    return [result for result in results if isinstance(result, Finished)]

@@ -72,7 +72,7 @@ class Settings:
 
 def check_installed() -> None:
     """Raise MissingPackage where the extra `serve` is not installed."""
-    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise MissingPackage(f"traitline serve: needs {' and '.join(missing)}; pip install 'traitline[serve]'")
 

@@ -1,4 +1,4 @@
-"""Server-sent events: a response while it is being made."""
+"""JSON responses, and responses streamed as server-sent events while they are generated."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from extraction.serving.errors import HttpError
 from extraction.serving.events import Event, Failed
-from extraction.serving.service import RequestRows, unless_gone
+from extraction.serving.service import RequestRows, unless_disconnected
 
-Events = AsyncIterator[tuple[int, Event]]
-Pieces = Callable[[Events], AsyncIterator[dict[str, Any]]]
+IndexedEvents = AsyncIterator[tuple[int, Event]]  # (index of the row, its event)
+MakeChunks = Callable[[IndexedEvents], AsyncIterator[dict[str, Any]]]
 
-END = "data: [DONE]\n\n"
-# what a terminal would obey, or show in another order, even inside of JSON's quotes
+DONE = "data: [DONE]\n\n"
+# control characters and marks of direction, which a terminal interprets also inside JSON's quotes
 UNSAFE = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
-def dumps(content: Any) -> str:
-    """JSON that a terminal and a browser take for text."""
+def to_safe_json(content: Any) -> str:
+    """Return compact JSON in which characters that a terminal or browser would interpret are escaped."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-class Reply(JSONResponse):
-    """A JSON answer."""
+class JsonReply(JSONResponse):
+    """A JSON response that ends with a newline."""
 
     def render(self, content: Any) -> bytes:
-        """As bytes, with a line's end for people with curl."""
-        return (dumps(content) + "\n").encode()
+        """Return the body."""
+        return (to_safe_json(content) + "\n").encode()
 
 
-class _Stream(StreamingResponse):
-    """Events until all rows have ended; whatever happens, the rows are taken back then."""
+class _EventStream(StreamingResponse):
+    """Server-sent events until all rows have ended. The rows are cancelled when the response ends early."""
 
     def __init__(self, lines: AsyncIterator[str], rows: RequestRows) -> None:
         super().__init__(lines, media_type="text/event-stream")
@@ -46,36 +46,39 @@ class _Stream(StreamingResponse):
 
     async def __call__(self, *asgi: Any) -> None:
         try:
-            async with asyncio.timeout_at(self.rows.ends_at + 1):
+            async with asyncio.timeout_at(self.rows.deadline + 1):
                 await super().__call__(*asgi)
-        except TimeoutError:  # the client does not read: hang up
+        except TimeoutError:  # the client does not read: close the connection
             return
         finally:
-            self.rows.close()
+            self.rows.cancel()
 
 
-async def stream(http: HttpRequest, rows: RequestRows, pieces: Pieces) -> StreamingResponse:
-    """Answer with what `pieces` makes of the rows' events. What fails before the first token has its own status."""
+async def stream_chunks(http: HttpRequest, rows: RequestRows, make_chunks: MakeChunks) -> StreamingResponse:
+    """Stream the chunks that `make_chunks` makes of the rows' events.
+
+    An error before the first event raises HttpError, so that it has its own status; a later one is the last chunk.
+    """
     try:
-        first = await unless_gone(http, rows.next())
+        first = await unless_disconnected(http, rows.next_event())
         if isinstance(first[1], Failed):
             raise first[1].error
     except BaseException:
-        rows.close()
+        rows.cancel()
         raise
-    return _Stream(_lines(pieces(_after(first, rows.all()))), rows)
+    return _EventStream(_to_lines(make_chunks(_prepend(first, rows.events()))), rows)
 
 
-async def _after(first: tuple[int, Event], others: Events) -> Events:
+async def _prepend(first: tuple[int, Event], others: IndexedEvents) -> IndexedEvents:
     yield first
-    async for each in others:
-        yield each
+    async for event in others:
+        yield event
 
 
-async def _lines(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _to_lines(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     try:
-        async for each in objects:
-            yield f"data: {dumps(each)}\n\n"
-    except HttpError as refused:
-        yield f"data: {dumps(refused.body)}\n\n"
-    yield END
+        async for chunk in chunks:
+            yield f"data: {to_safe_json(chunk)}\n\n"
+    except HttpError as error:
+        yield f"data: {to_safe_json(error.body)}\n\n"
+    yield DONE

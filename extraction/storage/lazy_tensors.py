@@ -74,7 +74,7 @@ class LazyRows:
         """[m, L, D]."""
         return len(self.ids), len(self.columns), self.tensor.shape[2]
 
-    def at(self, layers: slice) -> Tensor:
+    def read_layers(self, layers: slice) -> Tensor:
         """Read some layers: [m, k, D], in the stored dtype. Needs memory for the result and one file's layers."""
         import torch
 

@@ -140,7 +140,7 @@ class TraitRun(RunDir):
     def load_activations(self, name: str, *, stage: str = "activations") -> tuple[list[str], Tensor]:
         """Read all rows of one tensor, [n, L, D], in shard order. Needs memory for the result and one shard."""
         stored = self.open_activations(name, stage=stage)
-        return list(stored.ids), stored.pick(stored.ids, range(stored.shape[1])).at(slice(None))
+        return list(stored.ids), stored.pick(stored.ids, range(stored.shape[1])).read_layers(slice(None))
 
     # --- results
 

@@ -1,7 +1,7 @@
-"""Figures with an interval: how much they would move, had other questions been drawn.
+"""Bootstrap intervals of the metrics, over questions.
 
-N positive rows, M negative rows, n rows of both, Q questions (P of them with positive rows, R with negative ones),
-C columns, B resamples.
+Shapes: N positive rows, M negative rows, n rows of both, Q questions (P of them with positive rows, R with negative
+ones), C columns, B resamples, S strata (or the questions of a group), G distinct scores, s rows of a stratum.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from extraction.vectors.metrics import NO_SPREAD, accuracy_at, cohens_d
 
 INTERVAL = (0.025, 0.975)
-MOST_UNDEFINED = 0.5  # share of the resamples that may lack a figure (a side, or any spread) before it has no interval
+MAX_UNDEFINED_SHARE = 0.5  # of the resamples may lack the metric (no side, or no spread); with more, no interval
 CHUNK_NUMBERS = 2**20
-PAIRS_A_ROW = 32  # of questions: with more, adding up along the sorted rows is quicker than a matrix of pairs
+MAX_PAIRS_PER_ROW = 32  # pairs of questions: above it, summing along sorted rows is faster than a matrix of pairs
 
 
 @dataclass(frozen=True)
-class Bounded:
-    """A figure [C], and the ends [C] of its interval; NaN where undefined."""
+class Estimate:
+    """A metric [C] with the bounds [C] of its 95% interval; NaN where undefined."""
 
     value_C: Tensor
     low_C: Tensor
@@ -32,9 +32,9 @@ class Bounded:
 
 @dataclass(frozen=True)
 class Resamples:
-    """How often [B, Q] each question is in each resample, and each row's side [n], question [n] and stratum [n].
+    """How often each question is in each resample [B, Q], and each row's label, question and stratum [n].
 
-    B is 0 where nothing can be said of other questions. AUROC compares rows of the same stratum only.
+    B is 0 where no interval can be computed. AUROC compares rows of the same stratum only.
     """
 
     counts_BQ: Tensor
@@ -42,12 +42,12 @@ class Resamples:
     question_n: Tensor
     stratum_n: Tensor
 
-    def once(self) -> Resamples:
-        """One resample, with every question as it is."""
+    def original(self) -> Resamples:
+        """Return a single resample that has each question once."""
         return replace(self, counts_BQ=torch.ones(1, self.counts_BQ.shape[1], dtype=torch.float64))
 
-    def sums(self, values_nC: Tensor, side: bool) -> Tensor:
-        """Every resample's sum over one side's rows, a row counting as often as its question: [n, C] -> [B, C]."""
+    def sum_side(self, values_nC: Tensor, side: bool) -> Tensor:
+        """Sum values over the rows of one side in every resample: [n, C] -> [B, C]."""
         here_n = self.positive_n == side
         by_question_QC = torch.zeros(self.counts_BQ.shape[1], values_nC.shape[1], dtype=torch.float64)
         by_question_QC.index_add_(0, self.question_n[here_n], values_nC[here_n].double())
@@ -55,17 +55,16 @@ class Resamples:
 
 
 def resample_questions(positive_n: Tensor, question_ids: Sequence[Any], *, count: int, seed: int) -> Resamples:
-    """Draw the questions again, with replacement, `count` times; a question brings all of its rows.
+    """Draw questions with replacement, `count` times; each question brings all of its rows.
 
-    Rows about one question resemble one another, so the question is the unit that is drawn (cluster bootstrap:
-    Davison and Hinkley 1997, section 3.8; Efron and Tibshirani 1993, chapter 8). Where no question is seen on both
-    sides (natural prompts), the sides are drawn one after the other. There are no resamples where there is only one
-    question to draw from, on either side if sides are drawn apart.
+    Rows about one question resemble one another, so the question is the unit (cluster bootstrap: Davison and Hinkley
+    1997, section 3.8; Efron and Tibshirani 1993, chapter 8). Where no question has rows on both sides (natural
+    prompts), the sides are drawn separately. With a single question to draw from there are no resamples.
     """
     questions = sorted(set(question_ids))
-    place = {question: index for index, question in enumerate(questions)}
-    question_n = torch.tensor([place[question] for question in question_ids])
-    groups = _drawn_together(positive_n, question_n, len(questions))
+    index_of = {question: index for index, question in enumerate(questions)}
+    question_n = torch.tensor([index_of[question] for question in question_ids])
+    groups = _resampling_groups(positive_n, question_n, len(questions))
     if min(map(len, groups)) < 2:
         count = 0
     counts_BQ = torch.zeros(count, len(questions), dtype=torch.float64)
@@ -76,8 +75,8 @@ def resample_questions(positive_n: Tensor, question_ids: Sequence[Any], *, count
     return Resamples(counts_BQ, positive_n, question_n, torch.zeros_like(question_n))
 
 
-def _drawn_together(positive_n: Tensor, question_n: Tensor, n_questions: int) -> list[Tensor]:
-    """The groups of questions that are drawn one after the other."""
+def _resampling_groups(positive_n: Tensor, question_n: Tensor, n_questions: int) -> list[Tensor]:
+    """Return the groups of questions [S] that are drawn separately: all, or one group a side."""
     on_positive_Q, on_negative_Q = (
         torch.zeros(n_questions, dtype=torch.bool).index_fill(0, question_n[positive_n == side], True)
         for side in (True, False)
@@ -87,86 +86,93 @@ def _drawn_together(positive_n: Tensor, question_n: Tensor, n_questions: int) ->
     return [on_positive_Q.nonzero().flatten(), on_negative_Q.nonzero().flatten()]
 
 
-def bounded_figures(scores_nC: Tensor, resamples: Resamples) -> dict[str, Bounded]:
-    """AUROC, accuracy at a threshold of 0 and Cohen's d of every column, each with its 95% percentile interval.
+def estimate_metrics(scores_nC: Tensor, resamples: Resamples) -> dict[str, Estimate]:
+    """Compute AUROC, accuracy at a threshold of 0 and Cohen's d of every column, with 95% percentile intervals.
 
-    Exactly what the resampled rows themselves would give, without making them: AUROC from the wins between each two
-    questions' rows, the others from sums over each question's rows. Percentile interval: Efron and Tibshirani 1993,
-    section 13.3; resamples without a figure (one side missing, or no spread) are left out.
+    Equal to the metrics of the resampled rows, without building them: AUROC from the wins between the rows of two
+    questions, the others from sums over each question's rows. Percentile interval: Efron and Tibshirani 1993, section
+    13.3; resamples where a metric is undefined (one side missing, or no spread) are left out.
     """
     sides = scores_nC[resamples.positive_n], scores_nC[~resamples.positive_n]
-    once = resamples.once()
+    original = resamples.original()
     values = {
-        "auroc": resampled_auroc(scores_nC, once)[0],
+        "auroc": resampled_auroc(scores_nC, original)[0],
         "accuracy": accuracy_at(0.0, *sides),
         "cohens_d": cohens_d(*sides),
     }
-    return {name: Bounded(values[name], *_interval(RESAMPLED[name](scores_nC, resamples))) for name in values}
+    return {
+        name: Estimate(values[name], *_percentile_interval(RESAMPLED_METRICS[name](scores_nC, resamples)))
+        for name in values
+    }
 
 
-def _interval(figures_BC: Tensor) -> tuple[Tensor, Tensor]:
-    if len(figures_BC) == 0:
-        nothing_C = torch.full(figures_BC.shape[1:], torch.nan, dtype=torch.float64)
-        return nothing_C, nothing_C
-    low_C, high_C = torch.nanquantile(figures_BC, torch.tensor(INTERVAL, dtype=torch.float64), dim=0)
-    rare_C = figures_BC.isnan().double().mean(0) > MOST_UNDEFINED
-    return torch.where(rare_C, torch.nan, low_C), torch.where(rare_C, torch.nan, high_C)
+def _percentile_interval(metrics_BC: Tensor) -> tuple[Tensor, Tensor]:
+    if len(metrics_BC) == 0:
+        undefined_C = torch.full(metrics_BC.shape[1:], torch.nan, dtype=torch.float64)
+        return undefined_C, undefined_C
+    low_C, high_C = torch.nanquantile(metrics_BC, torch.tensor(INTERVAL, dtype=torch.float64), dim=0)
+    mostly_undefined_C = metrics_BC.isnan().double().mean(0) > MAX_UNDEFINED_SHARE
+    return torch.where(mostly_undefined_C, torch.nan, low_C), torch.where(mostly_undefined_C, torch.nan, high_C)
 
 
 def resampled_auroc(scores_nC: Tensor, resamples: Resamples) -> Tensor:
-    """[n, C] -> [B, C]: each resample's wins of positive rows over negative ones (ties one half) over what it compares.
+    """Compute the AUROC of every resample, wins of positive rows (ties one half) over pairs: [n, C] -> [B, C].
 
-    All are whole numbers and halves, so the order in which they are added changes nothing. Few questions take the
-    matrix of their wins; many, as natural prompts are, the rows in the order of their scores.
+    Sums of whole numbers and halves are exact, so the order of addition does not matter. A matrix of wins between
+    questions is used for few questions, sorted rows for many (natural prompts).
     """
-    drawn_BP, drawn_BR = (_drawn(resamples, side)[0] for side in (True, False))
-    many = drawn_BP.shape[1] * drawn_BR.shape[1] > PAIRS_A_ROW * len(scores_nC)
+    drawn_BP, drawn_BR = (_question_counts(resamples, side)[0] for side in (True, False))
+    many = drawn_BP.shape[1] * drawn_BR.shape[1] > MAX_PAIRS_PER_ROW * len(scores_nC)
     wins_BC = (_wins_by_rank if many else _wins_by_question)(scores_nC, resamples)
-    return wins_BC / _or_nan(_compared(resamples))
+    return wins_BC / _nan_where_zero(_count_pairs(resamples))
 
 
-def _compared(resamples: Resamples) -> Tensor:
-    """How many pairs of rows each resample compares, [B, 1]: in each stratum, all positive rows with all others."""
+def _count_pairs(resamples: Resamples) -> Tensor:
+    """Count the pairs of a positive and a negative row of the same stratum in each resample: [B, 1]."""
     stratum_nS = torch.nn.functional.one_hot(resamples.stratum_n).double()
-    pairs_BS = resamples.sums(stratum_nS, True) * resamples.sums(stratum_nS, False)
+    pairs_BS = resamples.sum_side(stratum_nS, True) * resamples.sum_side(stratum_nS, False)
     return pairs_BS.sum(1, keepdim=True)
 
 
-def _drawn(resamples: Resamples, side: bool) -> tuple[Tensor, Tensor]:
-    """How often [B, P] each question with rows of a side was drawn, and the place of each row's question there [N]."""
-    questions_P, place_N = resamples.question_n[resamples.positive_n == side].unique(return_inverse=True)
-    return resamples.counts_BQ[:, questions_P], place_N
+def _question_counts(resamples: Resamples, side: bool) -> tuple[Tensor, Tensor]:
+    """Return the counts [B, P] of the questions that have rows on a side, and each row's index into them [N]."""
+    questions_P, question_N = resamples.question_n[resamples.positive_n == side].unique(return_inverse=True)
+    return resamples.counts_BQ[:, questions_P], question_N
 
 
 def _wins_by_question(scores_nC: Tensor, resamples: Resamples) -> Tensor:
-    """c W c, [B, C]: W [P, R] are the wins between questions' rows, c how often each was drawn."""
-    (drawn_BP, place_N), (drawn_BR, place_M) = (_drawn(resamples, side) for side in (True, False))
+    """Compute c W c, [B, C]: W [P, R] are the wins between two questions' rows, c the counts of the questions."""
+    (drawn_BP, question_N), (drawn_BR, question_M) = (_question_counts(resamples, side) for side in (True, False))
     shape_PR = (drawn_BP.shape[1], drawn_BR.shape[1])
     step = max(1, CHUNK_NUMBERS // max(1, drawn_BR.numel(), shape_PR[0] * shape_PR[1]))
     columns = []
     for chunk in torch.arange(scores_nC.shape[1]).split(step):
         wins_CPR = torch.zeros(len(chunk), *shape_PR, dtype=torch.float64)
-        _add_wins(wins_CPR, scores_nC[:, chunk], resamples, place_N, place_M)
+        _add_wins(wins_CPR, scores_nC[:, chunk], resamples, question_N, question_M)
         columns.append(torch.einsum("cbr,br->bc", drawn_BP @ wins_CPR, drawn_BR))
     return torch.cat(columns, -1)
 
 
-def _add_wins(wins_CPR: Tensor, scores_nC: Tensor, resamples: Resamples, place_N: Tensor, place_M: Tensor) -> None:
-    """Every positive row looks up its place among each question's negative rows: n R searches and not N M pairs."""
+def _add_wins(
+    wins_CPR: Tensor, scores_nC: Tensor, resamples: Resamples, question_N: Tensor, question_M: Tensor
+) -> None:
+    """Add each positive row's wins over each question's negative rows: n R binary searches instead of N M pairs."""
     stratum_N, stratum_M = (resamples.stratum_n[resamples.positive_n == side] for side in (True, False))
     positive_CN, negative_CM = scores_nC[resamples.positive_n].mT, scores_nC[~resamples.positive_n].mT
     for stratum in stratum_N.unique():
         here_N, here_M = stratum_N == stratum, stratum_M == stratum
         above_CS = positive_CN[:, here_N].contiguous()
-        for question in place_M[here_M].unique():
-            below_Cm = negative_CM[:, here_M & (place_M == question)].contiguous().sort(-1).values
+        for question in question_M[here_M].unique():
+            below_Cm = negative_CM[:, here_M & (question_M == question)].contiguous().sort(-1).values
             twice_CS = torch.searchsorted(below_Cm, above_CS) + torch.searchsorted(below_Cm, above_CS, right=True)
-            wins_CPR[..., question].index_add_(1, place_N[here_N], twice_CS.double() / 2)
+            wins_CPR[..., question].index_add_(1, question_N[here_N], twice_CS.double() / 2)
 
 
 def _wins_by_rank(scores_nC: Tensor, resamples: Resamples) -> Tensor:
-    """[B, C]: along the scores, how many negative rows each resample has below each positive one. B n steps a column,
-    however many questions there are."""
+    """Count the negative rows below each positive row along the sorted scores: [B, C].
+
+    B n steps a column, however many questions there are.
+    """
     wins_BC = torch.zeros(len(resamples.counts_BQ), scores_nC.shape[1], dtype=torch.float64)
     for stratum in resamples.stratum_n.unique():
         here_n = resamples.stratum_n == stratum
@@ -186,39 +192,42 @@ def _wins_by_rank(scores_nC: Tensor, resamples: Resamples) -> Tensor:
 
 
 def resampled_accuracy(scores_nC: Tensor, resamples: Resamples) -> Tensor:
-    """[n, C] -> [B, C]: the mean of the sides' shares on the right side of 0."""
+    """Compute the mean of the sides' shares on the right side of 0 in every resample: [n, C] -> [B, C]."""
     one_n1 = torch.ones(len(scores_nC), 1, dtype=torch.float64)
     above_nC = (scores_nC > 0).double()
     right = [
-        resamples.sums(right_nC, side) / _or_nan(resamples.sums(one_n1, side))
+        resamples.sum_side(right_nC, side) / _nan_where_zero(resamples.sum_side(one_n1, side))
         for side, right_nC in ((True, above_nC), (False, 1 - above_nC))
     ]
     return (right[0] + right[1]) / 2
 
 
 def resampled_cohens_d(scores_nC: Tensor, resamples: Resamples) -> Tensor:
-    """[n, C] -> [B, C], from each question's number of rows, sum and sum of squares (around its side's mean)."""
+    """Compute Cohen's d of every resample from each question's count, sum and sum of squares: [n, C] -> [B, C].
+
+    Sums are taken around the side's mean, which keeps the squares small.
+    """
     one_n1 = torch.ones(len(scores_nC), 1, dtype=torch.float64)
     n_B = len(resamples.counts_BQ)
     means, squares_BC, freedom_B1 = [], torch.zeros(n_B, scores_nC.shape[1]).double(), torch.full((n_B, 1), -2.0)
     for side in (True, False):
         centre_C = scores_nC[resamples.positive_n == side].double().mean(0)
         off_nC = scores_nC.double() - centre_C
-        n_B1 = _or_nan(resamples.sums(one_n1, side))
-        off_BC = resamples.sums(off_nC, side)
+        n_B1 = _nan_where_zero(resamples.sum_side(one_n1, side))
+        off_BC = resamples.sum_side(off_nC, side)
         means.append(centre_C + off_BC / n_B1)
-        squares_BC = squares_BC + resamples.sums(off_nC.square(), side) - off_BC.square() / n_B1
+        squares_BC = squares_BC + resamples.sum_side(off_nC.square(), side) - off_BC.square() / n_B1
         freedom_B1 = freedom_B1 + n_B1
     pooled_BC = (squares_BC.clamp(min=0) / freedom_B1) ** 0.5
     floor_C = NO_SPREAD**0.5 * scores_nC.abs().amax(0)  # sums of squares round more coarsely than squares of sums
     return torch.where((pooled_BC > floor_C) & (freedom_B1 > 0), (means[0] - means[1]) / pooled_BC, torch.nan)
 
 
-def _or_nan(count_B1: Tensor) -> Tensor:
+def _nan_where_zero(count_B1: Tensor) -> Tensor:
     return torch.where(count_B1 > 0, count_B1, torch.nan)
 
 
-RESAMPLED: dict[str, Callable[[Tensor, Resamples], Tensor]] = {
+RESAMPLED_METRICS: dict[str, Callable[[Tensor, Resamples], Tensor]] = {
     "auroc": resampled_auroc,
     "accuracy": resampled_accuracy,
     "cohens_d": resampled_cohens_d,

@@ -1,6 +1,6 @@
-"""A direction as a value: one vector a layer, that can be added, scaled and compared.
+"""Direction: one vector a layer as a value that can be added, scaled and compared.
 
-L layers, D hidden. Layer k is the output of decoder block k, counted from 0.
+Layer k is the output of decoder block k, counted from 0. Shapes: L layers, D hidden.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LABELS = ("trait", "method", "model")
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """float32 [L, D], row i of decoder block layers[i]; the labels say whose it is, None where that is not known.
+    """float32 [L, D], row i of decoder block layers[i]. Labels are None where they are not known.
 
-    Two directions can be added or compared only where hidden size, layers and model are the same: a union of unequal
-    layers would be a sum at some layers and not at others. Choose common layers with `select` first. Equality is that
-    of layers, model and every float32 value; the labels `trait` and `method` don't count.
+    Only directions of the same hidden size, layers and model can be added or compared: a union of unequal layers would
+    be a sum at some layers and not at others. Choose common layers with `select` first. Equal directions have the same
+    layers, model and float32 values; the labels `trait` and `method` do not count.
     """
 
     direction_LD: Tensor
@@ -38,14 +38,14 @@ class Direction:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _checked_layers(self.layers))
-        object.__setattr__(self, "direction_LD", _checked_values(self.direction_LD, self.layers))
+        object.__setattr__(self, "layers", _check_layers(self.layers))
+        object.__setattr__(self, "direction_LD", _copy_values(self.direction_LD, self.layers))
 
     # Making
 
     @classmethod
     def from_layers(cls, vectors: Mapping[int, Tensor], **labels: str | None) -> Direction:
-        """From one vector [D] a layer, in any order."""
+        """Make a direction from one vector [D] a layer, in any order."""
         layers = sorted(vectors)
         sizes = sorted({tuple(vectors[layer].shape) for layer in layers})
         if len(sizes) > 1 or not sizes or len(sizes[0]) != 1:
@@ -54,20 +54,20 @@ class Direction:
 
     @classmethod
     def from_run(cls, folder: TraitRun | str | os.PathLike[str], method: str) -> Direction:
-        """A run's vectors of one method. Raises VectorError where it has none."""
+        """Read a run's vectors of one method. Raises VectorError where it has none."""
         run = folder if isinstance(folder, TraitRun) else TraitRun(Path(folder))
         known = run.methods()
         if method not in known:
-            have = f"it has {', '.join(known)}" if known else "make them first (`traitline extract` does all)"
-            raise VectorError(f"{run.path}: no vectors of {method!r}; {have}")
+            remedy = f"it has {', '.join(known)}" if known else "make them first (`traitline extract` does all)"
+            raise VectorError(f"{run.path}: no vectors of {method!r}; {remedy}")
         tensors, header = run.read_vectors(method)
         return cls.from_file(tensors, header, str(run.vectors_path(method)))
 
     @classmethod
     def from_file(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str) -> Direction:
-        """What a file of vectors in our own form holds; VectorError where it isn't one."""
+        """Make a direction from the content of a vectors file of Traitline's. Raises VectorError for another file."""
         if header.get("layer_convention") != LAYER_CONVENTION or "direction" not in tensors:
-            raise VectorError(f"{source}: no vectors of Traitline's: it lacks 'direction' or the layer convention")
+            raise VectorError(f"{source}: not a vectors file of Traitline: no 'direction' or no layer convention in it")
         labels = {label: header.get(label) for label in LABELS}
         return cls(tensors["direction"], tuple(header.get("layers", ())), **labels)
 
@@ -75,27 +75,27 @@ class Direction:
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """Number of values of each vector, D."""
         return int(self.direction_LD.shape[1])
 
     @property
     def norms_L(self) -> Tensor:
-        """The length of each layer's vector, float64 [L]."""
-        lengths_L: Tensor = self.direction_LD.double().norm(dim=1)
-        return lengths_L
+        """Norm of each layer's vector, float64 [L]."""
+        norms_L: Tensor = self.direction_LD.double().norm(dim=1)
+        return norms_L
 
     def at(self, layer: int) -> Tensor:
-        """A copy of one layer's vector, [D]."""
+        """Return a copy of one layer's vector, [D]."""
         if layer not in self.layers:
-            raise VectorError(f"layer {layer}: this direction has {spanned(self.layers)}")
+            raise VectorError(f"layer {layer}: this direction has {format_layers(self.layers)}")
         return self.direction_LD[self.layers.index(layer)].clone()
 
     def select(self, layers: Sequence[int]) -> Direction:
-        """The same at some of the layers."""
+        """Return the direction at some of its layers."""
         return replace(self, direction_LD=torch.stack([self.at(layer) for layer in layers]), layers=tuple(layers))
 
     def check_fits(self, n_layers: int, hidden_size: int, model: str) -> None:
-        """VectorError unless a model of this size can be steered along this direction."""
+        """Raise VectorError unless a model of this size can be steered along this direction."""
         if self.hidden_size != hidden_size:
             raise VectorError(f"a direction of {self.hidden_size} values; model {model} has hidden size {hidden_size}")
         if self.layers[-1] >= n_layers:
@@ -104,19 +104,19 @@ class Direction:
             )
 
     def cosine(self, other: Direction) -> Tensor:
-        """The cosine with another direction at every layer, float64 [L]; NaN where either is zero."""
-        self._check_like(other)
+        """Compute the cosine with another direction at every layer, float64 [L]; NaN where either is zero."""
+        self._check_compatible(other)
         products_L = (self.direction_LD.double() * other.direction_LD.double()).sum(1)
         return products_L / (self.norms_L * other.norms_L)
 
     # Arithmetic
 
     def __add__(self, other: object) -> Direction:
-        total: Direction = self._joined(other, +1, "+")
+        total: Direction = self._combine(other, +1, "+")
         return total
 
     def __sub__(self, other: object) -> Direction:
-        difference: Direction = self._joined(other, -1, "-")
+        difference: Direction = self._combine(other, -1, "-")
         return difference
 
     def __neg__(self) -> Direction:
@@ -147,7 +147,7 @@ class Direction:
     __hash__ = None  # type: ignore[assignment]
 
     def normalised(self, length_L: Sequence[float] | None = None) -> Direction:
-        """Every layer's vector at length 1, or at `length_L`; a zero vector has no direction, and is refused."""
+        """Scale every layer's vector to norm 1, or to `length_L`. Raises VectorError for a zero vector."""
         zero = [layer for layer, norm in zip(self.layers, self.norms_L.tolist(), strict=True) if norm == 0]
         if zero:
             raise VectorError(f"layer {zero[0]} is zero, so it has no direction to normalise; leave it out")
@@ -155,42 +155,42 @@ class Direction:
         scaled_LD = self.direction_LD.double() * (lengths_L.double() / self.norms_L).unsqueeze(1)
         return replace(self, direction_LD=scaled_LD)
 
-    def _joined(self, other: object, sign: int, word: str) -> Any:
+    def _combine(self, other: object, sign: int, operator: str) -> Any:
         if not isinstance(other, Direction):
             return NotImplemented
-        self._check_like(other)
+        self._check_compatible(other)
         return Direction(
             self.direction_LD + sign * other.direction_LD,
             self.layers,
-            trait=_joined_label(self.trait, other.trait, word),
-            method=_joined_label(self.method, other.method, word),
+            trait=_combine_labels(self.trait, other.trait, operator),
+            method=_combine_labels(self.method, other.method, operator),
             model=self.model or other.model,
         )
 
-    def _check_like(self, other: Direction) -> None:
-        """VectorError unless the two can be added; a model that isn't known may be any."""
+    def _check_compatible(self, other: Direction) -> None:
+        """Raise VectorError unless the two can be added. An unknown model matches any."""
         if self.hidden_size != other.hidden_size:
             raise VectorError(f"directions of {self.hidden_size} and {other.hidden_size} values are not of one model")
         if self.model and other.model and self.model != other.model:
             raise VectorError(f"directions of two models, {self.model} and {other.model}, have nothing in common")
         if self.layers != other.layers:
-            spans = f"{spanned(self.layers)} and at {spanned(other.layers)}"
+            spans = f"{format_layers(self.layers)} and at {format_layers(other.layers)}"
             raise VectorError(f"directions at {spans}: select the layers that both have first")
 
 
-def _joined_label(one: str | None, other: str | None, word: str) -> str | None:
-    return one if one == other else f"{one or 'unknown'} {word} {other or 'unknown'}"
+def _combine_labels(one: str | None, other: str | None, operator: str) -> str | None:
+    return one if one == other else f"{one or 'unknown'} {operator} {other or 'unknown'}"
 
 
-def spanned(layers: Sequence[int]) -> str:
-    """Layers for a message: `layers 1-3, 7`."""
+def format_layers(layers: Sequence[int]) -> str:
+    """Format layers for a message: `layers 1-3, 7`."""
     starts = [i for i, layer in enumerate(layers) if i == 0 or layers[i - 1] != layer - 1]
     ends = [*starts[1:], len(layers)]
     runs = [(layers[start], layers[end - 1]) for start, end in zip(starts, ends, strict=True)]
     return "layers " + ", ".join(f"{low}-{high}" if low < high else f"{low}" for low, high in runs)
 
 
-def _checked_layers(layers: Sequence[int]) -> tuple[int, ...]:
+def _check_layers(layers: Sequence[int]) -> tuple[int, ...]:
     if not layers or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers):
         raise VectorError(f"layers {list(layers)}: a direction needs layer numbers, counted from 0")
     if list(layers) != sorted(set(layers)):
@@ -198,13 +198,13 @@ def _checked_layers(layers: Sequence[int]) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _checked_values(values: Tensor, layers: tuple[int, ...]) -> Tensor:
-    """A float32 copy, so that nobody else can change it."""
+def _copy_values(values: Tensor, layers: tuple[int, ...]) -> Tensor:
+    """Return a float32 copy, which no other holder of the tensor can change."""
     if values.ndim != 2 or len(values) != len(layers) or values.shape[1] == 0 or not values.is_floating_point():
         kind = f"{values.dtype} {list(values.shape)}".removeprefix("torch.")
         raise VectorError(f"a direction of {kind} at {len(layers)} layers; floats [layers, hidden] are needed")
-    owned_LD = values.detach().to("cpu", torch.float32, copy=True)
-    broken = [layer for layer, row in zip(layers, owned_LD, strict=True) if not row.isfinite().all()]
+    copy_LD = values.detach().to("cpu", torch.float32, copy=True)
+    broken = [layer for layer, row in zip(layers, copy_LD, strict=True) if not row.isfinite().all()]
     if broken:
         raise VectorError(f"layer {broken[0]} holds NaN or Inf, or a value too large for float32")
-    return owned_LD
+    return copy_LD

@@ -1,7 +1,9 @@
-"""Figures of how far scores hold two sides apart, all columns at once.
+"""Metrics of how well scores separate the two sides, for all columns at once.
 
-N positive rows, M negative rows, n rows of both, C columns (layers, or methods x layers), K ways (methods or draws),
-L layers, D hidden. Scores are projections of rows on directions, one column each.
+Scores are projections of rows on directions, one column for each direction and layer.
+
+Shapes: N positive rows, M negative rows, n rows of both, b rows of a chunk, C columns (layers, or methods x layers),
+K directions a layer (methods or draws), L layers, D hidden.
 """
 
 from __future__ import annotations
@@ -9,26 +11,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from extraction.vectors.chunked import row_pieces
+from extraction.vectors.chunked import row_chunks
 
-NO_SPREAD = 1e-10  # of the largest score: a smaller standard deviation is rounding
+NO_SPREAD = 1e-10  # relative to the largest score: a smaller standard deviation is rounding
 
 
 def project(rows_nLD: Tensor, direction_KLD: Tensor) -> Tensor:
-    """Scores of rows on their layer's directions, in float64, a layer at a time: [n, L, D], [K, L, D] -> [n, K, L]."""
+    """Project rows on the directions of their layer, in float64: [n, L, D], [K, L, D] -> scores [n, K, L]."""
     layers = zip(rows_nLD.split(1, 1), direction_KLD.unbind(1), strict=True)
     return torch.stack([_project_layer(rows_n1D, direction_KD.double()) for rows_n1D, direction_KD in layers], -1)
 
 
 def _project_layer(rows_n1D: Tensor, direction_KD: Tensor) -> Tensor:
-    pieces = (piece_b1D[:, 0].double() for piece_b1D in row_pieces(rows_n1D))
-    return torch.cat([torch.einsum("nd,kd->nk", piece_bD, direction_KD) for piece_bD in pieces])
+    chunks = (chunk_b1D[:, 0].double() for chunk_b1D in row_chunks(rows_n1D))
+    return torch.cat([torch.einsum("nd,kd->nk", chunk_bD, direction_KD) for chunk_bD in chunks])
 
 
 def auroc(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:
-    """Chance that a positive row scores above a negative one, ties counting one half: [N, C], [M, C] -> float64 [C].
+    """Compute the probability that a positive row scores above a negative one: [N, C], [M, C] -> float64 [C].
 
-    Exact: Mann and Whitney's U over N M.
+    Ties count one half; NaN for an empty side. Exact: U / (N M). Source: Mann and Whitney 1947.
     """
     if len(positive_NC) == 0 or len(negative_MC) == 0:
         return torch.full(positive_NC.shape[1:], torch.nan, dtype=torch.float64)
@@ -40,7 +42,7 @@ def auroc(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:
 
 
 def pooled_spread(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:
-    """The pooled within-side standard deviation (n - 1 on each side): [N, C], [M, C] -> float64 [C].
+    """Compute the pooled standard deviation within a side (n - 1 on each): [N, C], [M, C] -> float64 [C].
 
     0 where there is no spread but rounding, NaN for fewer than 3 rows.
     """
@@ -54,7 +56,7 @@ def pooled_spread(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:
 
 
 def cohens_d(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:
-    """Difference of the means over the pooled standard deviation (n - 1): [N, C], [M, C] -> float64 [C].
+    """Divide the difference of the means by the pooled standard deviation: [N, C], [M, C] -> float64 [C].
 
     NaN where it is undefined: fewer than 3 rows, or no spread. Source: Cohen 1988, section 2.2.
     """
@@ -64,15 +66,16 @@ def cohens_d(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:
 
 
 def fit_threshold(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:
-    """The score [C] that best tells the sides apart: midway between two neighbouring scores, above it is positive.
+    """Return the threshold [C] that separates the sides best, midway between two neighbouring scores.
 
-    Best by the mean of the two sides' accuracies; of several, the one in the widest gap.
+    Scores above it are positive. Best by the mean of the two sides' accuracies; among equals, the one in the widest
+    gap.
     """
     scores_Cn = torch.cat([positive_NC, negative_MC]).double().mT
     weight_n = torch.cat([torch.full((len(positive_NC),), -1.0 / len(positive_NC), dtype=torch.float64),
                           torch.full((len(negative_MC),), 1.0 / len(negative_MC), dtype=torch.float64)])  # fmt: skip
     sorted_Cn, order_Cn = scores_Cn.sort(-1)
-    gain_Cn = weight_n[order_Cn].cumsum(-1)[:, :-1]  # negatives won minus positives lost, thresholds above each score
+    gain_Cn = weight_n[order_Cn].cumsum(-1)[:, :-1]  # share of negatives minus share of positives below a threshold
     gap_Cn = sorted_Cn.diff(dim=-1)
     gain_Cn = torch.where(gap_Cn > 0, gain_Cn, -torch.inf)
     best_Cn = gain_Cn >= gain_Cn.amax(-1, keepdim=True) - 1e-9
@@ -81,19 +84,19 @@ def fit_threshold(positive_NC: Tensor, negative_MC: Tensor) -> Tensor:
 
 
 def accuracy_at(threshold_C: Tensor | float, positive_NC: Tensor, negative_MC: Tensor) -> Tensor:
-    """Mean of the share of positives above and of negatives not above the threshold: float64 [C]."""
+    """Average the share of positives above and the share of negatives not above the threshold: float64 [C]."""
     return ((positive_NC > threshold_C).double().mean(0) + (negative_MC <= threshold_C).double().mean(0)) / 2
 
 
 def wrong_side(scores_nC: Tensor, positive_n: Tensor) -> Tensor:
-    """Share of rows on the wrong side of a threshold of 0, every row counting the same: float64 [C]."""
+    """Compute the share of all rows on the wrong side of a threshold of 0: float64 [C]."""
     return ((scores_nC > 0) != positive_n.unsqueeze(-1)).double().mean(0)
 
 
 def top_1_percent(direction_LD: Tensor) -> Tensor:
-    """Share of the squared norm in the largest 1% of a direction's dimensions, at least one: [L].
+    """Compute the share of the squared norm in the largest 1% of a direction's dimensions, at least one: [L].
 
-    Near 1 the direction is little but massive dimensions (Sun et al. 2024, arXiv 2402.17762).
+    Near 1 the direction consists of massive dimensions (Sun et al. 2024, arXiv 2402.17762).
     """
     squares_LD = direction_LD.double().square()
     largest_LF = squares_LD.topk(max(1, squares_LD.shape[1] // 100), dim=-1).values
