@@ -225,7 +225,7 @@ VECTORS: Group = (
         "methods",
         type=ListType(),
         metavar="A,B",
-        help="Methods of vectors, such as mean_diff,probe; docs/guide.md has all.  [default: all but the control, random]",
+        help="Methods of vectors, such as mean_diff,probe; docs/guide.md has all.  [default: all but random]",
     ),
     click.option("--site", metavar="SITE", help="Site whose activations are used.  [default: the first captured]"),
     click.option("--pooling", metavar="POOLING", help="Pooling that is used.  [default: the first captured]"),
