@@ -26,7 +26,7 @@ from extraction.judging.registry import lexical_score
 from extraction.model.chat_template import encode_conversation
 from extraction.model.loading import LanguageModel
 from extraction.monitoring.dynamics import smoothed
-from extraction.monitoring.token_text import pieces_of
+from extraction.monitoring.prompt_capture import pieces_of
 from extraction.pipeline.fit import VectorOptions, fit_inputs
 from extraction.pipeline.plan import MODES, make_plan
 from extraction.pipeline.session import TraitContext

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from extraction.core.records import InstructionPair, Trait
-from extraction.report.data import ReportData
+from extraction.report.page_data import ReportData
 
 FIGURES = ("auroc", "accuracy", "cohens_d")
 METHODS = ("mean_diff", "probe", "pca", "ica", "gradient", "random")

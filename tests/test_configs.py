@@ -188,7 +188,7 @@ BAD_FIELDS = {
     "capture: {layers: [1.5]}": ("1.5 is not a layer",),
     "capture: {sites: [residuals]}": ("did you mean 'residual'?",),
     "capture: {sites: []}": ("give at least one",),
-    "capture: {poolings: ['response_first:0']}": ("did you mean 'response_first:8'?",),
+    "capture: {poolings: ['response_first:0']}": ("'response_first:0'", "'response_first:5'"),
     "capture: {poolings: [response_mean, response_mean]}": ("twice",),
     "capture: {dtype: float}": ("is not known",),
     "model: 5": ("the key 'model' stands on line 1 too",),

@@ -20,7 +20,6 @@ from extraction.activations.pooled import PooledCapture
 from extraction.engine import cuda_graphs
 from extraction.engine.batch import ContinuousBatch
 from extraction.engine.cuda_graphs import STEPS_PER_RUN, CudaGraphRunner, unsupported_reason
-from extraction.engine.lazy_model import cuda_graph_notes
 from extraction.engine.logit_diff import Amplify
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits
@@ -29,6 +28,7 @@ from extraction.engine.steering import Steering
 from extraction.model import onednn_linear
 from extraction.model.kv_cache import CacheWindow, GraphCursor
 from extraction.model.loading import LanguageModel, wrap
+from extraction.pipeline.lazy_model import cuda_graph_notes
 from extraction.utils_batch import Capture, Request
 from tests.recorder import Recorder
 from tests.test_engine_laws import ALL_LAYERS, EVERY, TOLERANCE, case_of, run, tokens_of, worst

@@ -21,7 +21,6 @@ from extraction.config.experiments import ModelSpec
 from extraction.core.errors import ModelError
 from extraction.core.records import Example, Prompt
 from extraction.engine.generate import generate, teacher_force
-from extraction.engine.lazy_model import device_notes
 from extraction.engine.likelihood import divergences
 from extraction.engine.logit_diff import Amplify
 from extraction.engine.speculation import Speculate
@@ -30,6 +29,7 @@ from extraction.model.devices import device_list, device_map_for, pick_device, t
 from extraction.model.loading import LanguageModel, load, wrap
 from extraction.model.lora import share_weights
 from extraction.model.memory import CPU_AUTO_BATCH, auto_batch_size
+from extraction.pipeline.lazy_model import device_notes
 from extraction.pipeline.self_check import self_check
 from extraction.utils_batch import Capture, Request
 from tests.labelled import Labelled, TwoDevices, labelled_devices, place

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extraction.monitoring import dynamics as room
+from extraction.monitoring import dynamics as dynamics_module
 from extraction.monitoring.dynamics import (
     SUMMARY,
     WINDOW,
@@ -45,7 +45,7 @@ def white(n: int, seed: int) -> np.ndarray:
 
 
 def wander(n: int, coefficient: float, seed: int) -> np.ndarray:
-    """An AR(1) trajectory that has forgotten its beginning."""
+    """An AR(1) trajectory after a burn-in of 200 tokens."""
     x_T = white(n + 200, seed)
     for t in range(1, len(x_T)):
         x_T[t] += coefficient * x_T[t - 1]
@@ -116,7 +116,7 @@ def test_float32_loses_nothing_and_the_argument_stays_as_it_was() -> None:
 # --- noise -----------------------------------------------------------------------------------------------------------
 
 
-def test_noise_is_the_deviation_of_white_noise_and_minds_no_step() -> None:
+def test_noise_is_the_deviation_of_white_noise_and_ignores_steps() -> None:
     x_T = 3 * white(5000, seed=0)
     assert noise(x_T) == pytest.approx(3, rel=0.05)
     assert noise(x_T + 1000 * (np.arange(5000) > 2500)) == pytest.approx(3, rel=0.05)
@@ -188,11 +188,11 @@ def test_noise_around_the_threshold_does_not_commit(length: int, most: float) ->
 
 
 def test_without_the_clearance_noise_does_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "CLEARANCE", 0.0)
+    monkeypatch.setattr(dynamics_module, "CLEARANCE", 0.0)
     assert share_committed(lambda seed: white(50, seed)) > 0.3
 
 
-def test_a_wander_commits_more_often_than_noise() -> None:
+def test_an_autocorrelated_series_commits_more_often_than_noise() -> None:
     shares = [share_committed(lambda seed, phi=phi: wander(50, phi, seed)) for phi in (0.0, 0.3, 0.6)]
     assert shares[0] < 0.04 < shares[1] < 0.2 < shares[2]
 
@@ -211,7 +211,7 @@ EDGES = {
     "crosses just before it": ([-5] * 20 + [5] * (WINDOW + 2), 22),
     "one outlier": ([5] * 10 + [-6] + [5] * 10, 0),
     "swings about the threshold": ([5, -5] * 15, None),
-    "what came before carries the mean, not what is held": ([-999, 300, 300, 300, -99, -99, 11, 11, 11, 11, 11], None),
+    "the mean is carried by tokens before the commitment": ([-999, 300, 300, 300, -99, -99, 11, 11, 11, 11, 11], None),
 }
 
 
@@ -231,7 +231,7 @@ def test_an_ar1_trajectory_gives_back_its_coefficient(coefficient: float) -> Non
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.5])
-def test_short_trajectories_are_biased_as_said(coefficient: float) -> None:
+def test_short_trajectories_have_the_documented_bias(coefficient: float) -> None:
     found = [persistence(wander(30, coefficient, seed)) for seed in range(600)]
     assert np.mean(found) == pytest.approx(coefficient - (1 + 4 * coefficient) / 30, abs=0.02)
 
@@ -338,7 +338,7 @@ def test_few_tokens_have_few_numbers() -> None:
     assert (two["peak_velocity"], two["peak_velocity_token"], two["mean_speed"]) == (3.0, 1, 3.0)
 
 
-def test_shapes_that_do_not_fit_are_our_own_bug() -> None:
+def test_shapes_that_do_not_match_are_an_assertion_error() -> None:
     with pytest.raises(AssertionError):
         dynamics(np.zeros((5, 2)), [0.0])
     with pytest.raises(AssertionError):

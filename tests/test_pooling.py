@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from extraction.activations.pooling import POOLINGS, parse_pooling, pool_first, pool_last, pool_mean
 from extraction.core.errors import ConfigError
+from extraction.core.pooling import POOLINGS, parse_pooling, pool_first, pool_last, pool_mean
 
 
 def ragged(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,6 +159,6 @@ def test_all_keeps_every_token():
 
 
 def test_parsing_a_pooling_needs_no_torch():
-    check = "import sys; from extraction.activations.pooling import parse_pooling; parse_pooling('all')"
+    check = "import sys; from extraction.core.pooling import parse_pooling; parse_pooling('all')"
     check += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

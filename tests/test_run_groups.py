@@ -312,7 +312,7 @@ def test_queue_size_is_pinned(root):
     assert re.search(r"queue_size\b.*\b40\b.*\b24\b", line)
 
 
-# --- the batch size, adjusted_batch_size --------------------------------------------------------------------------------------
+# --- the batch size after the first group -----------------------------------------------------------------------------
 
 GB = 10**9
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -83,11 +84,22 @@ def test_commands_and_what_they_check_import_nothing_heavy():
     assert {name.partition(".")[0] for name in result.stdout.split()}.isdisjoint(HEAVY)
 
 
-def test_words_that_two_modules_know_agree():
-    from extraction.activations import pooled, pooling
-    from extraction.core.records import COUNTED_POOLINGS, POOLINGS
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("**/__init__.py")), ids=lambda path: path.parent.name)
+def test_a_package_says_what_it_is_for_and_exports_names_that_exist(path):
+    name = ".".join(path.parent.relative_to(REPOSITORY).parts)
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for export in getattr(module, "__all__", ()):
+        assert getattr(module, export) is not None
+    with pytest.raises(AttributeError):
+        module.no_such_name  # noqa: B018
 
-    assert {*POOLINGS, *COUNTED_POOLINGS} == set(pooling.POOLINGS) == set(pooled.ACCUMULATORS)
+
+def test_every_pooling_has_a_running_form():
+    from extraction.activations.pooled import ACCUMULATORS
+    from extraction.core.pooling import POOLINGS
+
+    assert set(POOLINGS) == set(ACCUMULATORS)
 
 
 # --- README's tree --------------------------------------------------------------------------------------------------

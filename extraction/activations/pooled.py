@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from extraction.activations.pooling import parse_pooling, pool_mean
 from extraction.activations.sites import taps_of, watch_taps
 from extraction.core.errors import ActivationError, ModelError
+from extraction.core.pooling import parse_pooling, pool_mean
 from extraction.model.devices import to_host
 from extraction.model.hooks import StopForward, watch
 

@@ -31,9 +31,9 @@ from extraction.config.validation import checked
 from extraction.core.errors import ConfigError, ModelError, TraitlineError
 from extraction.core.records import Example, Prompt
 from extraction.engine.batch import ContinuousBatch
+from extraction.engine.generate import run_loop, warn_of_smaller_batch
 from extraction.engine.logit_diff import Amplify, amplify_logits
 from extraction.engine.requests import Completion, Request
-from extraction.engine.run_loop import run_loop, warn_of_smaller_batch
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits
 from extraction.model.chat_template import encode_example

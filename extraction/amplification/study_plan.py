@@ -160,7 +160,7 @@ def _plot_path(options: Mapping[str, Any]) -> Path | None:
 
 def _draw_plot(result: StudyResult) -> bytes:
     from extraction.report.plot_style import render_picture
-    from extraction.report.rate_plot import draw_rates
+    from extraction.report.sweep_plots import draw_rates
 
     title = f"{result.model_after or 'after'} amplified against {result.model_before or 'before'}"
     source = {

@@ -27,7 +27,7 @@ def of_plan(plan: MonitoringPlan) -> Iterator[str]:
     yield from item("layers", ranges(plan.layers))
     yield from item("responses", f"at most {settings.max_new_tokens} tokens, temperature {settings.temperature:g}")
     for each in plan.sets:
-        count, n_done = _counted(len(each.found.prompts)), len(each.folder.prompt_ids())
+        count, n_done = _counted(len(each.prompt_set.prompts)), len(each.folder.prompt_ids())
         yield from item("set", f"{each.stem}: {count}, {n_done} of them done, in {shown(each.folder.path)}")
     for failure in plan.failures:
         yield from item("failed", one_line(failure))
@@ -38,14 +38,14 @@ def of_sets(taking: MonitoringSession, finished: Sequence[PostprocessResult], se
     for each in finished:
         folder = each.set.folder
         yield f"{each.set.stem} on {taking.plan.spec.name}, tier {taking.plan.tier}"
-        yield from item("captures", f"{shown(folder.path)} ({_counted(len(each.set.found.prompts))})")
+        yield from item("captures", f"{shown(folder.path)} ({_counted(len(each.set.prompt_set.prompts))})")
         if folder.report_path().exists():
             yield from item("page", shown(folder.report_path()))
         for note in each.notes:
             yield from item("note", one_line(note))
-        for trait in each.moved["traits"]:
+        for trait in each.dynamics["traits"]:
             yield ""
-            yield from _table(each.moved, trait)
+            yield from _table(each.dynamics, trait)
         yield ""
     yield _took(taking, seconds)
 

@@ -90,21 +90,21 @@ def _read_tokens(tier: int, given: dict[str, Any]) -> None:
     import time
 
     from extraction.cli import capture_summary
-    from extraction.monitoring.plan import plan_of
-    from extraction.monitoring.postprocess import postprocess
-    from extraction.monitoring.run import run_sets as take_sets
+    from extraction.monitoring.plan import build_plan
+    from extraction.monitoring.postprocess import postprocess_sets
+    from extraction.monitoring.run import run_sets
 
     started = time.perf_counter()
     threads, dry_run = take(given, "threads", "dry_run")
     prepare(threads)
-    plan = plan_of(tier, given)
+    plan = build_plan(tier, given)
     for note in plan.notes:
         click.echo(one_line(note), err=True)
     if dry_run:
         return print_lines(capture_summary.of_plan(plan))
     terminal = Terminal()
-    taking = take_sets(plan, terminal)
-    print_lines(capture_summary.of_sets(taking, postprocess(taking, terminal), time.perf_counter() - started))
-    if taking.failures:
-        complain(f"{len(taking.failures)} failed; the first: {taking.failures[0]}")
+    session = run_sets(plan, terminal)
+    print_lines(capture_summary.of_sets(session, postprocess_sets(session, terminal), time.perf_counter() - started))
+    if session.failures:
+        complain(f"{len(session.failures)} failed; the first: {session.failures[0]}")
         sys.exit(1)

@@ -21,13 +21,13 @@ from pydantic.fields import FieldInfo
 from extraction.config.validation import Bounds, Model, Text, distinct, nonempty, problem, spec_bounds
 from extraction.core.errors import ConfigError
 from extraction.core.names import distinct_names
-from extraction.core.records import COUNTED_POOLINGS, DEVICE_STRATEGIES, POOLINGS, SITES
+from extraction.core.pooling import parse_pooling
+from extraction.core.records import DEVICE_STRATEGIES, SITES
 from extraction.core.text import show, suggest
 
 MAX_INT = 2**63 - 1
 
 _DEVICE = re.compile("|".join((r"auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?", *DEVICE_STRATEGIES)))
-_COUNTED_POOLING = re.compile("(" + "|".join(COUNTED_POOLINGS) + "):[1-9][0-9]{0,5}")
 _LAYER_RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?")
 
 
@@ -80,10 +80,10 @@ def _layers(value: Any) -> str:
 
 
 def _pooling(value: Any) -> str:
-    if value in POOLINGS or (isinstance(value, str) and _COUNTED_POOLING.fullmatch(value)):
-        return str(value)
-    known = [*POOLINGS, *(f"{name}:8" for name in COUNTED_POOLINGS)]
-    raise problem(f"{show(value)} is not a pooling; {suggest(value, known)}")
+    try:
+        return str(parse_pooling(value if isinstance(value, str) else show(value)))
+    except ConfigError as failure:
+        raise problem(str(failure)) from failure
 
 
 def _site(value: Any) -> str:

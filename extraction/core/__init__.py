@@ -8,11 +8,16 @@ _EXPORTS = {
     "Markers": "records",
     "ModelError": "errors",
     "NaturalPrompt": "records",
+    "Pooling": "pooling",
     "Prompt": "records",
     "Response": "records",
     "StoreError": "errors",
     "Trait": "records",
     "TraitlineError": "errors",
+    "parse_pooling": "pooling",
+    "pool_first": "pooling",
+    "pool_last": "pooling",
+    "pool_mean": "pooling",
 }
 __all__ = list(_EXPORTS)
 __getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -9,8 +9,6 @@ LAYER_CONVENTION = "layer k is the output of decoder block k, counted from 0; th
 POINTS = ("residual_in", "after_attention", "residual_out")  # of a block, in this order everywhere
 STREAM = ("residual_in", "residual_mid", "residual_out")  # the stream itself there, as the parts of a layer name it
 SITES = ("residual", "attention", "mlp", "residual_mid")  # of a block, where activations can be captured
-POOLINGS = ("response_mean", "response_last", "prompt_mean", "prompt_last", "all")  # names as in settings and files
-COUNTED_POOLINGS = ("response_first",)  # poolings that take a count of tokens, as in `response_first:8`
 DEVICE_STRATEGIES = ("balanced", "balanced_low_0", "sequential")  # accelerate's, to place a model over all GPUs
 
 

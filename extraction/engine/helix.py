@@ -18,9 +18,8 @@ from torch import Tensor
 
 from extraction.core.errors import ConfigError
 from extraction.engine.batch import ContinuousBatch
-from extraction.engine.generate import encode_text
+from extraction.engine.generate import encode_text, run_loop, warn_of_smaller_batch
 from extraction.engine.requests import Completion, Request
-from extraction.engine.run_loop import run_loop, warn_of_smaller_batch
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits, StepOutput
 from extraction.engine.speculation import Speculate

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from extraction.activations.pooled import Capture, reshape_hidden
-from extraction.activations.pooling import parse_pooling
 from extraction.activations.sites import Tap, taps_of, watch_taps
 from extraction.core.errors import PromptError
+from extraction.core.pooling import parse_pooling
 from extraction.model.devices import prefill_rows, to_host
 from extraction.model.hooks import StopForward
 

@@ -1,8 +1,8 @@
-"""How a trait's projection moves over the tokens of a response, in a few numbers that have a definition and a source.
+"""Summarise how a trait's projection changes over the tokens of a response: velocity, commitment, persistence.
 
-Everything is pure. A trajectory holds one projection a token; token 0 is the response's first. Projections have the
-unit of the hidden states (the direction has length 1), so a velocity is in that unit per token, an acceleration in it
-per token squared. All differences look BACK: the value at token t needs no token after t.
+Pure functions. A trajectory holds one projection per token; token 0 is the response's first. Projections have the unit
+of the hidden states (the direction has norm 1), so a velocity is in that unit per token, an acceleration in it per
+token squared. All differences are backward: the value at token t needs no token after t.
 
 Shapes: T tokens of a response, L layers.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-WINDOW = 5  # tokens of the trailing mean, and the fewest for which a side must be held
+WINDOW = 5  # tokens of the trailing mean, and the fewest tokens of a commitment
 CLEARANCE = 3.0  # standard errors between the threshold and the mean of the tokens since the commitment
 _MAD_OF_NORMAL = 0.6745  # the median absolute deviation of a standard normal variable
 
@@ -23,71 +23,71 @@ Summary = dict[str, float | int | None]
 
 
 def velocity(x_T: Any) -> np.ndarray:
-    """v[t] = x[t] - x[t-1], per token; v[0] is NaN, for nothing came before.
+    """Return v[t] = x[t] - x[t-1], per token; v[0] is NaN.
 
     The backward difference (Box, Jenkins and Reinsel, Time Series Analysis, section 1.2.1). Independent noise of
-    deviation s on every token gives a velocity the deviation 1.41 s, an acceleration 2.45 s: read a single token's
-    value as a jump, not as a trend.
+    deviation s on every token gives velocities the deviation 1.41 s and accelerations 2.45 s: a single
+    token's value is a jump, not a trend.
     """
     trajectory_T = _checked(x_T)
     return np.diff(trajectory_T, prepend=np.nan)
 
 
 def acceleration(x_T: Any) -> np.ndarray:
-    """a[t] = v[t] - v[t-1] = x[t] - 2 x[t-1] + x[t-2], per token squared; a[0] and a[1] are NaN. Source: `velocity`."""
+    """Return a[t] = v[t] - v[t-1], per token squared; a[0] and a[1] are NaN. Source: as for `velocity`."""
     return velocity(velocity(x_T))
 
 
 def smoothed(x_T: Any) -> np.ndarray:
-    """The mean over the last WINDOW tokens, of those that there are: s[0] = x[0], s[1] = (x[0] + x[1]) / 2."""
+    """Return the trailing mean over WINDOW tokens, fewer at the start: s[0] = x[0], s[1] = (x[0] + x[1]) / 2."""
     trajectory_T = _checked(x_T)
     counts_T = np.minimum(np.arange(len(trajectory_T)) + 1, WINDOW)
     return _trailing_sums(trajectory_T) / counts_T
 
 
 def noise(x_T: Any) -> float:
-    """The deviation of what differs from token to token, from the median size of a velocity; 0.0 below 2 tokens.
+    """Estimate the standard deviation of token-to-token noise from the median absolute velocity; 0.0 below 2 tokens.
 
     The median absolute deviation of the finest differences (Donoho and Johnstone 1994, Ideal spatial adaptation by
-    wavelet shrinkage, Biometrika 81(3), their estimate of the noise level): a step, or a few, leave it alone. It sees
-    white noise whole, and of an autocorrelated wander only the part that is new at every token.
+    wavelet shrinkage, Biometrika 81(3), their estimate of the noise level): a few steps do not change it. It
+    measures all of white noise, and of an autocorrelated series only the innovations.
     """
     speeds = np.abs(np.diff(_checked(x_T)))
     return float(np.median(speeds)) / (_MAD_OF_NORMAL * math.sqrt(2)) if speeds.size else 0.0
 
 
 def commitment_point(x_T: Any, threshold: float) -> int | None:
-    """The first token from which on the smoothed projection stays on the side of the threshold where it ends.
+    """Return the first token from which on the smoothed projection stays on the side of the threshold where it ends.
 
     The analogue over tokens of prediction depth over layers (Baldock, Maennel and Neyshabur 2021, Deep Learning Through
     the Lens of Example Difficulty, arXiv:2106.09647). The mean trails, so a sharp step is seen up to WINDOW - 1 tokens
-    late: 2 where the threshold is half way. Being ON the threshold is being on neither side.
+    late: 2 where the threshold is half way. A value ON the threshold is on neither side.
 
-    None where there is no commitment to speak of: the response ends on the threshold; its last side was held for fewer
+    None without a commitment: the response ends on the threshold; its last side was kept for fewer
     than WINDOW tokens (so any response shorter than that); or the mean of those tokens is not beyond the threshold by
     CLEARANCE standard errors (`noise` over the root of their number). Without that last rule, 44% of trajectories of
-    white noise around the threshold would commit; with it, 2% at 50 tokens and 4% at 20. A slow wander is no noise: of
-    AR(1) trajectories around it with a coefficient of 0.3, 12% commit, so read `persistence` beside it.
+    white noise around the threshold would commit; with it, 2% at 50 tokens and 4% at 20. Autocorrelated series commit
+    more often: of AR(1) trajectories around the threshold with a coefficient of 0.3, 12% do, so read `persistence` too.
     """
     excess_T = _checked(x_T) - threshold
     if len(excess_T) < WINDOW:
         return None
     side_T = np.sign(_trailing_sums(excess_T))
-    elsewhere = np.flatnonzero(side_T != side_T[-1])
-    first = int(elsewhere[-1]) + 1 if elsewhere.size else 0
-    held = excess_T[first:]
-    if side_T[-1] == 0 or len(held) < WINDOW:
+    other_side = np.flatnonzero(side_T != side_T[-1])
+    first = int(other_side[-1]) + 1 if other_side.size else 0
+    committed = excess_T[first:]
+    if side_T[-1] == 0 or len(committed) < WINDOW:
         return None
-    is_clear = side_T[-1] * held.mean() > CLEARANCE * noise(excess_T) / math.sqrt(len(held))
+    is_clear = side_T[-1] * committed.mean() > CLEARANCE * noise(excess_T) / math.sqrt(len(committed))
     return first if is_clear else None
 
 
 def persistence(x_T: Any) -> float | None:
-    """The autocorrelation of neighbouring tokens, r = sum of d[t] d[t-1] over sum of d[t]**2, d = x - mean.
+    """Return the lag-1 autocorrelation, r = sum of d[t] d[t-1] over sum of d[t]**2, with d = x - mean.
 
     Box, Jenkins and Reinsel, Time Series Analysis, section 2.1 (the estimate r_1) and section 3.2 (AR(1), in which a
-    deviation from the mean shrinks by the factor r each token; `half_life` says that in tokens). 0 is white noise;
-    negative values swing to and fro; a drift or a step raises it as well. It comes out too low by about (1 + 4 r) / T
+    deviation from the mean shrinks by the factor r each token; `half_life` is that in tokens). 0 is white noise;
+    negative values alternate; a drift or a step raises it as well. It is biased low by about (1 + 4 r) / T
     (Marriott and Pope 1954, Biometrika 41), so don't compare responses of very different lengths. None for fewer than
     3 tokens, and for a constant trajectory.
     """
@@ -100,19 +100,19 @@ def persistence(x_T: Any) -> float | None:
 
 
 def half_life(persistence: float | None) -> float | None:
-    """Tokens in which a deviation halves, ln(1/2) / ln(r); None where r is not between 0 and 1: none decays so."""
+    """Return the tokens in which a deviation halves, ln(1/2) / ln(r); None where r is not between 0 and 1."""
     if persistence is None or not 0 < persistence < 1:
         return None
     return math.log(0.5) / math.log(persistence)
 
 
 def dynamics(x_TL: Any, threshold_L: Any) -> list[Summary]:
-    """A response's summary at every layer, ready for JSON: Python numbers, and None for what there is not.
+    """Summarise a response at every layer, as plain numbers for JSON; None for a figure that is not defined.
 
     `mean`, `first`, `last`; `peak`, the largest projection, at `peak_token`; `peak_velocity` at `peak_velocity_token`
-    and `peak_acceleration`: the largest in size, with their signs, the earliest of equals; `mean_speed`, the mean size
-    of a velocity; `commitment` (`commitment_point`) and `committed_to`, 1 above the threshold and -1 below;
-    `persistence`. A trajectory that is not finite, or a threshold, has None everywhere.
+    and `peak_acceleration`: the largest in absolute value, signed, the first of equals; `mean_speed`, the mean
+    absolute velocity; `commitment` (`commitment_point`) and `committed_to`, 1 above the threshold and -1 below;
+    `persistence`. A trajectory or a threshold that is not finite gives None everywhere.
     """
     x_TL, threshold_L = np.asarray(x_TL, dtype=np.float64), np.asarray(threshold_L, dtype=np.float64)
     assert x_TL.ndim == 2, x_TL.shape
@@ -150,7 +150,7 @@ SUMMARY = (
 
 
 def _largest(values_T: np.ndarray) -> int | None:
-    """Where the largest size is; None where all are NaN."""
+    """Return the index of the largest absolute value; None where all are NaN."""
     return None if np.isnan(values_T).all() else int(np.nanargmax(np.abs(values_T)))
 
 
@@ -159,12 +159,12 @@ def _at(values_T: np.ndarray, token: int | None) -> float | None:
 
 
 def _trailing_sums(x_T: np.ndarray) -> np.ndarray:
-    """Sums over the last WINDOW values; added up anew each, so that equal values give equal sums."""
+    """Return the sums over the last WINDOW values, each computed anew so that equal values give equal sums."""
     return np.convolve(x_T, np.ones(WINDOW))[: len(x_T)] if len(x_T) else x_T
 
 
 def _checked(x_T: Any) -> np.ndarray:
-    """One trajectory, in float64."""
+    """Return one trajectory in float64."""
     trajectory_T = np.asarray(x_T, dtype=np.float64)
     assert trajectory_T.ndim == 1, trajectory_T.shape
     return trajectory_T

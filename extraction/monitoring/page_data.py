@@ -1,4 +1,4 @@
-"""What a page about a capture set is made from: plain values that a caller has read.
+"""The values that a capture set's page and pictures are made from, as a caller has read them.
 
 Shapes: T tokens (P prompt tokens, then R response tokens), L layers read, points of a layer, K traits. Row i is the
 state where token i is the INPUT. Layer k is the output of decoder block k, from 0.
@@ -17,10 +17,12 @@ Dynamics = Mapping[str, float | int | None]
 
 @dataclass(frozen=True)
 class TraitData:
-    """One trait that was read. `layer` is the one shown first, as the model counts them.
+    """One trait that was read.
 
-    `levels_L2`: [L, 2], the mean projection at residual_out of the run's negative and of its positive responses, at
-    every layer of the set; None where the run is not at hand, NaN where a layer has none.
+    Attributes:
+        layer: The layer that is shown first, as the model counts them.
+        levels_L2: [L, 2], the mean projections at residual_out of the run's negative and positive responses; NaN at a
+            layer without them, None where they are not known.
     """
 
     name: str
@@ -34,9 +36,9 @@ class TraitData:
 class TextReading:
     """One prompt with its response, token by token.
 
-    `pieces` are the text of each token, `tokens` the tokenizer's own strings, `token_ids` their numbers: T of each,
+    `pieces` are the text that each token adds, `tokens` the tokenizer's own strings, `token_ids` their ids: T of each,
     of which the first `n_prompt` are the prompt. `projections_TLPK`: [T, L, 3, K] float32, the points as in POINTS.
-    `dynamics`: by the trait's name, a summary of the response at residual_out for each of the L layers.
+    `dynamics`: by trait name, a summary of the response at residual_out for each of the L layers.
     """
 
     id: str
@@ -55,7 +57,7 @@ class TextReading:
 class CaptureSetData:
     """One capture set. `layers` are the L that were read, `points` the names of the projections' third axis.
 
-    `readings` may read its items when asked; it is gone through twice. `settings` is anything that JSON holds.
+    `readings` may be lazy; it is iterated twice. `settings` is any JSON object.
     """
 
     title: str

@@ -1,4 +1,7 @@
-"""What is to be read, of which prompts, along which vectors: every input checked before a model is loaded."""
+"""Plan a capture: vectors, layers, prompt sets and settings, all checked before a model is loaded.
+
+Shapes: L layers read, D hidden, K traits.
+"""
 
 from __future__ import annotations
 
@@ -32,43 +35,46 @@ if TYPE_CHECKING:
 
     from extraction.vectors.direction import Direction
 
-INLINE = "prompts"  # what the set of prompts that were given on the command line is called
+INLINE = "prompts"  # stem of the set of prompts from the command line
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A trait's direction, and the run that it comes from (`job` None: it was imported)."""
+    """A trait's vector and the run that it is from. `run_plan` is None for an imported vector."""
 
     trait: str
     method: str
     direction: Direction
     folder: TraitRun
     sha256: str
-    job: RunPlan | None
+    run_plan: RunPlan | None
 
     @property
     def description(self) -> str:
-        """What the trait's positive side is."""
-        return self.job.traits[0].description if self.job else "imported"
+        """Description of the trait."""
+        return self.run_plan.traits[0].description if self.run_plan else "imported"
 
-    def facts(self) -> dict[str, Any]:
-        """What a reading is pinned to."""
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies the vector in a capture set's config."""
         return {"trait": self.trait, "method": self.method, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
 class SetPlan:
-    """One capture set: a prompt file (or the prompts of the command line) under one config."""
+    """One capture set: a prompt file (or the prompts of the command line) under one config.
+
+    `stem` is the file's name without its ending.
+    """
 
     stem: str
-    found: PromptSet
+    prompt_set: PromptSet
     folder: CaptureSet
     config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What to write besides the files themselves."""
+class ExtraOutputs:
+    """The optional outputs: plain JSON, pictures."""
 
     json: bool = False
     png: bool = False
@@ -76,7 +82,13 @@ class Extras:
 
 @dataclass(frozen=True)
 class MonitoringPlan:
-    """Everything that is known before a model is loaded. `failures`: what can't be done, where the rest goes on."""
+    """Everything that is known before a model is loaded.
+
+    Attributes:
+        system: System prompt for the prompts that have none.
+        self_check: Number of prompts to check alone against in a batch before the first shard; 0 for none.
+        failures: One line for each input that failed, with `keep_going`.
+    """
 
     tier: int
     root: Path
@@ -87,7 +99,7 @@ class MonitoringPlan:
     sets: tuple[SetPlan, ...]
     system: str | None = None
     attention: bool = True
-    extras: Extras = Extras()
+    extras: ExtraOutputs = ExtraOutputs()
     self_check: int = 2
     keep_going: bool = False
     notes: tuple[str, ...] = ()
@@ -95,26 +107,32 @@ class MonitoringPlan:
 
     @cached_property
     def unit_LDK(self) -> Tensor:
-        """The vectors' unit directions at the layers read. ConfigError for a vector that is zero there."""
+        """Unit directions [L, D, K] of the vectors. Raises ConfigError for a vector that is zero at a layer."""
         import torch
 
-        return torch.stack([_unit(vector, self.layers) for vector in self.vectors], dim=-1)
+        return torch.stack([_unit_direction(vector, self.layers) for vector in self.vectors], dim=-1)
 
 
-def plan_of(tier: int, given: Mapping[str, Any]) -> MonitoringPlan:
-    """The plan that a command's options make. Raises TraitlineError for what can't be; no weights are loaded.
+def build_plan(tier: int, options: Mapping[str, Any]) -> MonitoringPlan:
+    """Build the plan from a command's options, without loading weights.
 
-    With `keep_going`, a trait or a prompt file that can't be read becomes a failure of the plan, and the rest goes on.
+    Args:
+        tier: 2 for projections, 3 for one layer's internals.
+        options: The command's options by parameter name.
+
+    Raises:
+        TraitlineError: An option or an input is wrong. With `keep_going`, a trait or a prompt file that can't be read
+            becomes a failure of the plan instead.
     """
-    root = find_root(given["root"])
-    options = {name: given[name] for name in OPTIONS if given.get(name) is not None}
-    attempt = _Attempts(given["keep_going"])
-    vectors = _vectors(root, given, options, attempt)
+    root = find_root(options["root"])
+    overrides = {name: options[name] for name in SETTINGS if options.get(name) is not None}
+    attempts = _Attempts(options["keep_going"])
+    vectors = _load_vectors(root, options, overrides, attempts)
     if tier == 2 and not vectors:
-        raise ConfigError("; ".join(attempt.failures) or "no trait: give --trait NAME or --traits a,b")
-    settings, spec, notes = _settings(root, given, options, vectors)
-    found = _prompts(given, attempt)
-    layers = _layers(tier, given, spec, vectors)
+        raise ConfigError("; ".join(attempts.failures) or "no trait: give --trait NAME or --traits a,b")
+    settings, spec, notes = _resolve_settings(root, options, overrides, vectors)
+    prompt_sets = _read_prompt_sets(options, attempts)
+    layers = _resolve_layers(tier, options, spec, vectors)
     plan = MonitoringPlan(
         tier=tier,
         root=root,
@@ -123,25 +141,25 @@ def plan_of(tier: int, given: Mapping[str, Any]) -> MonitoringPlan:
         vectors=vectors,
         layers=layers,
         sets=(),
-        system=_system(given["system"]),
-        attention=not given.get("no_attention"),
-        extras=Extras(given["save_json"], given["png"]),
-        self_check=given["self_check"],
-        keep_going=given["keep_going"],
-        notes=(*notes, *(note for each in found.values() for note in each.notes)),
-        failures=tuple(attempt.failures),
+        system=_checked_system(options["system"]),
+        attention=not options.get("no_attention"),
+        extras=ExtraOutputs(options["save_json"], options["png"]),
+        self_check=options["self_check"],
+        keep_going=options["keep_going"],
+        notes=(*notes, *(note for prompt_set in prompt_sets.values() for note in prompt_set.notes)),
+        failures=tuple(attempts.failures),
     )
-    return replace(plan, sets=tuple(_set(plan, stem, each) for stem, each in found.items()))
+    return replace(plan, sets=tuple(_plan_set(plan, stem, prompt_set) for stem, prompt_set in prompt_sets.items()))
 
 
-OPTIONS = (
+SETTINGS = (  # options that override the settings of a vector's run, or of the experiment
     *("model", "max_new_tokens", *SAMPLING, "seed", "batch_size", "shard_size"),
     *MODEL_OPTIONS,
 )
 
 
 class _Attempts:
-    """Things that are tried one by one; where the rest goes on, what fails is put down."""
+    """Calls that are tried one by one. With `keep_going`, a TraitlineError is recorded and the result is None."""
 
     def __init__(self, keep_going: bool) -> None:
         self.keep_going, self.failures = keep_going, list[str]()
@@ -159,50 +177,50 @@ class _Attempts:
 # --- vectors --------------------------------------------------------------------------------------------------------
 
 
-def _vectors(
-    root: Path, given: Mapping[str, Any], options: Mapping[str, Any], attempt: _Attempts
+def _load_vectors(
+    root: Path, options: Mapping[str, Any], overrides: Mapping[str, Any], attempts: _Attempts
 ) -> tuple[Vector, ...]:
-    names = parse_trait_list(given["traits"]) if given["traits"] is not None else ()
-    tried = [attempt(partial(_vector, root, given, options, name)) for name in names]
-    return tuple(vector for vector in tried if vector is not None)
+    names = parse_trait_list(options["traits"]) if options["traits"] is not None else ()
+    vectors = [attempts(partial(_load_vector, root, options, overrides, name)) for name in names]
+    return tuple(vector for vector in vectors if vector is not None)
 
 
-def _vector(root: Path, given: Mapping[str, Any], options: Mapping[str, Any], name: str) -> Vector:
+def _load_vector(root: Path, options: Mapping[str, Any], overrides: Mapping[str, Any], name: str) -> Vector:
     from extraction.vectors.direction import Direction
 
-    folder = trait_run(root / "experiments", given["experiment"], name)
+    folder = trait_run(root / "experiments", options["experiment"], name)
     stored = folder.stored_config()
     if stored is None:
         raise StoreError(f"{show_path(folder.path)}: no run has begun there; make vectors first (`traitline extract`)")
-    job = None
+    run_plan = None
     if "imported" not in stored:
-        (job,) = stored_plans(given["experiment"], name, root=str(root), options=options, loads_model=True)
-    method = given["method"] or _chosen(folder)
+        (run_plan,) = stored_plans(options["experiment"], name, root=str(root), options=overrides, loads_model=True)
+    method = options["method"] or _default_method(folder)
     direction = Direction.from_run(folder, method)
-    return Vector(name, method, direction, folder, str(read_receipt(folder.vectors_path(method))["sha256"]), job)
+    return Vector(name, method, direction, folder, str(read_receipt(folder.vectors_path(method))["sha256"]), run_plan)
 
 
-def _chosen(folder: TraitRun) -> str:
-    """The method that the run's card chose; without a card mean_diff, or what there is."""
+def _default_method(folder: TraitRun) -> str:
+    """Return the method that the run's card chose; without a card mean_diff, or the first method there is."""
     if folder.has_card():
         return str(folder.read_card()["chosen"]["method"])
     known = folder.methods()
     return "mean_diff" if "mean_diff" in known or not known else known[0]
 
 
-def shown_layer(vector: Vector, layers: Sequence[int]) -> int:
-    """The layer to look at first: the one that the card chose, else the middle one."""
+def first_layer(vector: Vector, layers: Sequence[int]) -> int:
+    """Return the layer that is shown first: the one that the card chose, else the middle one."""
     card = vector.folder.read_card() if vector.folder.has_card() else {}
     chosen = card.get("chosen", {}).get("layer")
     return int(chosen) if chosen in layers else layers[len(layers) // 2]
 
 
-def _unit(vector: Vector, layers: tuple[int, ...]) -> Tensor:
+def _unit_direction(vector: Vector, layers: tuple[int, ...]) -> Tensor:
     direction = vector.direction.select(layers)
-    zero = [layer for layer, norm in zip(layers, direction.norms_L.tolist(), strict=True) if norm == 0]
-    if zero:
+    zero_layers = [layer for layer, norm in zip(layers, direction.norms_L.tolist(), strict=True) if norm == 0]
+    if zero_layers:
         raise ConfigError(
-            f"{vector.trait}: its {vector.method} vector is zero at layer {zero[0]}, so nothing can be read along it; "
+            f"{vector.trait}: its {vector.method} vector is zero at layer {zero_layers[0]}; "
             "give --layers without it, or another --method"
         )
     return (direction.direction_LD.double() / direction.norms_L[:, None]).float()
@@ -211,107 +229,111 @@ def _unit(vector: Vector, layers: tuple[int, ...]) -> Tensor:
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
-def _settings(
-    root: Path, given: Mapping[str, Any], options: Mapping[str, Any], vectors: tuple[Vector, ...]
+def _resolve_settings(
+    root: Path, options: Mapping[str, Any], overrides: Mapping[str, Any], vectors: tuple[Vector, ...]
 ) -> tuple[Experiment, ModelSpec, tuple[str, ...]]:
-    """As the runs of the vectors have it, which must be of one model; else as the experiment's file says."""
-    jobs = [vector.job for vector in vectors if vector.job is not None]
-    if not jobs:
-        own = {key: value for key, value in options.items() if key not in MODEL_OPTIONS}
-        settings, notes = load_experiment(given["experiment"], root, own)
-        model_options = {key: value for key, value in options.items() if key in MODEL_OPTIONS}
+    """Return settings, model and notes of the vectors' runs, which share one model; else of the experiment."""
+    run_plans = [vector.run_plan for vector in vectors if vector.run_plan is not None]
+    if not run_plans:
+        experiment_options = {key: value for key, value in overrides.items() if key not in MODEL_OPTIONS}
+        settings, notes = load_experiment(options["experiment"], root, experiment_options)
+        model_options = {key: value for key, value in overrides.items() if key in MODEL_OPTIONS}
         return settings, resolve_model(settings.model, root, model_options), notes
-    different = [job for job in jobs if job.spec != jobs[0].spec]
+    different = [run_plan for run_plan in run_plans if run_plan.spec != run_plans[0].spec]
     if different:
-        one, other = jobs[0], different[0]
+        one, other = run_plans[0], different[0]
         raise ConfigError(
             f"traits {one.traits[0].name!r} and {other.traits[0].name!r} have vectors of different models or types, "
             f"{one.spec.name} and {other.spec.name}; read them one at a time, or give --model"
         )
     notes = tuple(
-        f"{vector.trait}: the vector is of {vector.direction.model}, read in {jobs[0].spec.name}"
+        f"{vector.trait}: the vector is of {vector.direction.model}, read in {run_plans[0].spec.name}"
         for vector in vectors
-        if vector.direction.model not in (None, jobs[0].spec.name)
+        if vector.direction.model not in (None, run_plans[0].spec.name)
     )
-    return jobs[0].experiment, jobs[0].spec, notes
+    return run_plans[0].experiment, run_plans[0].spec, notes
 
 
-def _layers(tier: int, given: Mapping[str, Any], spec: ModelSpec, vectors: tuple[Vector, ...]) -> tuple[int, ...]:
-    """The layers asked for, of those that all vectors have. ConfigError or VectorError for one that is absent."""
+def _resolve_layers(
+    tier: int, options: Mapping[str, Any], spec: ModelSpec, vectors: tuple[Vector, ...]
+) -> tuple[int, ...]:
+    """Return the layers to read. ConfigError or VectorError for a layer that the model or a vector lacks."""
     from extraction.model.loading import read_config
 
     config = read_config(spec)
     n_layers = int(config.num_hidden_layers)
     for vector in vectors:
         vector.direction.check_fits(n_layers, int(config.hidden_size), spec.name)
-    known = [layer for layer in range(n_layers) if all(layer in vector.direction.layers for vector in vectors)]
-    if not known:
+    common = [layer for layer in range(n_layers) if all(layer in vector.direction.layers for vector in vectors)]
+    if not common:
         raise ConfigError("the traits' vectors have no layer in common; read them one at a time")
     if tier == 3:
-        asked = given["layer"]
-        if asked == "auto":
-            return (shown_layer(vectors[0], known) if vectors else n_layers // 2,)
-        layers = parse_layers(asked, n_layers, "--layer")
+        text = options["layer"]
+        if text == "auto":
+            return (first_layer(vectors[0], common) if vectors else n_layers // 2,)
+        layers = parse_layers(text, n_layers, "--layer")
         if len(layers) != 1:
-            raise ConfigError(f"--layer {asked!r}: one layer at a time; give a number, or auto")
+            raise ConfigError(f"--layer {text!r}: one layer at a time; give a number, or auto")
     else:
-        asked = given["layers"]
-        layers = tuple(known) if asked in (None, "all") else parse_layers(asked, n_layers)
+        text = options["layers"]
+        layers = tuple(common) if text in (None, "all") else parse_layers(text, n_layers)
     for vector in vectors:
         vector.direction.select(layers)
     return layers
 
 
-def _system(words: str | None) -> str | None:
-    if words is not None and not words.strip():
-        raise ConfigError("--system is empty; write some words, or leave it out")
-    return words
+def _checked_system(text: str | None) -> str | None:
+    if text is not None and not text.strip():
+        raise ConfigError("--system is empty; give a text, or leave the option out")
+    return text
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 
-def _prompts(given: Mapping[str, Any], attempt: _Attempts) -> dict[str, PromptSet]:
-    """Prompt sets by stem: files, and what stands on the command line itself."""
-    if not given["prompts"] and not given["prompts_file"]:
+def _read_prompt_sets(options: Mapping[str, Any], attempts: _Attempts) -> dict[str, PromptSet]:
+    """Return the prompt sets by stem: the command line's own prompts, and prompt files."""
+    if not options["prompts"] and not options["prompts_file"]:
         raise ConfigError('no prompts: give --prompts "..." or --prompts-file FILE')
-    found: dict[str, PromptSet] = {}
-    if given["prompts"]:
-        found[INLINE] = PromptSet("--prompts", tuple(PromptEntry(_words(words)) for words in given["prompts"]))
-    for path in given["prompts_file"]:
-        read = attempt(partial(read_prompt_set, path))
-        if read is None:
+    prompt_sets: dict[str, PromptSet] = {}
+    if options["prompts"]:
+        prompt_sets[INLINE] = PromptSet(
+            "--prompts", tuple(PromptEntry(_checked_prompt(text)) for text in options["prompts"])
+        )
+    for path in options["prompts_file"]:
+        prompt_set = attempts(partial(read_prompt_set, path))
+        if prompt_set is None:
             continue
         stem = Path(path).stem
-        if stem in found:
+        if stem in prompt_sets:
             raise ConfigError(f"--prompts-file {show_path(path)}: another one is called {stem!r} too; rename one")
-        found[stem] = read
-    return found
+        prompt_sets[stem] = prompt_set
+    return prompt_sets
 
 
-def _words(words: str) -> str:
-    if not words.strip():
-        raise ConfigError(f"--prompts {show(words)}: no prompt; write some words")
-    return words
+def _checked_prompt(text: str) -> str:
+    if not text.strip():
+        raise ConfigError(f"--prompts {show(text)}: an empty prompt; give a text")
+    return text
 
 
 # --- sets -----------------------------------------------------------------------------------------------------------
 
 
-def _set(plan: MonitoringPlan, stem: str, found: PromptSet) -> SetPlan:
-    config = _config(plan, stem, found)
+def _plan_set(plan: MonitoringPlan, stem: str, prompt_set: PromptSet) -> SetPlan:
+    config = _set_config(plan, stem, prompt_set)
     name = set_name(plan.tier, stem, config)
-    return SetPlan(stem, found, capture_set(plan.root / "experiments", plan.settings.name, name), config)
+    return SetPlan(stem, prompt_set, capture_set(plan.root / "experiments", plan.settings.name, name), config)
 
 
-def _config(plan: MonitoringPlan, stem: str, found: PromptSet) -> dict[str, Any]:
-    """What run.json pins: all that decides the bytes of the result."""
+def _set_config(plan: MonitoringPlan, stem: str, prompt_set: PromptSet) -> dict[str, Any]:
+    """Return the set's run.json: everything that decides the bytes of its captures."""
     settings = experiment_to_dict(plan.settings)
-    prompts = [[asked.prompt, asked.system] for asked in found.prompts]
+    prompts = [[entry.prompt, entry.system] for entry in prompt_set.prompts]
     return {
         "tier": plan.tier,
         "model": model_identity(plan.spec),
-        "vectors": [vector.facts() for vector in plan.vectors],
+        "vectors": [vector.identity() for vector in plan.vectors],
         "layers": list(plan.layers),
         "attention": plan.attention,
         "prompts": {"name": stem, "count": len(prompts), "sha256": digest(prompts)},

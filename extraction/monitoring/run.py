@@ -1,57 +1,46 @@
-"""A plan carried out: the model loaded once, every set's prompts in batches, a file a prompt as soon as it ends.
+"""Run a plan: load the model once, answer every set's prompts in batches, and write each prompt's file when it ends.
 
-A shard (a fixed list of prompts) always runs whole, from a clean state, so that a set which was interrupted ends with
-the bytes of one that was not.
+A shard (a fixed range of prompts) always runs as a whole from a clean state, so an interrupted set ends with the same
+bytes as one that was not interrupted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from extraction.core.errors import TraitlineError
 from extraction.core.progress import ProgressReporter
-from extraction.core.records import POINTS, STREAM, Example, Prompt
-from extraction.engine.lazy_model import LazyModel, load_model, retry_with_smaller_batch
+from extraction.core.records import Example, Prompt
 from extraction.model.chat_template import encode_example
 from extraction.monitoring.plan import MonitoringPlan, SetPlan
-from extraction.monitoring.token_text import pieces_of, tokens_of
+from extraction.monitoring.prompt_capture import header_of, named_tensors
+from extraction.pipeline.lazy_model import LazyModel, load_model, retry_with_smaller_batch
 from extraction.storage.token_captures import prompt_id
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from extraction.activations.pooled import CaptureSpec
     from extraction.config.experiments import ModelSpec
     from extraction.engine.requests import Completion
 
-CONVENTIONS: dict[str, str] = {
-    "rows": "row i is the state where token i is the input; the first n_prompt rows are the prompt's",
-    "layers": "layer k is the output of decoder block k, counted from 0; the embeddings are not a layer",
-    "points": "residual_in is a block's input, after_attention the residual stream after the attention block was added "
-    "(where attention and MLP run side by side: residual_in and what attention adds), residual_out its output",
-    "projections": "the dot product with the vector over its norm, float32",
-}
-INTERNALS = {
-    "q, k, v": "what the projections give, by head, before any normalisation and rotary embedding",
-    "rot_q, rot_k": "queries and keys as attention compares them, after both",
-    "mlp": "mlp_up and mlp_gate are what these projections give, mlp_activation is what goes into the down projection, "
-    "mlp_down what comes out of it",
-    "residual_mid": "the same as after_attention",
-}
-ATTENTION = {
-    2: "weights averaged over heads, one row a response token, 0 to the right of the row's own token",
-    3: "weights of every head, 0 to the right of the row's own token",
-}
-
 
 @dataclass
 class MonitoringSession(LazyModel):
-    """What a plan has come to so far, and the model."""
+    """The model of a plan, loaded on first use, and the progress of the plan.
+
+    Attributes:
+        n_made: Number of prompts captured.
+        n_tokens: Number of tokens generated, in `seconds`.
+        checked: True once the self-check has passed.
+        fits: Largest batch size that has fitted into memory.
+        batch_sizes: Batch size of every shard.
+        failures: One line for everything that failed.
+        changed: Stems of the sets that have new files.
+    """
 
     plan: MonitoringPlan
     n_made: int = 0
@@ -61,16 +50,16 @@ class MonitoringSession(LazyModel):
     fits: int | None = None
     batch_sizes: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    fresh: set[str] = field(default_factory=set)  # stems of sets that have new files
+    changed: set[str] = field(default_factory=set)
 
     @property
     def spec(self) -> ModelSpec:
-        """Which model."""
+        """The model to load."""
         return self.plan.spec
 
     @cached_property
-    def recording(self) -> CaptureSpec:
-        """What is kept of every token."""
+    def capture(self) -> CaptureSpec:
+        """The activations to capture of every token: projections (tier 2) or one layer's internals (tier 3)."""
         from extraction.activations.per_token import TokenInternals, TokenProjections
 
         if self.plan.tier == 3:
@@ -79,204 +68,135 @@ class MonitoringSession(LazyModel):
 
 
 def run_sets(plan: MonitoringPlan, listener: ProgressReporter) -> MonitoringSession:
-    """Read every prompt of every set that is not there yet. Raises TraitlineError, or with `keep_going` notes it."""
-    taking = MonitoringSession(plan, failures=list(plan.failures))
-    for each in plan.sets:
-        with going_on(taking, each.stem, listener):
-            if pending_of(plan, each):
-                _take_set(taking, each, listener)
-    return taking
+    """Capture every prompt of every set that has no file yet.
 
-
-def pending_of(plan: MonitoringPlan, each: SetPlan) -> list[range]:
-    """The shards of a set, by the numbers of their prompts, of which some file is missing."""
-    shards = shards_of(plan, each)
-    return [shard for shard in shards if not all(each.folder.prompt_done(prompt_id(i)) for i in shard)]
+    Raises:
+        TraitlineError: A set failed. With `plan.keep_going` it is recorded in the session's failures instead.
+    """
+    session = MonitoringSession(plan, failures=list(plan.failures))
+    for set_plan in plan.sets:
+        with recorded_failure(session, set_plan.stem, listener):
+            if pending_shards(plan, set_plan):
+                _run_set(session, set_plan, listener)
+    return session
 
 
 @contextmanager
-def going_on(taking: MonitoringSession, stem: str, listener: ProgressReporter) -> Iterator[None]:
-    """Where the plan keeps going, put down what fails instead of raising it."""
+def recorded_failure(session: MonitoringSession, stem: str, listener: ProgressReporter) -> Iterator[None]:
+    """Record a TraitlineError of the block in the session and go on, where the plan keeps going; else raise it."""
     try:
         yield
     except TraitlineError as failure:
-        if not taking.plan.keep_going:
+        if not session.plan.keep_going:
             raise
-        taking.failures.append(f"{stem}: {failure}")
+        session.failures.append(f"{stem}: {failure}")
         listener.note(f"{stem}: {failure}")
 
 
-def _take_set(taking: MonitoringSession, each: SetPlan, listener: ProgressReporter) -> None:
-    load_model(taking, listener)
-    prompts = prompts_of(taking, each)  # every prompt is checked before the first is answered
-    _check_once(taking, prompts, listener)
-    with each.folder.lock():
-        each.folder.open(each.config)
-        taking.fresh.add(each.stem)
-        pending = pending_of(taking.plan, each)
-        listener.begin(f"{each.stem}, tier {taking.plan.tier}", len(prompts), len(prompts) - sum(map(len, pending)))
+def shards_of(plan: MonitoringPlan, set_plan: SetPlan) -> list[range]:
+    """Return the fixed shards of a set, as ranges of prompt numbers."""
+    count, size = len(set_plan.prompt_set.prompts), plan.settings.shard_size
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def pending_shards(plan: MonitoringPlan, set_plan: SetPlan) -> list[range]:
+    """Return the shards of a set of which a prompt's file is missing."""
+    shards = shards_of(plan, set_plan)
+    return [shard for shard in shards if not all(set_plan.folder.prompt_done(prompt_id(i)) for i in shard)]
+
+
+def _run_set(session: MonitoringSession, set_plan: SetPlan, listener: ProgressReporter) -> None:
+    load_model(session, listener)
+    prompts = encode_prompts(session, set_plan)  # every prompt is checked before the first is answered
+    _self_check_once(session, prompts, listener)
+    with set_plan.folder.lock():
+        set_plan.folder.open(set_plan.config)
+        session.changed.add(set_plan.stem)
+        pending = pending_shards(session.plan, set_plan)
+        n_done = len(prompts) - sum(map(len, pending))
+        listener.begin(f"{set_plan.stem}, tier {session.plan.tier}", len(prompts), n_done)
         try:
             for shard in pending:
-                _take_shard(taking, each, [prompts[i] for i in shard], listener)
+                _run_shard(session, set_plan, [prompts[i] for i in shard], listener)
         finally:
             listener.end()
 
 
-def shards_of(plan: MonitoringPlan, each: SetPlan) -> list[range]:
-    """The prompts of a set, by number, in fixed shards."""
-    count, size = len(each.found.prompts), plan.settings.shard_size
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-def prompts_of(taking: MonitoringSession, each: SetPlan) -> list[Prompt]:
-    """A set's prompts as the model sees them. Raises PromptError for one that it can't take."""
-    plan, lm = taking.plan, taking.lm
+def encode_prompts(session: MonitoringSession, set_plan: SetPlan) -> list[Prompt]:
+    """Encode a set's prompts with the chat template. Raises PromptError for one that the model can't take."""
+    plan, lm = session.plan, session.lm
     assert lm.tokenizer is not None
     return [
         encode_example(
             lm.tokenizer,
-            Example(prompt_id(i), each.stem, "pos", 0, i, 0, asked.prompt, asked.system or plan.system),
+            Example(prompt_id(i), set_plan.stem, "pos", 0, i, 0, entry.prompt, entry.system or plan.system),
             instruction_as=plan.settings.instruction_as,
             raw=plan.spec.raw,
             max_tokens=lm.max_positions,
             max_new_tokens=plan.settings.generation.max_new_tokens,
         )
-        for i, asked in enumerate(each.found.prompts)
+        for i, entry in enumerate(set_plan.prompt_set.prompts)
     ]
 
 
-def _check_once(taking: MonitoringSession, prompts: Sequence[Prompt], listener: ProgressReporter) -> None:
-    """Before the first shard of a process: a few prompts, in a batch and alone, must agree."""
+def _self_check_once(session: MonitoringSession, prompts: Sequence[Prompt], listener: ProgressReporter) -> None:
+    """Check before the process's first shard that a few prompts have the same activations in a batch and alone."""
     from extraction.pipeline.self_check import self_check
 
-    if taking.plan.self_check and not taking.checked:
-        checked = prompts[: taking.plan.self_check]
-        deviation = self_check(taking.lm, checked, taking.plan.layers)
+    if session.plan.self_check and not session.checked:
+        checked = prompts[: session.plan.self_check]
+        deviation = self_check(session.lm, checked, session.plan.layers)
         listener.note(f"self-check: {len(checked)} prompts alone and in a batch agree within {deviation:.0e}")
-    taking.checked = True
+    session.checked = True
 
 
-def _take_shard(
-    taking: MonitoringSession, each: SetPlan, prompts: Sequence[Prompt], listener: ProgressReporter
+def _run_shard(
+    session: MonitoringSession, set_plan: SetPlan, prompts: Sequence[Prompt], listener: ProgressReporter
 ) -> None:
-    """One shard from a clean state; each prompt's file is written when its response ends."""
+    """Answer one shard's prompts; each prompt's file is written when its response ends."""
     from extraction.engine.generate import generate
     from extraction.engine.requests import Request
     from extraction.engine.sampler import Sample
 
-    plan, lm = taking.plan, taking.lm
+    plan, lm = session.plan, session.lm
     settings = plan.settings.generation
-    by_id = {f"{each.stem}/{prompt.example.id}": prompt for prompt in prompts}  # sets draw other random numbers
-    done: list[int] = []
+    # a request's id seeds its sampling: with the set's name in it, sets draw different random numbers
+    by_id = {f"{set_plan.stem}/{prompt.example.id}": prompt for prompt in prompts}
+    response_lengths: list[int] = []
 
     def run(batch_size: int) -> None:
-        """All prompts, from a clean state."""
-        done.clear()
+        response_lengths.clear()
         for completion in generate(
             lm,
             [Request(id, p.token_ids, settings.max_new_tokens, plan.settings.seed) for id, p in by_id.items()],
             batch_size=batch_size,
             strategy=Sample.of(settings),
-            capture=taking.recording,
+            capture=session.capture,
             stop_strings=settings.stop_strings,
             on_progress=lambda n_tokens: listener.advance(0, n_tokens),
         ):
-            _write(taking, each, by_id[completion.id], completion, batch_size)
-            done.append(len(completion.token_ids))
+            _write_prompt(session, set_plan, by_id[completion.id], completion, batch_size)
+            response_lengths.append(len(completion.token_ids))
             listener.advance(1, 0)
 
     started = time.perf_counter()
-    asked = taking.slots(plan.settings, [len(prompt.token_ids) for prompt in prompts])
-    batch_size = retry_with_smaller_batch(run, asked, taking, listener, lambda: listener.advance(-len(done), 0))
-    taking.seconds += time.perf_counter() - started
-    taking.n_made += len(done)
-    taking.n_tokens += sum(done)
-    taking.batch_sizes.append(batch_size)
+    first_size = session.slots(plan.settings, [len(prompt.token_ids) for prompt in prompts])
+    batch_size = retry_with_smaller_batch(
+        run, first_size, session, listener, lambda: listener.advance(-len(response_lengths), 0)
+    )
+    session.seconds += time.perf_counter() - started
+    session.n_made += len(response_lengths)
+    session.n_tokens += sum(response_lengths)
+    session.batch_sizes.append(batch_size)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _write(taking: MonitoringSession, each: SetPlan, prompt: Prompt, completion: Completion, batch_size: int) -> None:
+def _write_prompt(
+    session: MonitoringSession, set_plan: SetPlan, prompt: Prompt, completion: Completion, batch_size: int
+) -> None:
     id = prompt.example.id
-    if each.folder.prompt_done(id):  # of a shard that was interrupted: the same
+    if set_plan.folder.prompt_done(id):  # in a shard that was interrupted: the file has the same bytes
         return
-    tensors = tensors_of(taking.plan, completion.activations)
-    header = header_of(taking, prompt, completion, tensors)
-    meta = {"batch_size": batch_size, "device": taking.lm.device.type}
-    each.folder.write_prompt(id, {name: tensor for name, (tensor, _) in tensors.items()}, header, meta)
-
-
-def tensors_of(plan: MonitoringPlan, found: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
-    """What goes into a prompt's file: tensors by name, each with what its axes are."""
-    tensors = {name: (tensor, axes_of(plan.tier, name, tensor.ndim)) for name, tensor in found.items()}
-    if plan.vectors:
-        projections_TLPK = tensors.pop("projections")[0] if plan.tier == 2 else _projected(plan, found)
-        for k, vector in enumerate(plan.vectors):
-            tensors[f"projections.{vector.trait}"] = (projections_TLPK[..., k], ("token", "layer", "point"))
-    return tensors
-
-
-def _projected(plan: MonitoringPlan, found: Mapping[str, Tensor]) -> Tensor:
-    """Tier 3 keeps the stream itself: projections [T, 1, 3, K] of it."""
-    import torch
-
-    stream_T1PD = torch.stack([found[name] for name in STREAM], dim=1).unsqueeze(1)
-    return stream_T1PD @ plan.unit_LDK[0]
-
-
-def axes_of(tier: int, name: str, n_axes: int) -> tuple[str, ...]:
-    """What a tensor's axes are; a mixture's neurons are those of the experts that were chosen."""
-    if name == "attention":
-        return ("token", "layer" if tier == 2 else "head", "column")
-    if name in HEADS:
-        return ("token", HEADS[name], "channel")
-    if name in STREAM or name == "mlp_down":
-        return ("token", "hidden")
-    return ("token", *(("expert", "neuron") if n_axes == 3 else ("expert" if name.startswith("expert") else "neuron",)))
-
-
-HEADS = {"q": "head", "rot_q": "head", **dict.fromkeys(("k", "v", "rot_k"), "key_head")}
-
-
-def header_of(
-    taking: MonitoringSession,
-    prompt: Prompt,
-    completion: Completion,
-    tensors: Mapping[str, tuple[Tensor, tuple[str, ...]]],
-) -> dict[str, Any]:
-    """What a prompt's file tells of itself."""
-    plan, tokenizer = taking.plan, taking.lm.tokenizer
-    assert tokenizer is not None
-    token_ids = [*prompt.token_ids, *completion.token_ids]
-    return {
-        "id": prompt.example.id,
-        "prompt": prompt.example.question,
-        "system": prompt.example.system,
-        "text": prompt.text,
-        "response": tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
-        "tokens": tokens_of(tokenizer, token_ids),
-        "pieces": pieces_of(tokenizer, token_ids),
-        "token_ids": token_ids,
-        "n_prompt": len(prompt.token_ids),
-        "finish_reason": completion.finish_reason,
-        "tier": plan.tier,
-        "model": plan.spec.name,
-        "dtype": str(taking.lm.dtype).removeprefix("torch."),
-        "layers": list(plan.layers),
-        "points": list(POINTS),
-        "traits": [vector.facts() for vector in plan.vectors],
-        "tensors": {name: list(axes) for name, (_, axes) in tensors.items()},
-        "conventions": {**CONVENTIONS, "attention": ATTENTION[plan.tier], **(INTERNALS if plan.tier == 3 else {})},
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """What made a file."""
-    import torch
-    import transformers
-
-    from extraction import __version__
-
-    return {"traitline": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    tensors = named_tensors(session.plan, completion.activations)
+    header = header_of(session.plan, session.lm, prompt, completion, tensors)
+    meta = {"batch_size": batch_size, "device": session.lm.device.type}
+    set_plan.folder.write_prompt(id, {name: tensor for name, (tensor, _) in tensors.items()}, header, meta)

@@ -1,4 +1,4 @@
-"""Numbers as the page says them, and the summaries of the responses: what both the table and the script show.
+"""Format the numbers of a capture set's page, and collect the responses' summaries for its table and its script.
 
 S prompts, L layers, F figures of a summary.
 """
@@ -16,15 +16,15 @@ from extraction.monitoring.page_data import CaptureSetData, Dynamics, TextReadin
 from extraction.report.formatting import MINUS
 
 NONE = "\u2013"
-BINS = 24  # of a prompt's colour bar
-FIGURES = {  # of a summary: its head in the table, what it is
+BINS = 24  # parts of a prompt's colour bar
+FIGURES = {  # figure of a summary -> heading in the table, explanation
     "mean": ("Mean", "mean projection over the response"),
     "peak": ("Peak", "largest projection of a response token"),
     "peak_token": ("Peak at", "the token of the peak, counted from 0 in the response"),
     "commitment": (
         "Commits at",
         "the first response token from which on the smoothed projection stays on the side of the threshold where it "
-        "ends; none where that is not clear of the noise",
+        "ends; none where that is not distinguishable from noise",
     ),
     "committed_to": (
         "Commits to",
@@ -33,15 +33,15 @@ FIGURES = {  # of a summary: its head in the table, what it is
     ),
     "persistence": (
         "Persistence",
-        "autocorrelation of neighbouring tokens: near 1 it drifts slowly, 0 is noise, below 0 it swings to and fro",
+        "lag-1 autocorrelation over tokens: near 1 it drifts slowly, 0 is white noise, below 0 it alternates",
     ),
-    "mean_speed": ("Mean speed", "mean size of the change from one token to the next"),
+    "mean_speed": ("Mean speed", "mean absolute change from one token to the next"),
 }
 SIDES = {1: "positive", -1: "negative"}
 
 
-def said(figure: str, value: float | int | None) -> str:
-    """A figure of a summary, in words."""
+def figure_text(figure: str, value: float | int | None) -> str:
+    """Return a figure of a summary as text; a dash for None."""
     if value is None or not math.isfinite(value):
         return NONE
     if figure == "committed_to":
@@ -50,7 +50,7 @@ def said(figure: str, value: float | int | None) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits, a real minus sign."""
+    """Return a number with four significant digits and a typographic minus sign."""
     if value and not 1e-4 <= abs(value) < 1e6:
         shown = f"{value:.3e}"
     else:
@@ -59,18 +59,18 @@ def number(value: float) -> str:
 
 
 def n_response(reading: TextReading) -> int:
-    """Tokens of the response."""
+    """Return the number of response tokens."""
     return len(reading.token_ids) - reading.n_prompt
 
 
 def summary_at(reading: TextReading, trait: str, layer: int) -> Dynamics:
-    """A response's summary at one of the set's layers (an index); empty where none was made."""
+    """Return a response's summary at one of the set's layers (an index); empty where there is none."""
     rows = reading.dynamics.get(trait, ())
     return rows[layer] if layer < len(rows) else {}
 
 
 def summaries(readings: Sequence[TextReading], trait: str, layers: Sequence[int]) -> np.ndarray:
-    """FIGURES of every response and layer: [S, L, F] float32, NaN for none."""
+    """Return FIGURES of every response and layer: [S, L, F] float32, NaN for None."""
     rows = [[_row(summary_at(reading, trait, layer)) for layer in layers] for reading in readings]
     return np.array(rows, dtype=np.float32).reshape(len(readings), len(layers), len(FIGURES))
 
@@ -80,24 +80,24 @@ def _row(summary: Mapping[str, Any]) -> list[float]:
     return [math.nan if value is None else float(value) for value in values]
 
 
-def bars(facts: CaptureSetData, scales: ColourScales, trait: int, layers: Sequence[int]) -> np.ndarray:
-    """The response in BINS equal parts at residual_out, as places on the colour scale: [S, L, BINS] uint8.
+def bars(data: CaptureSetData, scales: ColourScales, trait: int, layers: Sequence[int]) -> np.ndarray:
+    """Average every response over BINS equal parts at residual_out, as codes of the colour scale: [S, L, BINS] uint8.
 
     0 is the negative end, 127 the middle, 254 the positive end; 255 where there is no response.
     """
-    point = facts.points.index(LEVELS_AT) if LEVELS_AT in facts.points else len(facts.points) - 1
+    point = data.points.index(LEVELS_AT) if LEVELS_AT in data.points else len(data.points) - 1
     centre_L, half_L = scales.centre_KLP[trait, layers, point], scales.half_KLP[trait, layers, point]
-    found = np.full((len(facts.readings), len(layers), BINS), 255, dtype=np.uint8)
-    for index, reading in enumerate(facts.readings):
+    codes = np.full((len(data.readings), len(layers), BINS), 255, dtype=np.uint8)
+    for index, reading in enumerate(data.readings):
         x_RL = reading.projections_TLPK[reading.n_prompt :, layers, point, trait]
         if len(x_RL):
             place_BL = np.clip((binned(x_RL) - centre_L) / half_L, -1, 1)
-            found[index] = np.rint(127 + 127 * np.nan_to_num(place_BL)).T
-    return found
+            codes[index] = np.rint(127 + 127 * np.nan_to_num(place_BL)).T
+    return codes
 
 
 def binned(x_RL: np.ndarray) -> np.ndarray:
-    """Means over BINS equal parts of the rows, [BINS, L]; rows are repeated where there are fewer."""
+    """Average rows [R, L] over BINS equal parts: [BINS, L]; rows are repeated where there are fewer."""
     edges = np.arange(BINS + 1) * len(x_RL) // BINS
     counts = np.maximum(np.diff(edges), 1)[:, None]
     result: np.ndarray = np.add.reduceat(x_RL.astype(np.float64), edges[:-1], axis=0) / counts

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from extraction.core.records import POLARITIES
-from extraction.engine.lazy_model import load_model
 from extraction.pipeline.fit import FitInputs
+from extraction.pipeline.lazy_model import load_model
 from extraction.pipeline.model_checks import (
     SWEEP_FORM,
     SteeringInputs,

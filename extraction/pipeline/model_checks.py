@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.config.traits import make_examples
 from extraction.core.records import Example, Prompt
-from extraction.engine.lazy_model import load_model, retry_with_smaller_batch
+from extraction.pipeline.lazy_model import load_model, retry_with_smaller_batch
 from extraction.pipeline.plan import MODES
 from extraction.pipeline.session import TraitContext
 from extraction.pipeline.shards import capture_shard

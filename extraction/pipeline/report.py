@@ -15,7 +15,7 @@ from extraction.pipeline.fit import sources_digest
 from extraction.pipeline.plan import RunPlan
 from extraction.pipeline.score import kept_responses
 from extraction.pipeline.session import TraitContext, TraitResult
-from extraction.report.data import ReportData
+from extraction.report.page_data import ReportData
 from extraction.storage import experiment_dir
 from extraction.storage.atomic import read_receipt
 from extraction.storage.experiment_dir import trait_runs
@@ -62,7 +62,7 @@ def stored_result(context: TraitContext) -> TraitResult:
 
 def write_index(plan: RunPlan) -> Path:
     """Write the index page of a plan's experiment, of every trait that has a card; return its path."""
-    from extraction.report.index import IndexEntry, index_page
+    from extraction.report.page import IndexEntry, index_page
 
     root, experiment = plan.root / "experiments", plan.experiment.name
     entries = [

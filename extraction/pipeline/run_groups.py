@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Prompt
-from extraction.engine.lazy_model import cuda_graph_notes, retry_with_smaller_batch
+from extraction.pipeline.lazy_model import cuda_graph_notes, retry_with_smaller_batch
 from extraction.pipeline.pace import TokenPace
 from extraction.pipeline.plan import GenerationMode, RunGroup, RunPlan, Shard, shard_names
 from extraction.pipeline.session import ModelSession

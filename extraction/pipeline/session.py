@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Example, Prompt, Trait
-from extraction.engine.lazy_model import LazyModel
+from extraction.pipeline.lazy_model import LazyModel
 from extraction.pipeline.plan import GenerationMode, RunPlan
 from extraction.storage.trait_run import TraitRun
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from extraction.core.errors import ActivationError
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Prompt
-from extraction.engine.lazy_model import retry_with_smaller_batch
+from extraction.pipeline.lazy_model import retry_with_smaller_batch
 from extraction.pipeline.plan import MODES, GenerationMode
 from extraction.pipeline.session import ModelSession
 from extraction.storage.trait_run import TraitRun

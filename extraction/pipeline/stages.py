@@ -14,13 +14,13 @@ from extraction.core.errors import MissingPackage, StoreError, TraitError
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Example, Trait
 from extraction.core.text import show_path
-from extraction.engine.lazy_model import load_model
 from extraction.judging.registry import check_judge_model
 from extraction.pipeline.evaluate import EvalOptions, evaluate_trait
 from extraction.pipeline.executors.base import Executor
 from extraction.pipeline.executors.local import LocalExecutor
 from extraction.pipeline.executors.slice import empty_slice_note, groups_of_slice, shards_of_slice
 from extraction.pipeline.fit import VectorOptions, check_options, fit_inputs, fit_trait
+from extraction.pipeline.lazy_model import load_model
 from extraction.pipeline.plan import MODES, GenerationMode, RunPlan
 from extraction.pipeline.report import stored_result, write_index, write_report
 from extraction.pipeline.score import score_responses, stored_kept_responses

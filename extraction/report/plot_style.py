@@ -1,6 +1,6 @@
 """Style, page sizes and PNG rendering shared by every plot.
 
-Colours are the Okabe-Ito palette, which stays distinct for colour-blind readers; every line also has its own marker. The
+Colours are the Okabe-Ito palette, which colour-blind readers can tell apart; every line also has its own marker. The
 user's matplotlib settings are ignored, so the same figures give the same bytes.
 """
 
@@ -20,18 +20,10 @@ if TYPE_CHECKING:
 
 
 BLUE, VERMILION, GREY, INK = "#0072B2", "#D55E00", "#6b6b6b", "#1a1a1a"
-
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
-
-
 MARKERS = "osD^vP*X"
-
-
 DPI = 200
-
-
-PIXELS_PER_INCH = 100  # of CSS: a rendering is sharp on a screen of double density
+PIXELS_PER_INCH = 100  # CSS pixels: the image is sharp on a screen of double density
 
 
 STYLE = {
@@ -51,35 +43,35 @@ STYLE = {
 
 @dataclass(frozen=True)
 class PlotPage:
-    """The paper that a plot is drawn on: inches wide, points of text."""
+    """The size that a plot is drawn at: wide for screens and papers, narrow for phones."""
 
     narrow: bool
 
     @property
     def width(self) -> float:
-        """Inches."""
+        """Width in inches."""
         return 3.5 if self.narrow else 9.6
 
     @property
     def text(self) -> float:
-        """Points."""
+        """Font size in points."""
         return 8.2 if self.narrow else 10.0
 
     def figure(self, wide_height: float, narrow_height: float) -> Figure:
-        """An empty figure."""
+        """Return an empty figure of the page's width; heights are in inches."""
         from matplotlib.figure import Figure
 
         return Figure(figsize=(self.width, narrow_height if self.narrow else wide_height))
 
     def panels(self, figure: Figure, count: int, **keywords: Any) -> list[Axes]:
-        """Axes beside each other, or below each other where it is narrow."""
+        """Return axes beside each other, or below each other on a narrow page."""
         shape = (count, 1) if self.narrow else (1, count)
         return list(figure.subplots(*shape, squeeze=False, **keywords).flat)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot in both renderings, with the size in CSS pixels of each."""
+    """A plot as PNG, wide and narrow, with the sizes in CSS pixels."""
 
     wide: bytes
     narrow: bytes
@@ -88,7 +80,7 @@ class Picture:
 
 
 def check_matplotlib() -> None:
-    """Raise MissingPackage where the plots can't be drawn."""
+    """Raise MissingPackage without matplotlib."""
     try:
         import matplotlib as _  # noqa: F401
     except ImportError as failure:
@@ -98,14 +90,14 @@ def check_matplotlib() -> None:
 
 
 def render_picture(draw: Callable[[Mapping[str, Any], PlotPage], Figure], source: Mapping[str, Any]) -> Picture:
-    """One plot in both renderings."""
+    """Draw a plot wide and narrow."""
     pages = (PlotPage(is_narrow) for is_narrow in (False, True))
     (wide, wide_size), (narrow, narrow_size) = (rendered(partial(draw, source, page), page.text) for page in pages)
     return Picture(wide, narrow, wide_size, narrow_size)
 
 
 def rendered(draw: Callable[[], Figure], text: float) -> tuple[bytes, tuple[int, int]]:
-    """A figure as PNG, and its size in CSS pixels; drawn in the project's style, with so many points of text."""
+    """Return a figure as PNG and its size in CSS pixels, drawn in the project's style with `text` points of text."""
     from matplotlib import style
 
     buffer = io.BytesIO()
@@ -117,5 +109,5 @@ def rendered(draw: Callable[[], Figure], text: float) -> tuple[bytes, tuple[int,
 
 
 def gaps(values: Sequence[float | None]) -> list[float]:
-    """Values to draw: a figure that is not defined is a gap in the line."""
+    """Return values to draw, with NaN for None: a gap in the line."""
     return [float("nan") if value is None else value for value in values]

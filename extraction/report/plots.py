@@ -1,7 +1,6 @@
-"""The plots of a report as PNG, each in two renderings: for wide screens and papers, and for a telephone.
+"""Draw the plots of a report: curves over layers, the heat map of all methods, histograms of the projections.
 
-Colours are Okabe and Ito's, which people with any colour vision tell apart; every line also has a marker of its own.
-Nothing depends on the user's matplotlib settings, so the same figures give the same bytes. L layers.
+L layers.
 """
 
 from __future__ import annotations
@@ -29,46 +28,46 @@ if TYPE_CHECKING:
 
 
 def pictures(card: Mapping[str, Any], steering: Mapping[str, Any] | None) -> dict[str, Picture]:
-    """Every plot of a run by name. MissingPackage where matplotlib is absent."""
+    """Draw every plot of a run, by name. Raises MissingPackage without matplotlib."""
     check_matplotlib()
-    found = {name: render_picture(draw, card) for name, draw in PLOTS.items()}
+    drawn = {name: render_picture(draw, card) for name, draw in PLOTS.items()}
     if steering is not None and steering["conditions"]:
-        from extraction.report.steering_plot import draw_steering
+        from extraction.report.sweep_plots import draw_steering
 
-        found["steering"] = render_picture(draw_steering, steering)
-    return found
+        drawn["steering"] = render_picture(draw_steering, steering)
+    return drawn
 
 
 # --- layer curves ---------------------------------------------------------------------------------------------------
 
 PARTS = {
     "validation": "Validation questions: layer and method were chosen here",
-    "test": "Test questions: looked at once, at the end",
+    "test": "Test questions: scored once, at the end",
 }
-AXES = {  # figure: its label, the value that shows nothing, where the card has the random directions' 95th percentile
-    "auroc": ("AUROC (1 always, 0.5 guessing)", 0.5, "high"),
+AXES = {  # figure -> axis label, value at chance, key of the random directions' 95th percentile in the card
+    "auroc": ("AUROC (1 perfect, 0.5 chance)", 0.5, "high"),
     "cohens_d": ("Cohen's d (standard deviations)", 0.0, "high_cohens_d"),
 }
 
 
 def draw_layers(card: Mapping[str, Any], page: PlotPage) -> Figure:
-    """AUROC against the layer, a line a method, on the validation and on the test questions; the chosen one ringed."""
+    """Draw AUROC against the layer, a line a method, on validation and test questions; a ring on the chosen vector."""
     return _layer_panels(card, page, "auroc")
 
 
 def draw_distances(card: Mapping[str, Any], page: PlotPage) -> Figure:
-    """The same of Cohen's d, which still tells methods apart where every AUROC is 1."""
+    """Draw Cohen's d against the layer, which still tells methods apart where every AUROC is 1."""
     return _layer_panels(card, page, "cohens_d")
 
 
 def _layer_panels(card: Mapping[str, Any], page: PlotPage, name: str) -> Figure:
     figure = page.figure(4.4, 6.6)
-    label, nothing, control = AXES[name]
+    label, chance, control = AXES[name]
     panels = page.panels(figure, 2, sharey=True, sharex=True)
     for axes, (part, title) in zip(panels, PARTS.items(), strict=True):
         _layer_curves(axes, card, part, name)
         axes.set_title(title.replace(": ", ":\n"))
-        axes.axhline(nothing, color=GREY, linewidth=0.8)
+        axes.axhline(chance, color=GREY, linewidth=0.8)
         axes.set_ylabel("" if axes is not panels[0] and not page.narrow else label)
     if name == "auroc":
         panels[0].set_ylim(bottom=min(0.48, panels[0].get_ylim()[0]), top=1.03)
@@ -85,8 +84,8 @@ def _layer_curves(axes: Axes, card: Mapping[str, Any], part: str, name: str) -> 
     from matplotlib.ticker import MaxNLocator
 
     layers, chosen = card["layers"], card["chosen"]
-    for index, (method, found) in enumerate(card["methods"].items()):
-        curve, is_chosen = found["per_layer"][part][name], method == chosen["method"]
+    for index, (method, figures) in enumerate(card["methods"].items()):
+        curve, is_chosen = figures["per_layer"][part][name], method == chosen["method"]
         look: dict[str, Any] = {"color": COLOURS[index % 8], "marker": MARKERS[index % 8]}
         label, size = (f"{method} (chosen)", 5.0) if is_chosen else (method, 3.5)
         axes.plot(layers, gaps(curve["value"]), label=label, ms=size, zorder=4 if is_chosen else 3, **look)
@@ -98,7 +97,7 @@ def _layer_curves(axes: Axes, card: Mapping[str, Any], part: str, name: str) -> 
 
 
 def _ring(axes: Axes, layer: int, bounded: Mapping[str, Any]) -> None:
-    """A ring around the chosen point, with its interval."""
+    """Draw a ring around the chosen vector's point, with its interval."""
     if bounded["value"] is None:
         return
     if bounded["low"] is not None and bounded["high"] is not None:
@@ -108,14 +107,14 @@ def _ring(axes: Axes, layer: int, bounded: Mapping[str, Any]) -> None:
 
 def _random_line(axes: Axes, high: float | None) -> None:
     if high is not None:
-        axes.axhline(high, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="random, 95th percentile")
+        axes.axhline(high, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="random directions, 95th percentile")
 
 
 # --- heat map -------------------------------------------------------------------------------------------------------
 
 
 def draw_methods(card: Mapping[str, Any], page: PlotPage) -> Figure:
-    """Test AUROC of every method and layer as colours, with numbers where there is room; the chosen cell framed."""
+    """Draw test AUROC by method and layer as colours, with numbers where they fit; a frame on the chosen vector."""
     import matplotlib
     import numpy as np
 
@@ -135,7 +134,7 @@ def draw_methods(card: Mapping[str, Any], page: PlotPage) -> Figure:
         _numbers(axes, values)
     _frame(axes, names.index(card["chosen"]["method"]), card["chosen"]["index"])
     bar = figure.colorbar(drawn, ax=axes, extend="min", location="bottom" if page.narrow else "right", pad=0.03)
-    bar.set_label("AUROC, test")
+    bar.set_label("AUROC, test questions")
     return figure
 
 
@@ -158,11 +157,11 @@ def _frame(axes: Axes, row: int, column: int) -> None:
 
 
 def draw_projections(card: Mapping[str, Any], page: PlotPage) -> Figure:
-    """Where held-out responses lie along the direction, by side; a second panel without the instruction."""
+    """Draw histograms of the test responses' projections by side; a second panel with the instruction removed."""
     held_out = card["projections"]
     panels = {"As generated, with the instruction": held_out}
     if held_out.get("stripped"):
-        panels["Read again, with the instruction removed"] = held_out["stripped"]
+        panels["With the instruction removed"] = held_out["stripped"]
     figure = page.figure(3.6, 1.1 + 2.5 * len(panels))
     every = [value for panel in panels.values() for side in ("positive", "negative") for value in panel[side]]
     edges = _edges([*every, held_out["threshold"]])
@@ -172,18 +171,18 @@ def draw_projections(card: Mapping[str, Any], page: PlotPage) -> Figure:
         axes.set_title(title)
     for axes in axes_of if not page.narrow else axes_of[-1:]:
         unit = held_out.get("unit") or "standardised"
-        axes.set_xlabel(f"position along the direction\n({_wrapped(unit, 46 if page.narrow else 56)})")
+        axes.set_xlabel(f"projection onto the direction\n({_wrapped(unit, 46 if page.narrow else 56)})")
     return figure
 
 
-def _wrapped(said: str, width: int) -> str:
+def _wrapped(text: str, width: int) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(said, width))
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def _edges(values: Sequence[float]) -> Any:
-    """Edges of 24 bins over all values, so that both panels and both sides share them."""
+    """Return the edges of 24 bins over all values, shared by both panels and both sides."""
     import numpy as np
 
     low, high = min(values), max(values)

@@ -1,4 +1,4 @@
-"""How a run was made: commands, config, versions, hashes, and what was left out."""
+"""The values of a report's last section: commands, settings, versions, hashes, and the responses that were left out."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from extraction.config.settings import EXPERIMENT_SETTINGS, MODEL_SETTINGS
-from extraction.report import formatting
-from extraction.report.data import ReportData
-from extraction.report.markup import Html, table, tag
-from extraction.report.sections import section
+from extraction.report.page_data import ReportData, run_options
 
 # options of `traitline extract` that decide the result or what counts of it, by their place in the config
 NOT_REPEATED = ("traits", "batch_size", "judge_url", "judge_concurrency", "judge_price")
@@ -34,64 +31,51 @@ LABELS = {  # of the counts that are known; others go by their own names
     "dropped_incoherent": "Left out: not coherent",
     "dropped_wrong_side": "Left out: the answer shows the other side of the trait",
 }
-ROLES = {"fit": "directions are made", "validation": "layer and method are chosen", "test": "figures are read"}
+PARTS = {
+    "fit": "directions are fitted",
+    "validation": "layer and method are chosen",
+    "test": "figures are computed",
+}
 
 
-def provenance(facts: ReportData) -> Html:
-    """What it takes to make this run again, and to know that it is the same."""
-    return section(
-        "made",
-        "How this was made",
-        tag("h3", "Make it again"),
-        tag("p", "The same inputs give the same responses; traitline verify checks every file against its hash."),
-        tag("pre", tag("code", "\n".join(commands(facts)))),
-        tag("h3", "What was left out"),
-        table(("What", "Value"), list(_counts(facts.card["judge"])), caption="Responses", class_="figures plain"),
-        table(
-            ("Part", "Questions", "Positive responses", "Negative responses"),
-            [_part(name, facts.card["split"][name]) for name in ROLES],
-            caption="The parts that the responses were split into, by question",
-            class_="figures plain",
-        ),
-        _folds(facts.card["split"].get("instruction_folds")),
-        tag("h3", "Settings"),
-        table(("Setting", "Value"), flat(facts.config), caption="Configuration of the run", class_="figures plain"),
-        tag("h3", "Versions and hashes"),
-        table(("What", "Value"), flat(facts.made_with), caption="Versions and hardware", class_="figures plain"),
-        table(
-            ("File or part", "sha256"),
-            [[name, tag("code", value)] for name, value in facts.hashes.items()],
-            caption="Hashes",
-            class_="figures plain hashes",
-        ),
-    )
+def provenance_values(data: ReportData) -> dict[str, Any]:
+    """Return what the section on reproduction shows: commands, counts, split, settings, versions and hashes."""
+    split = data.card["split"]
+    return {
+        "commands": list(commands(data)),
+        "counts": list(response_counts(data.card["judge"])),
+        "parts": [split_row(name, split[name]) for name in PARTS],
+        "instruction_folds": split.get("instruction_folds") or 0,
+        "settings": flatten(data.config),
+        "versions": flatten(data.made_with),
+        "hashes": data.hashes,
+    }
 
 
-def commands(facts: ReportData) -> Iterator[str]:
-    """The commands that make this run again, each with every setting that decides its bytes."""
-    config = {"queue_size": 1, **facts.config}  # a run that does not know queues has its shards one by one
-    name = shlex.quote(facts.trait.name)
-    where = f"--experiment {shlex.quote(str(config['name']))} --traits {name}"
-    values = {option: value_at(config, path) for option, path in OPTIONS.items()}
-    given = [
-        f"{option} {shlex.quote(_typed(value))}"
+def commands(data: ReportData) -> Iterator[str]:
+    """Yield the commands that reproduce the run, with every setting that decides its bytes."""
+    run = run_options(data)
+    values = {option: value_at(data.config, path) for option, path in OPTIONS.items()}
+    options = [
+        f"{option} {shlex.quote(option_text(value))}"
         for option, value in values.items()
         if value is not None and value != []
     ]
-    raw = ["--raw"] if value_at(config, "model.raw") else []
-    yield " \\\n    ".join([f"traitline extract {where}", *given, *raw])
-    yield f"traitline report {where}"
+    raw = ["--raw"] if value_at(data.config, "model.raw") else []
+    yield " \\\n    ".join([f"traitline extract {run}", *options, *raw])
+    yield f"traitline report {run}"
 
 
 def value_at(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path; None where there is none."""
+    """Return the value at a dotted path; None where there is none."""
     value: Any = config
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
-def _typed(value: Any) -> str:
+def option_text(value: Any) -> str:
+    """Return a setting as it is typed on the command line."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     if isinstance(value, bool):
@@ -99,33 +83,28 @@ def _typed(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def flat(values: Mapping[str, Any], above: str = "") -> list[list[str]]:
-    """The leaves of nested settings, by dotted name."""
-    found = []
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return the leaves of nested settings as (dotted name, text)."""
+    leaves: list[tuple[str, str]] = []
     for key, value in values.items():
-        name = f"{above}.{key}" if above else str(key)
+        name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping) and value:
-            found += flat(value, name)
+            leaves += flatten(value, name)
         elif not isinstance(value, list | Mapping):
-            found.append([name, "not set" if value is None else _typed(value)])
+            leaves.append((name, "not set" if value is None else option_text(value)))
         else:
-            found.append([name, _typed(list(value)) or "none"])
-    return found
+            leaves.append((name, option_text(list(value)) or "none"))
+    return leaves
 
 
-def _counts(judge: Mapping[str, Any]) -> Iterator[list[str]]:
+def response_counts(judge: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield label and value of every count and setting of the judging, known ones first."""
     known = {key: judge[key] for key in LABELS if key in judge}
     for key, value in {**known, **judge}.items():
         if not isinstance(value, Mapping | list):
-            yield [LABELS.get(key, key.replace("_", " ")), "not set" if value is None else _typed(value)]
+            yield LABELS.get(key, key.replace("_", " ")), "not set" if value is None else option_text(value)
 
 
-def _part(name: str, part: Mapping[str, int]) -> list[str]:
-    return [f"{name}: {ROLES[name]}", *(f"{part[key]:,}" for key in ("questions", "positive", "negative"))]
-
-
-def _folds(count: int | None) -> Html | None:
-    if not count:
-        return None
-    said = "Instructions are held apart too: a test response's instruction is not among those that made its direction"
-    return tag("p", f"{said} ({formatting.counted(count, 'fold')}).")
+def split_row(name: str, part: Mapping[str, int]) -> tuple[str, ...]:
+    """Return one part of the split with its counts, as a row of the table."""
+    return f"{name}: {PARTS[name]}", *(f"{part[key]:,}" for key in ("questions", "positive", "negative"))

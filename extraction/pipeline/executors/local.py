@@ -8,8 +8,8 @@ from itertools import groupby
 
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Trait
-from extraction.engine.lazy_model import load_model
 from extraction.pipeline.executors.base import TraitCallback
+from extraction.pipeline.lazy_model import load_model
 from extraction.pipeline.pace import TokenPace
 from extraction.pipeline.plan import GenerationMode, RunGroup
 from extraction.pipeline.run_groups import GroupRunner, pending_shards, shards_to_run

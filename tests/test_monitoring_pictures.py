@@ -1,4 +1,4 @@
-"""Pictures of a capture set: any text and any numbers, without a warning, and the same bytes again."""
+"""Pictures of a capture set: any text and any numbers, without a warning, and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from extraction.core.errors import MissingPackage
 from extraction.monitoring.colour_scale import colour_scales
-from extraction.monitoring.pictures import overview_picture, reading_picture
-from extraction.monitoring.text_layout import RETURN, cells, drawable, wrapped
-from extraction.report.markup import visible
+from extraction.monitoring.pictures import RETURN, cells, drawable, overview_picture, reading_picture, wrap_tokens
+from extraction.report.rendering import visible
 from tests.readings import make_set
-from tests.test_reading_page import ODD
+from tests.test_monitoring_page import ODD
 from tests.test_report import EVIL
 
 pytest.importorskip("matplotlib")
@@ -92,7 +91,7 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
 
 @given(st.lists(st.text(alphabet="ab \n\t\u0301\u4f60", max_size=30), max_size=20), st.integers(4, 30))
 def test_lines_hold_every_token_and_nothing_overlaps(pieces, columns):
-    runs = wrapped(pieces, ["<t>"] * len(pieces), columns)
+    runs = wrap_tokens(pieces, ["<t>"] * len(pieces), columns)
     for token, piece in enumerate(pieces):
         said = "".join(run.text for run in runs if run.token == token)
         expected = (visible(piece) or "<t>").replace("\t", "    ")

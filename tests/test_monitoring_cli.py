@@ -1,8 +1,9 @@
-"""Tiers 2 and 3 as a user types them: what is written, what is said, what is refused, what a second start does."""
+"""The commands of tiers 2 and 3: their files, their refusals, and what a second start does."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -66,10 +67,10 @@ def test_a_file_becomes_a_set_with_a_page_and_a_table(root):
     ]
     assert (folder / "reports/page.html").is_file()
     assert (root / "experiments/demo/captures/index.html").is_file()
-    assert "blank lines skipped: 1" in result.stderr
-    assert "Took " in result.stdout
+    assert re.search(r"one\.txt.*\b1\b", result.stderr)
+    assert re.search(r"\b3 prompts\b", result.stdout)
     assert all(len(line) <= 80 for line in result.stdout.splitlines() if "/" not in line), result.stdout
-    assert "every file" in succeed("verify", "--root", root).output
+    succeed("verify", "--root", root)
 
 
 def test_the_numbers_are_those_of_the_plain_model_reading_the_text_alone(root):
@@ -79,24 +80,24 @@ def test_the_numbers_are_those_of_the_plain_model_reading_the_text_alone(root):
         load_file(root / "experiments/demo/calm/vectors/probe.safetensors")["direction"][[0, 2]], dim=1
     )
     for path in (sets(root)[0] / "prompts").glob("*.safetensors"):
-        told = header(path)
-        hidden_LTD = reference_hidden(lm.model, told["token_ids"])[[0, 2]]
+        head = header(path)
+        hidden_LTD = reference_hidden(lm.model, head["token_ids"])[[0, 2]]
         wanted_TL = torch.einsum("ltd,ld->tl", hidden_LTD, unit_LD)
         found_TLP = load_file(path)["projections.calm"]
         assert (found_TLP[:, :, 2] - wanted_TL).abs().max() < 1e-4
         assert (found_TLP[:, :, 2] - wanted_TL.flip(1)).abs().max() > 1e-2  # a control: the layers changed places
-        assert lm.tokenizer.convert_tokens_to_ids(told["tokens"]) == told["token_ids"]
-        assert "".join(told["pieces"]) == lm.tokenizer.decode(told["token_ids"], clean_up_tokenization_spaces=False)
-        assert told["text"] == "".join(told["pieces"][: told["n_prompt"]])
+        assert lm.tokenizer.convert_tokens_to_ids(head["tokens"]) == head["token_ids"]
+        assert "".join(head["pieces"]) == lm.tokenizer.decode(head["token_ids"], clean_up_tokenization_spaces=False)
+        assert head["text"] == "".join(head["pieces"][: head["n_prompt"]])
 
 
 def test_every_tensor_of_tier_3_is_a_row_a_token(root):
     method = ("--method", "mean_diff")
     read(root, "--trait", "calm", *method, "--layer", "1", "--prompts", "Why?", "--prompts", "How so?", tier=3)
     (folder,) = sets(root, like="tier3-prompts-*")
-    told, tensors = header(folder / "prompts/p0001.safetensors"), load_file(folder / "prompts/p0001.safetensors")
-    assert {len(tensor) for tensor in tensors.values()} == {len(told["token_ids"])}
-    assert set(tensors) == set(told["tensors"])
+    head, tensors = header(folder / "prompts/p0001.safetensors"), load_file(folder / "prompts/p0001.safetensors")
+    assert {len(tensor) for tensor in tensors.values()} == {len(head["token_ids"])}
+    assert set(tensors) == set(head["tensors"])
     assert torch.allclose(tensors["attention"].sum(-1), torch.ones(()), atol=1e-5)
     direction = load_file(root / "experiments/demo/calm/vectors/mean_diff.safetensors")["direction"][1]
     wanted_T = tensors["residual_out"] @ direction / direction.norm()
@@ -106,9 +107,9 @@ def test_every_tensor_of_tier_3_is_a_row_a_token(root):
 
 def test_tier_3_needs_no_trait_and_finds_the_middle_layer(root):
     read(root, "--prompts", "Why?", tier=3)
-    told = header(sets(root)[0] / "prompts/p0000.safetensors")
-    assert told["layers"] == [1]
-    assert told["traits"] == []
+    head = header(sets(root)[0] / "prompts/p0000.safetensors")
+    assert head["layers"] == [1]
+    assert head["traits"] == []
     assert (sets(root)[0] / "reports/page.html").is_file()
 
 
@@ -138,7 +139,7 @@ def test_a_second_start_finds_nothing_to_do(root):
     asked = ("--trait", "calm", "--prompts-file", root / "one.txt", "--save-json")
     read(root, *asked)
     before = contents(root / "experiments")
-    assert "Nothing left to do" in read(root, *asked).stdout
+    assert "loading" not in read(root, *asked).stderr
     assert contents(root / "experiments") == before
 
 
@@ -182,14 +183,14 @@ def test_the_batch_size_changes_no_token_and_is_no_other_set(root):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "value"),
     [
-        (("--trait", "calm"), "no prompts"),
-        (("--prompts", "Why?"), "no trait"),
-        (("--trait", "calm", "--prompts", " "), "no prompt"),
+        (("--trait", "calm"), "--prompts"),
+        (("--prompts", "Why?"), "--trait"),
+        (("--trait", "calm", "--prompts", " "), "--prompts"),
         (("--trait", "nobody", "--prompts", "Why?"), "nobody"),
         (("--trait", "calm", "--prompts", "Why?", "--layers", "7"), "7"),
-        (("--trait", "calm", "--prompts", "Why?", "--method", "tea"), "no vectors of 'tea'"),
+        (("--trait", "calm", "--prompts", "Why?", "--method", "tea"), "'tea'"),
         (("--trait", "calm", "--prompts", "Why?", "--temperature", "-1"), "temperature"),
         (("--trait", "calm", "--prompts", "Why?", "--system", ""), "--system"),
         (("--trait", "calm", "--prompts", "Why?", "--max-new-tokens", "9999"), "9999"),
@@ -199,15 +200,15 @@ def test_the_batch_size_changes_no_token_and_is_no_other_set(root):
     ],
     ids=lambda value: " ".join(value).encode(errors="replace").decode() if isinstance(value, tuple) else value[:12],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(made, arguments, said):
+def test_bad_input_is_one_line_and_nothing_is_written(made, arguments, value):
     before = contents(made / "experiments")
     line = refused("read", "--root", made, "--experiment", "demo", "--self-check", "0", *arguments, notes=PROGRESS)
-    assert said in line
+    assert value in line
     assert contents(made / "experiments") == before
 
 
 def test_a_layer_of_tier_3_is_one_layer_that_the_model_has(made):
-    for layer, said in (("9", "layer 9"), ("0-1", "one layer at a time"), ("x", "x")):
+    for layer, said in (("9", "9"), ("0-1", "'0-1'"), ("x", "x")):
         line = refused("internals", "--root", made, "--experiment", "demo", "--layer", layer, "--prompts", "Why?")
         assert said in line
 
@@ -231,35 +232,36 @@ def test_keep_going_does_what_can_be_done(root):
         *("read", "--root", root, "--experiment", "demo", "--traits", "calm,nobody", *files, *SHORT, "--keep-going")
     )
     assert result.exit_code == 1
-    assert "2 failed" in result.stderr
+    assert re.search(r"\b2 failed", result.stderr)
+    assert "missing.txt" in result.stderr
+    assert "nobody" in result.stderr
     assert len(sets(root, like="tier2-two-*")) == 1
-    assert "two on tiny" in result.stdout
 
 
 def test_a_prompt_too_long_fails_its_own_file_alone(root):
     (root / "long.txt").write_text("x" * 600 + "\n")
     files = ("--prompts-file", root / "long.txt", "--prompts-file", root / "two.txt")
     arguments = ("read", "--root", root, "--experiment", "demo", "--trait", "calm", *files, *SHORT)
-    assert "don't fit the model's context" in refused(*arguments, notes=PROGRESS)
+    assert re.search(r"\b512\b", refused(*arguments, notes=PROGRESS))
     assert not sets(root)
     result = invoke(*arguments, "--keep-going")
     assert result.exit_code == 1
-    assert "don't fit the model's context" in result.stderr
+    assert re.search(r"long: .*\b512\b", result.stderr)
     assert len(sets(root)) == 1
 
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(made):
     before = contents(made)
     result = read(made, "--trait", "calm", "--prompts-file", made / "two.txt", "--dry-run")
-    assert "2 prompts, 0 of them done" in result.stdout
+    assert re.search(r"two: 2 prompts, 0\b", result.stdout)
     assert contents(made) == before
 
 
-# --- doors ----------------------------------------------------------------------------------------------------------
+# --- scripts --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", [2, 3])
-def test_the_doors_run_by_path_from_any_folder(root, tmp_path, tier):
+def test_the_scripts_run_by_path_from_any_folder(root, tmp_path, tier):
     words = ["--experiment", "demo", "--trait", "calm", "--prompts", "What is the capital of France?"]
     own = {2: ["--method", "probe", "--save_json"], 3: ["--layer", "1"]}[tier]
     done = subprocess.run(

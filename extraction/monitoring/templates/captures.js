@@ -1,4 +1,5 @@
-// What the reader chooses, and what is shown of it. All text goes into the page as text; the choice is in the address.
+// The state of the page (prompt, trait, layer, point, token) and everything drawn from it. All text is inserted as text;
+// the state is kept in the address.
 (() => {
   const byId = (name) => document.getElementById(name);
   const json = (name) => JSON.parse(byId(name).textContent);
@@ -9,7 +10,7 @@
   const [nLayers, nPoints, nFigures] = [data.layers.length, data.points.length, data.figures.length];
   const state = { p: 0, t: 0, l: data.traits[0].layer, at: Math.max(OUT, 0), i: 0 };
 
-  // --- data, unpacked when it is looked at --------------------------------------------------------------------------
+  // --- data blocks, unpacked on first use -----------------------------------------------------------------------------
 
   const bytes = (text) => {
     const found = atob(text);
@@ -18,8 +19,8 @@
     return out;
   };
 
-  // the most recent ones are kept
-  const kept = (count, make) => {
+  // cache the results of the most recent calls
+  const memoized = (count, make) => {
     const cache = new Map();
     return (...key) => {
       const name = key.join("-");
@@ -31,10 +32,10 @@
     };
   };
 
-  const textOf = kept(64, (p) => json(`text-${p}`));
+  const textOf = memoized(64, (p) => json(`text-${p}`));
 
-  // of each point and layer one trajectory: Float32Array of tokens
-  const valuesOf = kept(64, (p, t) => {
+  // Float32Array: a trajectory over tokens for each point and layer
+  const valuesOf = memoized(64, (p, t) => {
     const packed = json(`values-${p}-${t}`);
     const raw = bytes(packed.codes);
     const codes = data.bits === 16 ? new Uint16Array(raw.buffer) : raw;
@@ -52,7 +53,7 @@
     return valuesOf(p, t).subarray(from, from + tokens);
   };
 
-  const traitOf = kept(16, (t) => {
+  const traitOf = memoized(16, (t) => {
     const packed = json(`trait-${t}`);
     return { dynamics: new Float32Array(bytes(packed.dynamics).buffer), bars: bytes(packed.bars) };
   });
@@ -73,7 +74,7 @@
     return state.at === OUT && found.every((value) => value !== null) ? found : null;
   };
 
-  // --- words --------------------------------------------------------------------------------------------------------
+  // --- formatting ----------------------------------------------------------------------------------------------------
 
   const element = (name, className, text) => {
     const made = document.createElement(name);
@@ -88,7 +89,7 @@
     return (size && (size < 1e-4 || size >= 1e6) ? value.toExponential(3) : plain).replace("-", "\u2212");
   };
   const WHOLE = new Set(["peak_token", "commitment"]);
-  const said = (name, value) => {
+  const figureText = (name, value) => {
     if (value === null) return NONE;
     if (name === "committed_to") return data.sides[String(value)] || NONE;
     return WHOLE.has(name) ? String(value) : number(value);
@@ -107,7 +108,7 @@
   const palettes = { light: Charts.palette(data.colours.light), dark: Charts.palette(data.colours.dark) };
   let colours = palettes.light;
   let look = {};
-  const takeLook = () => {
+  const readStyle = () => {
     colours = palettes[isDark.matches && !isPrinted.matches ? "dark" : "light"];
     const css = getComputedStyle(document.documentElement);
     look = { font: "12px " + getComputedStyle(document.body).fontFamily };
@@ -147,7 +148,7 @@
       count += item.made.hidden ? 0 : 1;
     }
     byId("found").hidden = !word;
-    byId("found").textContent = count === 1 ? "1 prompt fits" : count + " prompts fit";
+    byId("found").textContent = count === 1 ? "1 prompt matches" : count + " prompts match";
   };
 
   // --- the text -----------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@
       const part = element("div", "part " + name.toLowerCase());
       part.setAttribute("role", "group");
       part.setAttribute("aria-label", name);
-      const words = element("p", "said");
+      const words = element("p", "token-text");
       words.dir = "auto";
       words.setAttribute("role", "presentation");
       words.append(...tokens);
@@ -205,7 +206,7 @@
 
   // --- the status line ----------------------------------------------------------------------------------------------
 
-  const tell = (i = state.i, l = state.l) => {
+  const showStatus = (i = state.i, l = state.l) => {
     const prompt = data.prompts[state.p];
     if (i >= prompt.tokens) return;
     const where = i < prompt.prompted ? "prompt" : "response " + (i - prompt.prompted);
@@ -253,16 +254,16 @@
   const measure = () => {
     place = Charts.layout(byId("plots").clientWidth, data.prompts[state.p].tokens, nLayers);
   };
-  const plotsSaid = () => {
+  const describePlots = () => {
     const trait = data.traits[state.t];
-    byId("trait-said").textContent = `${trait.name} (${trait.method}): ${trait.description}`;
-    byId("commits-said").hidden = commitment() === null;
-    byId("map-said").textContent = `${trait.name}, ${pointName()}; each layer on its own scale. Click a cell to choose its layer and token.`;
-    byId("map").setAttribute("aria-label", `Heat map of ${trait.name}, layers by tokens. Arrow keys move; the line at the foot of the page tells the value.`);
+    byId("trait-note").textContent = `${trait.name} (${trait.method}): ${trait.description}`;
+    byId("commits-note").hidden = commitment() === null;
+    byId("map-note").textContent = `${trait.name}, ${pointName()}; each layer on its own scale. Click a cell to choose its layer and token.`;
+    byId("map").setAttribute("aria-label", `Heat map of ${trait.name}, layers by tokens. Arrow keys move; the line at the foot of the page shows the value.`);
     const from = `The projection at layer ${data.layers[state.l]} over the tokens`;
     const known = levels() ? "; dashed, the mean of the run's negative and positive responses" : "";
-    byId("line-said").textContent = `${from}${known}. Triangles: values off the scale.`;
-    byId("line").setAttribute("aria-label", `${from}. The values are told token by token in the text.`);
+    byId("line-note").textContent = `${from}${known}. Triangles: values off the scale.`;
+    byId("line").setAttribute("aria-label", `${from}. The text gives the value of every token.`);
   };
   const keepInSight = () => {
     const [plots, x] = [byId("plots"), Charts.columnX(place, state.i)];
@@ -280,14 +281,14 @@
     byId("legend-low").textContent = "\u2264 " + number(centre - half);
     byId("legend-centre").textContent = number(centre);
     byId("legend-high").textContent = "\u2265 " + number(centre + half);
-    byId("legend-said").textContent = found
+    byId("legend-note").textContent = found
       ? `Middle: half way between the levels of negative (${number(found[0])}) and positive (${number(found[1])}) responses.`
       : "Middle: the median of the set's response tokens here.";
   };
 
   const termOf = (p, name, value) => {
     const row = element("div");
-    const what = element("dd", "", said(name, value));
+    const what = element("dd", "", figureText(name, value));
     if (WHOLE.has(name) && value !== null) {
       const i = data.prompts[p].prompted + value;
       const link = element("button", "jump", quoted(plainOf(p, i)));
@@ -346,10 +347,10 @@
   });
   const showTable = () => {
     const trait = data.traits[state.t];
-    table.caption.textContent = `${trait.name} at layer ${data.layers[state.l]}, residual out; of the response. Click a head to sort.`;
+    table.caption.textContent = `${trait.name} at layer ${data.layers[state.l]}, residual out; of the response. Click a heading to sort.`;
     rows.forEach((row, p) => {
       data.figures.forEach((name, f) => {
-        row.cells[f + 2].textContent = said(name, figure(name, p));
+        row.cells[f + 2].textContent = figureText(name, figure(name, p));
       });
     });
     sortTable();
@@ -365,7 +366,7 @@
     if (any("p", "t", "l", "at", "look")) {
       paintText();
       showDynamics();
-      plotsSaid();
+      describePlots();
     }
     if (any("t", "l", "at", "look")) showLegend();
     if (any("t", "l")) showTable();
@@ -374,55 +375,55 @@
     if (any("p", "t", "at", "look")) makeImage();
     drawMap();
     drawLine();
-    tell();
+    showStatus();
     byId("layer").value = state.l;
     byId("layer").setAttribute("aria-valuetext", "layer " + data.layers[state.l]);
-    byId("layer-said").textContent = data.layers[state.l];
+    byId("layer-value").textContent = data.layers[state.l];
     byId("trait").value = state.t;
     byId("point").value = state.at;
   };
 
   const inside = (value, count) => Math.min(Math.max(value, 0), count - 1);
-  const go = (wish) => {
+  const go = (change) => {
     const before = { ...state };
-    Object.assign(state, wish);
+    Object.assign(state, change);
     state.p = inside(state.p, data.prompts.length);
     state.t = inside(state.t, data.traits.length);
     state.l = inside(state.l, nLayers);
     state.at = inside(state.at, nPoints);
     const prompt = data.prompts[state.p];
-    if (state.p !== before.p && wish.i === undefined) state.i = prompt.answered ? prompt.prompted : 0;
+    if (state.p !== before.p && change.i === undefined) state.i = prompt.answered ? prompt.prompted : 0;
     state.i = inside(state.i, Math.max(prompt.tokens, 1));
     const changed = new Set(Object.keys(state).filter((name) => state[name] !== before[name]));
     if (!changed.size) return;
     show(changed);
     if (changed.has("i") || changed.has("p")) keepInSight();
     if (changed.has("p")) items[state.p].button.scrollIntoView({ block: "nearest" });
-    remember();
+    writeAddress();
   };
 
-  const remember = () => {
+  const writeAddress = () => {
     const { id } = data.prompts[state.p];
-    const said = { p: id, t: state.t, l: data.layers[state.l], at: data.points[state.at], i: state.i };
+    const fields = { p: id, t: state.t, l: data.layers[state.l], at: data.points[state.at], i: state.i };
     try {
-      history.replaceState(null, "", "#" + new URLSearchParams(said));
+      history.replaceState(null, "", "#" + new URLSearchParams(fields));
     } catch {
       // a page in a sandbox has no address of its own
     }
   };
-  const recalled = () => {
-    const asked = new URLSearchParams(location.hash.slice(1));
-    const wish = {};
+  const readAddress = () => {
+    const fields = new URLSearchParams(location.hash.slice(1));
+    const change = {};
     const take = (name, list, value) => {
       const at = list.indexOf(value);
-      if (at >= 0) wish[name] = at;
+      if (at >= 0) change[name] = at;
     };
-    take("p", data.prompts.map((prompt) => prompt.id), asked.get("p"));
-    take("t", data.traits.map((_, t) => String(t)), asked.get("t"));
-    take("l", data.layers.map(String), asked.get("l"));
-    take("at", data.points, asked.get("at"));
-    if (/^\d{1,7}$/.test(asked.get("i") || "")) wish.i = Number(asked.get("i"));
-    return wish;
+    take("p", data.prompts.map((prompt) => prompt.id), fields.get("p"));
+    take("t", data.traits.map((_, t) => String(t)), fields.get("t"));
+    take("l", data.layers.map(String), fields.get("l"));
+    take("at", data.points, fields.get("at"));
+    if (/^\d{1,7}$/.test(fields.get("i") || "")) change.i = Number(fields.get("i"));
+    return change;
   };
 
   // --- keys and pointers --------------------------------------------------------------------------------------------
@@ -465,11 +466,11 @@
   byId("text").addEventListener("pointerover", (event) => {
     const i = tokenUnder(event);
     if (i === null) return;
-    tell(i);
+    showStatus(i);
     drawMap({ token: i, layer: state.l });
   });
   byId("text").addEventListener("pointerleave", () => {
-    tell();
+    showStatus();
     drawMap();
   });
   byId("text").addEventListener("click", (event) => {
@@ -479,12 +480,12 @@
   byId("map").addEventListener("pointermove", (event) => {
     const cell = Charts.cellAt(place, event.offsetX, event.offsetY);
     drawMap(cell);
-    if (cell) tell(cell.token, cell.layer);
-    else tell();
+    if (cell) showStatus(cell.token, cell.layer);
+    else showStatus();
   });
   byId("map").addEventListener("pointerleave", () => {
     drawMap();
-    tell();
+    showStatus();
   });
   byId("map").addEventListener("click", (event) => {
     const cell = Charts.cellAt(place, event.offsetX, event.offsetY);
@@ -500,7 +501,7 @@
   byId("point").addEventListener("change", (event) => go({ at: Number(event.target.value) }));
   byId("show-keys").addEventListener("click", openKeys);
   if (byId("find")) byId("find").addEventListener("input", find);
-  window.addEventListener("hashchange", () => go(recalled()));
+  window.addEventListener("hashchange", () => go(readAddress()));
 
   // --- the start ----------------------------------------------------------------------------------------------------
 
@@ -508,28 +509,28 @@
   byId("app").hidden = false;
   byId("layer").disabled = nLayers < 2;
   byId("status").hidden = false;
-  const again = () => {
-    takeLook();
+  const redraw = () => {
+    readStyle();
     show(new Set(["look"]));
   };
-  isDark.addEventListener("change", again);
-  isPrinted.addEventListener("change", again);
+  isDark.addEventListener("change", redraw);
+  isPrinted.addEventListener("change", redraw);
   let width = 0;
   new ResizeObserver(() => {
     if (byId("plots").clientWidth === width) return;
     width = byId("plots").clientWidth;
-    again();
+    redraw();
   }).observe(byId("plots"));
 
-  takeLook();
+  readStyle();
   const first = data.prompts[0];
-  const wish = recalled();
+  const change = readAddress();
   Object.assign(state, { i: first.answered ? first.prompted : 0 });
-  if (wish.t !== undefined && wish.l === undefined) wish.l = data.traits[wish.t].layer;
-  const asked = { ...state, ...wish };
-  if (wish.p !== undefined && wish.i === undefined) asked.i = data.prompts[wish.p].answered ? data.prompts[wish.p].prompted : 0;
-  asked.i = inside(asked.i, Math.max(data.prompts[asked.p].tokens, 1));
-  Object.assign(state, asked);
+  if (change.t !== undefined && change.l === undefined) change.l = data.traits[change.t].layer;
+  const initial = { ...state, ...change };
+  if (change.p !== undefined && change.i === undefined) initial.i = data.prompts[change.p].answered ? data.prompts[change.p].prompted : 0;
+  initial.i = inside(initial.i, Math.max(data.prompts[initial.p].tokens, 1));
+  Object.assign(state, initial);
   show(new Set(["p", "t", "l", "at", "i", "look"]));
   keepInSight();
   items[state.p].button.scrollIntoView({ block: "nearest" });

@@ -1,6 +1,6 @@
 
 "use strict";
-// The list of responses. All text goes into the page as text; what is shown is in the address (#q=word&side=pos).
+// Fill the list of responses. All text is inserted as text; the filters are kept in the address (#q=word&side=pos).
 (() => {
   const block = document.getElementById("rows");
   if (!block) return;
@@ -21,8 +21,8 @@
     return made;
   };
 
-  // text with the searched word marked
-  const marked = (parent, text, word) => {
+  // append text, with every occurrence of the searched word appendMarked
+  const appendMarked = (parent, text, word) => {
     const lower = text.toLowerCase();
     let from = 0;
     if (word && lower.length === text.length) {
@@ -35,39 +35,39 @@
     return parent;
   };
 
-  const scored = (value) => (value === null || value === undefined ? "no score" : "score " + Number(value.toFixed(1)));
+  const scoreText = (value) => (value === null || value === undefined ? "no score" : "score " + Number(value.toFixed(1)));
 
   const item = (row, word) => {
     const made = element("li");
     made.dataset.id = row.id;
-    const facts = element("p", "facts");
-    facts.append(element("span", "side " + row.side, data.sides[row.side]), element("span", "", scored(row.score)));
+    const line = element("p", "row-details");
+    line.append(element("span", "side " + row.side, data.sides[row.side]), element("span", "", scoreText(row.score)));
     for (const [name, value] of Object.entries(row.scores)) {
-      facts.append(element("span", "", name + ": " + (value === null ? "none" : value)));
+      line.append(element("span", "", name + ": " + (value === null ? "none" : value)));
     }
-    facts.append(element("span", "", row.why ? "left out: " + row.why : "counts"));
-    if (row.finish === "length") facts.append(element("span", "", "cut at the longest length"));
-    facts.append(element("span", "", row.id));
-    made.append(facts, marked(element("p", "asked"), data.questions[row.question], word));
-    made.append(marked(element("p", "said"), row.response || "(empty)", word));
+    line.append(element("span", "", row.reason ? "left out: " + row.reason : "counts"));
+    if (row.finish === "length") line.append(element("span", "", "cut off at the maximum length"));
+    line.append(element("span", "", row.id));
+    made.append(line, appendMarked(element("p", "question-text"), data.questions[row.question], word));
+    made.append(appendMarked(element("p", "response-text"), row.response || "(empty)", word));
     const details = element("details");
     details.append(element("summary", "", "Instruction and prompt"));
     details.addEventListener("toggle", () => {
       if (!details.open || details.childElementCount > 1) return;
-      if (row.asked) details.append(element("p", "asked", row.asked));
+      if (row.instruction) details.append(element("p", "question-text", row.instruction));
       details.append(element("pre", "", data.prompts[row.prompt]));
     });
     made.append(details);
     return made;
   };
 
-  const found = (state) => {
+  const matching = (state) => {
     const word = state.q.trim().toLowerCase();
     const list = rows.filter(
       (row) =>
         (!word || row.searched.includes(word)) &&
         (!state.side || row.side === state.side) &&
-        (!state.kept || (state.kept === "no") === Boolean(row.why)) &&
+        (!state.kept || (state.kept === "no") === Boolean(row.reason)) &&
         (!state.question || String(row.question) === state.question),
     );
     if (state.sort) {
@@ -78,26 +78,26 @@
     return list;
   };
 
-  const stateOf = () => Object.fromEntries(FIELDS.map((name) => [name, byId(name).value]));
+  const readFilters = () => Object.fromEntries(FIELDS.map((name) => [name, byId(name).value]));
 
   const show = () => {
-    const state = stateOf();
-    const list = found(state);
+    const state = readFilters();
+    const list = matching(state);
     const pages = Math.max(1, Math.ceil(list.length / data.perPage));
     page = Math.min(Math.max(page, 0), pages - 1);
     const first = page * data.perPage;
     const part = list.slice(first, first + data.perPage);
     byId("list").replaceChildren(...part.map((row) => item(row, state.q.trim().toLowerCase())));
     const span = part.length ? first + 1 + " to " + (first + part.length) + " of " : "";
-    byId("count").textContent = list.length ? "Showing " + span + list.length + " responses" : "No response fits.";
+    byId("count").textContent = list.length ? "Showing " + span + list.length + " responses" : "No response matches.";
     byId("page").textContent = "Page " + (page + 1) + " of " + pages;
     byId("previous").disabled = page === 0;
     byId("next").disabled = page === pages - 1;
     byId("pager").hidden = pages === 1;
   };
 
-  const remember = () => {
-    const state = new URLSearchParams(Object.entries(stateOf()).filter(([, value]) => value));
+  const writeAddress = () => {
+    const state = new URLSearchParams(Object.entries(readFilters()).filter(([, value]) => value));
     if (page) state.set("page", String(page + 1));
     const text = state.toString();
     try {
@@ -107,7 +107,7 @@
     }
   };
 
-  const recall = () => {
+  const readAddress = () => {
     const text = location.hash.slice(1);
     if (!text.includes("=")) return false;
     const state = new URLSearchParams(text);
@@ -122,12 +122,12 @@
   const changed = () => {
     page = 0;
     show();
-    remember();
+    writeAddress();
   };
   const turn = (step) => {
     page += step;
     show();
-    remember();
+    writeAddress();
     byId("responses").scrollIntoView();
   };
 
@@ -138,8 +138,8 @@
   form.addEventListener("reset", () => setTimeout(changed));
   byId("previous").addEventListener("click", () => turn(-1));
   byId("next").addEventListener("click", () => turn(1));
-  window.addEventListener("hashchange", () => recall() && show());
-  const wasAsked = recall();
+  window.addEventListener("hashchange", () => readAddress() && show());
+  const hasAddress = readAddress();
   show();
-  if (wasAsked) byId("responses").scrollIntoView();
+  if (hasAddress) byId("responses").scrollIntoView();
 })();

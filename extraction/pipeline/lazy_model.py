@@ -12,24 +12,21 @@ from extraction.core.progress import ProgressReporter
 if TYPE_CHECKING:
     from extraction.config.experiments import Experiment, ModelSpec
     from extraction.model.loading import LanguageModel
-if TYPE_CHECKING:
-    from extraction.config.experiments import Experiment, ModelSpec
-    from extraction.model.loading import LanguageModel
 
 
 class LazyModel(ABC):
-    """A model that is loaded when it is first needed. `fits`: the batch size that was found after memory ran out."""
+    """A model that loads on first use. `fits`: batch size that was found to fit after memory ran out."""
 
     fits: int | None
 
     @property
     @abstractmethod
     def spec(self) -> ModelSpec:
-        """Which model."""
+        """The model to load."""
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the model is in memory."""
+        """True if the model is in memory."""
         return "lm" in self.__dict__
 
     @cached_property
@@ -44,7 +41,7 @@ class LazyModel(ABC):
         return load(self.spec)
 
     def slots(self, settings: Experiment, prompt_lengths: Sequence[int]) -> int:
-        """The batch size: what was found to fit, what is asked for, or what memory should hold."""
+        """Return the batch size: found to fit, else set by the user, else forecast from free memory."""
         from extraction.model.memory import auto_batch_size
 
         if self.fits is not None:
@@ -54,19 +51,19 @@ class LazyModel(ABC):
         return auto_batch_size(self.lm, prompt_lengths, settings.generation.max_new_tokens)
 
 
-def load_model(engine: LazyModel, listener: ProgressReporter) -> None:
-    """Load the model, saying so, unless it is loaded."""
-    if not engine.is_loaded:
-        listener.note(f"loading {engine.spec.name}")
-        for note in (*device_notes(engine.lm.spread), *cuda_graph_notes(engine.lm)):
-            listener.note(note)
+def load_model(model: LazyModel, progress: ProgressReporter) -> None:
+    """Load the model with a note, unless it is loaded already."""
+    if not model.is_loaded:
+        progress.note(f"loading {model.spec.name}")
+        for note in (*device_notes(model.lm.spread), *cuda_graph_notes(model.lm)):
+            progress.note(note)
 
 
 def device_notes(spread: Mapping[str, int]) -> Iterator[str]:
-    """Where the layers of a model are that is spread over several devices."""
+    """Yield notes on where the layers of a model are that is spread over several devices."""
     if spread:
-        yield "layers: " + ", ".join(f"{count} on {place}" for place, count in spread.items())
-    if any(not place.startswith("cuda") for place in spread):
+        yield "layers: " + ", ".join(f"{count} on {device}" for device, count in spread.items())
+    if any(not device.startswith("cuda") for device in spread):
         yield (
             "layers in main memory are fetched for every pass, which is slow: use --quantize 4bit, --dtype bfloat16, "
             "more GPUs or a smaller model"
@@ -74,19 +71,19 @@ def device_notes(spread: Mapping[str, int]) -> Iterator[str]:
 
 
 def cuda_graph_notes(lm: LanguageModel) -> Iterator[str]:
-    """Why the decode steps of a model on a GPU are not recorded as a graph, which costs speed and nothing else."""
+    """Yield the reason that decode steps on a GPU are not captured as a CUDA graph, which costs speed alone."""
     from extraction.engine.cuda_graphs import graph_recorder_for, unsupported_reason
 
     graph_recorder_for([lm])
     if unsupported_reason(lm):
-        yield f"decode steps run one by one: this model's can't be recorded as a graph ({unsupported_reason(lm)})"
+        yield f"decode steps run one by one: this model's can't be captured as a graph ({unsupported_reason(lm)})"
 
 
 def retry_with_smaller_batch(
-    run: Callable[[int], None], batch_size: int, engine: LazyModel, listener: ProgressReporter, undo: Callable[[], None]
+    run: Callable[[int], None], batch_size: int, model: LazyModel, progress: ProgressReporter, undo: Callable[[], None]
 ) -> int:
-    """Run at a batch size; when memory runs out, again at half of it. Returns the size that worked."""
-    from extraction.engine.run_loop import smaller_batch
+    """Run at a batch size; when memory runs out, undo and run again at half of it. Return the size that fits."""
+    from extraction.engine.generate import smaller_batch
     from extraction.model.devices import empty_cache
     from extraction.model.memory import is_out_of_memory
 
@@ -100,6 +97,6 @@ def retry_with_smaller_batch(
             smaller = smaller_batch(batch_size, failure)
         else:
             return batch_size
-        batch_size = engine.fits = smaller
-        listener.note(f"out of memory: again with batch size {batch_size}")
+        batch_size = model.fits = smaller
+        progress.note(f"out of memory: again with batch size {batch_size}")
         empty_cache()

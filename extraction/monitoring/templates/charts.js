@@ -1,5 +1,5 @@
 "use strict";
-// Drawing only: colours, the heat map, the line, the bars of the list. Nothing here knows the page's state.
+// Drawing only: colours, the heat map, the line, the bars of the list. The page's state is in captures.js.
 const Charts = (() => {
   const LEFT = 46;
   const RIGHT = 10;
@@ -14,7 +14,7 @@ const Charts = (() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
 
-  // 255 colours between anchors, each with the ink that is read best on it
+  // interpolate 255 colours between anchors, each with the text colour of the higher contrast
   const palette = (anchors) => {
     const ends = anchors.map(parsed);
     return Array.from({ length: STEPS }, (_, index) => {
@@ -26,7 +26,7 @@ const Charts = (() => {
     });
   };
 
-  // a value's place among the colours
+  // index of a value's colour
   const place = (value, centre, half) => 127 + Math.round(127 * Math.max(-1, Math.min(1, (value - centre) / half)));
 
   const sized = (canvas, width, height) => {
@@ -42,7 +42,7 @@ const Charts = (() => {
     return context;
   };
 
-  // where things are: the same left edge and cell width for the map and the line
+  // geometry: the map and the line have the same left edge and cell width
   const layout = (room, tokens, layers) => {
     const cell = Math.max((room - LEFT - RIGHT) / Math.max(tokens, 1), LEAST_CELL);
     const width = Math.max(room, LEFT + RIGHT + cell * tokens);
@@ -57,7 +57,7 @@ const Charts = (() => {
     return token >= 0 && token < place.tokens && layer >= 0 && layer < place.layers ? { token, layer } : null;
   };
 
-  // one pixel a cell, to be drawn larger
+  // one pixel per cell, scaled up when drawn
   const bitmap = (tokens, layers, colourOf) => {
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [Math.max(tokens, 1), layers];
@@ -73,7 +73,7 @@ const Charts = (() => {
     return canvas;
   };
 
-  // around a cell, so that it is still seen
+  // outline a cell
   const framed = (context, look, x, y, width, height) => {
     for (const [colour, line, out] of [[look.page, 1, 2.5], [look.text, 2, 1]]) {
       context.strokeStyle = colour;
@@ -94,7 +94,7 @@ const Charts = (() => {
     context.restore();
   };
 
-  // text that is read on anything
+  // text with an outline, legible on any colour
   const label = (context, look, text, x, y, { align = "left", colour = look.text } = {}) => {
     context.font = look.font;
     context.textAlign = align;
@@ -148,7 +148,7 @@ const Charts = (() => {
     if (map.over) framed(context, look, columnX(place, map.over.token), rowY(place, map.over.layer), place.cell, place.row);
   };
 
-  // what of the values is seen: the response whole, of the prompt what is not far outside, and the levels
+  // range of the vertical axis: the response's values, the prompt's values that are not far outside, and the levels
   const rangeOf = (values, prompted, levels, centre, half) => {
     const isNear = (value) => Math.abs(value - centre) <= 3 * half;
     const seen = [...values].filter((value, i) => Number.isFinite(value) && (i >= prompted ? Math.abs(value - centre) <= 6 * half : isNear(value)));
@@ -190,8 +190,8 @@ const Charts = (() => {
     const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
     for (let tick = Math.ceil(low / step) * step; tick <= high; tick += step) {
       dashed(context, look.line, [], [LEFT, y(tick)], [end, y(tick)], 1);
-      const said = Math.abs(tick) >= 1e5 ? tick.toExponential(0) : tick.toFixed(Math.min(digits, 6));
-      label(context, look, said.replace("-", "\u2212"), LEFT - 7, y(tick), { align: "right", colour: look.soft });
+      const text = Math.abs(tick) >= 1e5 ? tick.toExponential(0) : tick.toFixed(Math.min(digits, 6));
+      label(context, look, text.replace("-", "\u2212"), LEFT - 7, y(tick), { align: "right", colour: look.soft });
     }
     const every = Math.max(1, Math.round(stepOf(place.tokens, Math.max(1, (place.cell * place.tokens) / 60))));
     for (let token = 0; token < place.tokens; token += every) {
@@ -255,7 +255,7 @@ const Charts = (() => {
     label(context, look, "commits", where, bottom - 9, { align: isRight ? "left" : "right", colour });
   };
 
-  // the levels' names at the right end, apart from each other
+  // names of the levels at the right end, without overlap
   const named = (context, look, levels, y, end, top, bottom) => {
     const sorted = [...levels].sort((a, b) => b[0] - a[0]);
     let least = top + 7;
@@ -266,7 +266,7 @@ const Charts = (() => {
     }
   };
 
-  // codes: places among the colours, 255 for none
+  // codes: indices of colours, 255 for none
   const bar = (canvas, codes, colours) => {
     [canvas.width, canvas.height] = [codes.length, 1];
     const context = canvas.getContext("2d");
