@@ -148,5 +148,5 @@ def test_a_method_has_one_float64_copy_of_its_rows() -> None:
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     for name in ("ica", "gradient"):
-        assert grown(name, 2**22) < 70 + 18 + 1.4 * 70, name  # the allocator keeps up to a copy
+        assert grown(name, 2**22) < 70 + 18 + 70, name
     assert grown("ica", 2**40) > 70 + 18 + 2 * 70
