@@ -237,7 +237,7 @@ REFUSED = [
     ({"EXPERIMENT": "../x"}, "'../x'"),
     ({"EXPERIMENT": "a b"}, "'a b'"),
     ({"PYTHON": "/nowhere/python"}, "/nowhere/python"),
-    ({"TRAITLINE_ROOT": "/nowhere"}, "/nowhere"),
+    ({"TRAITLINE_ROOT": "/nowhere"}, "TRAITLINE_ROOT"),
 ]
 
 

@@ -421,7 +421,7 @@ def reported(tmp_path_factory) -> Path:
     folder = trait_run(root / "experiments", "demo", "calm")
     (root / "real.html").write_bytes(folder.report_path().read_bytes())
     folder.write_card({**make_card(2), "made_of": folder.read_card()["made_of"]})
-    folder.write_steering(make_steering())
+    folder.write_steering({**make_steering(), "made_of": folder.read_steering()["made_of"]})
     succeed("report", "--root", root, "--experiment", "demo", "--traits", "calm")
     return root
 
