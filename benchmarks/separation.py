@@ -22,7 +22,7 @@ from extraction.config.prompt_files import read_prompt_set
 from extraction.core.progress import ProgressReporter
 from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
-from extraction.judging.registry import lexical_score
+from extraction.judging.lexical import lexical_score
 from extraction.model.chat_template import encode_conversation
 from extraction.model.loading import LanguageModel
 from extraction.monitoring.dynamics import smoothed
