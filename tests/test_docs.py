@@ -1,4 +1,4 @@
-"""Every command in the documents: its options exist, and those that need no time are run."""
+"""Documents: every command has the options that are written, quick ones run, and the table of settings is current."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from extraction.cli import commands as cli
+from extraction.config.settings import EXPERIMENT_SETTINGS, markdown_table
 from tests.runs import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -66,6 +67,18 @@ def test_a_documented_command_that_is_quick_runs(words, tmp_path, monkeypatch):
 def test_a_wrong_option_is_noticed():
     with pytest.raises(Exception, match="No such option"):
         cli.main.commands["extract"].make_context("extract", ["--experiment", "pocket", "--no-such-thing"])
+
+
+def test_the_guides_table_of_settings_is_that_of_the_program():
+    guide = (REPOSITORY / "docs/guide.md").read_text(encoding="utf-8")
+    assert markdown_table() in guide, "put extraction.config.settings.markdown_table() into docs/guide.md"
+    for setting in EXPERIMENT_SETTINGS.values():
+        assert f"| `{setting.path}`" in guide or setting.path == "model"
+
+
+def test_every_setting_of_the_command_line_is_an_option_of_extract():
+    options = {option for parameter in cli.main.commands["extract"].params for option in parameter.opts}
+    assert {s.flag for s in EXPERIMENT_SETTINGS.values() if s.option.on_command_line} <= options
 
 
 @pytest.mark.parametrize("target", ["extract", "test"])

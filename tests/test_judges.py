@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from extraction.config.traits import list_traits, load_trait
 from extraction.core.errors import ConfigError, TraitError
 from extraction.core.records import Markers, Trait
-from extraction.judging import registry
+from extraction.judging import base
 from extraction.judging.base import MAX_CHARACTERS, Judgement, ModelJudge, Rating, RuleJudge, shows_side
 from extraction.judging.lexical import judge_lexical, lexical_score
 from extraction.judging.registry import JUDGE_NAMES, JUDGES, is_model_judge, resolve_judge, rule_judge
@@ -95,11 +95,12 @@ def test_markers_are_counted_in_the_first_characters_alone() -> None:
     assert fill("{question}|{answer}", "Why?", long + "certainly") == f"Why?|{long}"
 
 
-def test_a_pattern_whose_time_grows_with_the_square_of_the_text_ends() -> None:
+def test_a_pattern_whose_time_grows_with_the_square_of_the_text_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "MAX_CHARACTERS", 1000)
     markers = Markers(positive=(r"re:a\w*!",), negative=("no",))
     started = time.monotonic()
-    assert lexical_score("a" * 10_000_000, markers) is None
-    assert time.monotonic() - started < 60
+    assert lexical_score("a" * 1_000_000, markers) is None  # half a million steps; without the bound, 5e11
+    assert time.monotonic() - started < 30
 
 
 def test_lexical_without_markers_names_the_file_to_add_them_to() -> None:
@@ -269,7 +270,6 @@ def test_a_scorer_judges_pairs_in_their_order(tmp_path: Path) -> None:
 
 def test_a_rule_judge_of_the_table_scores_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(JUDGES, "length", RuleJudge(lambda question, response, trait: float(len(response))))
-    monkeypatch.setattr(registry, "JUDGE_NAMES", ("auto", *JUDGES))
     job = make_plan("demo", "calm", root=str(make_root(tmp_path)), options={"judge": "length"})
     judgements = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))([("Why?", "aaa"), ("Who?", "")])
     assert [judgement.score for judgement in judgements] == [3.0, 0.0]
@@ -283,7 +283,6 @@ def test_a_model_judge_of_the_table_rates_a_run_once(tmp_path: Path, monkeypatch
         save({key: Rating(float(len(text) % 101), how="length") for key, text in texts.items()})
 
     monkeypatch.setitem(JUDGES, "length", ModelJudge("any name", rate))
-    monkeypatch.setattr(registry, "JUDGE_NAMES", ("auto", *JUDGES))
     root = str(make_root(tmp_path))
     with pytest.raises(ConfigError, match=r"--judge length.*--judge-model.*any name"):
         make_plan("demo", "calm", root=root, options={"judge": "length"})

@@ -75,8 +75,8 @@ def test_stopped_early_is_true_if_the_model_ended_the_response() -> None:
 
 
 def test_chat_template_system_prompt_and_raw_prompts(lda: LDAModelPair) -> None:
-    told = lda.generate_lda("Hi", system_prompt="Be brief.", seed=1, **SHORT)
-    assert told["formatted_prompt"] == "<bos><|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n"
+    with_system = lda.generate_lda("Hi", system_prompt="Be brief.", seed=1, **SHORT)
+    assert with_system["formatted_prompt"] == "<bos><|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n"
     raw = lda.generate_lda("Hi", apply_chat_template=False, seed=1, **SHORT)
     assert raw["formatted_prompt"] == "Hi"
     assert LDAModelPair(lda.pair, raw=True).generate_lda("Hi", seed=1, **SHORT) == raw

@@ -256,7 +256,7 @@ def test_the_same_set_gives_the_same_bytes(page):
 
 def test_the_index_names_every_set():
     row = SetRow("demo", "tier2-a-00", 2, "pocket", ["calm", "warm"], range(6), 7, 8, "tier2-a-00/reports/page.html")
-    outline = Outline(sets_index([row, replace(row, name="tier3-b-11", tier=3, done=8, link=None)]))
+    outline = Outline(sets_index([row, replace(row, name="tier3-b-11", tier=3, n_done=8, link=None)]))
     assert [a["href"] for a in outline.all("a")] == ["tier2-a-00/reports/page.html"]
     for words in ("calm and warm", "0 to 5", "7 of 8", "tier3-b-11"):
         assert words in outline.text

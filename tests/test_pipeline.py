@@ -69,10 +69,10 @@ def activations_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_extract_does_all_and_a_second_one_does_nothing(root):
-    first = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    first = succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     run = run_of(root)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*") if path.name != ".lock"}
-    second = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    second = succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*") if path.name != ".lock"}
     files = {path: stamp for path, stamp in before.items() if path.is_file()}
     assert {path: after[path] for path in files} == files
@@ -110,7 +110,7 @@ def test_each_prompt_is_rendered_and_encoded_once_and_responses_are_filtered_onc
 
     counted, filtered, real = CountedTokenizer(monkeypatch), [], score.filter_responses
     monkeypatch.setattr(score, "filter_responses", lambda *a, **k: filtered.append(1) or real(*a, **k))
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     questions = {f"{question}" for question in TRAIT["questions"]}
     prompts = {contents: n for contents, n in counted.rendered.items() if contents[-1] in questions}
     assert sorted(map(len, prompts)) == [1] * 12 + [2] * COUNT
@@ -119,7 +119,9 @@ def test_each_prompt_is_rendered_and_encoded_once_and_responses_are_filtered_onc
     assert len(texts) == COUNT
     assert {counted.encoded[text] for text in texts} == {1}
     assert len(filtered) == 1
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")  # nothing to do: nothing is encoded
+    succeed(
+        "extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo"
+    )  # nothing to do: nothing is encoded
     assert {counted.encoded[text] for text in texts} == {1}
     assert len(filtered) == 2
 
@@ -127,7 +129,10 @@ def test_each_prompt_is_rendered_and_encoded_once_and_responses_are_filtered_onc
 def test_a_run_with_nothing_to_do_imports_no_torch(extracted):
     end = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
     code = f"{end}; from extraction.cli.commands import main; main()"
-    for command, imports_torch in ((["extract", "--answers", "2"], False), (["vectors", "--method", "random"], True)):
+    for command, imports_torch in (
+        (["extract", "--samples-per-coef", "2"], False),
+        (["vectors", "--method", "random"], True),
+    ):
         arguments = [sys.executable, "-c", code, *command, "--root", extracted, "--experiment", "demo"]
         result = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment())
         assert result.stdout.splitlines()[-1] == str(imports_torch), result.stdout
@@ -135,7 +140,7 @@ def test_a_run_with_nothing_to_do_imports_no_torch(extracted):
 
 def test_the_summary_has_the_paths_and_figures_of_the_files(finished):
     root = finished.parents[2]
-    lines = succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo").stdout.splitlines()
+    lines = succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo").stdout.splitlines()
     text = "\n".join(lines)
     card = json.loads((finished / "vectors/card.json").read_text())
     assert lines[0] == "calm on tiny"
@@ -174,7 +179,7 @@ def test_every_response_is_labelled_and_whole(finished):
 
 
 def test_stage_by_stage_equals_extract(root, finished):
-    for stage, *options in (["batched"], ["vectors"], ["validate", "--answers", "2"]):
+    for stage, *options in (["batched"], ["vectors"], ["validate", "--samples-per-coef", "2"]):
         succeed(stage, "--root", root, "--experiment", "demo", *options)
     succeed("report", "--root", root, "--experiment", "demo")
     assert contents(run_of(root)) == contents(finished)
@@ -210,7 +215,7 @@ def test_stored_responses_are_read_not_made_again(root):
     succeed("generate", "--root", root, "--experiment", "demo")
     generated = payloads(run_of(root), "responses")
     receipts = contents(run_of(root) / "responses")
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     assert payloads(run_of(root), "responses") == generated
     assert contents(run_of(root) / "responses") == receipts
     receipt = json.loads((run_of(root) / "activations/0000.receipt.json").read_text())
@@ -249,7 +254,7 @@ def test_extract_with_another_judge_generates_nothing(extracted):
     assert "tokens at" not in second.stdout
     assert contents(run_of(root) / "responses/shards") == generated
     assert (run_of(root) / "vectors/card.json").read_bytes() != card
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     assert (run_of(root) / "vectors/card.json").read_bytes() == card
 
 
@@ -346,7 +351,7 @@ def test_slices_and_a_plain_run_equal_one_run(root, finished):
     for part in ("2/2", "1/2"):
         assert "tokens at" in succeed("extract", "--root", root, "--experiment", "demo", "--slice", part).stdout
         assert not (run_of(root) / "responses/pos.jsonl").exists()
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     assert contents(run_of(root)) == contents(finished)
 
 
@@ -355,7 +360,7 @@ def test_a_damaged_shard_is_made_again_with_the_same_bytes(extracted, finished):
     for name in ("responses/shards/0001.jsonl", "activations/0000.safetensors"):
         (run_of(root) / name).write_bytes((run_of(root) / name).read_bytes()[:-9])
     assert invoke("verify", run_of(root)).exit_code == 1
-    succeed("extract", "--answers", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     assert contents(run_of(root)) == contents(finished)
 
 

@@ -574,11 +574,10 @@ def widths_of(browser: Browser, path: Path, width: int) -> list[int]:
 
 
 @needs_browser
-def test_a_page_never_scrolls_sideways(browser, tmp_path):
+def test_a_page_never_scrolls_sideways(browser, drawn, tmp_path):
     rows = make_rows(60, texts=["unbroken" * 60])
     config = {**make_facts().config, "name": "a_name_that_is_as_long_as_a_name_of_an_experiment_may_ever_be_64"}
     card = make_card(26)
-    drawn = pictures(card, make_steering())
     report, index, too_wide = (tmp_path / name for name in ("report.html", "index.html", "wide.html"))
     report.write_bytes(report_page(make_facts(card=card, rows=rows, config=config), drawn))
     index.write_bytes(index_page("demo" * 16, [IndexEntry("calm" * 16, card, make_steering(), "calm/report.html")]))

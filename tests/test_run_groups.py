@@ -57,7 +57,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
 
 
 def sized(plan: RunPlan, n_examples: int, shard_size: int, queue_size: int) -> RunPlan:
-    settings = replace(plan.experiment, n_examples=n_examples, shard_size=shard_size, queue_size=queue_size)
+    settings = plan.experiment.with_(n_examples=n_examples, shard_size=shard_size, queue_size=queue_size)
     return replace(plan, experiment=settings)
 
 
@@ -312,7 +312,7 @@ def test_queue_size_is_pinned(root):
     assert re.search(r"queue_size\b.*\b40\b.*\b24\b", line)
 
 
-# --- the batch size, adjusted_batch_size --------------------------------------------------------------------------------------
+# --- the batch size after the first group -----------------------------------------------------------------------------
 
 GB = 10**9
 

@@ -1,4 +1,4 @@
-"""Sampling is transformers' own, but drawn from uniforms that belong to the example. B rows, V vocabulary."""
+"""Sampling: the distributions of transformers' warpers, drawn from uniforms of each example. B rows, V vocabulary."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from extraction.config.settings import SAMPLING, GenerationSettings
 from extraction.core.errors import ActivationError, ConfigError
-from extraction.engine.sampler import Sample, sample_from_scores, uniforms
+from extraction.engine.sampler import PerRow, Sample, sample_from_scores, uniforms
 
 ARRANGEMENTS = [
     Sample(0.3),
@@ -24,6 +27,9 @@ ARRANGEMENTS = [
     Sample(1.0, top_p=0.999999),
     Sample(0.6, top_k=20, top_p=0.8),
     Sample(2.5, top_k=40, top_p=0.3),
+    Sample(1.0, min_p=0.1),
+    Sample(1.0, min_p=1.0),
+    Sample(0.7, top_k=30, top_p=0.9, min_p=0.05),
 ]
 
 
@@ -45,6 +51,8 @@ def oracle(strategy: Sample, logits_BV: Tensor) -> Tensor:
         scores_BV = TopKLogitsWarper(strategy.top_k)(no_ids, scores_BV)
     if strategy.top_p < 1:
         scores_BV = TopPLogitsWarper(strategy.top_p)(no_ids, scores_BV)
+    if strategy.min_p:
+        scores_BV = MinPLogitsWarper(strategy.min_p)(no_ids, scores_BV)
     return scores_BV.double().softmax(-1)
 
 
@@ -56,6 +64,57 @@ def test_probabilities_are_those_of_the_warpers_in_their_order(strategy: Sample)
         wanted_BV = oracle(strategy, logits_BV)
         assert torch.equal(warped_BV == 0, wanted_BV == 0)
         torch.testing.assert_close(warped_BV, wanted_BV, atol=1e-6, rtol=1e-5)
+
+
+SAMPLES = st.builds(
+    Sample,
+    temperature=st.floats(0.05, 5.0),
+    top_k=st.integers(0, 40),
+    top_p=st.floats(0.05, 1.0),
+    min_p=st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]) | st.floats(0.0, 1.0),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(SAMPLES, min_size=1, max_size=5), st.integers(0, 2**31), st.sampled_from([0.3, 3.0, 12.0]))
+def test_every_row_keeps_the_tokens_that_the_warpers_keep(samples: list[Sample], seed: int, scale: float) -> None:
+    """Alone as in a batch of rows with other settings."""
+    logits_BV = logits(rows=len(samples), scale=scale, seed=seed)
+    together_BV = PerRow(samples, logits_BV.device).warp(logits_BV)
+    for i, sample in enumerate(samples):
+        # in Sample's own precision, for the same roundings: the shift by the maximum changes the last bits
+        shifted_1V = logits_BV[i : i + 1] - logits_BV[i].amax()
+        wanted_V = oracle(sample, shifted_1V)[0]
+        for warped_V in (sample.warp(logits_BV[i : i + 1])[0], together_BV[i]):
+            assert torch.equal(warped_V == -math.inf, wanted_V == 0), sample
+            torch.testing.assert_close(warped_V.double().softmax(-1), wanted_V, atol=1e-6, rtol=1e-4)
+
+
+def test_min_p_before_the_temperature_is_another_distribution() -> None:
+    """The negative control of min-p: in another order other tokens are kept, and without it more."""
+    strategy, no_ids = Sample(2.5, min_p=0.2), torch.empty(32, 0, dtype=torch.long)
+    kept_BV = strategy.warp(logits()) > -math.inf
+    swapped_BV = TemperatureLogitsWarper(2.5)(no_ids, MinPLogitsWarper(0.2)(no_ids, logits())) > -math.inf
+    assert not torch.equal(kept_BV, swapped_BV)
+    assert 32 <= int(kept_BV.sum()) < kept_BV.numel()
+    each_BV = PerRow([strategy, Sample(2.5)], torch.device("cpu")).warp(logits(rows=2)) > -math.inf
+    assert torch.equal(each_BV[0], (strategy.warp(logits(rows=2)) > -math.inf)[0])
+    assert not each_BV[0].all()
+    assert each_BV[1].all()
+
+
+def test_a_sample_of_settings_has_each_of_their_sampling_fields() -> None:
+    """A field that the settings lack, or that is None, has its default."""
+
+    class Partial:
+        temperature = 0.5
+        top_p = None
+
+    values = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.25}
+    assert values.keys() == set(SAMPLING)
+    assert Sample.of(GenerationSettings(**values)) == Sample(**values)
+    assert Sample.of(Partial()) == Sample(0.5)
+    assert Sample.of(object()) == Sample(1.0)
 
 
 def test_another_order_is_another_distribution() -> None:
@@ -94,9 +153,9 @@ def test_what_leaves_one_token_is_argmax(strategy: Sample) -> None:
             assert torch.equal(token_B, logits_BV.argmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [1e30, 1e300])
-def test_a_huge_temperature_is_even(temperature: float) -> None:
-    counts_V = torch.bincount(Sample(temperature)(logits(rows=1).expand(9700, -1), grid(9700)), minlength=97)
+def test_the_highest_temperature_makes_near_logits_even() -> None:
+    near_BV = logits(rows=1, scale=0.01)
+    counts_V = torch.bincount(Sample(100.0)(near_BV.expand(9700, -1), grid(9700)), minlength=97)
     assert counts_V.min() >= 99
     assert counts_V.max() <= 101
 
@@ -164,6 +223,9 @@ def test_banned_tokens_stay_banned(strategy: Sample) -> None:
         {"top_p": 1.1},
         {"top_p": math.nan},
         {"top_k": -1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"temperature": 101.0},
     ],
     ids=str,
 )

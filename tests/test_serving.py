@@ -141,10 +141,10 @@ def test_a_response_ends_before_its_stop_string(server):
 
 
 def test_stop_tokens_end_a_response_unless_ignored(server):
-    asked = [
+    responses = [
         server.answer("/generate", prompt=f"Say {i}", temperature=1.0, max_new_tokens=60, seed=i) for i in range(20)
     ]
-    early = [each for each in asked if each["stopped_early"]]
+    early = [each for each in responses if each["stopped_early"]]
     assert early  # of 60 tokens out of 97, one is the end
     assert {each["finish_reason"] for each in early} == {"stop"}
     body = {"prompt": early[0]["prompt"], "temperature": 1.0, "max_new_tokens": 60, "seed": early[0]["seed"]}

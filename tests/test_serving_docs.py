@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from extraction.cli.server_options import server_of
+from extraction.cli.arguments import server_of
 from extraction.serving.models import load_models
 from tests.runs import REPOSITORY
 from tests.served import Running, running

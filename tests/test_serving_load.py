@@ -105,19 +105,19 @@ def n_wrong(answers: list[Any], requests: list[PathAndBody], alone: dict[str, An
 def test_requests_of_64_clients_have_the_responses_that_they_have_alone():
     distinct = [mixed(number) for number in range(DISTINCT)]
     rng = random.Random(0)
-    asked = [rng.choice(distinct) for _ in range(REQUESTS)]
+    requests = [rng.choice(distinct) for _ in range(REQUESTS)]
     with running(batch_size=32, queue=4 * CLIENTS) as server:
         alone = {repr(each): stable(server.answer(each[0], **each[1])) for each in distinct}
-        answers = asyncio.run(send_all(server.url, asked, CLIENTS))
+        answers = asyncio.run(send_all(server.url, requests, CLIENTS))
         assert server.client.get("/health").json()["rows"] == 0
     assert len({repr(answer) for answer in alone.values()}) > 0.9 * DISTINCT
-    assert n_wrong(answers, asked, alone) == 0
+    assert n_wrong(answers, requests, alone) == 0
     # the comparison itself: two answers that are swapped, and one that is lost, are seen
     i, j = next((i, j) for i in range(9) for j in range(9) if answers[i] != answers[j])
     answers[i], answers[j] = answers[j], answers[i]
-    assert n_wrong(answers, asked, alone) == 2
+    assert n_wrong(answers, requests, alone) == 2
     answers[i] = None
-    assert n_wrong(answers, asked, alone) == 2
+    assert n_wrong(answers, requests, alone) == 2
 
 
 def test_responses_swapped_by_a_planted_fault_are_found(monkeypatch):
@@ -130,18 +130,20 @@ def test_responses_swapped_by_a_planted_fault_are_found(monkeypatch):
             ends = [(one, second), (other, first), *others]
         end(self, ends)
 
-    asked = [("/generate", {"prompt": f"{i}", "max_new_tokens": 6, "seed": i, "ignore_eos": True}) for i in range(24)]
+    requests = [
+        ("/generate", {"prompt": f"{i}", "max_new_tokens": 6, "seed": i, "ignore_eos": True}) for i in range(24)
+    ]
     with running() as server:
-        alone = {repr(each): stable(server.answer(each[0], **each[1])) for each in asked}
-        assert n_wrong(asyncio.run(send_all(server.url, asked, 12)), asked, alone) == 0
+        alone = {repr(each): stable(server.answer(each[0], **each[1])) for each in requests}
+        assert n_wrong(asyncio.run(send_all(server.url, requests, 12)), requests, alone) == 0
         monkeypatch.setattr(EngineThread, "_finish", swapped)
-        assert n_wrong(asyncio.run(send_all(server.url, asked, 12)), asked, alone) > 0
+        assert n_wrong(asyncio.run(send_all(server.url, requests, 12)), requests, alone) > 0
 
 
 def test_concurrent_requests_share_decode_steps(server):
-    asked = [("/generate", {"prompt": f"{i}", "max_new_tokens": 60, "ignore_eos": True}) for i in range(8)]
+    requests = [("/generate", {"prompt": f"{i}", "max_new_tokens": 60, "ignore_eos": True}) for i in range(8)]
     before = steps(server, "plain")
-    asyncio.run(send_all(server.url, asked, 8))
+    asyncio.run(send_all(server.url, requests, 8))
     assert steps(server, "plain") - before < 60 * 4  # alone they would take 8 times 60
 
 

@@ -255,7 +255,7 @@ def pocket_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("pocket")
     (root / "configs").symlink_to(REPOSITORY / "configs")
-    options = ("--n-examples", "40", "--max-new-tokens", "40", "--answers", "8", "--batch-size", "64")
+    options = ("--n-examples", "40", "--max-new-tokens", "40", "--samples-per-coef", "8", "--batch-size", "64")
     succeed("extract", "--root", root, "--experiment", "pocket", "--trait", "commitment_strength", *options)
     return root
 
@@ -316,17 +316,17 @@ def test_a_second_validation_makes_nothing_new_and_more_answers_make_the_sweep_a
     options = ("--root", make_extracted_root(tmp_path), "--experiment", "demo")
     run = tmp_path / "experiments/demo/calm"
     before = contents(run)
-    succeed("validate", *options, "--answers", "2")
+    succeed("validate", *options, "--samples-per-coef", "2")
     succeed("validate", *options, "--quick")
     assert contents(run) == before
-    succeed("validate", *options, "--answers", "8")
+    succeed("validate", *options, "--samples-per-coef", "8")
     after = contents(run)
     changed = {name for name in after if after[name] != before.get(name)}
     assert {"vectors/steering.json"} <= changed <= {"vectors/steering.json", "vectors/card.json"}  # the verdict tells
 
 
 def test_a_sweep_that_runs_out_of_memory_runs_again_at_half_the_batch_size_with_the_same_result(tmp_path):
-    options = ("--root", make_extracted_root(tmp_path), "--experiment", "demo", "--answers", "2")
+    options = ("--root", make_extracted_root(tmp_path), "--experiment", "demo", "--samples-per-coef", "2")
     run = tmp_path / "experiments/demo/calm"
     sweep = run / "vectors/steering.json"
     before = leaves(json.loads(sweep.read_text()))

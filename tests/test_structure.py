@@ -17,7 +17,7 @@ from tests.runs import REPOSITORY, environment
 PACKAGE = REPOSITORY / "extraction"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
 SCRIPTS = [path for path in PACKAGE.glob("*.py") if path.name[0].isdigit() or path.name.startswith("capture_tier")]
-HEAVY = {"torch", "transformers", "numpy", "safetensors", "tqdm", "pydantic", "fastapi", "matplotlib"}
+HEAVY = {"torch", "transformers", "numpy", "safetensors", "tqdm", "fastapi", "matplotlib"}
 
 
 def test_imports_keep_their_contracts(monkeypatch, capsys):

@@ -155,6 +155,10 @@ BAD_TRAITS = {
         "'Maybe' is counted by the positive marker",
     ),
     "marker twice": (GOOD | {"markers": {"positive": ["x", "X"], "negative": []}}, "is entry 0 again"),
+    "pattern that may never end": (
+        GOOD | {"markers": {"positive": ["ok", "re:(a+)+$"], "negative": []}},
+        "t.yaml:6: 'markers.positive.1': '(a+)+$' repeats a repeat",
+    ),
     "bad pattern": (GOOD | {"markers": {"positive": ["re:(x"], "negative": []}}, "is not a regular expression"),
     "pattern of nothing": (GOOD | {"markers": {"positive": ["re:x*"], "negative": []}}, "matches nothing at all"),
     "no markers": (GOOD | {"markers": {"positive": [], "negative": []}}, "no marker on either side"),

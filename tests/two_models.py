@@ -67,16 +67,16 @@ def plain_settle(
     draws: Sequence[float],
 ) -> list[int]:
     """Return one row's new tokens: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1. `tokens`: proposals."""
-    said: list[int] = []
+    accepted: list[int] = []
     for k, token in enumerate(tokens):
         certain = [float(other == token) for other in range(len(target[k]))]
         q = certain if drafted is None else drafted[k]
         if accept[k] * q[token] < target[k][token]:
-            said.append(token)
+            accepted.append(token)
             continue
         residual = [max(0.0, p - chance) for p, chance in zip(target[k], q, strict=True)]
-        return [*said, plain_draw(residual if sum(residual) > 0 else target[k], draws[k])]
-    return [*said, plain_draw(target[len(tokens)], draws[len(tokens)])]
+        return [*accepted, plain_draw(residual if sum(residual) > 0 else target[k], draws[k])]
+    return [*accepted, plain_draw(target[len(tokens)], draws[len(tokens)])]
 
 
 # --- whole responses -------------------------------------------------------------------------------------------------
@@ -97,12 +97,12 @@ def amplified_response(
     plausibility: float = 0.0,
 ) -> tuple[int, ...]:
     """Generate with two models by hand: one prompt, without a cache, up to `max_new_tokens`."""
-    said: list[int] = []
+    response: list[int] = []
     for uniform in uniforms(request.draws or request.id, request.seed, request.max_new_tokens):
-        rows = [last_logits(model, [*request.token_ids, *said]).tolist() for model in (after, before)]
+        rows = [last_logits(model, [*request.token_ids, *response]).tolist() for model in (after, before)]
         scores_V = torch.tensor(plain_amplified(*rows, alpha, plausibility), dtype=torch.float64)
-        said.append(plain_draw(warped(scores_V, sample).softmax(-1).tolist(), float(uniform)))
-    return tuple(said)
+        response.append(plain_draw(warped(scores_V, sample).softmax(-1).tolist(), float(uniform)))
+    return tuple(response)
 
 
 def fed_at_random(
@@ -141,14 +141,14 @@ def outcome_chances(lm: LanguageModel, prompt: tuple[int, ...], n: int, sample: 
     open_rows: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(n):
         longer: dict[tuple[int, ...], float] = {}
-        for said, chance in open_rows.items():
-            for token, p in enumerate(warped(last_logits(lm.model, prompt + said), sample).softmax(-1).tolist()):
+        for response, chance in open_rows.items():
+            for token, p in enumerate(warped(last_logits(lm.model, prompt + response), sample).softmax(-1).tolist()):
                 if token in lm.stop_ids:
-                    found[said, "stop"] = found.get((said, "stop"), 0.0) + chance * p
+                    found[response, "stop"] = found.get((response, "stop"), 0.0) + chance * p
                 elif p > 0:
-                    longer[*said, token] = chance * p
+                    longer[*response, token] = chance * p
         open_rows = longer
-    return found | {(said, "length"): chance for said, chance in open_rows.items()}
+    return found | {(response, "length"): chance for response, chance in open_rows.items()}
 
 
 def chi_square_p(counts: Mapping[Outcome, int], chances: Mapping[Outcome, float]) -> float:

@@ -19,13 +19,15 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from extraction.config.experiments import find_root, resolve_model
+from extraction.config.settings import SamplingSettings, Temperature, TopP
+from extraction.config.validation import checked
 from extraction.core.errors import ConfigError, ModelError, TraitlineError
 from extraction.core.records import Example, Prompt
 from extraction.engine.batch import ContinuousBatch
@@ -44,18 +46,19 @@ DRAWS = "lda"  # names the random stream of every row, so that it depends on the
 MAX_RANDOM_SEED = 2**31
 
 
-@dataclass(frozen=True)
-class LDASettings:
+class LDASettings(SamplingSettings):
     """Settings of generation shared by all prompts. `apply_chat_template` None: if the model has one."""
 
     max_new_tokens: int = 80
-    temperature: float = 0.8
-    top_p: float = 0.95
-    top_k: int = 0
+    temperature: Temperature = 0.8
+    top_p: TopP = 0.95
     plausibility: float = 0.0
     apply_chat_template: bool | None = None
     system_prompt: str | None = None
     ignore_eos: bool = False
+
+
+DEFAULTS = LDASettings()
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,16 @@ class LDAModelPair:
             PromptError: A prompt can't be encoded or is too long.
             ActivationError: A row's logits are not finite.
         """
-        settings = LDASettings(
-            max_new_tokens, temperature, top_p, top_k, plausibility, apply_chat_template, system_prompt, ignore_eos
+        settings = checked(
+            LDASettings,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            plausibility=plausibility,
+            apply_chat_template=apply_chat_template,
+            system_prompt=system_prompt,
+            ignore_eos=ignore_eos,
         )
         alphas, seeds = _per_prompt(alpha, len(prompts), "alpha"), _seeds(seed, len(prompts))
         rows = [LDAPrompt(*row) for row in zip(prompts, alphas, seeds, strict=True)]
@@ -193,7 +204,7 @@ class LDAModelPair:
     def stream(
         self,
         prompts: Sequence[LDAPrompt],
-        settings: LDASettings = LDASettings(),
+        settings: LDASettings = DEFAULTS,
         *,
         batch_size: int = 8,
         capture: Capture | None = None,
@@ -203,7 +214,7 @@ class LDAModelPair:
 
         `on_progress` is called after each decode step with the number of new tokens.
         """
-        sample = Sample(settings.temperature, settings.top_k, settings.top_p)
+        sample = Sample.of(settings)
         strategy = Amplify(self.pair.before, sample, plausibility=settings.plausibility)
         encoded = self._encode_all(prompts, settings)
         yield from ((i, failure) for i, failure in enumerate(encoded) if isinstance(failure, TraitlineError))
@@ -235,7 +246,7 @@ class LDAModelPair:
     def _encode_or_error(self, row: LDAPrompt, settings: LDASettings, name: str) -> Prompt | TraitlineError:
         system = settings.system_prompt if row.system is None else row.system
         try:
-            return self.encode(row.prompt, replace(settings, system_prompt=system), name)
+            return self.encode(row.prompt, settings.model_copy(update={"system_prompt": system}), name)
         except TraitlineError as failure:
             return failure
 

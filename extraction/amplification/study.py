@@ -19,6 +19,7 @@ from extraction.amplification.lda import LDAModelPair, LDAPrompt, LDASettings
 from extraction.amplification.ngram_diff import frequent_phrases
 from extraction.amplification.stats import fisher_exact, holm, wilson
 from extraction.config.prompt_files import PromptEntry
+from extraction.config.settings import SamplingSettings
 from extraction.core.errors import ConfigError, RequestError, TraitlineError
 from extraction.core.text import one_line, show
 from extraction.engine.logit_diff import check_alpha
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind")
 PATH = "/generate_lda_batch"
 MODEL_NAMES = ("model_after", "model_before")
-IN_PROCESS_ONLY = {"plausibility": 0.0, "top_k": 0}  # settings that requests to a server do not have, with defaults
+IN_PROCESS_ONLY = {"plausibility": 0.0}  # settings that requests to a server do not have, with defaults
+
+# sampling options that are off by default: sent to a server only where they are on, since others may not know them
+OFF_BY_DEFAULT = {
+    name: info.default
+    for name, info in SamplingSettings.model_fields.items()
+    if LDASettings.model_fields[name].default == info.default
+}
 
 
 class StudyProgress(Protocol):
@@ -160,7 +168,11 @@ def request_batches(trials: Sequence[Trial], size: int) -> Iterator[list[int]]:
 def request_body(study: Study, batch: Sequence[Trial]) -> dict[str, Any]:
     """Return the body of a request. The server gives row i the request's seed + i, which is the trial's."""
     system = batch[0].system if batch[0].system is not None else study.settings.system_prompt
-    settings = {key: value for key, value in asdict(study.settings).items() if key not in IN_PROCESS_ONLY}
+    settings = {
+        key: value
+        for key, value in study.settings.model_dump().items()
+        if key not in IN_PROCESS_ONLY and (key not in OFF_BY_DEFAULT or value != OFF_BY_DEFAULT[key])
+    }
     fields = {**settings, "system_prompt": system, "alpha": batch[0].alpha, "seed": batch[0].seed}
     set_fields = {key: value for key, value in fields.items() if value is not None}
     return {"prompts": [trial.prompt for trial in batch], **set_fields}
@@ -283,7 +295,7 @@ def result_json(result: StudyResult, facts: Mapping[str, Any]) -> bytes:
         "samples_per_prompt": study.samples,
         "seed": study.seed,
         "batch_size": study.batch_size,
-        **asdict(study.settings),
+        **study.settings.model_dump(),
         "detector": asdict(study.detector),
         "traitline": __version__,
         **facts,

@@ -26,6 +26,8 @@ from extraction.amplification.study import (
 )
 from extraction.config.experiments import find_root, resolve_model
 from extraction.config.prompt_files import PromptSet, read_prompt_set
+from extraction.config.settings import SAMPLING
+from extraction.config.validation import checked
 from extraction.core.errors import ConfigError
 from extraction.core.text import show_path
 from extraction.engine.sampler import Sample
@@ -79,10 +81,10 @@ def plan_study(options: Mapping[str, Any]) -> StudyPlan:
     """Return the plan of a command's options. Raises ConfigError for invalid ones; loads no model."""
     output, plot = _output_path(options, "output"), _plot_path(options)
     prompt_set = read_prompt_set(options["prompts_file"])
-    settings = LDASettings(
+    settings = checked(
+        LDASettings,
+        **{name: options[name] for name in SAMPLING},
         max_new_tokens=options["max_new_tokens"],
-        temperature=options["temperature"],
-        top_p=options["top_p"],
         plausibility=options["plausibility"],
         apply_chat_template=False if options["no_chat_template"] else None,
         system_prompt=options["system_prompt"],
@@ -111,7 +113,7 @@ def plan_study(options: Mapping[str, Any]) -> StudyPlan:
 
 def _check_settings(settings: LDASettings) -> None:
     """Raise ConfigError for a setting that the engine would refuse after the models have loaded."""
-    Sample(settings.temperature, settings.top_k, settings.top_p)
+    Sample.of(settings)
     if not 0 <= settings.plausibility <= 1:
         raise ConfigError(f"--plausibility {settings.plausibility}: out of range; use a number from 0 (off) to 1")
 

@@ -1,7 +1,6 @@
 """`python -m extraction.cli`: the same program as `traitline`."""
 
-import extraction.cli.commands  # noqa: F401  (defines the commands)
-from extraction.cli.options import main
+from extraction.cli.commands import main
 
 if __name__ == "__main__":
     main(prog_name="python -m extraction.cli")

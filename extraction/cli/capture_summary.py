@@ -1,4 +1,4 @@
-"""What reading tokens says before it starts, and when it ends: lines of text, at most 80 columns where names allow."""
+"""Lines that `read` and `internals` print before and after their work, 80 columns wide where names allow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOM = WIDTH - 42  # for a prompt, beside four figures
 
 
 def of_plan(plan: MonitoringPlan) -> Iterator[str]:
-    """What would be read, and where it would go."""
+    """Yield what would be read, and the folders that would be written."""
     settings = plan.settings.generation
     yield f"Plan for {plan.settings.name}, tier {plan.tier}"
     yield from item("model", plan.spec.name)
@@ -34,7 +34,7 @@ def of_plan(plan: MonitoringPlan) -> Iterator[str]:
 
 
 def of_sets(taking: MonitoringSession, finished: Sequence[PostprocessResult], seconds: float) -> Iterator[str]:
-    """Where every set lies and how its traits move; what it took."""
+    """Yield the folder of every set, a table of each trait, and the time and memory."""
     for each in finished:
         folder = each.set.folder
         yield f"{each.set.stem} on {taking.plan.spec.name}, tier {taking.plan.tier}"
@@ -51,7 +51,7 @@ def of_sets(taking: MonitoringSession, finished: Sequence[PostprocessResult], se
 
 
 def _table(moved: Mapping[str, Any], trait: Mapping[str, Any]) -> Iterator[str]:
-    """A row a prompt, at the layer that is shown first."""
+    """Yield a trait's table: a row for each prompt, at the layer that the page shows first."""
     place, prompts = moved["layers"].index(trait["layer"]), list(moved["prompts"].values())
     sides = "; sides {:.3g} and {:.3g}".format(*trait["levels"][place]) if trait["levels"] else ""
     words = f"{trait['trait']}, {trait['method']} at layer {trait['layer']}, residual out{sides}"
@@ -64,7 +64,7 @@ def _table(moved: Mapping[str, Any], trait: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _row(prompt: str, figures: Mapping[str, Any]) -> str:
-    """Figures of one response; the commitment is a token of it, and the side."""
+    """Return the figures of one response. Commitment: the number of a token, and the side."""
     words = textwrap.shorten(one_line(prompt), ROOM - 1, placeholder="...")
     side = {1: "+", -1: "-", None: ""}[figures["committed_to"]]
     commitment = "never" if figures["commitment"] is None else f"{figures['commitment']} ({side})"

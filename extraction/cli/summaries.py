@@ -1,4 +1,7 @@
-"""What a job says when it ends, and before it starts: lines of text, at most 80 columns where names allow."""
+"""Lines that commands print before and after their work, 80 columns wide where names allow.
+
+A figure stands with its n and its condition, and is explained below it; one that was not measured is not printed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SIDES = dict(zip(POLARITIES, ("positive", "negative"), strict=True))
 
 
 def of_plan(job: RunPlan, forecast: Forecast, *, steered: int | None = None) -> Iterator[str]:
-    """What a job would do and take; `steered`: how many answers to a coefficient stage 4 is asked for."""
+    """Yield the plan of a job and its forecast. `steered`: responses for every coefficient; None: no steering."""
     settings = job.experiment
     size_of_model = f"{forecast.n_parameters / 1e6:,.1f}M parameters"
     capture = f"{ranges(job.layers)}; {', '.join(settings.capture.sites)}; {', '.join(settings.capture.poolings)}"
@@ -53,11 +56,11 @@ def _steered(job: RunPlan, forecast: Forecast, answers: int) -> str:
 
     count = typical_n_answers(len(job.layers), answers) * len(job.traits)
     seconds = forecast.seconds * count / max(forecast.n_examples, 1)
-    return f"about {count:,} steered answers, {duration(seconds)} more (--quick leaves them out)"
+    return f"about {count:,} steered responses, {duration(seconds)} more (none with --quick)"
 
 
 def of_generation(result: RunResult, seconds: float, gpu_price: float | None) -> Iterator[str]:
-    """Where stage 1 or 2 put things, and what it took."""
+    """Yield the folders that stage 1 or 2 wrote, and time, memory and cost."""
     for trait in result.traits:
         yield from _heading(trait)
         yield from _places(trait.context.run, ("responses", "activations"))
@@ -67,7 +70,7 @@ def of_generation(result: RunResult, seconds: float, gpu_price: float | None) ->
 
 
 def of_vectors(results: Iterable[TraitResult]) -> Iterator[str]:
-    """Where the vectors lie."""
+    """Yield the folders of the vectors."""
     n_new = 0
     for result in results:
         n_new += result.n_new
@@ -79,7 +82,7 @@ def of_vectors(results: Iterable[TraitResult]) -> Iterator[str]:
 
 
 def of_cards(results: Iterable[TraitResult]) -> Iterator[str]:
-    """What each trait's vectors are worth."""
+    """Yield the test of each trait's vectors."""
     n_new = 0
     for result in results:
         n_new += result.n_new
@@ -91,7 +94,7 @@ def of_cards(results: Iterable[TraitResult]) -> Iterator[str]:
 
 
 def of_job(result: RunResult, seconds: float, gpu_price: float | None) -> Iterator[str]:
-    """The end of the whole job: where things lie, what was kept, what the vectors are worth, what it took."""
+    """Yield the end of a whole job: folders, responses kept, the test of the vectors, time and memory."""
     for trait in result.traits:
         run = trait.context.run
         yield from _heading(trait)
@@ -109,12 +112,12 @@ def of_job(result: RunResult, seconds: float, gpu_price: float | None) -> Iterat
 
 
 def of_steer_preview(job: RunPlan, place: SteerSite, seen: Sequence[SteerSample]) -> Iterator[str]:
-    """Steered answers under each other, by prompt."""
+    """Yield steered responses under each other, by prompt."""
     layers = f"layer{'s' * (len(place.layers) > 1)} {ranges(place.layers)}"
     yield f"{job.traits[0].name} on {job.spec.name}: {place.method} at {layers}"
     unit = "A coefficient of 1 adds a vector as long as the layer's typical activation."
     low, high = place.coherent or (0.0, 0.0)
-    held = f" Answers stayed coherent from {low:+g} to {high:+g} in the steering sweep." if place.coherent else ""
+    held = f" Responses were coherent from {low:+g} to {high:+g} in the steering sweep." if place.coherent else ""
     yield from _wrapped(unit + held, "", "")
     prompt = None
     for each in seen:
@@ -130,7 +133,7 @@ def of_steer_preview(job: RunPlan, place: SteerSite, seen: Sequence[SteerSample]
 
 
 def of_reports(pages: Iterable[Path], index: Path) -> Iterator[str]:
-    """Where the reports lie."""
+    """Yield the files of the reports."""
     for page in pages:
         yield from item("report", shown(page))
     yield from item("index", shown(index))
@@ -141,7 +144,7 @@ def _heading(result: TraitResult) -> Iterator[str]:
 
 
 def item(label: str, text: str) -> Iterator[str]:
-    """A label and what it is; long text goes on, indented, at a space."""
+    """Yield a label and its text; long text is wrapped at spaces and indented."""
     yield from _wrapped(text, f"  {label}".ljust(INDENT), " " * INDENT)
 
 
@@ -158,7 +161,7 @@ def _places(folder: TraitRun, stages: Iterable[str]) -> Iterator[str]:
 
 
 def _vectors(result: TraitResult) -> Iterator[str]:
-    """The methods whose vectors are made from the responses that are kept now."""
+    """Yield the folder and the methods of vectors that were made from the responses that are kept now."""
     if result.methods:
         yield from item("vectors", shown(result.context.run.path / "vectors"))
         yield from item("", ", ".join(result.methods))
@@ -174,53 +177,82 @@ def _counts(result: TraitResult) -> Iterator[str]:
     yield from item("kept", f"{kept.n_kept} of {kept.total} responses ({by}): {sides}")
     if reasons := kept.reasons():
         yield from item("dropped", reasons)
+    if kept.judge != "none":
+        yield from item("", "A positive response counts at the threshold or above, a negative one below.")
     if kept.problem:
         yield from item("not usable", kept.problem)
 
 
 def _worth(result: TraitResult) -> Iterator[str]:
-    """The verdict; the chosen layer and method on questions and instructions that had no part in it; the controls."""
+    """Yield the verdict, the figures on held-out questions, the controls and what steering did."""
     card, steering = result.card, result.steering
     if card is None:
         return
-    chosen, held_out, verdict = card["chosen"], card["split"]["test"], card["verdict"]
-    grave = [] if verdict["word"] == "usable" else verdict["reasons"][:1]
-    yield from item("verdict", ": ".join([verdict["word"], *grave]))
-    yield from item("best", f"layer {chosen['layer']} of {ranges(card['layers'])}, {chosen['method']}")
-    rows = held_out["positive"] + held_out["negative"]
-    yield from item("held out", f"{_figures(chosen['test'])} ({rows} responses to {held_out['questions']} questions)")
-    yield from item("controls", _controls(card["controls"]))
-    if chosen["stripped"] is not None:
-        yield from item("stripped", f"AUROC {_bounded(chosen['stripped']['auroc'])} without the instruction")
+    chosen, verdict = card["chosen"], card["verdict"]
+    reason = "no test speaks against it" if verdict["word"] == "usable" else verdict["reasons"][0]
+    yield from item("verdict", f"{verdict['word']}: {reason}")
+    choice = f"layer {chosen['layer']} of {ranges(card['layers'])}, {chosen['method']}"
+    yield from item("best vector", f"{choice} (chosen on validation questions)")
+    yield from _test(card)
     if steering is not None:
-        yield from item("steering", _steering(steering))
+        yield from _steering(steering)
 
 
-def _steering(steering: Mapping[str, Any]) -> str:
-    """How often the trait shows at the largest coherent coefficient each way, and with random directions there."""
+def _test(card: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the chosen vector's figures on the test part, with the instruction and without, and the controls."""
+    test, without = card["chosen"]["test"], card["chosen"]["stripped"]
+    part, controls = card["split"]["test"], card["controls"]
+    n_responses = part["positive"] + part["negative"]
+    yield f"On {n_responses} responses to {part['questions']} test questions that had no part in making the vector"
+    yield from item("vector", _figures(test))
+    if without is not None:
+        yield from item("uninstructed", f"AUROC {_bounded(without['auroc'])}: instruction removed from the prompt")
+    random = controls["random"]
+    yield from item(
+        "random",
+        f"random directions {_two(random['median'])}, 95th percentile {_two(random['high'])} "
+        f"(AUROC of {random['draws']} draws)",
+    )
+    if controls["shuffled_labels"]:
+        shuffled = ", ".join(_two(each["test"]["auroc"]["value"]) for each in controls["shuffled_labels"])
+        yield from item("shuffled", f"AUROC {shuffled}: all done again with the sides mixed up")
+    yield from _wrapped(TEST_WORDS, "  ", "  ")
+
+
+TEST_WORDS = (
+    "AUROC: how often a positive response scores above a negative one; 0.5 is chance, in brackets the 95% interval. "
+    "Cohen's d: distance of the two sides' means in standard deviations. Accuracy: share on the right side. A vector "
+    "must beat random directions and shuffled labels; without the instruction, its AUROC shows what lies in the "
+    "responses themselves."
+)
+
+
+def _steering(steering: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how often the trait shows at the largest coherent coefficient each way, for the vector and at random."""
     layers = f"{steering['method']} at layer{'s' * (len(steering['layers']) > 1)} {ranges(steering['layers'])}"
-    plain = next(each["rate"]["value"] for each in steering["conditions"] if each["kind"] == "none")
-    parts = [f"{_percent(plain)} of answers show the trait unsteered"]
+    plain = next(each for each in steering["conditions"] if each["kind"] == "none")
+    yield f"Steering with {layers}: share of responses that show the trait"
+    yield from item(
+        "unsteered", f"{_percent(plain['rate']['value'])} of {plain['n']} responses, without an instruction"
+    )
     for side in ("negative", "positive"):
         size, reached = steering["largest_coherent"][side], steering["reached"]
-        if size is not None:
-            at_random = _percent(reached["random"][side])
-            parts.append(f"{_percent(reached[side])} at {size:+g} (random directions {at_random})")
-    return f"{layers}: {', '.join(parts)}"
+        if size is None:
+            yield from item(side, "no coefficient gave coherent responses")
+            continue
+        at_random = _percent(reached["random"][side])
+        yield from item(f"coef {size:+g}", f"{_percent(reached[side])}; with random directions {at_random}")
+    yield from _wrapped(STEERING_WORDS, "  ", "  ")
+
+
+STEERING_WORDS = (
+    "The coefficients are the largest with coherent responses; 1 adds a vector as long as the layer's typical "
+    "activation. Positive ones should raise the share, negative ones lower it."
+)
 
 
 def _percent(share: float | None) -> str:
-    return "an unknown share" if share is None else f"{share:.0%}"
-
-
-def _controls(controls: Mapping[str, Any]) -> str:
-    random, shuffled = (
-        controls["random"],
-        [_two(each["test"]["auroc"]["value"]) for each in controls["shuffled_labels"]],
-    )
-    return f"AUROC of random directions {_two(random['median'])}, 95th percentile {_two(random['high'])}" + (
-        f"; of shuffled labels {', '.join(shuffled)}" if shuffled else ""
-    )
+    return "not measured" if share is None else f"{share:.0%}"
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
@@ -229,13 +261,13 @@ def _figures(figures: Mapping[str, Any]) -> str:
 
 
 def _bounded(figure: Mapping[str, float | None]) -> str:
-    """A figure and its interval: `0.93 (0.88 to 0.97)`."""
+    """Return a figure and its interval: `0.93 (0.88 to 0.97)`."""
     ends = "" if figure["low"] is None else f" ({_two(figure['low'])} to {_two(figure['high'])})"
     return _two(figure["value"]) + ends
 
 
 def _two(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
+    return "not measured" if value is None else f"{value:.2f}"
 
 
 def _took(session: ModelSession, seconds: float, gpu_price: float | None) -> str:
@@ -251,7 +283,7 @@ def _took(session: ModelSession, seconds: float, gpu_price: float | None) -> str
 
 
 def duration(seconds: float) -> str:
-    """`12.3 s`, `4 min 05 s`, `3 h 20 min`."""
+    """Return seconds as `12.3 s`, `4 min 05 s` or `3 h 20 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -259,7 +291,7 @@ def duration(seconds: float) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """`3.1 MB`, `5.2 GB`."""
+    """Return bytes as `3.1 MB` or `5.2 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
@@ -268,12 +300,12 @@ def size(n_bytes: float) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as short as it can be typed from here."""
+    """Return a path relative to this folder if it lies in it."""
     relative = os.path.relpath(path)
     return relative if not relative.startswith("..") else str(path)
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """`0-5`, or each of them where some are left out."""
+    """Return `0-5`, or a list of layers where some are left out."""
     whole = list(layers) == list(range(layers[0], layers[-1] + 1))
     return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 1 else ", ".join(map(str, layers))

@@ -1,4 +1,4 @@
-"""How doors speak: a progress bar, one line for an error, and what a signal does."""
+"""Terminal output: progress bars, errors in one line, and clean stops on signals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}|{postfix}"
 
 
 class Interrupted(BaseException):
-    """A signal asked this process to stop."""
+    """Raised by a signal that stops this process."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -71,7 +71,7 @@ class Command(click.Command):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it; turn what users can put right into one line."""
+        """Run the command; print a TraitlineError as one line and exit with 2."""
         debug = ctx.params.pop("debug", False)
         with _stoppable():
             try:
@@ -87,13 +87,13 @@ class Command(click.Command):
 
 
 class Serving(Command):
-    """A command that serves; once it listens, signals are its own affair."""
+    """A command that serves; once it listens, the server handles signals."""
 
     stopped = "stopped before it listened"
 
 
 class Study(Command):
-    """A command that writes its result at its end, and whose `--alpha` takes any number of numbers."""
+    """A command that writes its result at the end, and whose `--alpha` takes any number of values."""
 
     stopped = "stopped; nothing was written"
 
@@ -103,7 +103,7 @@ class Study(Command):
 
 
 def spread(words: Sequence[str], option: str) -> list[str]:
-    """`--alpha 0 -1,2` as `--alpha=0 --alpha=-1 --alpha=2`: all that is a number, or a comma list of them."""
+    """Rewrite `--alpha 0 -1,2` as `--alpha=0 --alpha=-1 --alpha=2`, as far as numbers or comma lists of them follow."""
     found: list[str] = []
     taking = False
     for word, following in zip(words, [*words[1:], ""], strict=True):
@@ -130,7 +130,20 @@ def _is_number(text: str) -> bool:
 
 
 class Group(click.Group):
-    """Commands, with the same way of saying what is wrong."""
+    """Commands in named sections; a usage error is one line."""
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[click.Command]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+        for commands in sections.values():
+            for command in commands:
+                self.add_command(command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands of every section with the first sentence of their help."""
+        for title, commands in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(command.name or "", command.get_short_help_str(500)) for command in commands])
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the options."""
@@ -138,14 +151,14 @@ class Group(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Find the command, and run it."""
+        """Find the command and run it; a usage error is one line."""
         with _usage_in_one_line():
             return super().invoke(ctx)
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """The first SIGINT or SIGTERM unwinds; from then on, a second one ends the process at once."""
+    """Raise Interrupted on the first SIGINT or SIGTERM; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread alone
         return
@@ -165,9 +178,9 @@ def _stoppable() -> Iterator[None]:
 
 
 class Terminal:
-    """A stage's listener that speaks to people: a bar with tokens/s and time left on a terminal, lines elsewhere.
+    """Progress of stages: a bar with tokens/s and time left on a terminal, lines elsewhere.
 
-    A stage may begin within another: it has a bar of its own, below.
+    A stage may begin within another one; its bar is below.
     """
 
     def __init__(self) -> None:

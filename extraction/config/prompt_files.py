@@ -1,4 +1,4 @@
-"""Prompts of a file, in the forms that people have them: a prompt a line, JSON, or a JSON object a line.
+"""Prompt files in three formats: one prompt a line, a JSON list, or one JSON object a line.
 
 An entry of JSON is a text, {"prompt": ...}, an instruction of Alpaca's ({"instruction": ..., "input": ...}), or a
 conversation ({"messages": [{"role": ..., "content": ...}]}) of one user's turn, with a system text before it or none.
@@ -23,7 +23,7 @@ from extraction.core.text_files import decode_utf8, open_input
 
 @dataclass(frozen=True)
 class PromptEntry:
-    """What is asked: a user's words, and the system text that comes with them (None: none)."""
+    """A user message, and its system message (None: none)."""
 
     prompt: str
     system: str | None = None
@@ -31,7 +31,7 @@ class PromptEntry:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A file's prompts in its order; duplicates are kept, blank lines skipped and counted."""
+    """The prompts of a file in their order; duplicates are kept, blank lines skipped and counted."""
 
     path: str
     prompts: tuple[PromptEntry, ...]
@@ -39,18 +39,18 @@ class PromptSet:
 
     @property
     def n_duplicates(self) -> int:
-        """How many prompts stand there a second time or more often."""
+        """Number of prompts that repeat an earlier one."""
         return len(self.prompts) - len(set(self.prompts))
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of the file."""
-        counts = {"blank lines skipped": self.skipped_blank, "prompts that stand there again": self.n_duplicates}
+        """Lines about blank lines and duplicates."""
+        counts = {"blank lines skipped": self.skipped_blank, "duplicate prompts": self.n_duplicates}
         return [f"{self.path}: {what}: {count}" for what, count in counts.items() if count]
 
 
 def read_prompt_set(path: str | os.PathLike[str]) -> PromptSet:
-    """All prompts of a file, checked. Raises TraitError, naming the line or the entry."""
+    """Return all prompts of a file. Raises TraitError with the line or the entry."""
     return READERS.get(Path(path).suffix.lower().removeprefix("."), _from_lines)(path)
 
 
@@ -128,10 +128,10 @@ def _conversation(value: dict[str, Any], place: SourceLocation) -> PromptEntry:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise at.fail(f"{show(turns)} is no list of messages; write role and content of each")
     roles = [turn.get("role") for turn in turns]
-    if roles and roles[-1] == "assistant":  # an answer that somebody gave
+    if roles and roles[-1] == "assistant":  # the response of a training example
         roles.pop()
     if roles not in (["user"], ["system", "user"]):
-        raise at.fail(f"the roles are {show(roles)}; one user's turn is asked, after a system message or alone")
+        raise at.fail(f"the roles are {show(roles)}; give one user message, after a system message or alone")
     contents = [_words(turn.get("content"), at.at(i).at("content")) for i, turn in enumerate(turns[: len(roles)])]
     return PromptEntry(contents[-1], contents[0] if len(contents) == 2 else None)
 
@@ -144,12 +144,12 @@ FORMS: dict[str, Callable[[dict[str, Any], SourceLocation], PromptEntry]] = {
 
 
 def _optional(value: dict[str, Any], key: str, place: SourceLocation) -> str | None:
-    """Text that may be absent, or empty."""
+    """Return text that may be absent or empty."""
     return None if value.get(key) in (None, "") else _words(value[key], place.at(key))
 
 
 def _words(value: Any, place: SourceLocation) -> str:
-    """Text that a model can be given: something in it, no NUL, no half a character."""
+    """Return text that a tokenizer can read: not blank, no NUL, no lone surrogate."""
     words = text(value, place)
     if match := re.search("[\ud800-\udfff]|\0", words):
         raise place.fail(f"{show(words)} holds {show(match[0])}, which is no text; remove it")

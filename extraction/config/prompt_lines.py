@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read text files line by line, within limits of size that are checked before the whole file is read."""
 
 from __future__ import annotations
 
@@ -6,22 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from extraction.core.errors import TraitError
 from extraction.core.text import show_path
 from extraction.core.text_files import decode_utf8, open_input
 
-if TYPE_CHECKING:
-    pass
-
-
 MAX_FILE_BYTES = 100_000_000
-
-
 MAX_LINE_BYTES = 1_000_000
-
-
 CHUNK_BYTES = 65_536
 
 
@@ -36,7 +28,7 @@ class PromptLine:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """A file's prompts. Blank lines are skipped and counted; duplicates are kept, counted, and have their own ids."""
+    """The prompts of a file. Blank lines are skipped; duplicates are kept and have their own ids; both are counted."""
 
     path: str
     prompts: tuple[PromptLine, ...]
@@ -45,9 +37,9 @@ class PromptFile:
 
 
 def read_prompt_file(path: str | os.PathLike[str]) -> PromptFile:
-    r"""One prompt a line, UTF-8, lines ended by `\n` or `\r\n` only; spaces at the ends of a prompt are kept.
+    r"""Return the prompts of a file, one a line: UTF-8, lines end in `\n` or `\r\n` only, outer spaces are kept.
 
-    Raises TraitError. At most MAX_FILE_BYTES and MAX_LINE_BYTES, found out without reading more than that.
+    Raises TraitError, also for more than MAX_FILE_BYTES or MAX_LINE_BYTES, without reading more than that.
     """
     source, lines = show_path(path), read_lines(path)
     prompts = [(number, text) for number, text in lines if text.strip()]
@@ -62,7 +54,7 @@ def read_prompt_file(path: str | os.PathLike[str]) -> PromptFile:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
-    """(number from 1, text) of every line of a file; limits and errors as of `read_prompt_file`."""
+    """Return (number from 1, text) of every line of a file; limits and errors as of `read_prompt_file`."""
     with open_input(path, MAX_FILE_BYTES, TraitError) as file:
         return list(_decoded_lines(file, show_path(path)))
 
@@ -80,7 +72,7 @@ def _decoded_lines(file: BinaryIO, source: str) -> Iterator[tuple[int, str]]:
 
 
 def _raw_lines(file: BinaryIO, source: str) -> Iterator[bytes]:
-    """The file's lines with their ends; never holds more than one line and one chunk of what is to come."""
+    """Yield the file's lines with their ends, with at most one line and one chunk in memory."""
     total, number, pending = 0, 1, b""
     while chunk := file.read(CHUNK_BYTES):
         total += len(chunk)

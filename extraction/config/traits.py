@@ -10,35 +10,25 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from extraction.config.experiments import config_names, find_config
-from extraction.config.yaml_loader import (
-    Document,
-    Rule,
-    SourceLocation,
-    items,
-    parse_document,
-    read_document,
-    section,
-    text,
-)
+from extraction.config.patterns import check_pattern
+from extraction.config.validation import Model, Text, problem, validate
+from extraction.config.yaml_loader import Document, SourceLocation, parse_document, read_document
 from extraction.core.errors import TraitError
 from extraction.core.names import check_name, distinct_names
 from extraction.core.records import POLARITIES, Example, InstructionPair, Markers, NaturalPrompt, Trait
 from extraction.core.text import show, suggest
 
-MAX_PATTERN = 300
-
-
+T = TypeVar("T")
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
 def load_trait(name: str, root: str | os.PathLike[str]) -> Trait:
-    """A trait by name, checked. Raises TraitError.
-
-    The two lists of natural prompts may differ in length: `trait_notes` says so.
-    """
+    """Return a trait by name. Raises TraitError."""
     path = find_config("traits", name, root, TraitError)
     if path is None:
         known = list_traits(root)
@@ -47,7 +37,7 @@ def load_trait(name: str, root: str | os.PathLike[str]) -> Trait:
 
 
 def trait_from_yaml(name: str, raw: bytes, source: str) -> Trait:
-    """The trait that a file of these bytes would be, checked as one; `source` is what messages call it."""
+    """Return the trait of a file with these bytes; messages call the file `source`."""
     return _named(name, parse_document(raw, source, TraitError))
 
 
@@ -59,12 +49,12 @@ def _named(name: str, document: Document) -> Trait:
 
 
 def list_traits(root: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The names of all traits, sorted."""
+    """Return the names of all traits, sorted."""
     return config_names("traits", root)
 
 
 def parse_trait_list(names: str) -> tuple[str, ...]:
-    """`a,b` as names, in order. Two that differ only by case or Unicode form are an error: they'd share a folder."""
+    """Return the names of `a,b`. Raises TraitError for two that differ only by case or Unicode form: one folder."""
     parts = [part.strip() for part in names.split(",")]
     if not all(parts):
         raise TraitError(f"--traits {show(names)}: a name is empty; write trait names with commas between, as a,b")
@@ -72,13 +62,13 @@ def parse_trait_list(names: str) -> tuple[str, ...]:
 
 
 def trait_fingerprint(trait: Trait) -> str:
-    """The sha256 of a trait's content."""
+    """Return the sha256 of a trait's content."""
     content = json.dumps(asdict(trait), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(content.encode("utf-8")).hexdigest()
 
 
 def trait_notes(trait: Trait, n_per_side: int) -> tuple[str, ...]:
-    """What a user should know of n examples a side of this trait: repeats, and natural sides of unequal length."""
+    """Return notes about repeated prompts, and about sides of natural prompts with unequal length."""
     sides = {"positive": len(trait.positive_prompts), "negative": len(trait.negative_prompts)}
     if not trait.is_natural:
         sides = {"distinct": len(trait.instructions) * len(trait.questions)}
@@ -97,80 +87,85 @@ def trait_notes(trait: Trait, n_per_side: int) -> tuple[str, ...]:
 
 # --- checking -------------------------------------------------------------------------------------------------------
 
-
-def _stripped(value: Any, place: SourceLocation) -> str:
-    return text(value, place).strip()
-
-
-def _pair(value: Any, place: SourceLocation) -> InstructionPair:
-    keys = ("positive", "negative")
-    pair = InstructionPair(**section(dict.fromkeys(keys, _stripped), required=keys)(value, place))
-    if same_text(pair.positive) == same_text(pair.negative):
-        raise place.fail(f"{show(pair.positive)} stands on both sides; the two must ask for opposite ends")
-    return pair
+Stripped = Annotated[Text, AfterValidator(str.strip)]
+List = Annotated[tuple[T, ...], Field(strict=False)]
 
 
-def _natural(value: Any, place: SourceLocation) -> NaturalPrompt:
-    if isinstance(value, dict):
-        return NaturalPrompt(**section({"prompt": _stripped, "system": _stripped}, required=("prompt",))(value, place))
-    return NaturalPrompt(_stripped(value, place))
-
-
-def _rubric(value: Any, place: SourceLocation) -> str:
+def _rubric(value: str) -> str:
     for field in ("{question}", "{answer}"):
-        if field not in text(value, place):
-            raise place.fail(f"{field} does not stand in it, so the judge would not see it; put {field} in")
-    return str(value)
+        if field not in value:
+            raise problem(f"{field} does not stand in it, so the judge would not see it; put {field} in")
+    return value
 
 
-def _marker(value: Any, place: SourceLocation) -> str:
-    marker = text(value, place)
-    if marker.startswith("re:"):
-        try:
-            pattern = re.compile(marker[3:], re.IGNORECASE)
-        except (re.error, OverflowError, RecursionError) as failure:
-            raise place.fail(f"{show(marker)} is not a regular expression ({failure}); correct it") from failure
-        if len(marker) > MAX_PATTERN or pattern.fullmatch(""):
-            raise place.fail(f"{show(marker)} matches nothing at all, or is over {MAX_PATTERN} characters; narrow it")
-    return marker
+def _marker(value: str) -> str:
+    if value.startswith("re:"):
+        check_pattern(value.removeprefix("re:"), problem)
+    return value
 
 
-def _markers(value: Any, place: SourceLocation) -> Markers:
-    keys = ("positive", "negative")
-    markers = Markers(**section(dict.fromkeys(keys, items(_marker)), required=keys)(value, place))
-    for side in keys:
-        _refuse_repeats(getattr(markers, side), place.at(side), key=_marker_key)
-    for i, marker in enumerate(markers.negative):
-        twin = next((other for other in markers.positive if _overlap(marker, other)), None)
+class _Pair(Model):
+    positive: Stripped
+    negative: Stripped
+
+
+def _pair(pair: _Pair) -> InstructionPair:
+    if same_text(pair.positive) == same_text(pair.negative):
+        raise problem(f"{show(pair.positive)} stands on both sides; the two must ask for opposite ends")
+    return InstructionPair(pair.positive, pair.negative)
+
+
+class _Natural(Model):
+    prompt: Stripped
+    system: Stripped | None = None
+
+
+class _Markers(Model):
+    positive: List[Annotated[Text, AfterValidator(_marker)]]
+    negative: List[Annotated[Text, AfterValidator(_marker)]]
+
+
+def _markers(sides: _Markers) -> Markers:
+    for side in ("positive", "negative"):
+        _refuse_repeats(getattr(sides, side), side, normal=_marker_key)
+    for i, marker in enumerate(sides.negative):
+        twin = next((other for other in sides.positive if _overlap(marker, other)), None)
         if twin is not None:
-            raise (
-                place.at("negative")
-                .at(i)
-                .fail(f"{show(marker)} is counted by the positive marker {show(twin)} too; keep one")
-            )
-    if not markers.positive and not markers.negative:
-        raise place.fail("no marker on either side; list some, or leave 'markers' out")
-    return markers
+            raise problem(f"{show(marker)} is counted by the positive marker {show(twin)} too; keep one", "negative", i)
+    if not sides.positive and not sides.negative:
+        raise problem("no marker on either side; list some, or leave 'markers' out")
+    return Markers(sides.positive, sides.negative)
+
+
+Pair = Annotated[_Pair, AfterValidator(_pair)]
+Natural = Annotated[
+    _Natural,
+    BeforeValidator(lambda value: value if isinstance(value, dict) else {"prompt": value}),
+    AfterValidator(lambda entry: NaturalPrompt(entry.prompt, entry.system)),
+]
+
+
+class TraitFile(Model):
+    """The keys of a file in configs/traits."""
+
+    name: Text
+    description: Stripped
+    instructions: List[Pair] = ()
+    questions: List[Stripped] = ()
+    positive_prompts: List[Natural] = ()
+    negative_prompts: List[Natural] = ()
+    rubric: Annotated[Text, AfterValidator(_rubric)] | None = None
+    markers: Annotated[_Markers, AfterValidator(_markers)] | None = None
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two markers are the same, or the pattern of one is met by the phrase of the other."""
+    """Return True if two markers are the same, or one is a pattern that matches the other."""
     if _marker_key(one) == _marker_key(other):
         return True
     patterns = [(a, b) for a, b in ((one, other), (other, one)) if a.startswith("re:") and not b.startswith("re:")]
     return any(re.fullmatch(pattern[3:], phrase, re.IGNORECASE) for pattern, phrase in patterns)
 
 
-_TRAIT: dict[str, Rule] = {
-    "name": text,
-    "description": _stripped,
-    "instructions": items(_pair),
-    "questions": items(_stripped),
-    "positive_prompts": items(_natural),
-    "negative_prompts": items(_natural),
-    "rubric": _rubric,
-    "markers": _markers,
-}
 _INSTRUCTED = ("instructions", "questions")
 _NATURAL = ("positive_prompts", "negative_prompts")
 
@@ -178,24 +173,30 @@ _NATURAL = ("positive_prompts", "negative_prompts")
 def _trait(document: Document) -> Trait:
     place = document.place
     _check_sides(document.data, place)
-    trait = Trait(**section(_TRAIT, required=("name", "description"))(document.data, place))
+    trait = Trait(**dict(validate(CheckedTraitFile, document.data, place)))
     check_name(trait.name, f"{place.at('name')}: name", TraitError)
-    for side in POLARITIES:
-        word = {"pos": "positive", "neg": "negative"}[side]
-        _refuse_repeats([getattr(pair, word) for pair in trait.instructions], place.at("instructions"), word)
-    _refuse_repeats(trait.questions, place.at("questions"))
-    positive = [_natural_key(prompt) for prompt in trait.positive_prompts]
-    negative = [_natural_key(prompt) for prompt in trait.negative_prompts]
-    _refuse_repeats(positive, place.at("positive_prompts"))
-    _refuse_repeats(negative, place.at("negative_prompts"))
-    for i, key in enumerate(negative):
-        if key in positive:
-            raise place.at("negative_prompts").at(i).fail(f"{show(key)} stands on the positive side too; keep one")
     return trait
 
 
+def _no_repeats(trait: TraitFile) -> TraitFile:
+    for side in ("positive", "negative"):
+        _refuse_repeats([getattr(pair, side) for pair in trait.instructions], "instructions", side)
+    _refuse_repeats(trait.questions, "questions")
+    positive = [_natural_key(prompt) for prompt in trait.positive_prompts]
+    negative = [_natural_key(prompt) for prompt in trait.negative_prompts]
+    _refuse_repeats(positive, "positive_prompts")
+    _refuse_repeats(negative, "negative_prompts")
+    for i, key in enumerate(negative):
+        if key in positive:
+            raise problem(f"{show(key)} stands on the positive side too; keep one", "negative_prompts", i)
+    return trait
+
+
+CheckedTraitFile = Annotated[TraitFile, AfterValidator(_no_repeats)]
+
+
 def _check_sides(data: Any, place: SourceLocation) -> None:
-    """One of the two kinds of trait, with something on both sides."""
+    """Check that a trait is of one kind, instructed or natural, and has both sides."""
     if not isinstance(data, dict):
         return
     natural, instructed = [key for key in _NATURAL if key in data], [key for key in _INSTRUCTED if key in data]
@@ -218,28 +219,27 @@ def _one_sided(place: SourceLocation, side: str) -> TraitError:
 
 
 def _refuse_repeats(
-    texts: Iterable[str], place: SourceLocation, side: str | None = None, *, key: Callable[[str], str] | None = None
+    texts: Iterable[str], key: str, side: str | None = None, *, normal: Callable[[str], str] | None = None
 ) -> None:
-    """Two entries that differ only by case, spaces or Unicode form count as the same."""
+    """Refuse an entry that differs from another only by case, spaces or Unicode form."""
     seen: dict[str, int] = {}
     for i, entry in enumerate(texts):
-        first = seen.setdefault((key or same_text)(entry), i)
+        first = seen.setdefault((normal or same_text)(entry), i)
         if first != i:
-            at = place.at(i).at(side) if side else place.at(i)
-            raise at.fail(f"{show(entry)} is entry {first} again; keep one")
+            raise problem(f"{show(entry)} is entry {first} again; keep one", key, i, *([side] if side else []))
 
 
 def same_text(entry: str) -> str:
-    """What is left of a text without case, spaces and Unicode form: equal for two that count as the same."""
+    """Return a text without case, extra spaces and Unicode form, for comparison."""
     return " ".join(unicodedata.normalize("NFKC", entry).casefold().split())
 
 
 def _marker_key(marker: str) -> str:
-    r"""Patterns as written: `\w` and `\W` are not the same."""
+    r"""Return a marker for comparison; a pattern as it is: `\w` and `\W` differ."""
     return marker if marker.startswith("re:") else same_text(marker)
 
 
-def _natural_key(prompt: NaturalPrompt) -> str:
+def _natural_key(prompt: NaturalPrompt | _Natural) -> str:
     return prompt.prompt if prompt.system is None else f"{prompt.system}\n\n{prompt.prompt}"
 
 
@@ -247,7 +247,7 @@ def _natural_key(prompt: NaturalPrompt) -> str:
 
 
 def make_examples(trait: Trait, n_per_side: int, start: int = 0, stop: int | None = None) -> tuple[Example, ...]:
-    """`n_per_side` positive examples, each beside its negative twin, so that any cut holds both: [start, stop) of them.
+    """Return examples [start, stop) of `n_per_side` positive ones, each followed by its negative counterpart.
 
     Any number of the first ones is spread evenly: the counts of two instruction pairs, or of two questions, differ by
     at most one. The first n of more examples are the same n. Past the distinct prompts they repeat (`r01`, ...), with
@@ -291,7 +291,7 @@ def _natural_example(trait: Trait, polarity: str, step: int) -> Example:
 
 
 def walk(step: int, n_pairs: int, n_questions: int) -> tuple[int, int, int]:
-    """The pair, question and repeat of a step: a diagonal over the pairs x questions table.
+    """Return the pair, question and repeat of a step: a diagonal over the pairs x questions table.
 
     The diagonal comes back to its start after lcm(pairs, questions) steps; each time it then starts one pair further.
     """

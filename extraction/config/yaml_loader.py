@@ -1,7 +1,6 @@
-"""Strict YAML, and schemas as tables of rules.
+"""Strict YAML that keeps the line of every value, and three checks for records that are not settings.
 
-A rule is a function of a value and its place: it returns the value, or raises the place's error. A schema is a table of
-rules. Unknown keys are errors that name the nearest known key.
+Settings are checked by `extraction.config.validation`. The checks at the end serve the formats of other programs.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 20
 
 
-# --- what a message shows -------------------------------------------------------------------------------------------
+# --- locations -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where a value stands: a file's line and key, or (without a source) an option of the command line."""
+    """Where a value stands: a file's line and key, or an option of the command line if `source` is None."""
 
     source: str | None
     lines: Mapping[tuple[Key, ...], int] = field(default_factory=dict)
@@ -38,7 +37,7 @@ class SourceLocation:
     error: type[ConfigError] = ConfigError
 
     def at(self, key: Key) -> SourceLocation:
-        """The place of one entry of this value."""
+        """Return the location of one entry of this value."""
         return replace(self, keys=(*self.keys, key))
 
     def __str__(self) -> str:
@@ -50,7 +49,7 @@ class SourceLocation:
         return where + (f": '{'.'.join(map(str, self.keys))}'" if self.keys else "")
 
     def fail(self, problem: str) -> ConfigError:
-        """The error to raise: the place, then the problem with its remedy."""
+        """Return the error to raise: the location, then the problem with its remedy."""
         return self.error(f"{self}: {problem}")
 
 
@@ -59,19 +58,19 @@ class SourceLocation:
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file's data, and the place of everything in it."""
+    """The data of a YAML file, and the location of every value."""
 
     data: Any
     place: SourceLocation
 
 
 def read_yaml(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Any:
-    """The data of one YAML file. Raises a one-line error with the file's line where something is wrong."""
+    """Return the data of one YAML file. Raises `error` with the file and line."""
     return read_document(path, error).data
 
 
 def read_document(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Document:
-    """As `read_yaml`, and keeps the line of every value.
+    """Return the data of one YAML file with the line of every value.
 
     Refused: duplicate keys, aliases, anchors, tags, several documents, deep nesting, NUL, invalid UTF-8, lone
     surrogates. `yes`, `no`, `on` and dates stay text, as in YAML 1.2.
@@ -83,7 +82,7 @@ def read_document(path: str | os.PathLike[str], error: type[ConfigError] = Confi
 
 
 def parse_document(raw: bytes, source: str, error: type[ConfigError] = ConfigError) -> Document:
-    """The document that these bytes are; `source` is what messages call it."""
+    """Parse the bytes of a YAML file; messages call it `source`."""
     if len(raw) > MAX_YAML_BYTES:
         raise error(f"{source}: more than {MAX_YAML_BYTES} bytes; split the file")
     text = decode_utf8(raw, 0, source, error).removeprefix("\ufeff")
@@ -101,7 +100,7 @@ def parse_document(raw: bytes, source: str, error: type[ConfigError] = ConfigErr
 
 
 class _Loader(yaml.SafeLoader):
-    """The plain types of YAML 1.2; no anchors, aliases or tags; limited depth."""
+    """Load the plain types of YAML 1.2; refuse anchors, aliases, tags and deep nesting."""
 
     depth = 0
 
@@ -139,14 +138,14 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """Valid YAML that a config must not hold."""
+    """Valid YAML that a config file must not hold."""
 
     def __init__(self, problem: str, mark: Any) -> None:
         super().__init__(problem=problem, problem_mark=mark)
 
 
 def _value(node: Any, keys: tuple[Key, ...], lines: dict[tuple[Key, ...], int]) -> Any:
-    """The data under a node; notes the line of every value on the way."""
+    """Return the data under a node, and put the line of every value into `lines`."""
     lines[keys] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         return dict(_entries(node, keys, lines))
@@ -171,7 +170,7 @@ def _entries(node: Any, keys: tuple[Key, ...], lines: dict[tuple[Key, ...], int]
 
 
 def _text(node: Any) -> str:
-    r"""Text without lone surrogates or NUL; the pairs that JSON writes (`\ud83d\ude00`) are joined."""
+    r"""Return text, with the surrogate pairs of JSON (`\ud83d\ude00`) joined. Refuses lone surrogates and NUL."""
     try:
         text = str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
@@ -196,7 +195,7 @@ def _yaml_message(failure: yaml.YAMLError, text: str, source: str) -> str:
 
 
 def text(value: Any, place: SourceLocation) -> str:
-    """Text with something in it."""
+    """Check a text that is not blank."""
     if not isinstance(value, str):
         remedy = (
             "write some" if value is None else "quote it" if isinstance(value, bool | int | float) else "write text"
@@ -207,53 +206,8 @@ def text(value: Any, place: SourceLocation) -> str:
     return value
 
 
-def flag(value: Any, place: SourceLocation) -> bool:
-    """true or false."""
-    if not isinstance(value, bool):
-        raise place.fail(f"{show(value)} is not true or false; write one of them, unquoted")
-    return value
-
-
-def whole(low: int, high: int = 2**63 - 1) -> Rule:
-    """A whole number from low to high."""
-
-    def rule(value: Any, place: SourceLocation) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise place.fail(f"{show(value)} is not a whole number; give one from {low} up")
-        if not low <= value <= high:
-            raise place.fail(f"{value} is out of range; give a whole number from {low} to {high}")
-        return value
-
-    return rule
-
-
-def number(low: float, high: float, *, above: bool = False) -> Rule:
-    """A finite number from low (or above it) to high."""
-    span = f"{'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
-
-    def rule(value: Any, place: SourceLocation) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise place.fail(f"{show(value)} is not a number; give one {span}")
-        if not low <= value <= high or (above and value == low):  # NaN fails every comparison
-            raise place.fail(f"{value} is out of range; give a number {span}")
-        return float(value)
-
-    return rule
-
-
-def choice(*known: str) -> Rule:
-    """One of the known words."""
-
-    def rule(value: Any, place: SourceLocation) -> str:
-        if value not in known:
-            raise place.fail(f"{show(value)} is not known; {suggest(value, known)}")
-        return str(value)
-
-    return rule
-
-
 def items(rule: Rule, *, distinct: bool = False) -> Rule:
-    """A list in which every entry obeys the rule."""
+    """Return a check of a list whose entries all pass `rule`."""
 
     def check(value: Any, place: SourceLocation) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):
@@ -268,7 +222,7 @@ def items(rule: Rule, *, distinct: bool = False) -> Rule:
 
 
 def section(table: Mapping[str, Rule], required: Iterable[str] = ()) -> Rule:
-    """A mapping whose keys are the table's, some of them required."""
+    """Return a check of a mapping with the keys of `table`."""
 
     def check(value: Any, place: SourceLocation) -> dict[str, Any]:
         if not isinstance(value, Mapping):

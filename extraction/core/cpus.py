@@ -1,7 +1,7 @@
-"""How many processor cores this process may use: what a container is given, not what the machine has.
+"""Count the processor cores that this process may use: those of its container, not of the machine.
 
-A library that starts a thread for every core of the machine, in a container that is given two of them, waits for
-itself most of the time.
+A library that starts one thread for each core of the machine, in a container with two of them, spends most of its time
+waiting.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ QUOTA_V1 = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cp
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on, or fewer where its control group has less time than that. At least 1."""
+    """Return the number of cores in this process's affinity and its control group's quota; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
     return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
 
 
 def _quota() -> float | None:
-    """The cores that the control group's time amounts to; None without a limit, or where that can't be told."""
+    """Return the control group's quota in cores; None without a limit, or if it can't be read."""
     for paths in ((QUOTA_V2,), QUOTA_V1):
         try:
             quota, period = " ".join(path.read_text(encoding="utf-8") for path in paths).split()

@@ -1,24 +1,24 @@
-"""Everything Traitline raises on purpose.
+"""Errors that a user can correct.
 
     TraitlineError
     |-- ConfigError        an experiment, a model file or an option is wrong
     |   |-- TraitError     a trait or a prompt file is wrong
     |   |-- VectorError    a file of vectors is wrong, or two directions don't fit
     |   `-- MissingPackage an optional package is not installed
-    |-- ModelError         the model can't be loaded, or can't do what is asked
+    |-- ModelError         the model can't be loaded, or can't do what it is used for
     |   |-- PromptError    one prompt can't be encoded for this model
     |   `-- ActivationError  an activation is NaN or Inf
     |       `-- LogitsError    no token can be chosen from some rows' logits
     |-- StoreError         the run's folder: damaged, locked, full, read-only
     |   `-- RunMismatch    the folder holds a run with another config
-    `-- RequestError       a server that was asked did not answer
+    `-- RequestError       a server did not answer
 
 A message carries the value, the place and the remedy, in one line. The command line prints it and exits 2.
 """
 
 
 class TraitlineError(Exception):
-    """Base of all errors that a user can put right."""
+    """Base of all errors that a user can correct."""
 
 
 class ConfigError(TraitlineError):
@@ -34,11 +34,11 @@ class VectorError(ConfigError):
 
 
 class MissingPackage(ConfigError):
-    """What is asked for needs a package that is not installed; names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 class ModelError(TraitlineError):
-    """The model can't be loaded, or can't do what is asked of it."""
+    """The model can't be loaded, or can't do what it is used for."""
 
 
 class PromptError(ModelError):
@@ -46,7 +46,7 @@ class PromptError(ModelError):
 
 
 class ActivationError(ModelError):
-    """An activation is NaN or Inf: names the layer, the example and the dtype."""
+    """An activation is NaN or Inf; the message names layer, example and dtype."""
 
 
 class LogitsError(ActivationError):
@@ -63,8 +63,8 @@ class StoreError(TraitlineError):
 
 
 class RunMismatch(StoreError):
-    """The folder holds a run with another config; names the field that differs."""
+    """The folder holds a run with another config; the message names the field that differs."""
 
 
 class RequestError(TraitlineError):
-    """A server that was asked did not answer, or refused; says why."""
+    """A server did not answer, or refused a request; the message has the reason."""

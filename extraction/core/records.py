@@ -1,4 +1,4 @@
-"""The values that travel between rooms. Frozen, without behaviour that needs torch."""
+"""Values that packages pass to each other. Frozen, and without torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class InstructionPair:
 
 @dataclass(frozen=True)
 class Markers:
-    """What the lexical judge counts: phrases (case-insensitive, whole words) or patterns that start with `re:`."""
+    """Texts that the lexical judge counts: phrases (any case, whole words), or patterns that start with `re:`."""
 
     positive: tuple[str, ...]
     negative: tuple[str, ...]
@@ -32,7 +32,7 @@ class Markers:
 
 @dataclass(frozen=True)
 class NaturalPrompt:
-    """A prompt that shows one side of a trait by itself, with no instruction."""
+    """A prompt whose response shows one side of a trait without an instruction."""
 
     prompt: str
     system: str | None = None
@@ -53,12 +53,12 @@ class Trait:
 
     @property
     def is_natural(self) -> bool:
-        """True when the sides are lists of natural prompts."""
+        """True if the sides are lists of natural prompts."""
         return not self.instructions
 
     @property
     def is_told(self) -> bool:
-        """True when some prompts hold more than a question: an instruction, or a natural prompt's system text."""
+        """True if some prompt has an instruction, or a system message."""
         return bool(self.instructions) or any(p.system for p in (*self.positive_prompts, *self.negative_prompts))
 
 
@@ -81,7 +81,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example made ready for one model: the text that it sees, and its ids."""
+    """An example as one model reads it: text and token ids."""
 
     example: Example
     text: str
@@ -90,7 +90,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """What a model answered. `token_ids` never holds a stop token.
+    """The response of a model. `token_ids` holds no stop token.
 
     `finish_reason` is `stop`, `stop_string` or `length`.
     """

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Open and decode files that users give, with one-line errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from extraction.core.text import show_path
 
 
 def open_input(path: str | os.PathLike[str], limit: int, error: type[ConfigError] = ConfigError) -> BinaryIO:
-    """Open a regular file of at most `limit` bytes. A FIFO, a folder or a device is refused, and never opened."""
+    """Open a regular file of at most `limit` bytes. A FIFO, a folder or a device is refused unopened."""
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode):
@@ -26,7 +26,7 @@ def open_input(path: str | os.PathLike[str], limit: int, error: type[ConfigError
 
 
 def decode_utf8(data: bytes, offset: int, place: str, error: type[ConfigError] = ConfigError) -> str:
-    """Strict UTF-8; `offset` is where `data` starts in its file."""
+    """Return strictly decoded UTF-8. `offset` is where `data` starts in its file."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as failure:

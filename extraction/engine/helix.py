@@ -58,7 +58,7 @@ class GenerationConfig:
     @property
     def sample(self) -> Sample:
         """Temperature, top-k and top-p. Raises ConfigError where one is out of range."""
-        return Sample(self.temperature, self.top_k, self.top_p)
+        return Sample.of(self)
 
 
 class HelixEngine:

@@ -35,8 +35,8 @@ def resolve_judge(name: str, trait: Trait, *, place: str = "") -> str:
 
     Raises ConfigError for an unknown name (`place` starts its message), TraitError for a trait that it can't judge.
     """
-    if name not in JUDGE_NAMES:
-        raise ConfigError(f"{place}--judge {show(name)}: not known; {suggest(name, JUDGE_NAMES)}")
+    if name not in ("auto", *JUDGES):
+        raise ConfigError(f"{place}--judge {show(name)}: not known; {suggest(name, ('auto', *JUDGES))}")
     if name == "auto":
         name = "lexical" if trait.markers else "none"
     judge = JUDGES[name]

@@ -58,7 +58,9 @@ def _shareable_base(spec: ModelSpec) -> ModelSpec:
 def _has_same_weights(one: ModelSpec, other: ModelSpec) -> bool:
     """Return True if two specs load the same weights; the dtype `auto` matches any."""
     same_dtype = one.dtype == other.dtype or "auto" in (one.dtype, other.dtype)
-    return same_dtype and replace(one, name="", dtype="", raw=False) == replace(other, name="", dtype="", raw=False)
+    return same_dtype and replace(one, name="", dtype="auto", raw=False) == replace(
+        other, name="", dtype="auto", raw=False
+    )
 
 
 def _load_shared(after: ModelSpec, before: ModelSpec, base: ModelSpec) -> tuple[LanguageModel, LanguageModel]:

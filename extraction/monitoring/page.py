@@ -84,7 +84,7 @@ class DataBlocks:
 
 @dataclass(frozen=True)
 class SetRow:
-    """A capture set in the index: `done` of `asked` prompts are captured; `link` is the path to its page, or None."""
+    """A capture set in the index: `n_done` of `n_prompts` prompts are captured; `link` is its page's path, or None."""
 
     experiment: str
     name: str
@@ -92,8 +92,8 @@ class SetRow:
     model: str
     traits: Sequence[str]
     layers: Sequence[int]
-    done: int
-    asked: int
+    n_done: int
+    n_prompts: int
     link: str | None
 
 
@@ -161,7 +161,7 @@ def index_cells(row: SetRow) -> tuple[str, ...]:
         TIERS.get(row.tier, str(row.tier)),
         listed(list(row.traits)),
         formatting.ranges(row.layers) if row.layers else "none",
-        f"{row.done:,}" if row.done == row.asked else f"{row.done:,} of {row.asked:,}",
+        f"{row.n_done:,}" if row.n_done == row.n_prompts else f"{row.n_done:,} of {row.n_prompts:,}",
         row.model,
     )
 

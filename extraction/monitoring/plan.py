@@ -21,6 +21,7 @@ from extraction.config.experiments import (
     resolve_model,
 )
 from extraction.config.prompt_files import PromptEntry, PromptSet, read_prompt_set
+from extraction.config.settings import SAMPLING
 from extraction.config.traits import parse_trait_list
 from extraction.core.errors import ConfigError, StoreError, TraitlineError
 from extraction.core.text import show, show_path
@@ -152,7 +153,7 @@ def build_plan(tier: int, options: Mapping[str, Any]) -> MonitoringPlan:
 
 
 SETTINGS = (  # options that override the settings of a vector's run, or of the experiment
-    *("model", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "shard_size"),
+    *("model", "max_new_tokens", *SAMPLING, "seed", "batch_size", "shard_size"),
     *MODEL_OPTIONS,
 )
 

@@ -51,13 +51,13 @@ def postprocess_sets(session: MonitoringSession, listener: ProgressReporter) -> 
             ids = [prompt_id(i) for i in range(len(set_plan.prompt_set.prompts))]
             if all(set_plan.folder.prompt_done(id) for id in ids):
                 with set_plan.folder.lock():
-                    finished.append(_finish_set(session, set_plan, ids, listener))
+                    finished.append(_postprocess_set(session, set_plan, ids, listener))
     if session.changed:
         _write_index(session.plan)
     return finished
 
 
-def _finish_set(
+def _postprocess_set(
     session: MonitoringSession, set_plan: SetPlan, ids: Sequence[str], listener: ProgressReporter
 ) -> PostprocessResult:
     plan, folder = session.plan, set_plan.folder
@@ -261,8 +261,8 @@ def _index_row(experiment: str, folder: CaptureSet) -> SetRow:
         model=config["model"]["name"],
         traits=[vector["trait"] for vector in config["vectors"]],
         layers=config["layers"],
-        done=len(folder.prompt_ids()),
-        asked=config["prompts"]["count"],
+        n_done=len(folder.prompt_ids()),
+        n_prompts=config["prompts"]["count"],
         link=f"{folder.path.name}/reports/{page.name}" if page.exists() else None,
     )
 

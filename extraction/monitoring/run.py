@@ -170,7 +170,7 @@ def _run_shard(
             lm,
             [Request(id, p.token_ids, settings.max_new_tokens, plan.settings.seed) for id, p in by_id.items()],
             batch_size=batch_size,
-            strategy=Sample(settings.temperature, settings.top_k, settings.top_p),
+            strategy=Sample.of(settings),
             capture=session.capture,
             stop_strings=settings.stop_strings,
             on_progress=lambda n_tokens: listener.advance(0, n_tokens),

@@ -151,7 +151,7 @@ class DeviceSpeed:
         """Return seconds to sample one token in each of `rows` rows."""
         from extraction.engine.sampler import Sample
 
-        choose = Sample(settings.temperature, settings.top_k, settings.top_p)
+        choose = Sample.of(settings)
         logits_BV = torch.randn(rows, vocabulary, device=self.device).to(self.dtype)
         uniform_B = torch.full((rows,), 0.5, device=self.device)
         return best_seconds(lambda: choose(logits_BV, uniform_B), self.device, PROBE_SECONDS)

@@ -43,8 +43,8 @@ def capture_without_instruction(context: TraitContext, tensor: str) -> None:
     site, pooling = tensor.split(".", 1)
     settings = context.plan.experiment
     layers = ",".join(map(str, run.shard_receipt("activations", 0)["meta"]["layers"]))
-    capture = replace(settings.capture, layers=layers, sites=(site,), poolings=(pooling,))
-    reader = session.for_plan(replace(context.plan, experiment=replace(settings, capture=capture)))
+    capture = settings.capture.model_copy(update={"layers": layers, "sites": (site,), "poolings": (pooling,)})
+    reader = session.for_plan(replace(context.plan, experiment=settings.with_(capture=capture)))
     n_examples, n_pending = (sum(map(len, some)) for some in (shards, pending.values()))
     progress.begin(f"{trait.name}: instruction removed", n_examples, n_examples - n_pending)
     try:
@@ -162,7 +162,7 @@ def _steered_generation(context: TraitContext, sweep: SweepPlan, scorer: Scorer)
     lengths = [len(prompt.token_ids) for prompt in (*sweep.choose_on, *sweep.report_on)]
     return SteeredGeneration(
         session.lm,
-        Sample(settings.generation.temperature, settings.generation.top_k, settings.generation.top_p),
+        Sample.of(settings.generation),
         scorer,
         settings.generation.max_new_tokens,
         session.batch_size(MODES["batched"], lengths),

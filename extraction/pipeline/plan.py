@@ -88,7 +88,7 @@ class RunPlan:
 
     def config(self, trait: Trait) -> dict[str, Any]:
         """Return the fields of run.json: every setting that decides the bytes of the result."""
-        fields = experiment_to_dict(replace(self.experiment, traits=()))
+        fields = experiment_to_dict(self.experiment.with_(traits=()))
         named = {"name": trait.name, "sha256": trait_fingerprint(trait)}
         return {**fields, "model": model_identity(self.spec), "trait": named}
 

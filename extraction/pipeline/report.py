@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extraction import __version__
+from extraction.config.settings import EXECUTION_FIELDS
 from extraction.core.errors import StoreError
 from extraction.core.records import POLARITIES
 from extraction.core.text import show_path
@@ -18,7 +19,7 @@ from extraction.report.page_data import ReportData
 from extraction.storage import experiment_dir
 from extraction.storage.atomic import read_receipt
 from extraction.storage.experiment_dir import trait_runs
-from extraction.storage.run_dir import EXECUTION_FIELDS, fingerprint
+from extraction.storage.run_dir import fingerprint
 from extraction.storage.trait_run import TraitRun
 
 

@@ -256,8 +256,7 @@ def _request(plan: RunPlan, prompt: Prompt) -> Request:
 def _strategy(plan: RunPlan) -> Sample:
     from extraction.engine.sampler import Sample
 
-    settings = plan.experiment.generation
-    return Sample(settings.temperature, settings.top_k, settings.top_p)
+    return Sample.of(plan.experiment.generation)
 
 
 def _row(lm: LanguageModel, prompt: Prompt, completion: Completion) -> Row:

@@ -113,7 +113,7 @@ def steer_preview(context: TraitContext, site: SteerSite, options: SteerOptions)
     judge = rule_judge("auto", trait)
     generation = SteeredGeneration(
         session.lm,
-        Sample(settings.generation.temperature, settings.generation.top_k, settings.generation.top_p),
+        Sample.of(settings.generation),
         lambda pairs: [Judgement(judge.score(question, answer, trait)) for question, answer in pairs],
         settings.generation.max_new_tokens,
         batch_size=len(options.prompts) * len(conditions),

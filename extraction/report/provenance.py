@@ -6,35 +6,21 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from extraction.config.settings import EXPERIMENT_SETTINGS, MODEL_SETTINGS
 from extraction.report.page_data import ReportData, run_options
 
-# option of `traitline extract` -> dotted path of its value in the run's config
-OPTIONS = {
-    "--model": "model.source",
-    "--dtype": "model.dtype",
-    "--quantize": "model.quantize",
-    "--n-examples": "n_examples",
-    "--seed": "seed",
-    "--max-new-tokens": "generation.max_new_tokens",
-    "--temperature": "generation.temperature",
-    "--top-k": "generation.top_k",
-    "--top-p": "generation.top_p",
-    "--instruction-as": "instruction_as",
-    "--layers": "capture.layers",
-    "--sites": "capture.sites",
-    "--poolings": "capture.poolings",
-    "--judge": "judge",
-    "--judge-model": "judge_model",
-    "--coherence-threshold": "coherence_threshold",
-    "--threshold": "threshold",
-    "--shard-size": "shard_size",
-    "--queue-size": "queue_size",
+# options of `traitline extract` that decide the result or what counts of it, by their place in the config
+NOT_REPEATED = ("traits", "batch_size", "judge_url", "judge_concurrency", "judge_price")
+OPTIONS = {"--model": "model.source"} | {
+    setting.flag: setting.path
+    for setting in (MODEL_SETTINGS["dtype"], MODEL_SETTINGS["quantize"], *EXPERIMENT_SETTINGS.values())
+    if setting.option.on_command_line and setting.name not in (*NOT_REPEATED, "model")
 }
-LABELS = {  # of the known counts; any other is shown under its own key
-    "judge": "Judge: who scores the responses",
-    "judge_model": "Model of the judge",
-    "threshold": "Threshold: a positive response counts at this score or above, a negative one below",
-    "coherence_threshold": "A response counts at this coherence or above",
+LABELS = {  # of the counts that are known; others go by their own names
+    **{
+        name: EXPERIMENT_SETTINGS[name].help.rstrip(".")
+        for name in ("judge", "judge_model", "threshold", "coherence_threshold")
+    },
     "total": "Responses in all",
     "kept_pos": "Counted, positive side",
     "kept_neg": "Counted, negative side",

@@ -113,10 +113,9 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _make_handle(body: Completions | ChatCompletions, max_new_tokens: int | None, field: str) -> RequestHandle:
-    temperature = 1.0 if body.temperature is None else body.temperature
     return RequestHandle(
         queue=QueueName(PLAIN),
-        sample=Sample(temperature, body.top_k, 1.0 if body.top_p is None else body.top_p),
+        sample=Sample.of(body),
         max_new_tokens=max_new_tokens,
         seed=seed_or_random(body.seed),
         field=field,

@@ -1,4 +1,4 @@
-"""OpenAI's requests, as far as they are served. What is known there and not here is refused by name."""
+"""Schemas of OpenAI's requests, as far as they are served. A field of theirs that is not served is refused by name."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from extraction.config.settings import MaxNewTokens, SamplingSettings, Temperature, TopP
 from extraction.core.text import show
-from extraction.serving.schemas import Body, Budget, Seed, Temperature, TopK, TopP, Words, sound_text, wrong
+from extraction.serving.schemas import Body, Seed, Words, sound_text, wrong
 from extraction.serving.settings import MAX_ROWS
 
 MAX_STOPS = 4
 
 
 def _only(*allowed: Any) -> BeforeValidator:
-    """What asks for something that is not there is refused; what asks for nothing is not."""
+    """Refuse every value but None and `allowed`, which ask for nothing that this server lacks."""
 
     def check(value: Any) -> Any:
         if not any(value == each and type(value) is type(each) for each in (None, *allowed)):
@@ -29,7 +30,7 @@ def _is_ids(value: Any) -> bool:
 
 
 def _prompts(value: Any) -> Any:
-    """One text or list of token ids, or a list of either: a tuple of them."""
+    """Return one text or list of token ids, or a list of either, as a tuple of them."""
     if isinstance(value, str) or _is_ids(value):
         return (value if isinstance(value, list) else sound_text(value),)
     alike = isinstance(value, list) and (all(isinstance(each, str) for each in value) or all(map(_is_ids, value)))
@@ -39,7 +40,7 @@ def _prompts(value: Any) -> Any:
 
 
 def _stops(value: Any) -> Any:
-    """Nothing, one string or up to four."""
+    """Return no, one or up to four stop strings as a list."""
     listed = [] if value is None else [value] if isinstance(value, str) else value
     sound = isinstance(listed, list) and all(isinstance(each, str) and 0 < len(each) <= 200 for each in listed)
     if not sound or len(listed) > MAX_STOPS:
@@ -48,7 +49,7 @@ def _stops(value: Any) -> Any:
 
 
 def _content(value: Any) -> Any:
-    """Text, or a list of parts that are text."""
+    """Return text, or the joined parts of a list of texts."""
     parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
         raise wrong(f"{show(value)} given; send text")
@@ -59,19 +60,18 @@ def _content(value: Any) -> Any:
 
 
 class StreamOptions(Body):
-    """What a stream ends with."""
+    """Fields that a stream ends with."""
 
     include_usage: bool = False
     include_obfuscation: Annotated[Any, _only(False)] = None
 
 
-class _Common(Body):
-    """Fields of both endpoints."""
+class _Common(Body, SamplingSettings):
+    """Fields of both endpoints. Sampling fields that OpenAI does not have are those of vLLM: top_k, min_p."""
 
     model: Words
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK = 0
+    temperature: Temperature | None = None  # type: ignore[assignment]
+    top_p: TopP | None = None  # type: ignore[assignment]
     seed: Seed | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = None
     stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
@@ -85,10 +85,10 @@ class _Common(Body):
 
 
 class Completions(_Common):
-    """POST /v1/completions: text goes on as it is, without a chat template."""
+    """POST /v1/completions: a text that is continued as it is, without a chat template."""
 
     prompt: Annotated[tuple[str | list[int], ...], BeforeValidator(_prompts)]
-    max_tokens: Budget | None = 16
+    max_tokens: MaxNewTokens | None = 16
     echo: Annotated[Any, _only(False)] = None
     logprobs: Annotated[Any, _only()] = None
     best_of: Annotated[Any, _only(1)] = None
@@ -106,8 +106,8 @@ class ChatCompletions(_Common):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
-    max_tokens: Budget | None = None
-    max_completion_tokens: Budget | None = None
+    max_tokens: MaxNewTokens | None = None
+    max_completion_tokens: MaxNewTokens | None = None
     logprobs: Annotated[Any, _only(False)] = None
     top_logprobs: Annotated[Any, _only(0)] = None
     tools: Annotated[Any, _only([])] = None

@@ -93,7 +93,7 @@ def _make_handle(
     service.models.for_kind(kind)
     return RequestHandle(
         queue=QueueName(kind, depth),
-        sample=Sample(body.temperature, body.top_k, body.top_p),
+        sample=Sample.of(body),
         max_new_tokens=max_new_tokens,
         seed=seed_or_random(body.seed),
         field=field,

@@ -1,23 +1,29 @@
-"""What may stand in a request. Types are strict, numbers are finite, and a field that is not known is refused."""
+"""Schemas of requests: strict types, finite numbers, and no field that is not known.
+
+The sampling fields, their bounds and their help are those of `extraction.config.settings`; a route may have other
+defaults.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from extraction.config.settings import MaxNewTokens, SamplingSettings, Temperature, TopP
+from extraction.config.validation import Model
 from extraction.core.text import show, suggest
 from extraction.serving.settings import MAX_ALPHA, MAX_DEPTH, MAX_ROWS
 
 
 def wrong(message: str, param: str | None = None) -> PydanticCustomError:
-    """An error in our own words; `param` where it is not the field that is being read."""
+    """Return an error with a message of ours; `param` names the field if it is not the one that is being checked."""
     return PydanticCustomError("refused", "{said}", {"said": message, "param": param})
 
 
 def sound_text(value: str) -> str:
-    """Text that a tokenizer can read and a terminal can show as JSON."""
+    """Return text that a tokenizer can read and that JSON can hold; raise otherwise."""
     if "\0" in value:
         raise wrong(f"{show(value)} holds a NUL character; remove it")
     if any("\ud800" <= character <= "\udfff" for character in value):
@@ -27,41 +33,35 @@ def sound_text(value: str) -> str:
 
 Words = Annotated[str, AfterValidator(sound_text)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Temperature = Annotated[float, Field(ge=0, le=100)]
-TopP = Annotated[float, Field(gt=0, le=1)]
-TopK = Annotated[int, Field(ge=0, le=10_000_000)]
-Budget = Annotated[int, Field(ge=1, le=1_000_000)]
 Stops = Annotated[list[Annotated[Words, Field(min_length=1, max_length=200)]], Field(max_length=4)]
 Prompts = Annotated[list[Words], Field(min_length=1, max_length=MAX_ROWS)]
+Alpha = Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA)]
 
 
-class Body(BaseModel):
+class Body(Model):
     """A JSON object of known fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, given: Any) -> Any:
-        for key in given if isinstance(given, dict) else ():
+    def _check_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
                 raise wrong(f"not a known field; {suggest(key, cls.model_fields)}", str(key)[:60])
-        return given
+        return data
 
 
-class Sampling(Body):
-    """How tokens are drawn. Without a seed the server draws one, and says which. Stop strings are not shown."""
+class Sampling(Body, SamplingSettings):
+    """How tokens are drawn. Without a seed the server draws one and returns it. Stop strings are not shown."""
 
     temperature: Temperature = 0.8
     top_p: TopP = 0.95
-    top_k: TopK = 0
     seed: Seed | None = None
-    stop: Stops = []
+    stop: Stops = Field(default_factory=list)
     ignore_eos: bool = False
 
 
 class Formatting(Body):
-    """How a prompt is written for the model. Without a word, the chat template is used where the model has one."""
+    """How a prompt is written for the model. By default by the chat template, where the model has one."""
 
     apply_chat_template: bool | None = None
     system_prompt: Words | None = None
@@ -71,29 +71,29 @@ class Generate(Sampling, Formatting):
     """One prompt."""
 
     prompt: Words
-    max_new_tokens: Budget = 80
+    max_new_tokens: MaxNewTokens = 80
     stream: bool = False
 
 
 class GenerateLda(Generate):
     """One prompt for the amplified difference of two models."""
 
-    alpha: Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA)] = 1.0
+    alpha: Alpha = 1.0
 
 
 class GenerateLdaBatch(Sampling, Formatting):
     """Several prompts for the amplified difference of two models."""
 
     prompts: Prompts
-    max_new_tokens: Budget = 80
-    alpha: Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA)] = 1.0
+    max_new_tokens: MaxNewTokens = 80
+    alpha: Alpha = 1.0
 
 
 class GenerateBatch(Sampling, Formatting):
-    """Several prompts, speculated."""
+    """Several prompts, decoded speculatively."""
 
     prompts: Prompts
-    max_tokens: Budget = 50
+    max_tokens: MaxNewTokens = 50
     temperature: Temperature = 0.7
     top_p: TopP = 1.0
     speculation_depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)] | None = None

@@ -1,4 +1,4 @@
-"""How a server runs: address, token, limits and patience. Read and judged before any model loads."""
+"""Settings of a server: address, token, limits and timeouts. Checked before any model loads."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MAX_ALPHA = 1e6
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that an operator can set. Times in seconds, the rest in rows and tokens.
+    """Settings of a server. Times in seconds, the rest in sequences and tokens.
 
-    `max_total_tokens` counts prompt and answer together; the models' context is a limit besides. `queue` counts the
-    rows that wait or run. `grace` is how long a stopping server goes on with what it has begun.
+    `max_total_tokens` counts prompt and response together; the models' context is a limit too. `queue` counts the
+    sequences that wait or run. `grace`: how long a stopping server goes on with the requests that have begun.
     """
 
     host: str = "127.0.0.1"
@@ -47,8 +47,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and self.token is None:
             raise ConfigError(
-                f"--host {show(self.host)}: whoever reaches that address could use the server; set {TOKEN_VARIABLE} or "
-                "give --token-file, or take 127.0.0.1"
+                f"--host {show(self.host)}: anybody who reaches that address could use the server; set "
+                f"{TOKEN_VARIABLE} or give --token-file, or take 127.0.0.1"
             )
         if self.max_new_tokens >= self.max_total_tokens:
             raise ConfigError(
@@ -58,12 +58,12 @@ class Settings:
 
     @property
     def most_requests(self) -> int:
-        """HTTP requests with a body that are held at a time; each may hold a million bytes."""
+        """Number of HTTP requests with a body that are held at a time; each may hold a million bytes."""
         return self.queue + 64
 
     @property
     def hosts(self) -> frozenset[str]:
-        """What a Host header may name, besides addresses where the server listens beyond this machine."""
+        """Names that a Host header may hold, besides addresses if the server listens beyond this machine."""
         named = {"localhost", "127.0.0.1", "::1", self.host, *self.names}
         if not is_loopback(self.host):
             named |= {socket.gethostname(), socket.getfqdn()}
@@ -78,7 +78,7 @@ def check_installed() -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Return True if an address is reached from this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -86,9 +86,9 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(path: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The secret that every request must carry: of a file, else of the environment, else none. Never shown.
+    """Return the secret that every request must carry: from a file, else the environment, else None. Never shown.
 
-    Raises ConfigError where it is too short, or can't stand in a header.
+    Raises ConfigError if it is too short, or can't stand in a header.
     """
     if path is not None:
         with open_input(path, MAX_TOKEN_BYTES) as file:
@@ -106,7 +106,7 @@ def read_token(path: str | None, environment: Mapping[str, str] = os.environ) ->
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Take the address before the models load, so that one that is taken is noticed at once; nobody is heard yet."""
+    """Bind the address before the models load, so that one in use fails at once. The socket does not listen yet."""
     with ExitStack() as undo:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
@@ -122,7 +122,7 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def unusable(settings: Settings, failure: Exception) -> ConfigError:
-    """What to raise where the address can't be had."""
+    """Return the error of an address that can't be bound."""
     reason = str(getattr(failure, "strerror", None) or failure).lower()
     return ConfigError(
         f"--host {show(settings.host)} --port {settings.port}: {reason}; give another, or --port 0 for any free one"
@@ -130,6 +130,6 @@ def unusable(settings: Settings, failure: Exception) -> ConfigError:
 
 
 def address_of(taken: socket.socket) -> str:
-    """The URL of a bound socket."""
+    """Return the URL of a bound socket."""
     host, port = taken.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

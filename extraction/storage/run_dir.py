@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from extraction.config.settings import ADDED, EXECUTION_FIELDS
 from extraction.core.errors import RunMismatch, StoreError
 from extraction.core.names import check_name
 from extraction.storage.atomic import (
@@ -30,12 +31,6 @@ from extraction.storage.atomic import (
     store_error,
     to_json,
     write_document,
-)
-
-# settings that may differ between two starts of a run: they change no response and no activation
-EXECUTION_FIELDS = (
-    *("batch_size", "device", "workers", "threads", "self_check", "gpu_price", "threshold", "coherence_threshold"),
-    *("judge", "judge_model", "judge_url", "judge_concurrency", "judge_price"),
 )
 
 
@@ -185,13 +180,14 @@ def collecting_findings(findings: list[Finding]) -> Iterator[None]:
 
 
 def _result_fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield a config's leaves by dotted name, without the EXECUTION_FIELDS."""
+    """Yield a config's leaves by dotted name, without EXECUTION_FIELDS and without ADDED ones at their default."""
     if isinstance(value, Mapping):
         items = {key: item for key, item in value.items() if key not in EXECUTION_FIELDS}
     elif isinstance(value, (list, tuple)):
         items = dict(enumerate(value))
     else:
-        yield name, value
+        if name not in ADDED or value != ADDED[name]:
+            yield name, value
         return
     if not items:
         yield name, items if isinstance(value, Mapping) else []

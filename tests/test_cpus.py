@@ -50,7 +50,9 @@ def test_the_older_form_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("given", "expected"), [({}, ALLOWED), ({"OMP_NUM_THREADS": "1"}, 1)])
 def test_torch_starts_with_that_many_threads_unless_it_is_told(given: dict[str, str], expected: int) -> None:
-    program = "from extraction.cli.options import prepare; prepare(None); import torch; print(torch.get_num_threads())"
+    program = (
+        "from extraction.cli.arguments import prepare; prepare(None); import torch; print(torch.get_num_threads())"
+    )
     settings = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"} | given
     done = subprocess.run([sys.executable, "-c", program], env=settings, capture_output=True, text=True, check=True)
     assert int(done.stdout) == (expected if given else cpus.usable_cores())

@@ -1,4 +1,4 @@
-"""The doors as users type them: by path, as modules, as `traitline`; quick help; progress; what is said and where."""
+"""The command line as users type it: by path, as modules, as `traitline`; help, progress, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ import pytest
 import yaml
 
 from extraction.model.memory import CPU_AUTO_BATCH
+from extraction.storage.atomic import read_document, write_document
+from extraction.storage.run_dir import fingerprint
 from tests.forks import Forks, forks
 from tests.runs import (
     REPOSITORY,
@@ -72,8 +74,38 @@ def test_help_by_path_from_anywhere_imports_nothing_heavy(door):
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
 
 
+@pytest.mark.parametrize("module", ["extraction", "extraction.cli"])
+def test_the_package_as_a_module_is_the_same_program(module):
+    by_module, by_group = python("-m", module, "traits", cwd=REPOSITORY), succeed("traits")
+    assert (by_module.returncode, by_module.stdout) == (0, by_group.stdout)
+
+
+def test_help_names_every_command_once_in_a_section_within_80_columns():
+    from extraction.cli.commands import SECTIONS, main
+
+    lines = succeed("--help").stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert {f"{title}:" for title in SECTIONS} <= set(lines)
+    named = [command.name for commands in SECTIONS.values() for command in commands]
+    assert sorted(named) == sorted(main.commands)
+    text = " ".join(" ".join(lines).split())
+    for command in main.commands.values():
+        assert " ".join(command.get_short_help_str(500).split()) in text
+
+
+def test_every_option_shows_its_default_or_is_required():
+    from extraction.cli.commands import main
+
+    for command in main.commands.values():
+        for option in command.params:
+            shown = option.param_type_name == "argument" or option.required or option.is_flag or option.multiple
+            text = option.get_help_record(command.make_context(command.name, [], resilient_parsing=True))
+            assert shown or "default: " in " ".join(text), (command.name, option.name)
+
+
 def test_help_of_the_group_imports_nothing_heavy():
-    code = "import sys; from extraction.cli.commands import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
+    code = "import sys; from extraction.cli.commands import main\n"
+    code += "main(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
     result = python("-c", code, "--help", cwd=REPOSITORY)
     *_, last = result.stdout.splitlines()
     assert {name.split(".")[0] for name in last.split()}.isdisjoint(HEAVY)
@@ -150,7 +182,8 @@ def test_a_read_only_folder_is_refused_before_torch_is_imported():
         root = make_root(top)
         (root / "experiments").mkdir(mode=0o555)
         code = (
-            "import atexit, os, sys; import extraction.cli.commands, extraction.pipeline.stages, extraction.cli.summaries, click.testing\n"
+            "import atexit, os, sys, click.testing\n"
+            "import extraction.cli.commands, extraction.pipeline.stages, extraction.cli.summaries\n"
             "atexit.register(lambda: print('torch' in sys.modules))\n"
             "os.getuid() or os.setuid(65534)\n"
             "extraction.cli.commands.main(prog_name='traitline')"
@@ -171,6 +204,32 @@ def test_a_start_that_fails_pins_nothing(root):
     assert contents(root / "experiments") == {}
     assert invoke("verify", "--root", root).exit_code == 0
     succeed(*options)
+
+
+# --- runs of older versions -----------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_newer_setting_goes_on_with_its_default(root):
+    """run.json of an older version lacks min_p: the run verifies, goes on and is the same; another value is refused."""
+    options = ("--root", root, "--experiment", "demo")
+    succeed("batched", *options, "--slice", "1/2")
+    run = root / "experiments/demo/calm"
+    stored = read_document(run / "run.json", "")
+    config = dict(stored["config"], generation=dict(stored["config"]["generation"]))
+    assert config["generation"].pop("min_p") == 0
+    assert fingerprint(config) == stored["fingerprint"]
+    write_document(run / "run.json", {"config": config, "fingerprint": fingerprint(config)})
+    assert "generation.min_p was absent" in refused("batched", *options, "--min-p", "0.1")
+    succeed("batched", *options)
+    succeed("vectors", *options)
+    assert invoke("verify", run).exit_code == 0
+
+
+def test_a_newer_setting_that_is_not_at_its_default_is_part_of_a_runs_identity():
+    """The negative control: only the default may be absent."""
+    older, newer = {"generation": {"top_k": 0}}, {"generation": {"top_k": 0, "min_p": 0.1}}
+    assert fingerprint(older) != fingerprint(newer)
+    assert fingerprint(older) == fingerprint({"generation": {"top_k": 0, "min_p": 0.0}})
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
@@ -230,7 +289,7 @@ def test_debug_shows_the_traceback(root):
     from extraction.cli.commands import main
     from extraction.core.errors import ConfigError
 
-    options = ["generate", "--root", str(root), "--experiment", "demo", "--temperature", "-1", "--debug"]
+    options = ["generate", "--root", str(root), "--experiment", "demo", "--layers", "x", "--debug"]
     assert isinstance(CliRunner().invoke(main, options).exception, ConfigError)
 
 

@@ -1,0 +1,44 @@
+"""Commands about files: check the runs, list the traits."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from extraction.cli.options import ROOT, command
+from extraction.core.text import one_line
+
+
+@command("verify", (click.argument("folder", required=False, type=click.Path()), *ROOT))
+def verify_command(folder: str | None, root: str | None) -> None:
+    """Check every file of a run, or of all runs, against its checksum.
+
+    Exit code 1 if a file is damaged, missing or left over.
+    """
+    from pathlib import Path
+
+    from extraction.config.experiments import find_root
+    from extraction.core.errors import StoreError
+    from extraction.storage.experiment_dir import verify_tree
+
+    top = Path(folder) if folder else find_root(root) / "experiments"
+    if not top.is_dir():
+        raise StoreError(f"{top}: no such folder; give a run's folder, or run a job first")
+    findings = verify_tree(top)
+    for finding in findings:
+        click.echo(one_line(finding))
+    verdict = f"{len(findings)} findings" if findings else "every file is what its receipt says"
+    click.echo(one_line(f"{top}: {verdict}"))
+    sys.exit(1 if findings else 0)
+
+
+@command("traits", ROOT)
+def traits_command(root: str | None) -> None:
+    """List the traits, with their descriptions."""
+    from extraction.config.experiments import find_root
+    from extraction.config.traits import list_traits, load_trait
+
+    folder = find_root(root)
+    for name in list_traits(folder):
+        click.echo(f"{name}\n    {one_line(load_trait(name, folder).description)}")
