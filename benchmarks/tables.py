@@ -94,7 +94,7 @@ def _isolated_words(result: dict[str, Any]) -> str:
         for name, found in result.get("versions", {}).items()
     ]
     words = f"In environments of their own: {'; '.join(installed)}.\n" if installed else ""
-    said = {"Could not be had here": "left_out", "Not asked to race": "not_asked"}
+    said = {"Not available": "left_out", "Not run": "not_asked"}
     return words + "".join(f"{text}: {', '.join(result[key])}.\n" for text, key in said.items() if result.get(key))
 
 

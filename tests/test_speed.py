@@ -329,7 +329,7 @@ def test_an_isolated_peer_runs_and_gets_the_second_pass(tmp_path: Path, monkeypa
     result = {"shape": "tiny", **raced, "floor": 1.0, "versions": {"nnsight": installed}, "left_out": ["vllm"]}
     text = written("peers", result, tmp_path)
     assert "In environments of their own: nnsight (torch " in text
-    assert "Could not be had here: vllm." in text
+    assert "Not available: vllm." in text
 
 
 @pytest.mark.slow
@@ -404,7 +404,7 @@ def test_a_choice_of_peers_races_and_the_page_says_who_was_not_asked(tmp_path: P
     assert all(set(peer["agreement"]) == {"serial"} for peer in found["peers"].values())
     assert found["peers"]["continuous"]["agreement"]["serial"]["n_equal"] == 2
     text = written("peers", found, tmp_path)
-    assert "Not asked to race: batched." in text
+    assert "Not run: batched." in text
     assert "| 2 of 2 |  | " in text
 
 

@@ -29,7 +29,7 @@ from extraction.evaluation.steered_generation import (
     repetition,
 )
 from extraction.evaluation.steering_sweep import SweepPlan, choose_site, other_site, reach, run_sweep, window_of
-from extraction.judging.registry import Judgement
+from extraction.judging.base import Judgement
 from extraction.model.loading import wrap
 from tests.runs import (
     NATURAL,
@@ -399,7 +399,7 @@ def test_activations_without_the_instruction_are_those_of_the_stored_responses()
 
 def test_a_reversed_direction_moves_the_trait_the_wrong_way(pocket_root):
     """A planted wrong sign shows in the sweep's own metrics."""
-    from extraction.judging.registry import judge_lexical
+    from extraction.judging.lexical import judge_lexical
     from extraction.model.loading import load
     from extraction.pipeline.plan import stored_plans
     from extraction.pipeline.session import PromptEncoder
