@@ -264,7 +264,7 @@ def test_vectors_and_a_card_of_other_responses_are_not_shown(extracted):
     assert re.search("calm: .*mean_diff.*negative.* 0 ", result.stderr)
     assert "vectors  " not in result.stdout
     assert "AUROC" not in result.stdout
-    assert re.search(r"kept .*\b0 negative", result.stdout)
+    assert re.search(r"kept .*\b0\s+negative", result.stdout, re.DOTALL)
 
 
 def test_stage_3_takes_what_is_not_given_from_the_run(root):
