@@ -204,6 +204,15 @@ def test_a_bad_field_is_refused_with_its_place(root, line):
         assert fragment in message
 
 
+def test_an_unknown_judge_is_refused_with_its_place(root):
+    write_experiment(root, "model: small\njudge: lexicl\n")
+    assert load_experiment("e", root)[0].judge == "lexicl"
+    message = refusal(load_experiment, "e", root, judges=("auto", "lexical"))
+    assert message.startswith("configs/experiments/e.yaml:2: 'judge'")
+    assert "'lexicl'" in message
+    assert "'lexical'" in message
+
+
 def test_a_full_experiment_reads_as_written(root):
     write_experiment(
         root,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -184,9 +184,15 @@ def parse_layers(spec: str, n_layers: int, place: str = "--layers") -> tuple[int
 
 
 def load_experiment(
-    name: str, root: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
+    name: str,
+    root: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    judges: Iterable[str] = (),
 ) -> tuple[Experiment, tuple[str, ...]]:
     """Return an experiment by name, and notes for the user where something was inferred.
+
+    `judges`: the names that the file's `judge` may have (none given: any).
 
     Overrides are flat (`model`, `temperature`, `layers`, ...), as options are; one of None is no override. A name
     without a file takes its model from its prefix (`gemma_2b_foo` -> gemma_2b) and the other settings by default.
@@ -197,6 +203,11 @@ def load_experiment(
     if path is not None:
         document = read_document(path)
         settings = validate(ExperimentSettings, document.data, document.place)
+        known = tuple(judges)
+        if known and settings.judge not in known:
+            raise document.place.at("judge").fail(
+                f"{show(settings.judge)} is not known; {suggest(settings.judge, known)}"
+            )
     else:
         fields, notes = _inferred(name, root, options.get("model"))
         settings = validate(ExperimentSettings, fields, SourceLocation(None))

@@ -24,7 +24,6 @@ from extraction.exchange.trait_files import TraitFile
 RUBRIC_FIELDS = ("{question}", "{answer}")
 _ASSISTANT = re.compile(r"You are an? (\S(?:.*?\S)?) assistant\. ")
 _NEGATIVE_ASSISTANT = "helpful"
-_KEYS = {"positive": "pos", "negative": "neg"}
 
 
 def persona_to_fields(files: Sequence[TraitFile]) -> TraitFields:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extraction.config.experiments import Experiment
+from extraction.config.patterns import MAX_TEXT
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Trait
 
 THRESHOLD = 50.0
-MAX_CHARACTERS = 20_000  # of a response that is judged: the time of a marker's pattern may grow with its square
+MAX_CHARACTERS = MAX_TEXT  # of a response that is judged
 FAILED = "failed"  # how the reason of a score begins that the next run requests again
 EMPTY = "empty"  # the reason of a missing score: the response has no text
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from extraction.config.patterns import count
 from extraction.core.errors import TraitError
 from extraction.core.records import Markers, Trait
-from extraction.judging.base import RuleJudge, judged_part
+from extraction.judging.base import RuleJudge
 
 
 def lexical_score(text: str, markers: Markers) -> float | None:
@@ -16,16 +17,10 @@ def lexical_score(text: str, markers: Markers) -> float | None:
     Markers are whole words or phrases, or regular expressions behind `re:`; case does not count. Raises TraitError for
     a pattern that does not compile.
     """
-    part = judged_part(text)
-    positive = sum(_count(pattern, part) for pattern in _compile_all(markers.positive))
-    negative = sum(_count(pattern, part) for pattern in _compile_all(markers.negative))
+    positive = sum(count(pattern, text) for pattern in _compile_all(markers.positive))
+    negative = sum(count(pattern, text) for pattern in _compile_all(markers.negative))
     total = positive + negative
     return 100.0 * positive / total if total else None
-
-
-def _count(pattern: re.Pattern[str], text: str) -> int:
-    """Count the matches that hold at least one character."""
-    return sum(match.end() > match.start() for match in pattern.finditer(text))
 
 
 @lru_cache(maxsize=256)

@@ -32,7 +32,7 @@ from extraction.config.traits import (
 from extraction.core.errors import ConfigError, StoreError
 from extraction.core.records import Example, Trait
 from extraction.core.text import show_path
-from extraction.judging.registry import check_judge, check_judge_access
+from extraction.judging.registry import JUDGES, check_judge, check_judge_access
 from extraction.storage.trait_run import TraitRun, trait_run
 
 
@@ -175,7 +175,7 @@ def make_plan(
     `slice_text` is `I/N`, counted from 1. Raises ConfigError or TraitError, with the file and line where there is one.
     """
     folder, (given, model_options) = find_root(root), _split(options)
-    settings, notes = load_experiment(experiment, folder, given)
+    settings, notes = load_experiment(experiment, folder, given, judges=("auto", *JUDGES))
     names = parse_trait_list(traits) if traits is not None else settings.traits
     if not names:
         raise ConfigError(f"experiment {experiment!r} names no traits: give --trait NAME or --traits a,b")
