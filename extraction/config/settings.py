@@ -151,7 +151,7 @@ Texts = Annotated[tuple[Text, ...], Field(strict=False)]
 
 
 class SamplingSettings(Model):
-    """How a token is drawn from the logits; the defaults change nothing: the model's own distribution."""
+    """Settings of the draw of a token from the logits; the defaults keep the model's own distribution."""
 
     temperature: Annotated[
         Temperature,
@@ -172,7 +172,7 @@ class SamplingSettings(Model):
 
 
 class GenerationSettings(SamplingSettings):
-    """How responses are made."""
+    """Settings of generation."""
 
     max_new_tokens: Annotated[MaxNewTokens, Field(description="Tokens of a response, at most."), Option("N")] = 80
     stop_strings: Annotated[

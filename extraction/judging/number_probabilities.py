@@ -55,7 +55,7 @@ class Spellings:
 
     @property
     def description(self) -> str:
-        """How a score is read with these tokens, as the `how` of a rating."""
+        """Description of the way a score is read with these tokens, the `how` of a rating."""
         return "number tokens" if self.max_tokens == 1 else "numbers of several tokens"
 
 

@@ -176,7 +176,7 @@ def locked_runs(contexts: Sequence[TraitContext]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TraitResult:
-    """What the stages found or made of one trait, as it is stored; None stands for what is not there.
+    """Results of the stages for one trait, as they are stored; None where there is none.
 
     `sources` is the checksum of the activations and the kept responses. `methods` have vectors, `card` and `steering`
     are made from those sources. `n_new` counts the files written.

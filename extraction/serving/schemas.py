@@ -51,7 +51,7 @@ class Body(Model):
 
 
 class Sampling(Body, SamplingSettings):
-    """How tokens are drawn. Without a seed the server draws one and returns it. Stop strings are not shown."""
+    """Sampling fields. Without a seed the server draws one and returns it. Stop strings are not shown."""
 
     temperature: Temperature = 0.8
     top_p: TopP = 0.95
@@ -61,7 +61,7 @@ class Sampling(Body, SamplingSettings):
 
 
 class Formatting(Body):
-    """How a prompt is written for the model. By default by the chat template, where the model has one."""
+    """Formatting of the prompt: by default by the chat template, if the model has one."""
 
     apply_chat_template: bool | None = None
     system_prompt: Words | None = None

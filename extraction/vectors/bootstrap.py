@@ -32,7 +32,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Resamples:
-    """How often each question is in each resample [B, Q], and each row's label, question and stratum [n].
+    """Counts of each question in each resample [B, Q], and each row's label, question and stratum [n].
 
     B is 0 where no interval can be computed. AUROC compares rows of the same stratum only.
     """
