@@ -165,6 +165,7 @@ def test_the_floor_is_a_rate() -> None:
     assert linear_rate(random_model("tiny"), 4, seconds=0.01) > 0
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_capture_costs(tmp_path: Path) -> None:
     arguments = ["capture", "--shape", "tiny", "--threads", "1", "--repeats", "1", "--examples", "2"]
     result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path)])
@@ -200,6 +201,7 @@ def test_what_methods_and_traits_hold_is_measured(monkeypatch: pytest.MonkeyPatc
     assert "| mean_diff vectors of 3 traits |" in said
 
 
+@pytest.mark.slow
 def test_speculation_is_measured_and_greedy_answers_are_plain_ones(tmp_path: Path) -> None:
     found = speculation("tiny", n_examples=4, repeats=1, say=say, batch_sizes=(3,), max_new_tokens=6)
     assert [(cell["temperature"], cell["batch_size"]) for cell in found["cells"]] == [(0.0, 3), (0.7, 3)]
@@ -250,6 +252,7 @@ def test_the_server_is_measured_and_tabled() -> None:
     assert "4 of 4 answers equal" in said
 
 
+@pytest.mark.slow
 def test_reading_is_measured_and_equals_what_is_read_by_hand(tmp_path: Path) -> None:
     found = reading_cost("tiny", n_examples=4, n_serial=2, repeats=1, say=say, batch_size=3)
     for name, each in found["agreement"].items():

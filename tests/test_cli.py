@@ -199,7 +199,7 @@ def test_a_read_only_folder_is_refused_before_torch_is_imported():
 
 def test_a_start_that_fails_pins_nothing(root):
     """The remedy is another setting, so the run must not hold on to the one that failed."""
-    options = ("extract", "--root", root, "--experiment", "demo")
+    options = ("extract", "--quick", "--root", root, "--experiment", "demo")
     assert "lower --max-new-tokens" in refused(*options, "--max-new-tokens", "500")
     assert contents(root / "experiments") == {}
     assert invoke("verify", "--root", root).exit_code == 0

@@ -292,7 +292,7 @@ def test_layers_of_stage_3_are_any_of_the_captured(root, finished):
 
 def test_captured_layers_sites_and_poolings(root):
     options = ("--layers", "0,2", "--sites", "residual,mlp", "--poolings", "response_mean,prompt_last,all")
-    succeed("extract", "--root", root, "--experiment", "demo", *options)
+    succeed("batched", "--root", root, "--experiment", "demo", *options)
     tensors = load_file(run_of(root) / "activations/0000.safetensors")
     pooled = {name: tuple(tensor.shape) for name, tensor in tensors.items() if "/" not in name}
     assert {name: shape[1:] for name, shape in pooled.items()} == dict.fromkeys(
@@ -307,7 +307,7 @@ def test_captured_layers_sites_and_poolings(root):
 
 
 def test_natural_prompts_of_unequal_sides(root):
-    result = succeed("extract", "--root", root, "--experiment", "demo", "--trait", "warm", "--judge", "none")
+    result = succeed("extract", "--root", root, "--experiment", "demo", "--trait", "warm", "--judge", "none", "--quick")
     assert re.search("trait .*warm.* 6 .* 4 ", result.stderr)
     rows = {side: rows_of(run_of(root, trait="warm"), side) for side in ("pos", "neg")}
     assert [row["id"] for row in rows["neg"][:5]] == [f"neg-n{i % 4:04d}-r{i // 4:02d}" for i in range(5)]
@@ -318,7 +318,7 @@ def test_natural_prompts_of_unequal_sides(root):
 
 
 def test_raw_prompts_have_no_template(root):
-    succeed("extract", "--root", root, "--experiment", "demo", "--raw")
+    succeed("batched", "--root", root, "--experiment", "demo", "--raw")
     row = rows_of(run_of(root), "pos")[0]
     assert row["prompt"] == "Be calm.\n\nWhy?"
     assert len(row["prompt_token_ids"]) == len(row["prompt"])
@@ -326,15 +326,17 @@ def test_raw_prompts_have_no_template(root):
 
 
 def test_several_traits_share_one_load(root):
-    result = succeed("extract", "--root", root, "--experiment", "demo", "--traits", "calm, warm", "--judge", "none")
+    result = succeed(
+        "extract", "--root", root, "--experiment", "demo", "--traits", "calm, warm", "--judge", "none", "--quick"
+    )
     assert result.stderr.count("loading tiny") == 1
     assert result.stderr.count("self-check") == 1
     assert [line for line in result.stdout.splitlines() if line.endswith(" on tiny")] == [
         "calm on tiny",
         "warm on tiny",
     ]
-    for stage in ("vectors", "validate"):
-        out = succeed(stage, "--root", root, "--experiment", "demo").stdout
+    for stage in (("vectors",), ("validate", "--quick")):
+        out = succeed(*stage, "--root", root, "--experiment", "demo").stdout
         assert "calm on tiny" in out
         assert "warm on tiny" in out
 
@@ -369,7 +371,7 @@ def test_memory_that_runs_out_halves_the_batch_of_that_shard(root, finished):
     succeed("extract", "--root", root, "--experiment", "demo", "--slice", "2/2")
     untouched = contents(run_of(root) / "activations")
     with room_for(2):
-        result = succeed("extract", "--root", root, "--experiment", "demo", "--batch-size", "8")
+        result = succeed("extract", "--quick", "--root", root, "--experiment", "demo", "--batch-size", "8")
     assert result.stderr.count("out of memory") == 2  # 8, 4
     now = contents(run_of(root) / "activations")
     assert {name: now[name] for name in untouched} == untouched

@@ -15,8 +15,19 @@ import pytest
 from tests.forks import Forked, Forks, forks
 from tests.runs import contents, make_root, refused, succeed
 
-COMMAND = ("extract", "--experiment", "demo", "--n-examples", "24", "--max-new-tokens", "40")
-COMMAND = (*COMMAND, "--shard-size", "4", "--queue-size", "12")
+SETTINGS = (
+    "--experiment",
+    "demo",
+    "--n-examples",
+    "24",
+    "--max-new-tokens",
+    "40",
+    "--shard-size",
+    "4",
+    "--queue-size",
+    "12",
+)
+COMMAND = ("extract", *SETTINGS, "--quick")
 SHARDS = 12  # in four run groups
 
 
@@ -128,7 +139,19 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(server, root):
     assert not run_of(root).exists()
 
 
-TOGETHER = (*COMMAND[:-2], "--traits", "calm,warm", "--queue-size", "60", "--judge", "none", "--self-check", "0")
+TOGETHER = (
+    "extract",
+    *SETTINGS[:-2],
+    "--quick",
+    "--traits",
+    "calm,warm",
+    "--queue-size",
+    "60",
+    "--judge",
+    "none",
+    "--self-check",
+    "0",
+)
 
 
 @pytest.fixture(scope="module")

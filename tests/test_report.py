@@ -416,7 +416,7 @@ def test_plots_leave_no_trace_in_matplotlib():
 def reported(tmp_path_factory) -> Path:
     """A run of the whole job, with its report in real.html; then with another card and sweep, reported again."""
     root = make_root(tmp_path_factory.mktemp("reported"))
-    succeed("extract", "--root", root, "--experiment", "demo")
+    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     succeed("report", "--root", root, "--experiment", "demo", "--traits", "calm")
     folder = trait_run(root / "experiments", "demo", "calm")
     (root / "real.html").write_bytes(folder.report_path().read_bytes())

@@ -313,6 +313,7 @@ def plain_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, means: bool) 
     monkeypatch.setitem(peer_processes.RECIPES, "nnsight", recipe)
 
 
+@pytest.mark.slow
 def test_an_isolated_peer_runs_and_gets_the_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain_peer(tmp_path, monkeypatch, means=False)
     lm = random_model("tiny")

@@ -255,7 +255,7 @@ def pocket_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("pocket")
     (root / "configs").symlink_to(REPOSITORY / "configs")
-    options = ("--n-examples", "40", "--max-new-tokens", "40", "--samples-per-coef", "8", "--batch-size", "64")
+    options = ("--n-examples", "30", "--max-new-tokens", "40", "--samples-per-coef", "6", "--batch-size", "64")
     succeed("extract", "--root", root, "--experiment", "pocket", "--trait", "commitment_strength", *options)
     return root
 
@@ -319,7 +319,7 @@ def test_a_second_validation_makes_nothing_new_and_more_answers_make_the_sweep_a
     succeed("validate", *options, "--samples-per-coef", "2")
     succeed("validate", *options, "--quick")
     assert contents(run) == before
-    succeed("validate", *options, "--samples-per-coef", "8")
+    succeed("validate", *options, "--samples-per-coef", "3")
     after = contents(run)
     changed = {name for name in after if after[name] != before.get(name)}
     assert {"vectors/steering.json"} <= changed <= {"vectors/steering.json", "vectors/card.json"}  # the verdict tells
