@@ -142,7 +142,6 @@ def test_a_folder_that_is_deleted_meanwhile_is_one_line(server, root):
 TOGETHER = (
     "extract",
     *SETTINGS[:-2],
-    "--quick",
     "--traits",
     "calm,warm",
     "--queue-size",
