@@ -16,7 +16,10 @@ import yaml
 from click.testing import CliRunner, Result
 
 from extraction.cli.commands import main
+from extraction.report import plot_style
 from tests.tiny import tiny_model, tiny_tokenizer
+
+plot_style.DPI = 40  # coarse pictures: drawing them is a third of the time of a small run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIT = {

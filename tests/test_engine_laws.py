@@ -486,8 +486,9 @@ def reference_sampled(model: Any, request: Request, strategy: Sample) -> tuple[i
     return tuple(ids[0, len(request.token_ids) :].tolist())
 
 
-@SOME
-@pytest.mark.parametrize("strategy", [Sample(1.0), WARPED], ids=["plain", "warped"])
+@pytest.mark.parametrize(
+    ("name", "strategy"), [*((name, WARPED) for name in FAMILIES), ("llama", Sample(1.0))], ids=str
+)
 def test_sampled_tokens_do_not_depend_on_the_batch(name: str, strategy: Sample) -> None:
     case = case_of(name)
     requests = [replace(r, max_new_tokens=min(r.max_new_tokens, 10), seed=11) for r in case.requests]

@@ -255,7 +255,7 @@ def pocket_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("pocket")
     (root / "configs").symlink_to(REPOSITORY / "configs")
-    options = ("--n-examples", "30", "--max-new-tokens", "40", "--samples-per-coef", "6", "--batch-size", "64")
+    options = ("--n-examples", "24", "--max-new-tokens", "32", "--samples-per-coef", "6", "--batch-size", "64")
     succeed("extract", "--root", root, "--experiment", "pocket", "--trait", "commitment_strength", *options)
     return root
 
