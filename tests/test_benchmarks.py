@@ -123,6 +123,7 @@ def peers_result() -> dict[str, Any]:
     return {"kind": "peers", "machine": describe(1), **found}
 
 
+@pytest.mark.slow
 def test_a_race_tells_every_peers_rate_and_that_all_agree(peers_result: dict[str, Any]) -> None:
     assert set(peers_result["peers"]) == set(PEERS)
     for peer in peers_result["peers"].values():
@@ -319,6 +320,7 @@ def _invoke(*arguments: str) -> Result:
     return CliRunner().invoke(test_batching.main, [*arguments, "--n-prompts", "5", "--max-new-tokens", "6"])
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_path_from_another_folder(model_folder: Path, tmp_path: Path) -> None:
     script = str(ROOT / "test_batching.py")
     options = ["--model", str(model_folder), "--n-prompts", "5", "--max-new-tokens", "6", "--batch-sizes", "2,4"]

@@ -351,6 +351,7 @@ for dtype in ("auto", "float32"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_weights_are_in_memory_once(tmp_path: Path) -> None:
     """In the checkpoint's dtype weights are memory-mapped; in another dtype each is converted once."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from extraction.core.errors import MissingPackage
 from extraction.monitoring.colour_scale import colour_scales
 from extraction.monitoring.pictures import RETURN, cells, drawable, overview_picture, reading_picture, wrap_tokens
+from extraction.report import plot_style
 from extraction.report.rendering import visible
 from tests.readings import make_set
 from tests.test_monitoring_page import ODD
@@ -36,6 +37,12 @@ STRANGE = [
 def size_of(png: bytes) -> tuple[int, int]:
     assert png.startswith(b"\x89PNG")
     return struct.unpack(">II", png[16:24])
+
+
+@pytest.fixture(autouse=True)
+def full_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures in the resolution that users get; other tests draw coarse ones."""
+    monkeypatch.setattr(plot_style, "DPI", 200)
 
 
 @pytest.mark.parametrize(("n_prompts", "n_layers", "layer"), [(1, 1, 0), (3, 26, 25), (60, 4, 2)])

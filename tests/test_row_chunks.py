@@ -139,6 +139,7 @@ print(peak() - before)
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="reads the peak memory of a child process from POSIX")
 def test_a_method_has_one_float64_copy_of_its_rows() -> None:
     """70 MiB of rows, 18 MiB for a copy of the positive side, and chunks; at once, two more copies of the rows."""

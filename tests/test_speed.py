@@ -396,6 +396,7 @@ def test_what_the_command_offers_is_what_there_is() -> None:
     assert "'lens'" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_choice_of_peers_races_and_the_page_says_who_was_not_asked(tmp_path: Path) -> None:
     found = race(
         "tiny", n_examples=4, n_serial=2, repeats=1, say=say, selection=Selection(only=("continuous",), sizes=(3,))
