@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from extraction.core.errors import PromptError
 from extraction.core.records import Example, Prompt
@@ -28,6 +29,7 @@ TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 # texts to put before a text whose encoding must not depend on being at the start; see `_plain_ids`
 _GUARDS = ("\n", "|", "a")
 
+_policies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, str]] = WeakKeyDictionary()  # by chat template
 Messages = tuple[tuple[str, str], ...]
 
 
@@ -98,13 +100,16 @@ def _fold_system(messages: Messages) -> Messages:
 
 
 def instruction_policy(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return `system` if the chat template renders system messages, else `user`."""
-    _template_of(tokenizer)
-    try:
-        rendered = _render(tokenizer, (("system", "TRAITLINE-SYSTEM"), ("user", "TRAITLINE-USER")))
-    except PromptError:
-        return "user"
-    return "system" if "TRAITLINE-SYSTEM" in rendered else "user"
+    """Return `system` if the chat template renders system messages, else `user`. Probed once per template."""
+    template = _template_of(tokenizer)
+    by_template = _policies.setdefault(tokenizer, {})
+    if template not in by_template:
+        try:
+            rendered = _render(tokenizer, (("system", "TRAITLINE-SYSTEM"), ("user", "TRAITLINE-USER")))
+        except PromptError:
+            rendered = ""
+        by_template[template] = "system" if "TRAITLINE-SYSTEM" in rendered else "user"
+    return by_template[template]
 
 
 def _check_length(example: Example, n_prompt: int, n_new: int, max_tokens: int | None) -> None:
