@@ -14,7 +14,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from extraction.config.settings import SAMPLING, GenerationSettings
 from extraction.core.errors import ActivationError, ConfigError
-from extraction.engine.sampler import PerRow, Sample, sample_from_scores, uniforms
+from extraction.engine.sampler import PerRow, Sample, sample_from, uniforms
 
 ARRANGEMENTS = [
     Sample(0.3),
@@ -191,7 +191,7 @@ def test_tokens_without_probability_are_never_drawn() -> None:
     scores_1V = torch.full((1, 97), -math.inf)
     scores_1V[0, [3, 40, 41, 90]] = torch.tensor([0.0, 1.0, -1.0, -80.0])
     uniforms_B = torch.cat([torch.tensor([0.0, 2.0**-53, 1 - 2**-53], dtype=torch.float64), grid(997)])
-    drawn = set(sample_from_scores(scores_1V.expand(1000, -1), uniforms_B).tolist())
+    drawn = set(sample_from(scores_1V.expand(1000, -1).softmax(-1), uniforms_B).tolist())
     assert {3, 40, 41} <= drawn <= {3, 40, 41, 90}
 
 

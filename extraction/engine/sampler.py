@@ -195,13 +195,11 @@ def _without(scores_BV: Tensor, is_out: Callable[[Tensor], Tensor]) -> Tensor:
     return scores_BV.masked_fill(out_BV.scatter(1, order_BV, out_BV), float("-inf"))
 
 
-def sample_from_scores(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Return the first token whose cumulative probability exceeds the uniform; never one of probability 0."""
-    return sample_from(scores_BV.softmax(-1), uniform_B)
-
-
 def sample_from(chances_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Draw from weights that need not sum to 1. Raises LogitsError where a row has none."""
+    """Draw by inverse CDF: the first token whose cumulative weight exceeds the uniform, never one of weight 0.
+
+    Weights need not sum to 1. Raises LogitsError where a row has none.
+    """
     return _checked(*_drawn(chances_BV, uniform_B))
 
 
