@@ -29,7 +29,12 @@ TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 # texts to put before a text whose encoding must not depend on being at the start; see `_plain_ids`
 _GUARDS = ("\n", "|", "a")
 
-_policies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, str]] = WeakKeyDictionary()  # by chat template
+# of each tokenizer: where instructions go, by chat template; outlines, by chat template, roles and seed
+_policies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, str]] = WeakKeyDictionary()
+_outlines: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, tuple[str, ...], int], _TemplateOutline]] = (
+    WeakKeyDictionary()
+)
+_MAX_OUTLINES = 64  # of one tokenizer: a server sees conversations of every length
 Messages = tuple[tuple[str, str], ...]
 
 
@@ -141,7 +146,7 @@ def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> 
     rendered = _render(tokenizer, messages)
     ids = _ids(tokenizer, rendered)
     outline = _TemplateOutline.of(tokenizer, messages, rendered)
-    if _control_ids(tokenizer, ids) != _control_ids(tokenizer, _ids(tokenizer, outline.text)):
+    if tuple(_control_ids(tokenizer, ids)) != outline.control_ids:
         ids = _literal_ids(tokenizer, outline.split(messages, rendered))
     return rendered, _one_bos(tokenizer, ids)
 
@@ -205,13 +210,22 @@ class _TemplateOutline:
 
     text: str
     placeholders: tuple[str, ...]
+    control_ids: tuple[int, ...]  # of the text
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, messages: Messages, rendered: str) -> _TemplateOutline:
+        """Return the outline of these roles, rendered once per template. No placeholder occurs in `rendered`."""
         seed = next(n for n in range(len(rendered) + 1) if f"traitline{n}mark" not in rendered)
-        placeholders = tuple(f"traitline{seed}mark{i}." for i in range(len(messages)))
-        outlined = tuple((role, text) for (role, _), text in zip(messages, placeholders, strict=True))
-        return cls(_render(tokenizer, outlined), placeholders)
+        roles = tuple(role for role, _ in messages)
+        key = (_template_of(tokenizer), roles, seed)
+        outlines = _outlines.setdefault(tokenizer, {})
+        if key not in outlines:
+            if len(outlines) >= _MAX_OUTLINES:
+                outlines.clear()
+            placeholders = tuple(f"traitline{seed}mark{i}." for i in range(len(roles)))
+            text = _render(tokenizer, tuple(zip(roles, placeholders, strict=True)))
+            outlines[key] = cls(text, placeholders, tuple(_control_ids(tokenizer, _ids(tokenizer, text))))
+        return outlines[key]
 
     def split(self, messages: Messages, rendered: str) -> list[tuple[bool, str]]:
         """Split the rendered text into (True, text that the template wrote) and (False, a message's content).
