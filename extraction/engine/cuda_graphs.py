@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 
 from extraction.engine.row_state import DRAW, RowBuffers
 from extraction.engine.sampler import Sample, Sampler
+from extraction.model.decode_probe import ProbeText, decode_probe
 from extraction.model.devices import Record, recorder_for
-from extraction.model.gqa_decode import ProbeText, decode_probe
 from extraction.model.kv_cache import CacheWindow, GraphCursor
 from extraction.model.memory import is_out_of_memory
 

@@ -46,13 +46,8 @@ class ModelWithCache:
         """Run one forward pass; return the logits of the last `n_last` columns, [B, n_last, V]."""
         device = self.lm.device
         known_BT = ids_BT if self.last_id is None else ids_BT.clamp(max=self.last_id)
-        logits_BTV = self.lm.logits(
-            known_BT.to(device),
-            n_last,
-            attention_mask=mask_BS.to(device),
-            position_ids=position_BT.to(device),
-            past_key_values=self.cache,
-            use_cache=True,
+        logits_BTV = self.lm.cached_logits(
+            known_BT.to(device), mask_BS.to(device), position_BT.to(device), self.cache, n_last
         )
         return logits_BTV.to(ids_BT.device)
 

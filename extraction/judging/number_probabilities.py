@@ -129,22 +129,25 @@ class _PromptBatch:
         self.length_B1 = self.mask_BP.sum(1, keepdim=True)
         self.width = self.ids_BP.shape[1]
         self.cache = make_cache(lm.model, CacheWindow(len(prompts), self.width + spellings.max_tokens))
+        self.states: dict[int, list[Tensor]] = {}  # by depth of the tree
 
     def prefill(self) -> Tensor:
         """Return the log-probabilities of the token after each prompt: [B, V]."""
         rows_B = torch.arange(len(self.ids_BP), device=self.lm.device)
         with self.cache.window.prefilling(rows_B, self.width):
-            return self._forward(self.ids_BP, self.mask_BP, (self.mask_BP.cumsum(1) - 1).clamp_(min=0))
+            return self._forward(self.ids_BP, self.mask_BP, (self.mask_BP.cumsum(1) - 1).clamp_(min=0), 0)
 
     def step(self, path: TokenIds) -> Tensor:
         """Return those of the token after prompt and path: [B, V]. The cache has all of the path but its last token."""
         self.cache.window.cursor = self.width + len(path) - 1
         token_B1 = torch.full_like(self.length_B1, path[-1])
         mask_BS = torch.cat([self.mask_BP, self.mask_BP.new_ones(len(self.mask_BP), len(path))], dim=1)
-        return self._forward(token_B1, mask_BS, self.length_B1 + len(path) - 1)
+        return self._forward(token_B1, mask_BS, self.length_B1 + len(path) - 1, len(path))
 
-    def _forward(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor) -> Tensor:
-        logits_BV = self.lm.last_logits(
-            ids_BT, attention_mask=mask_BS, position_ids=position_BT, past_key_values=self.cache, use_cache=True
-        )
+    def _forward(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, depth: int) -> Tensor:
+        """Read tokens at this depth of the tree. Keys and values are overwritten; other states are put back first."""
+        if depth:
+            self.cache.restore_states(self.states[depth - 1])
+        logits_BV = self.lm.cached_logits(ids_BT, mask_BS, position_BT, self.cache)[:, -1]
+        self.states[depth] = self.cache.save_states()
         return logits_BV.float().log_softmax(-1)

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from extraction.model import onednn_linear
 from extraction.model.attention_weights import attention_implementations, eager_attention_of
-from extraction.model.kv_cache import CacheWindow, make_cache
+from extraction.model.decode_probe import decode_probe
 from extraction.model.sparse_decode import is_supported, live_columns, silence_sparse_warnings, sparse_attention
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def _is_faster(lm: LanguageModel, implementation: str) -> bool:
     """
     from transformers.integrations import sdpa_attention
 
-    modules: list[Any] = [module for module in lm.layers[0].modules() if eager_attention_of(module) is not None]
+    by_layer = ([m for m in layer.modules() if eager_attention_of(m) is not None] for layer in lm.layers)
+    modules: list[Any] = next(filter(None, by_layer), [])  # of the first layer that has attention
     groups = [int(getattr(module, "num_key_value_groups", 1)) for module in modules]
     if max(groups, default=1) > 1:
         return implementation != "sdpa" or not hasattr(sdpa_attention, "pack_gqa")
@@ -168,41 +169,3 @@ def _own_sdpa(module: nn.Module) -> Callable[..., Any]:
 
 
 _ATTENTION_FUNCTIONS = {"eager": _grouped_or_own(_own_eager), "sdpa": _grouped_or_own(_own_sdpa)}
-
-
-class ProbeText:
-    """Two rows of eight tokens, one with a padded prompt, and a cache to decode them through; checks compare logits."""
-
-    n_prompt, n_tokens = 4, 8
-
-    def __init__(self, lm: LanguageModel, columns: int = n_tokens) -> None:
-        self.lm = lm
-        self.ids_BT = torch.arange(1, self.n_tokens + 1, device=lm.device).remainder(lm.vocab_size).repeat(2, 1)
-        self.mask_BT = torch.ones_like(self.ids_BT, dtype=torch.bool)
-        self.mask_BT[1, : self.n_prompt - 1] = False
-        self.position_BT = (self.mask_BT.cumsum(1) - 1).clamp(min=0)
-        self.cache = make_cache(lm.model, CacheWindow(slots=2, columns=columns))
-
-    def read(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor) -> Tensor:
-        """Run one pass through the cache and return the last column's logits [B, V]."""
-        inputs = {"attention_mask": mask_BS, "position_ids": position_BT}
-        return self.lm.last_logits(ids_BT, past_key_values=self.cache, use_cache=True, **inputs)
-
-    def prefill(self) -> Tensor:
-        """Read the prompt and return its last logits [B, V]."""
-        prompt = slice(0, self.n_prompt)
-        with self.cache.window.prefilling(torch.arange(2, device=self.lm.device), cursor=self.n_prompt):
-            return self.read(self.ids_BT[:, prompt], self.mask_BT[:, prompt], self.position_BT[:, prompt])
-
-    def step(self, t: int) -> Tensor:
-        """Read token t and return its logits [B, V]."""
-        logits_BV = self.read(self.ids_BT[:, t : t + 1], self.mask_BT[:, : t + 1], self.position_BT[:, t : t + 1])
-        self.cache.window.cursor += 1
-        return logits_BV
-
-
-@torch.inference_mode()
-def decode_probe(lm: LanguageModel) -> Tensor:
-    """Return the float64 logits [T B, V] of a short text: a prefill, then token by token, through the cache."""
-    text = ProbeText(lm)
-    return torch.cat([text.prefill(), *map(text.step, range(text.n_prompt, text.n_tokens))]).double()

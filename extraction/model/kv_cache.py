@@ -1,29 +1,36 @@
-"""The key-value cache of a running batch: slots that share one window of columns.
+"""The cache of a running batch: slots that share one window of columns, and the state that a slot has besides.
 
 Every slot writes the same column, the cursor, so a slot's tokens END there (left padding). New rows are prefilled to
-the left of the cursor, and their keys and values go straight into their slots. Works with every model that keeps its
+the left of the cursor, and what they leave goes straight into their slots. Works with every model that keeps its
 cache in a transformers `Cache`.
 
-`make_cache` is the only place where a cache is built. What a layer keeps per row depends on the layer's kind:
-`LAYER_CLASSES` maps a kind to a class that follows `SlotLayer`. To keep another kind of state (the convolution and
-recurrent states of hybrid models), add its class and its entry there.
+`make_cache` is the only place where a cache is built. There is one kind of layer for all models, `SlotLayer`: a layer
+may keep keys and values, which have columns; convolution and recurrent states (Mamba, gated delta nets), which have
+none; or both. What it keeps is allocated at the first use, so no table of layer types is needed.
 
 Shapes: B slots, H heads, S columns, C head dimension, R rows of a prefill, P prompt columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# transformers before 5.10 or so has no such layers; a model that needs them is refused there by the check at load
+_StateLayer: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", object)
 
 
 # --- the window -----------------------------------------------------------------------------------------------------
@@ -93,36 +100,23 @@ class ColumnMove:
     to: int = 0
 
 
-# --- per-row state of one layer -------------------------------------------------------------------------------------
+# --- per-slot state of one layer ------------------------------------------------------------------------------------
 
 
-class SlotLayer(Protocol):
-    """State that one layer keeps per slot: a transformers cache layer that can also follow the slots.
+class SlotLayer(CacheLayerMixin, _StateLayer):
+    """One layer's state in slots, written in place: keys and values [B, H, S, C], and states [B, ...] without columns.
 
-    transformers calls the update methods of its own layer classes: `update` for keys and values, `update_conv_state`
-    and `update_recurrent_state` for recurrent layers (`LinearAttentionCacheLayerMixin`). They must write a prefill
-    (`window.prefilled`) to its slots, and a decode step in place: a captured graph replays the same addresses. A state
-    without columns ignores moves and `gather_columns`.
+    A prefill writes the slots that it fills. A decode step writes all slots at the same addresses, so that it can be
+    captured as a graph. `conv_states` and `recurrent_states` are by number: a layer may have several of each.
     """
-
-    def select_rows(self, rows: Tensor | None, move: ColumnMove) -> None:
-        """Keep these slots, in this order (None: all as they are), and move the live columns."""
-
-    def gather_columns(self, source_BS: Tensor) -> None:
-        """Fill each row's live columns from its columns `source_BS`, counted from the window's start."""
-
-    def clear(self, rows: Tensor) -> None:
-        """Zero these slots."""
-
-
-class SlotKVLayer(CacheLayerMixin):
-    """One attention layer's keys and values [B, H, S, C], written in place."""
 
     is_sliding = False
 
     def __init__(self, window: CacheWindow) -> None:
         super().__init__()
         self.window = window
+        self.conv_states: dict[int, Tensor] = {}
+        self.recurrent_states: dict[int, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros, not uninitialised memory: a masked NaN is still a NaN."""
@@ -162,6 +156,9 @@ class SlotKVLayer(CacheLayerMixin):
         """Keep these slots, in this order (None: all as they are), and move the live columns."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = (_select_rows(states, rows, move) for states in (self.keys, self.values))
+        for states in (self.conv_states, self.recurrent_states) if rows is not None else ():
+            for i, state in states.items():
+                states[i] = state[cast(Tensor, rows).to(state.device)]
 
     def gather_columns(self, source_BS: Tensor) -> None:
         """Fill each row's live columns from its columns `source_BS`, counted from the window's start."""
@@ -176,9 +173,51 @@ class SlotKVLayer(CacheLayerMixin):
 
     def clear(self, rows: Tensor) -> None:
         """Zero these slots: what is masked must still be finite."""
-        if self.keys is not None and self.values is not None:
-            for states in (self.keys, self.values):
+        for states in (self.keys, self.values, *self.states):
+            if states is not None:
                 states[rows.to(states.device)] = 0
+
+    # -- states without columns ---------------------------------------------------------------------------------------
+
+    @property
+    def has_previous_state(self) -> dict[int, bool]:
+        """By number of a state: True in a decode step; a prefill starts anew."""
+        return defaultdict(lambda: self.window.prefilled is None)
+
+    @property
+    def states(self) -> list[Tensor]:
+        """All convolution and recurrent states."""
+        return [*self.conv_states.values(), *self.recurrent_states.values()]
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Store the last inputs of a convolution; return them with the inputs before them, for the convolution to read.
+
+        `conv_states` [R or B, ..., T] are new inputs; the last `conv_kernel_size` of a slot are kept (None: all of the
+        first prefill's). A prompt that is shorter gets zeros on its left.
+        """
+        kernel = self.conv_states[state_idx].shape[-1] if state_idx in self.conv_states else conv_kernel_size
+        kernel = conv_states.shape[-1] if kernel is None else kernel
+        if self.window.prefilled is None:
+            full = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+        else:
+            full = torch.nn.functional.pad(conv_states, (max(0, kernel - conv_states.shape[-1]), 0))
+        self._store(self.conv_states, state_idx, full[..., full.shape[-1] - kernel :])
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Store a recurrent state [R or B, ...] and return it."""
+        self._store(self.recurrent_states, state_idx, recurrent_states)
+        return recurrent_states if self.window.prefilled is not None else self.recurrent_states[state_idx]
+
+    def _store(self, states: dict[int, Tensor], number: int, new: Tensor) -> None:
+        if self.window.prefilled is None:
+            states[number].copy_(new)
+            return
+        if number not in states:
+            states[number] = new.new_zeros(self.window.slots, *new.shape[1:])
+        states[number][self.window.prefilled.to(new.device)] = new.to(states[number].dtype)
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as transformers' own static layers do
         """Number of columns that a decode step attends to besides its own: 0 in a prefill, a tensor in a graph."""
@@ -208,35 +247,77 @@ def _select_rows(states: Tensor, rows: Tensor | None, move: ColumnMove) -> Tenso
     return packed
 
 
-# layer kind (as in a config's `layer_types`) -> class of its per-slot state; a model with any other kind is refused
-LAYER_CLASSES: dict[str, Callable[[CacheWindow], SlotLayer]] = dict.fromkeys(
-    ("full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"), SlotKVLayer
-)
-
-
-def layer_kinds(config: Any) -> tuple[str, ...]:
-    """Return the kind of every layer of a text config; one that names none has attention in all layers."""
-    n_layers = int(config.num_hidden_layers)
-    kinds = tuple(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
-    return kinds or ("full_attention",) * n_layers
-
-
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 
-def make_cache(model: PreTrainedModel, window: CacheWindow) -> SlotKVCache:
+def make_cache(model: PreTrainedModel, window: CacheWindow) -> SlotCache:
     """Build an empty cache of slots for a model. Several models that read the same tokens may share one window."""
-    kinds = layer_kinds(model.config.get_text_config())
-    return SlotKVCache([LAYER_CLASSES[kind](window) for kind in kinds], window)
+    own = _own_cache_class(model)
+    cache_class: type[SlotCache] = SlotCache if own is None else type(f"Slot{own.__name__}", (SlotCache, own), {})
+    n_layers = int(model.config.get_text_config().num_hidden_layers)
+    return cache_class([SlotLayer(window) for _ in range(n_layers)], window)
 
 
-class SlotKVCache(Cache):
+def _own_cache_class(model: PreTrainedModel) -> type[Cache] | None:
+    """Return the class of cache that a model insists on (as MiniMax does), by its annotation; None for any."""
+    forward = inspect.unwrap(type(model.base_model).forward)
+    annotation = forward.__annotations__.get("past_key_values")
+    if isinstance(annotation, str):
+        annotation = [getattr(sys.modules[forward.__module__], name.strip(), None) for name in annotation.split("|")]
+    known = annotation if isinstance(annotation, list) else get_args(annotation)
+    return next(
+        (
+            kind
+            for kind in known
+            if isinstance(kind, type) and issubclass(kind, DynamicCache) and kind is not DynamicCache
+        ),
+        None,
+    )
+
+
+class SlotCache(Cache):
     """A transformers cache whose layers keep their state in slots. Built by `make_cache`."""
 
     def __init__(self, layers: Sequence[SlotLayer], window: CacheWindow) -> None:
         self.window = window
         self.slot_layers = list(layers)
-        super().__init__(layers=cast(Any, self.slot_layers))
+        Cache.__init__(self, layers=cast(Any, self.slot_layers))  # not that of a model's own class
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self.slot_layers)
+
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """Return a layer's recurrent state, None in a prefill: MiniMax's own cache has this method."""
+        return self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        """Store a layer's recurrent state."""
+        self.slot_layers[layer_idx].update_recurrent_state(linear_cache)
+
+    @property
+    def has_states(self) -> bool:
+        """True if a layer keeps a convolution or recurrent state. Known after the first prefill."""
+        return any(layer.states for layer in self.slot_layers)
+
+    @property
+    def has_columns(self) -> bool:
+        """True if a layer keeps keys and values. Known after the first prefill."""
+        return any(layer.keys is not None for layer in self.slot_layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one slot's convolution and recurrent states."""
+        return sum(s.nbytes // len(s) for layer in self.slot_layers for s in layer.states)
+
+    def save_states(self) -> list[Tensor]:
+        """Return copies of all convolution and recurrent states; the cursor can be moved back, they can't."""
+        return [state.clone() for layer in self.slot_layers for state in layer.states]
+
+    def restore_states(self, saved: Sequence[Tensor]) -> None:
+        """Make the states those that `save_states` returned."""
+        for state, copy in zip((s for layer in self.slot_layers for s in layer.states), saved, strict=True):
+            state.copy_(copy)
 
     def select_rows(self, rows: Tensor | None, move: ColumnMove) -> None:
         """Keep these slots (None: all as they are), and move the live columns. The caller updates the window."""

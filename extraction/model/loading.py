@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from extraction.core.errors import ModelError
+from extraction.model.decode_probe import check_decoding
 from extraction.model.devices import compute_device, device_map_for
-from extraction.model.kv_cache import LAYER_CLASSES, CacheWindow, layer_kinds, make_cache
 from extraction.model.lora import LoraAdapter, attach_lora, find_lora, merge_lora, share_weights
 from extraction.model.onednn_linear import use_onednn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from extraction.config.experiments import ModelSpec
 
@@ -37,8 +37,10 @@ MAIN_MEMORY = "main memory"
 class LanguageModel:
     """A loaded causal model, its tokenizer, its decoder blocks in order and its stop and padding ids.
 
-    `max_positions` is the longest sequence that the model supports (None: no limit). `keeps_last_logits` is True if
-    the model can compute the logits of the last positions only.
+    `max_positions` is the longest sequence that the model supports (None: no limit). `inputs` names the arguments of
+    the model's forward. `state_bytes`: bytes of a row's convolution and recurrent states, 0 if it has attention only.
+    `pads_prompts` is False if prompts that are read together must be equally long. `notes`: one-line remarks to show
+    when the model is loaded.
     """
 
     model: PreTrainedModel
@@ -49,7 +51,10 @@ class LanguageModel:
     stop_ids: frozenset[int]
     pad_id: int
     max_positions: int | None
-    keeps_last_logits: bool
+    inputs: frozenset[str]
+    state_bytes: int = 0
+    pads_prompts: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def n_layers(self) -> int:
@@ -85,13 +90,32 @@ class LanguageModel:
         """Run one forward pass and return the logits of the last position: [B, V]."""
         return self.logits(input_ids_BT, 1, **inputs)[:, -1]
 
+    def cached_logits(
+        self, input_ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, cache: Cache, n_last: int = 1
+    ) -> Tensor:
+        """Run one forward pass through a cache and return the logits of the last `n_last` positions: [B, n_last, V].
+
+        `mask_BS` covers the columns that attention reads, the new ones included.
+        """
+        inputs: dict[str, Any] = {"attention_mask": mask_BS, "position_ids": position_BT, "use_cache": True}
+        if (
+            "cache_params" in self.inputs
+        ):  # a model without attention has no older columns; one new column is no padding
+            width = input_ids_BT.shape[1]
+            inputs |= {"attention_mask": mask_BS[:, -width:] if width > 1 else None, "cache_params": cache}
+        else:
+            inputs["past_key_values"] = cache
+        return self.logits(input_ids_BT, n_last, **inputs)
+
     def logits(self, input_ids_BT: Tensor, n_last: int, **inputs: Any) -> Tensor:
         """Run one forward pass and return the logits of the last `n_last` positions: [B, n_last, V].
 
         Without an attention mask, padding must be on the right.
         """
-        if self.keeps_last_logits:
+        if "logits_to_keep" in self.inputs:
             inputs["logits_to_keep"] = self._last_positions(input_ids_BT, n_last)
+        if "position_ids" not in self.inputs:
+            inputs.pop("position_ids", None)
         logits_BTV: Tensor = self.model(input_ids=input_ids_BT, **inputs).logits
         return logits_BTV[:, -n_last:]
 
@@ -277,8 +301,8 @@ def wrap(
 ) -> LanguageModel:
     """Make a `LanguageModel` of a transformers model in memory, after checking that the engine can run it.
 
-    `stop_ids` replaces the ids that end a response. Raises ModelError for an encoder-decoder, a recurrent model, a
-    model without a language-model head, or one that does not decode through a cache as it does without.
+    `stop_ids` replaces the ids that end a response. Raises ModelError for an encoder-decoder, a model without
+    a language-model head, or one that does not decode through a cache as it does without.
     """
     config = model.config.get_text_config()
     _refuse_unsupported(model, config)
@@ -301,41 +325,19 @@ def wrap(
         stop_ids=stops,
         pad_id=_pad_id(config, tokenizer, stops),
         max_positions=max_positions(config),
-        keeps_last_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
+        inputs=_input_names(model),
     )
     use_onednn(lm.model)
-    _verify_cached_decoding(lm)
-    return lm
+    return check_decoding(lm, _name(model))
 
 
-@torch.inference_mode()
-def _verify_cached_decoding(lm: LanguageModel) -> None:
-    """Compare the last logits of three tokens read at once with two and then one through the cache.
-
-    Raises ModelError where they differ: the model is not causal, or its cache does not work with slots.
-    """
-    ids_BT = torch.arange(3, device=lm.device).remainder(lm.vocab_size).unsqueeze(0)
-    try:
-        cache = make_cache(lm.model, CacheWindow(slots=1, columns=3))
-        with cache.window.prefilling(torch.zeros(1, dtype=torch.long, device=lm.device), cursor=2):
-            lm.last_logits(ids_BT[:, :2], past_key_values=cache, use_cache=True)
-        cached_V = lm.last_logits(ids_BT[:, 2:], past_key_values=cache, use_cache=True)[0].float()
-        whole_V = lm.last_logits(ids_BT, use_cache=False)[0].float()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as failure:  # an architecture may raise anything
-        raise ModelError(
-            f"{_name(lm.model)} can't decode with a key-value cache of slots ({type(failure).__name__}: "
-            f"{' '.join(str(failure).split())[:120]}); use an attention-only causal model"
-        ) from failure
-    finite_V = cached_V.isfinite() & whole_V.isfinite()  # the engine reports non-finite logits row by row
-    scale = float(whole_V[finite_V].abs().max()) if finite_V.any() else 0.0
-    tolerance = 1e-3 if lm.is_exact else 0.1
-    if ((cached_V - whole_V)[finite_V].abs() > tolerance * scale).any():
-        raise ModelError(
-            f"{_name(lm.model)} is not a causal model with a key-value cache: its logits through the cache differ "
-            "from those without; use a decoder-only model"
-        )
+def _input_names(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the arguments that a model's forward takes, of those that the engine may give."""
+    parameters = inspect.signature(model.forward).parameters
+    names = set(parameters)
+    if "cache_params" not in names and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        names.add("position_ids")  # passed on to the decoder
+    return frozenset(names)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
@@ -357,10 +359,8 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
 
 def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
-    is_recurrent = getattr(model, "_is_stateful", False) or not LAYER_CLASSES.keys() >= set(layer_kinds(config))
     reasons = {
         "an encoder-decoder; a decoder-only (causal) model is needed": getattr(config, "is_encoder_decoder", False),
-        "recurrent: a recurrent state can't be kept in cache slots; use an attention-only model": is_recurrent,
         "without a language-model head; load it as a causal language model": model.get_output_embeddings() is None,
     }
     for reason, holds in reasons.items():
