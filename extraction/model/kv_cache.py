@@ -104,10 +104,11 @@ class ColumnMove:
 
 
 class SlotLayer(CacheLayerMixin, _StateLayer):
-    """One layer's state in slots, written in place: keys and values [B, H, S, C], and states [B, ...] without columns.
+    """One layer's state in slots: what has columns, [B, H, S, C], and states [B, ...] without columns.
 
-    A prefill writes the slots that it fills. A decode step writes all slots at the same addresses, so that it can be
-    captured as a graph. `conv_states` and `recurrent_states` are by number: a layer may have several of each.
+    Columns hold keys, values and the indexer's keys (DeepSeek V3.2's sparse attention; H = 1). A prefill writes the
+    slots that it fills. A decode step writes all slots at the same addresses, so that it can be captured as a graph.
+    `conv_states` and `recurrent_states` are by number: a layer may have several of each.
     """
 
     is_sliding = False
@@ -115,67 +116,78 @@ class SlotLayer(CacheLayerMixin, _StateLayer):
     def __init__(self, window: CacheWindow) -> None:
         super().__init__()
         self.window = window
+        self.indexer_keys: Tensor | None = None
         self.conv_states: dict[int, Tensor] = {}
         self.recurrent_states: dict[int, Tensor] = {}
 
+    @property
+    def columned(self) -> dict[str, Tensor]:
+        """The buffers with columns that the layer has, by attribute."""
+        buffers = {"keys": self.keys, "values": self.values, "indexer_keys": self.indexer_keys}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate zeros, not uninitialised memory: a masked NaN is still a NaN."""
+        """Allocate keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            states.new_zeros(self.window.slots, states.shape[1], self.window.columns, states.shape[3])
-            for states in (key_states, value_states)
-        )
+        self.keys, self.values = map(self._allocate, (key_states, value_states))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; return those to attend to.
+    def _allocate(self, states: Tensor) -> Tensor:
+        """Return zeros, not uninitialised memory: a masked NaN is still a NaN."""
+        return states.new_zeros(self.window.slots, states.shape[1], self.window.columns, states.shape[3])
 
-        A prefill writes its rows into their slots and attends to itself; a decode step writes the cursor's column and
-        attends to all live columns.
-        """
-        if not self.is_initialized:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; return those to attend to."""
+        if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        window, width = self.window, key_states.shape[2]
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Store new keys [B, T, C] of a sparse attention's indexer; return those to choose columns by."""
+        states_B1TC = indexer_key_states.unsqueeze(1)
+        if self.indexer_keys is None:
+            self.indexer_keys = self._allocate(states_B1TC)
+        return self._write(self.indexer_keys, states_B1TC).squeeze(1)
+
+    def _write(self, stored: Tensor, states: Tensor) -> Tensor:
+        """Write new columns and return those to read.
+
+        A prefill writes its rows into their slots and reads itself; a decode step writes the cursor's column and reads
+        all live columns.
+        """
+        window, width = self.window, states.shape[2]
         if window.prefilled is not None:
-            rows, columns = window.prefilled.to(self.keys.device), slice(window.cursor - width, window.cursor)
-            self.keys[rows, :, columns] = key_states
-            self.values[rows, :, columns] = value_states
-            return key_states, value_states
+            stored[window.prefilled.to(stored.device), :, window.cursor - width : window.cursor] = states
+            return states
         if window.recorded is not None:
-            for stored, states in ((self.keys, key_states), (self.values, value_states)):
-                stored.index_copy_(2, window.recorded.cursor_1, states)
-            return self.keys[:, :, : window.recorded.columns], self.values[:, :, : window.recorded.columns]
-        self.keys[:, :, window.cursor : window.cursor + width] = key_states
-        self.values[:, :, window.cursor : window.cursor + width] = value_states
-        live = slice(window.start, window.cursor + width)
-        return self.keys[:, :, live], self.values[:, :, live]
+            stored.index_copy_(2, window.recorded.cursor_1, states)
+            return stored[:, :, : window.recorded.columns]
+        stored[:, :, window.cursor : window.cursor + width] = states
+        return stored[:, :, window.start : window.cursor + width]
 
     def select_rows(self, rows: Tensor | None, move: ColumnMove) -> None:
         """Keep these slots, in this order (None: all as they are), and move the live columns."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = (_select_rows(states, rows, move) for states in (self.keys, self.values))
+        for name, buffer in self.columned.items():
+            setattr(self, name, _select_rows(buffer, rows, move))
         for states in (self.conv_states, self.recurrent_states) if rows is not None else ():
             for i, state in states.items():
                 states[i] = state[cast(Tensor, rows).to(state.device)]
 
     def gather_columns(self, source_BS: Tensor) -> None:
         """Fill each row's live columns from its columns `source_BS`, counted from the window's start."""
-        if self.keys is None or self.values is None:
-            return
         live = slice(self.window.start, self.window.cursor)
-        rows_B11 = torch.arange(len(source_BS), device=source_BS.device)[:, None, None].to(self.keys.device)
-        heads_1H1 = torch.arange(self.keys.shape[1], device=self.keys.device)[None, :, None]
-        source_B1S = (source_BS + self.window.start).unsqueeze(1).to(self.keys.device)
-        for states in (self.keys, self.values):
-            states[:, :, live] = states[rows_B11, heads_1H1, source_B1S]
+        for buffer in self.columned.values():
+            rows_B11 = torch.arange(len(source_BS), device=buffer.device)[:, None, None]
+            heads_1H1 = torch.arange(buffer.shape[1], device=buffer.device)[None, :, None]
+            source_B1S = (source_BS + self.window.start).unsqueeze(1).to(buffer.device)
+            buffer[:, :, live] = buffer[rows_B11, heads_1H1, source_B1S]
 
     def clear(self, rows: Tensor) -> None:
         """Zero these slots: what is masked must still be finite."""
-        for states in (self.keys, self.values, *self.states):
-            if states is not None:
-                states[rows.to(states.device)] = 0
+        for buffer in (*self.columned.values(), *self.states):
+            buffer[rows.to(buffer.device)] = 0
 
     # -- states without columns ---------------------------------------------------------------------------------------
 

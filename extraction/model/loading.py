@@ -345,17 +345,19 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
     Raises ModelError where there is none, or more than one at that depth.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     n_layers = int(model.config.get_text_config().num_hidden_layers)
-    named = [(name, m) for name, m in (decoder or model).named_modules() if isinstance(m, nn.ModuleList)]
-    found = [(name.count("."), module) for name, module in named if len(module) == n_layers]
-    shallowest = [module for depth, module in found if depth == min(depth for depth, _ in found)]
-    if len(shallowest) != 1:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    lists: list[nn.ModuleList] = []
+    for root in (decoder, model.base_model):  # some models' `decoder` is another part (ModernBERT's is the head)
+        named = [(name, m) for name, m in (root or model).named_modules() if isinstance(m, nn.ModuleList)]
+        found = [(name.count("."), module) for name, module in named if len(module) == n_layers]
+        lists = lists or [module for depth, module in found if depth == min(depth for depth, _ in found)]
+    if len(lists) != 1:
         raise ModelError(
-            f"{_name(model)}: {len(shallowest)} module lists of {n_layers} decoder layers found, 1 expected; "
+            f"{_name(model)}: {len(lists)} module lists of {n_layers} decoder layers found, 1 expected; "
             "this architecture is not supported yet"
         )
-    return tuple(shallowest[0])
+    return tuple(lists[0])
 
 
 def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
