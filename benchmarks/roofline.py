@@ -70,7 +70,7 @@ class Sizes:
             body=shape.n_multiplied - head,
             head=head,
             itemsize=dtype.itemsize,
-            cache_bytes=shape.kv_width * shape.n_layers * dtype.itemsize,
+            cache_bytes=shape.kv_width * dtype.itemsize,
             query_width=shape.heads * head_dim * shape.n_layers,
         )
 

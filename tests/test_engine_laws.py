@@ -25,13 +25,16 @@ from extraction.core.errors import ModelError, PromptError, TraitlineError
 from extraction.engine.generate import generate, teacher_force
 from extraction.engine.sampler import Sample, uniforms
 from extraction.model import onednn_linear
-from extraction.model.kv_cache import SlotKVCache
+from extraction.model.kv_cache import SlotCache
 from extraction.model.loading import LanguageModel, wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     ARCHITECTURES,
+    EVERY_ARCHITECTURE,
     FAMILIES,
+    HYBRID,
     LAYERS,
+    QUICK,
     REFUSED,
     blocks,
     deviation,
@@ -53,9 +56,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:Fut
 ALL_LAYERS = tuple(range(LAYERS))
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_first:2", "response_last", "all")
 BUDGETS = (16, 20, 1, 9, 20, 3, 12, 7, 20)
-EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
+EVERY = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ARCHITECTURES or name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in EVERY_ARCHITECTURE
+    ],
+)
 SOME = pytest.mark.parametrize("name", FAMILIES)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# A gated delta net sums in chunks. Nemotron-H and Zamba2 clamp time steps in a scan only, as their load says.
+COARSER = dict.fromkeys((*HYBRID, "qwen3_5_vl", "lfm2_vl"), 1e-4) | {"nemotron_h": 0.1, "zamba2": 0.2}
 # Others compute attention in float32 whatever the weights are (GPT-J), or mask with what float32 can't hold (Bloom).
 IN_FLOAT64 = ("llama", "mistral", "gemma3", "qwen3", "olmo2", "gpt2", "opt", "gpt_neox", "falcon_alibi")
 
@@ -152,6 +163,11 @@ def worst(case: Case, completions: dict[str, Completion], *, shift: int = 0) -> 
     )
 
 
+def tolerance(name: str) -> float:
+    """Return how far an architecture's activations may be from transformers' own pass, in float32."""
+    return COARSER.get(name, TOLERANCE[torch.float32])
+
+
 # --- laws 1 and 2: alone == in any batch == model.generate, captured == transformers' hidden states -------------------
 
 
@@ -161,7 +177,7 @@ def test_tokens_and_activations_equal_transformers_in_any_batch_and_order(name: 
     for batch_size, lm, requests in case.orders():
         done = run(lm, requests, batch_size, Capture(ALL_LAYERS))
         assert tokens_of(done) == case.said(done, lm), f"batch size {batch_size}"
-        assert worst(case, done) < TOLERANCE[torch.float32], f"batch size {batch_size}"
+        assert worst(case, done) < tolerance(name), f"batch size {batch_size}"
 
 
 @EVERY
@@ -172,7 +188,7 @@ def test_every_pooling_equals_the_pooled_hidden_states(name: str) -> None:
     for completion in done.values():
         wanted = {f"residual.{pooling}" for pooling in POOLINGS} if completion.token_ids else set()
         assert set(completion.activations) == wanted
-    assert worst(case, done) < TOLERANCE[torch.float32]
+    assert worst(case, done) < tolerance(name)
 
 
 @EVERY
@@ -185,7 +201,7 @@ def test_teacher_forced_equals_the_hidden_states(name: str) -> None:
         done = {c.id: c for c in teacher_force(case.lm, sequences, capture=capture, batch_size=batch_size)}
         assert tokens_of(done) == case.responses
         assert all(set(c.activations) == {f"residual.{pooling}" for pooling in POOLINGS} for c in done.values())
-        assert worst(case, done) < TOLERANCE[torch.float32]
+        assert worst(case, done) < tolerance(name)
 
 
 @SOME
@@ -252,13 +268,13 @@ def test_the_references_agree_with_each_other_and_can_fail(name: str) -> None:
 def test_the_matrix_exercises_the_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refill beside live rows, a rolling window and a shrinking batch all happen in the runs above."""
     seen: Counter[str] = Counter()
-    repack = SlotKVCache.select_rows
+    repack = SlotCache.select_rows
 
-    def counting(self: SlotKVCache, rows: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+    def counting(self: SlotCache, rows: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
         seen["roll" if rows is None else "shrink"] += 1
         repack(self, rows, *args, **kwargs)
 
-    monkeypatch.setattr(SlotKVCache, "select_rows", counting)
+    monkeypatch.setattr(SlotCache, "select_rows", counting)
     case = case_of(name)
     with _calls(case.lm) as widths:
         for batch_size, lm, requests in case.orders():

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from extraction.config.experiments import ModelSpec
 from extraction.core.errors import ModelError
 from extraction.engine.generate import generate
-from extraction.model.kv_cache import LAYER_CLASSES, CacheWindow, SlotKVLayer, make_cache
+from extraction.model.kv_cache import LAYER_CLASSES, CacheWindow, SlotLayer, make_cache
 from extraction.model.loading import LanguageModel, find_layers, load, wrap
 from extraction.utils_batch import Capture, Request
 from tests.runs import environment, saved_model
@@ -90,7 +90,7 @@ def test_ambiguous_or_missing_layer_lists_are_refused() -> None:
 def test_the_cache_has_a_layer_of_each_kind_and_a_kind_outside_the_table_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class SlidingLayer(SlotKVLayer):
+    class SlidingLayer(SlotLayer):
         pass
 
     model = shared_model("gemma2")

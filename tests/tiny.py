@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -179,6 +180,200 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", _LATENT),
 }
 
+_GATED_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
+_MAMBA2: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 4,
+    "mamba_chunk_size": 8,
+}
+_MIXER2: dict[str, Any] = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8}
+_CONVOLUTIONS: dict[str, Any] = {"layer_types": ["conv", "full_attention", "conv"]}
+_MAMBA_ATTENTION: dict[str, Any] = {"layer_types": ["mamba", "attention", "mamba"]}
+_JAMBA: dict[str, Any] = {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 4, "mamba_dt_rank": 4}
+_ONE_DENSE: dict[str, Any] = _EXPERTS | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+_INDEXED: dict[str, Any] = _LATENT | {"index_n_heads": 8, "index_head_dim": 8, "index_topk": 6}
+
+# Models that keep convolution or recurrent states, with or without attention.
+HYBRID: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": ("qwen3_next", _EXPERTS | _GATED_DELTA | {"shared_expert_intermediate_size": 16}),
+    "qwen3_5": ("qwen3_5_text", _ROTARY | _GATED_DELTA),
+    "qwen3_5_moe": ("qwen3_5_moe_text", _EXPERTS | _GATED_DELTA | {"shared_expert_intermediate_size": 16}),
+    "kimi_linear": (
+        "kimi_linear",
+        _LATENT
+        | {
+            "linear_attn_config": {
+                "full_attn_layers": [2],
+                "kda_layers": [1, 3],
+                "head_dim": 8,
+                "num_heads": 4,
+                "short_conv_kernel_size": 4,
+            }
+        },
+    ),
+    "bailing_hybrid": ("bailing_hybrid", _LATENT | {"layer_group_size": 2}),
+    "olmo_hybrid": ("olmo_hybrid", _ROTARY | _GATED_DELTA | {"linear_num_key_heads": 4}),
+    "falcon_h1": ("falcon_h1", _ROTARY | _MAMBA2 | {"mamba_d_ssm": 64}),
+    "bamba": ("bamba", _ROTARY | _MAMBA2 | {"attn_layer_indices": [1]}),
+    "granite_hybrid": (
+        "granitemoehybrid",
+        _EXPERTS | _MAMBA2 | _MAMBA_ATTENTION | {"num_local_experts": 0, "shared_intermediate_size": 48},
+    ),
+    "granite_hybrid_moe": (
+        "granitemoehybrid",
+        _EXPERTS | _MAMBA2 | _MAMBA_ATTENTION | {"shared_intermediate_size": 48},
+    ),
+    "jamba": ("jamba", _EXPERTS | _JAMBA),
+    "lfm2": ("lfm2", _ROTARY | _CONVOLUTIONS),
+    "lfm2_bias": ("lfm2", _ROTARY | _CONVOLUTIONS | {"conv_bias": True}),  # its left padding is not masked
+    "lfm2_moe": ("lfm2_moe", _EXPERTS | _CONVOLUTIONS | {"num_dense_layers": 1}),
+    "lfm3": ("lfm3", _ROTARY | _CONVOLUTIONS),
+    "mamba": ("mamba", {"state_size": 4}),
+    "mamba2": ("mamba2", _MIXER2 | {"expand": 2}),
+    "falcon_mamba": ("falcon_mamba", {"state_size": 4}),
+    "minimax": ("minimax", _EXPERTS | {"layer_types": _GATED_DELTA["layer_types"], "block_size": 8}),
+    "zaya": ("zaya", _ROTARY),
+    "inkling": ("inkling_text", _ONE_DENSE),
+    # their scan of a text clamps time steps where their decode steps don't
+    "nemotron_h": (
+        "nemotron_h",
+        _ROTARY
+        | {
+            "layers_block_type": ["mamba", "attention", "mlp"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
+    "zamba2": (
+        "zamba2",
+        _ROTARY
+        | {
+            "layers_block_type": ["mamba", "hybrid", "mamba"],
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "mamba_d_state": 8,
+            "mamba_ngroups": 2,
+            "chunk_size": 8,
+            "num_mem_blocks": 1,
+            "hybrid_layer_ids": [1],
+            "adapter_rank": 4,
+        },
+    ),
+}
+
+# More decoder-only families of transformers.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "afmoe": ("afmoe", _ONE_DENSE | _ALTERNATING | {"num_dense_layers": 1}),
+    "axk1": ("axk1", _LATENT),
+    "cohere2_moe": ("cohere2_moe", _ONE_DENSE | _ALTERNATING | {"logit_scale": 1.0}),
+    "cwm": ("cwm", _ROTARY | _ALTERNATING),
+    "doge": ("doge", _ROTARY),
+    "dots1": ("dots1", _ONE_DENSE | {"n_shared_experts": 1}),
+    "exaone_moe": ("exaone_moe", _ONE_DENSE | _ALTERNATING | {"num_shared_experts": 1}),
+    "glm4_moe_lite": ("glm4_moe_lite", _LATENT),
+    "granite_swa": ("granite_swa", _ROTARY | _ALTERNATING),
+    "granitemoe_swa": ("granitemoe_swa", _EXPERTS | _ALTERNATING),
+    "granitemoeshared": (
+        "granitemoeshared",
+        _EXPERTS | {"shared_intermediate_size": 16, "attention_multiplier": 0.3},
+    ),
+    "hy_v3": ("hy_v3", _ONE_DENSE),
+    "internlm3": ("internlm3", _ROTARY),
+    "iquestcoder": ("iquestcoder", _ROTARY),
+    "jais2": ("jais2", _ROTARY),
+    "kolibri1": ("kolibri1", _ROTARY),
+    "flint": ("flint", _ROTARY),
+    "laguna": ("laguna", _ONE_DENSE | _ALTERNATING),
+    "mellum": ("mellum", _ONE_DENSE | _ALTERNATING),
+    "mimo_v2_flash": ("mimo_v2_flash", _ONE_DENSE | _ALTERNATING),
+    "minicpm3": ("minicpm3", _LATENT),
+    "minimax_m3": ("minimax_m3_vl_text", _ONE_DENSE),
+    "modernbert_decoder": (
+        "modernbert-decoder",
+        {"intermediate_size": 48, "local_attention": WINDOW, "layer_types": _ALTERNATING["layer_types"]},
+    ),
+    "hyperclovax": ("hyperclovax", _ROTARY),
+    "solar_open": ("solar_open", _ONE_DENSE | {"n_shared_experts": 1}),
+    "youtu": ("youtu", _LATENT),
+    "phi4_multimodal": ("phi4_multimodal", _ROTARY),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {"intermediate_multiple_size": 2}),
+    "aria_text": ("aria_text", _EXPERTS | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "gemma4_unified": ("gemma4_unified_text", _ROTARY | _UNTIED | _GEMMA4),
+    # a sparse attention's indexer chooses the columns
+    "deepseek_v32": ("deepseek_v32", _INDEXED),
+    "glm_moe_dsa": ("glm_moe_dsa", _INDEXED),
+    "axk2": ("axk2", _INDEXED),
+}
+
+_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+    "out_hidden_size": HIDDEN,
+    "embed_dim": 16,
+    "depth": 1,
+    "num_heads": 2,
+}
+_SECTIONS: dict[str, Any] = {"rope_parameters": _PLAIN_ROPE["rope_parameters"] | {"mrope_section": [2, 1, 1]}}
+_HALF_ROTARY = _SECTIONS["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+
+
+def _vision(kind: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": kind} | _VISION | changes
+
+
+# Multimodal models, of which only the text side is used: name -> (model type, text config, vision config)
+MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2_vl": ("qwen2_vl", _ROTARY | _SECTIONS, _VISION | {"hidden_size": HIDDEN}),
+    "qwen2_5_vl": ("qwen2_5_vl", _ROTARY | _SECTIONS, _VISION),
+    "qwen3_vl": ("qwen3_vl", _ROTARY | _SECTIONS, _VISION | {"deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe": ("qwen3_vl_moe", _EXPERTS | _SECTIONS, _VISION | {"deepstack_visual_indexes": [0]}),
+    "qwen3_5_vl": ("qwen3_5", _ROTARY | _SECTIONS | _GATED_DELTA, _VISION),
+    "mistral3": ("mistral3", _ROTARY | {"model_type": "mistral", "sliding_window": WINDOW}, _vision("pixtral")),
+    "ministral3_vl": ("mistral3", _ROTARY | {"model_type": "ministral3"}, _vision("pixtral")),
+    "llava": ("llava", _ROTARY | {"model_type": "llama"}, _vision("clip_vision_model")),
+    "llava_next": ("llava_next", _ROTARY | {"model_type": "llama"}, _vision("clip_vision_model")),
+    "llava_onevision": ("llava_onevision", _ROTARY | {"model_type": "qwen2"}, _vision("siglip_vision_model")),
+    "glm4v": ("glm4v", _ROTARY | {"rope_parameters": _HALF_ROTARY}, _VISION),
+    "idefics3": ("idefics3", _ROTARY | {"model_type": "llama"}, _VISION),
+    "smolvlm": ("smolvlm", _ROTARY | {"model_type": "llama"}, _VISION),
+    "internvl": (
+        "internvl",
+        _ROTARY | {"model_type": "qwen2"},
+        _VISION | {"image_size": [16, 16], "patch_size": [8, 8]},
+    ),
+    "aya_vision": (
+        "aya_vision",
+        _ROTARY | _ALTERNATING | {"model_type": "cohere2", "logit_scale": 1.0},
+        _vision("siglip_vision_model"),
+    ),
+    "lfm2_vl": ("lfm2_vl", _ROTARY | _CONVOLUTIONS | {"model_type": "lfm2"}, _vision("siglip2_vision_model")),
+    "ovis2": ("ovis2", _ROTARY | {"model_type": "qwen2"}, _VISION | {"hidden_stride": 2}),
+    "gemma3_vl": ("gemma3", _ROTARY | _ALTERNATING | _UNTIED | {"query_pre_attn_scalar": 8}, _VISION),
+    "llama4_vl": ("llama4", _EXPERTS | {"intermediate_size_mlp": 48, "attention_chunk_size": MAX_POSITIONS}, _VISION),
+}
+
+# All of the above in one table; the laws for every architecture hold for each name. Only those of QUICK among the three
+# later tables run by default: one of each kind.
+EVERY_ARCHITECTURE = (*ARCHITECTURES, *HYBRID, *MORE, *MULTIMODAL)
+QUICK = ("qwen3_next", "falcon_h1", "lfm2_bias", "mamba", "mamba2", "minimax", "deepseek_v32", "qwen2_5_vl", "mistral3")
+
 # One of each kind: rotary with grouped queries, learned positions, parallel residual, ALiBi, sliding window,
 # alternating windows with soft-capping, mixture of experts, latent attention.
 FAMILIES = ("llama", "gpt2", "gpt_neox", "bloom", "mistral", "gemma2", "mixtral", "deepseek_v3")
@@ -187,23 +382,8 @@ FAMILIES = ("llama", "gpt2", "gpt_neox", "bloom", "mistral", "gemma2", "mixtral"
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", {"d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4}),
     "bart": ("bart", {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48}),
-    "mamba": ("mamba", {"state_size": 4}),
     "rwkv": ("rwkv", {"context_length": MAX_POSITIONS}),
     "recurrent_gemma": ("recurrent_gemma", _ROTARY | {"lru_width": HIDDEN, "attention_window_size": WINDOW}),
-    "jamba": ("jamba", _EXPERTS | {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 4}),
-    "lfm2": ("lfm2", _ROTARY | {"layer_types": ["conv", "full_attention", "conv"]}),
-    "qwen3_next": (
-        "qwen3_next",
-        _EXPERTS
-        | {
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "shared_expert_intermediate_size": 16,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
-    ),
     "openai-gpt": ("openai-gpt", {}),
     "bert-generation": ("bert-generation", {"intermediate_size": 48}),
     "vit": ("vit", {"image_size": 16, "patch_size": 8, "intermediate_size": 48}),
@@ -212,8 +392,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _config(model_type: str, changes: dict[str, Any]) -> Any:
     """Build a tiny config; skip the test if this transformers lacks the architecture."""
+    if "text_config" not in changes:
+        changes = _COMMON | changes
     try:
-        return AutoConfig.for_model(model_type, **deepcopy(_COMMON | changes))  # some configs change their lists
+        return AutoConfig.for_model(model_type, **deepcopy(changes))  # some configs change their lists
     except ValueError as error:
         if "Unrecognized model identifier" not in str(error):
             raise
@@ -235,12 +417,17 @@ def _draw(model: nn.Module, seed: int) -> None:
 
 
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Build a seeded random model of one of ARCHITECTURES, in eval mode; `changes` go to its config."""
-    model_type, differences = ARCHITECTURES[name]
-    config = _config(model_type, differences | changes)
+    """Build a seeded random model of EVERY_ARCHITECTURE, in eval mode; `changes` go to its (text) config."""
+    if name in MULTIMODAL:
+        model_type, text, vision = MULTIMODAL[name]
+        text = _COMMON | text | changes
+        config, auto = _config(model_type, {"text_config": text, "vision_config": vision}), AutoModelForImageTextToText
+    else:
+        model_type, differences = {**ARCHITECTURES, **HYBRID, **MORE}[name]
+        config, auto = _config(model_type, differences | changes), AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype)
     _draw(model, seed)
     model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model.requires_grad_(False)
@@ -374,7 +561,9 @@ def reference_hidden(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """Return block outputs [L, T, D]: transformers' hidden states, and a hook for the last, which they norm."""
     with taps([blocks(model)[-1]]) as last:
         out = model(**_alone(ids), output_hidden_states=True, use_cache=False)
-    return torch.stack([*(h[0] for h in out.hidden_states[1:-1]), last[0].reshape(1, len(ids), -1)[0]])
+    # the embeddings come first; the Mamba models, which have no attention, leave them out
+    before_last = out.hidden_states[1:-1] if hasattr(out, "past_key_values") else out.hidden_states[:-2]
+    return torch.stack([*(h[0] for h in before_last), last[0].reshape(1, len(ids), -1)[0]])
 
 
 @torch.no_grad()

@@ -99,7 +99,7 @@ def find_config(
 
 
 def resolve_model(name: str, root: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> ModelSpec:
-    """Return the model of a short name (configs/models), else a folder, else a hub id with a `/`.
+    """Return the model of a short name (configs/models), else a folder or GGUF file, else a hub id with a `/`.
 
     An override of None is no override.
     """
@@ -107,7 +107,7 @@ def resolve_model(name: str, root: str | os.PathLike[str], overrides: Mapping[st
     spec = _named_model(name, root) or _model_at(name)
     if spec is None:
         raise ConfigError(
-            f"model {show(name)}: no such short name, folder or hub id (owner/name); "
+            f"model {show(name)}: no such short name, folder, .gguf file or hub id (owner/name); "
             + suggest(name, config_names("models", root))
         )
     for key in options:
@@ -155,8 +155,9 @@ def _model_folder(path: str, root: str | os.PathLike[str]) -> Path:
 
 def _model_at(name: str) -> ModelSpec | None:
     try:
-        if name and Path(name).is_dir():
-            return ModelSpec(name=Path(name).resolve().name, source=str(Path(name).resolve()))
+        path = Path(name)
+        if name and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
+            return ModelSpec(name=path.resolve().name.removesuffix(".gguf"), source=str(path.resolve()))
     except (OSError, ValueError):
         return None
     return ModelSpec(name=name, source=name) if len(name) <= 200 and _HUB_ID.fullmatch(name) else None

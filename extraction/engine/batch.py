@@ -67,7 +67,10 @@ class ContinuousBatch:
             check_steering(steering, lm)
         positions = [each.lm.max_positions for each in models if each.lm.max_positions]
         max_positions = min(positions, default=None)
-        rules = RequestRules(lm, limits, max_positions, captures=capture is not None, steers=bool(steerings))
+        pads_prompts = all(each.lm.pads_prompts for each in models)
+        rules = RequestRules(
+            lm, limits, max_positions, pads_prompts, captures=capture is not None, steers=bool(steerings)
+        )
         self.scheduler = Scheduler(rules, strategy.sample, stop_strings)
         self.kv = KVWindow(window, models, width, lm.device)
         self.stepper = Stepper(

@@ -29,11 +29,16 @@ class Admission:
 
 @dataclass(frozen=True)
 class RequestRules:
-    """Conditions that a request must meet. `max_positions`: of the models' contexts the shortest; None: unbounded."""
+    """Conditions that a request must meet, and that prompts must meet to enter together.
+
+    `max_positions`: of the models' contexts the shortest; None: unbounded. `pads_prompts`: False if a model needs
+    prompts of one prefill to be equally long.
+    """
 
     lm: LanguageModel
     limits: BatchLimits
     max_positions: int | None
+    pads_prompts: bool
     captures: bool
     steers: bool
 
@@ -47,6 +52,7 @@ class RequestRules:
         n_prompt, n_new = len(request.token_ids), request.max_new_tokens
         if not n_prompt:
             raise PromptError(f"{request.id}: the prompt has no tokens; give it at least one")
+        self.lm.check_ids(request.id, request.token_ids)
         if n_new < 1:
             raise PromptError(f"{request.id}: max_new_tokens is {n_new}; use at least 1")
         # without capture the last token is never fed back, so it needs no position
@@ -113,6 +119,8 @@ class Scheduler:
         n_entering = min(n_free, len(self.waiting))
         while n_entering:
             lengths = [len(request.token_ids) for request in islice(self.waiting, n_entering)]
+            if not self.rules.pads_prompts:
+                lengths = lengths[: next((i for i, length in enumerate(lengths) if length != lengths[0]), None)]
             rows = [row for row, sequence in enumerate(self.slots) if sequence is None][: prefill_rows(lengths, device)]
             yield Admission(rows, [self.waiting.popleft() for _ in rows])
             n_entering -= len(rows)

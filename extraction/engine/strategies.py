@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from extraction.core.errors import ModelError
 from extraction.engine.logit_diff import Amplify, amplify_logits
 from extraction.engine.requests import SpeculationStats
 from extraction.engine.row_state import RowBuffers
@@ -167,6 +168,12 @@ class SpeculativeProposer(PlainDecoding):
 
     def __init__(self, strategy: Speculate, window: CacheWindow, lm: LanguageModel) -> None:
         super().__init__(strategy, window, lm)
+        for role, model in zip(self.names, (lm, strategy.draft), strict=True):
+            if model is not None and model.state_bytes:
+                raise ModelError(
+                    f"speculation: the {role} model keeps a recurrent state, which can't take back rejected tokens; "
+                    "decode without speculation, or with attention-only models"
+                )
         self.depth = strategy.depth
         self.model = None if strategy.draft is None else ModelWithCache(strategy.draft, window, clamps=True)
         self.cost = COLUMN_COST + (0.0 if strategy.draft is None else relative_size(strategy.draft, lm))

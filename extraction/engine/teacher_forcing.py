@@ -57,6 +57,7 @@ def _check(text: Text, lm: LanguageModel) -> None:
     n_total = len(prompt_ids) + len(response_ids)
     if not response_ids:
         raise PromptError(f"{example_id}: the response has no tokens, so it has no activation; leave it out")
+    lm.check_ids(example_id, [*prompt_ids, *response_ids])
     if lm.max_positions is not None and n_total > lm.max_positions:
         raise PromptError(
             f"{example_id}: {n_total} tokens pass the model's {lm.max_positions} positions; shorten the text"

@@ -104,6 +104,8 @@ def rate_texts(
     waiting = sorted(prompts.keys() - set(too_long), key=lambda key: (-len(prompts[key]), key))
     while waiting:
         batch = waiting[:batch_size]
+        if not lm.pads_prompts:
+            batch = [key for key in batch if len(prompts[key]) == len(prompts[batch[0]])]
         try:
             p_BN = number_probabilities(lm, [prompts[key] for key in batch], spellings)
         except (RuntimeError, MemoryError) as failure:
@@ -111,7 +113,7 @@ def rate_texts(
             continue
         rows = dict(zip(batch, _finite(p_BN, lm, name), strict=True))
         save({key: _rating(p_N, spellings.description, len(prompts[key])) for key, p_N in rows.items()})
-        waiting = waiting[batch_size:]
+        waiting = waiting[len(batch) :]
 
 
 def _smaller_batch(batch_size: int, failure: Exception, name: str) -> int:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from extraction.core.errors import ModelError
+from extraction.core.errors import ModelError, PromptError
+from extraction.core.text import show
 from extraction.model.decode_probe import check_decoding
 from extraction.model.devices import compute_device, device_map_for
 from extraction.model.lora import LoraAdapter, attach_lora, find_lora, merge_lora, share_weights
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from extraction.config.experiments import ModelSpec
 
 MAIN_MEMORY = "main memory"
+GGUF, GGUF_DTYPE = ".gguf", torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,22 @@ class LanguageModel:
         """Number of decoder blocks on each device, in order; empty for a model that is on a single device."""
         devices = {str(device) for device in getattr(self.model, "hf_device_map", {}).values()}
         return dict(Counter(map(_device_of_block, self.layers))) if len(devices) > 1 else {}
+
+    @property
+    def n_embeddings(self) -> int:
+        """Number of token ids that the model can read."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return int(embeddings.weight.shape[0])
+
+    def check_ids(self, example_id: str, token_ids: Sequence[int]) -> None:
+        """Raise PromptError for a token past the embedding: some tokenizers have more tokens than their model."""
+        unknown = next((token_id for token_id in token_ids if token_id >= self.n_embeddings), None)
+        if unknown is not None:
+            text = "" if self.tokenizer is None else f" ({show(self.tokenizer.decode([unknown]))})"
+            raise PromptError(
+                f"{example_id}: the model has no embedding of token {unknown}{text}, its last is "
+                f"{self.n_embeddings - 1}; leave that token out"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,10 +164,18 @@ def load(spec: ModelSpec) -> LanguageModel:
     tokenizer = read_tokenizer(spec)
     with _one_line_errors(spec):
         if adapter is None:
-            return wrap(model, tokenizer)
+            lm = wrap(model, tokenizer)
+            return replace(lm, notes=(*_gguf_notes(spec, lm), *lm.notes))
         if spec.quantize is not None:  # merging would round the quantised weights a second time
             return wrap(attach_lora(model, adapter), tokenizer)
         return wrap(merge_lora(model, adapter), tokenizer)
+
+
+def _gguf_notes(spec: ModelSpec, lm: LanguageModel) -> tuple[str, ...]:
+    if not spec.source.endswith(GGUF):
+        return ()
+    dtype = str(lm.dtype).removeprefix("torch.")
+    return (f"{Path(spec.source).name}: its quantised weights are unpacked to {dtype}; --dtype sets another",)
 
 
 def load_over(base: LanguageModel, spec: ModelSpec) -> LanguageModel:
@@ -166,29 +193,60 @@ def load_over(base: LanguageModel, spec: ModelSpec) -> LanguageModel:
 
 
 def _load_weights(spec: ModelSpec) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
     with _one_line_errors(spec):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.source,
+        is_gguf = spec.source.endswith(GGUF)
+        loaded: Any = _auto_class(_full_config(spec)).from_pretrained(
+            **_place(spec),
             dtype=_dtype(spec),
             **device_map_for(spec.device),
             quantization_config=_quantization(spec),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            use_safetensors=True,
-            **common,
+            use_safetensors=None if is_gguf else True,
         )
     model, info = loaded
     broken = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if broken:
         raise ModelError(f"{spec.name}: {len(broken)} weights are missing or misshapen ({broken[0]}); fetch it again")
-    return model  # type: ignore[no-any-return]
+    return without_vision(model)
+
+
+def _place(spec: ModelSpec) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say where a model is: a folder, a hub id or a GGUF file."""
+    common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "revision": spec.revision}
+    if not spec.source.endswith(GGUF):
+        return {"pretrained_model_name_or_path": spec.source, **common}
+    path = Path(spec.source)
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **common}
+
+
+def _auto_class(config: Any) -> Any:
+    """Return transformers' class that loads a model with this config: a multimodal one where no text class does."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto_map = getattr(config, "auto_map", None) or {}
+    is_known = [type(config) in auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)]
+    use_multimodal = is_known == [False, True] and "AutoModelForCausalLM" not in auto_map
+    return AutoModelForImageTextToText if use_multimodal else AutoModelForCausalLM
+
+
+def without_vision(model: PreTrainedModel) -> PreTrainedModel:
+    """Drop the parts of a multimodal model that read images or sound, which text never passes; return the model."""
+    if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
+        return model
+    kept = {id(module) for part in (model.get_decoder(), model.get_input_embeddings()) for module in part.modules()}
+    for parent in {id(part): part for part in (model, model.base_model)}.values():
+        for name, child in list(parent.named_children()):
+            is_text = child is model.get_output_embeddings() or any(id(module) in kept for module in child.modules())
+            if not is_text and any(True for _ in child.parameters()):
+                setattr(parent, name, nn.Identity())
+    return model
 
 
 def adapter_of(spec: ModelSpec) -> LoraAdapter | None:
     """Return the LoRA adapter that a spec names; None if it names a full model."""
+    if spec.source.endswith(GGUF):
+        return None
     with _one_line_errors(spec):
         return find_lora(spec.source, spec.revision)
 
@@ -204,17 +262,18 @@ def base_of(spec: ModelSpec, adapter: LoraAdapter) -> ModelSpec:
 
 def read_config(spec: ModelSpec) -> Any:
     """Read a model's text config without its weights; an adapter's is that of its base. Raises ModelError as `load`."""
-    from transformers import AutoConfig
-
     adapter = adapter_of(spec)
-    base = spec if adapter is None else base_of(spec, adapter)
-    with _one_line_errors(base):
-        config = AutoConfig.from_pretrained(
-            base.source, trust_remote_code=base.trust_remote_code, revision=base.revision
-        )
+    config = _full_config(spec if adapter is None else base_of(spec, adapter))
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {spec.name} is an encoder-decoder; a decoder-only (causal) model is needed")
     return config.get_text_config()
+
+
+def _full_config(spec: ModelSpec) -> Any:
+    from transformers import AutoConfig
+
+    with _one_line_errors(spec):
+        return AutoConfig.from_pretrained(**_place(spec))
 
 
 def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -224,9 +283,7 @@ def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     adapter = adapter_of(spec)
     holder = spec if adapter is None or adapter.has_tokenizer else base_of(spec, adapter)
     with _one_line_errors(holder):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            holder.source, trust_remote_code=holder.trust_remote_code, revision=holder.revision
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_place(holder))
     ids = tokenizer("Words, words; 0123456789.", add_special_tokens=False)["input_ids"]
     if set(ids) <= set(tokenizer.all_special_ids):  # some versions return an empty tokenizer if its files are absent
         raise ModelError(f"model {spec.name}: its tokenizer has an empty vocabulary; fetch its files again")
@@ -234,7 +291,10 @@ def read_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def _dtype(spec: ModelSpec) -> Any:
-    return "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    """Return the dtype to load in. The weights of a GGUF file are quantised and name none: GGUF_DTYPE by default."""
+    if spec.dtype == "auto":
+        return GGUF_DTYPE if spec.source.endswith(GGUF) else "auto"
+    return getattr(torch, spec.dtype)
 
 
 def _quantization(spec: ModelSpec) -> Any:
@@ -310,9 +370,11 @@ def wrap(
     embeddings: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     vocab_size = int(head.weight.shape[0])
-    if tokenizer is not None and len(tokenizer) > max(vocab_size, int(embeddings.weight.shape[0])):
+    # tokens added past the embedding (Gemma 3's <image_soft_token>) are refused in prompts only, by the scheduler
+    n_basic = getattr(tokenizer, "vocab_size", 0) if tokenizer is not None else 0
+    if n_basic > max(vocab_size, int(embeddings.weight.shape[0])):
         raise ModelError(
-            f"{_name(model)}: the tokenizer has {len(tokenizer)} tokens and the model {vocab_size}; "
+            f"{_name(model)}: the tokenizer has {n_basic} tokens and the model {vocab_size}; "
             "give the model's own tokenizer"
         )
     stops = frozenset(stop_ids) if stop_ids is not None else _stop_ids(model, tokenizer)
@@ -323,7 +385,7 @@ def wrap(
         hidden_size=int(config.hidden_size),
         vocab_size=vocab_size,
         stop_ids=stops,
-        pad_id=_pad_id(config, tokenizer, stops),
+        pad_id=_pad_id(config, tokenizer, stops, int(embeddings.weight.shape[0])),
         max_positions=max_positions(config),
         inputs=_input_names(model),
     )
@@ -380,13 +442,13 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
     return frozenset(stop_ids)
 
 
-def _pad_id(config: Any, tokenizer: PreTrainedTokenizerBase | None, stops: frozenset[int]) -> int:
+def _pad_id(config: Any, tokenizer: PreTrainedTokenizerBase | None, stops: frozenset[int], n_embeddings: int) -> int:
     """Return the id to pad with. Any id works: padding is marked by the attention mask, never by the id."""
     for holder in (tokenizer, config):
         pad_id = getattr(holder, "pad_token_id", None)
-        if isinstance(pad_id, int) and pad_id >= 0:
+        if isinstance(pad_id, int) and 0 <= pad_id < n_embeddings:
             return pad_id
-    return min(stops, default=0)
+    return min((stop for stop in stops if stop < n_embeddings), default=0)
 
 
 def max_positions(config: Any) -> int | None:

@@ -154,6 +154,7 @@ def _peft_model(model: PreTrainedModel, adapter: LoraAdapter) -> Any:
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     tensors = _tensors(adapter)
+    _add_embeddings(model, tensors)
     config: Any = PeftConfig.from_peft_type(**_known_fields(adapter.config))
     config.inference_mode, config.init_lora_weights = True, False
     with warnings.catch_warnings():
@@ -170,6 +171,15 @@ def _peft_model(model: PreTrainedModel, adapter: LoraAdapter) -> Any:
         fault = "missing" if missing else "not of this base model"
         raise _bad_tensors(adapter, missing or list(result.unexpected_keys), fault)
     return peft_model
+
+
+def _add_embeddings(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model as many embeddings as the adapter's file has: it was trained with added tokens."""
+    embeddings: Any = model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    saved = [t for name, t in tensors.items() if f"{names[id(embeddings)]}.weight" in name]
+    if saved and len(saved[0]) > len(embeddings.weight):
+        model.resize_token_embeddings(len(saved[0]), mean_resizing=False)
 
 
 def _known_fields(config: Mapping[str, Any]) -> dict[str, Any]:

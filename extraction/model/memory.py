@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from extraction.model.devices import free_memory, is_cuda, prefill_tokens
+from extraction.model.kv_cache import CacheWindow, make_cache
 from extraction.model.loading import MAIN_MEMORY
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from extraction.model.loading import LanguageModel
 
 MAX_AUTO_BATCH = 256
@@ -39,7 +43,8 @@ class ModelShape:
     inner: int  # the MLP's width
     heads: int
     vocabulary: int
-    kv_width: int  # numbers of keys and values of one token in one layer
+    kv_width: int  # numbers of keys and values of one token in all layers
+    state_bytes: int  # bytes of a row's convolution and recurrent states
     n_parameters: int
     n_multiplied: int  # parameters that every token is multiplied by: all but the embeddings, unless tied to the head
     n_bytes: int  # of one number of the hidden states or of one unquantised weight
@@ -49,18 +54,18 @@ class ModelShape:
 
 def shape_of(config: Any, dtype: torch.dtype, quantize: str | None = None) -> ModelShape:
     """Return a model's sizes from its text config; parameters are counted on the meta device."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    n_parameters, n_quantized, is_eager = _count_parameters(config)
+    model = _meta_model(config)
+    n_parameters, n_quantized, is_eager = _count_parameters(model)
+    kv_width, state_bytes = _cached_per_row(model, config, dtype)
     quantized_bytes = QUANTIZED_BYTES.get(quantize or "", dtype.itemsize)
     return ModelShape(
         n_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        heads=heads,
+        heads=getattr(config, "num_attention_heads", None) or 1,  # a model without attention has none
         vocabulary=config.vocab_size,
-        kv_width=2 * kv_heads * head_dim,
+        kv_width=kv_width,
+        state_bytes=state_bytes,
         n_parameters=n_parameters,
         n_multiplied=n_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size),
         n_bytes=dtype.itemsize,
@@ -69,20 +74,50 @@ def shape_of(config: Any, dtype: torch.dtype, quantize: str | None = None) -> Mo
     )
 
 
-def _count_parameters(config: Any) -> tuple[int, int, bool]:
+def _meta_model(config: Any) -> PreTrainedModel:
+    """Build a model without memory for its weights: with a head, where transformers has a text class with one."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config)
+    return model
+
+
+def _count_parameters(model: PreTrainedModel) -> tuple[int, int, bool]:
     """Return (number of parameters, number that quantisation applies to, True if attention is eager).
 
     Quantisation applies to all linear layers but the head.
     """
-    from transformers import AutoModelForCausalLM
+    config: Any = model.config.get_text_config()
+    head: Any = model.get_output_embeddings()
+    linear: list[Any] = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    n_head = 0 if head is not None or config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    n_parameters = sum(p.numel() for p in model.parameters()) + n_head
+    return n_parameters, sum(module.weight.numel() for module in linear), config._attn_implementation == "eager"
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    n_quantized = sum(module.weight.numel() for module in linear)
-    is_eager = model.config.get_text_config()._attn_implementation == "eager"
-    return sum(p.numel() for p in model.parameters()), n_quantized, is_eager
+
+def _cached_per_row(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> tuple[int, int]:
+    """Return (numbers in the cache by token, bytes of states by row), by a pass on the meta device.
+
+    A model whose pass needs numbers counts as one with keys and values of `head_dim` in all layers.
+    """
+    cache = make_cache(model, CacheWindow(slots=1, columns=4))
+    name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    inputs: dict[str, Any] = {name: cache, "use_cache": True}
+    try:
+        model.set_experts_implementation("batched_mm")  # one that chooses experts without looking at numbers
+        module: torch.nn.Module = model.eval()
+        module.to(dtype)
+        with torch.device("meta"), cache.window.prefilling(torch.zeros(1, dtype=torch.long), cursor=4):
+            module(input_ids=torch.zeros(1, 4, dtype=torch.long), **inputs)
+    except Exception:  # an architecture may raise anything
+        heads = getattr(config, "num_attention_heads", None) or 1
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return 2 * int(config.num_hidden_layers) * kv_heads * head_dim, 0
+    buffers = [buffer for layer in cache.slot_layers for buffer in layer.columned.values()]
+    return sum(buffer.shape[1] * buffer.shape[3] for buffer in buffers), cache.state_bytes
 
 
 @dataclass(frozen=True)
@@ -111,7 +146,7 @@ def memory_by_part(shape: ModelShape, work: Workload, batch_size: int, device: s
     logits = 4 * LOGIT_COPIES * batch_size * shape.vocabulary
     return {
         "weights": shape.weights,
-        "cache": batch_size * work.columns * shape.n_layers * shape.kv_width * shape.n_bytes,
+        "cache": batch_size * (work.columns * shape.kv_width * shape.n_bytes + shape.state_bytes),
         "running sums": work.n_points * batch_size * shape.hidden * (4 + shape.n_bytes),
         "workspace": n_read * token * shape.n_bytes + logits,
         "libraries": LIBRARY_BYTES.get(kind, 0),
@@ -130,9 +165,16 @@ def auto_batch_size(lm: LanguageModel, prompt_lengths: Sequence[int], max_new_to
     n_layers_by_device = {str(lm.device): 0, **n_layers_by_device}
     n_layers_by_device[str(lm.device)] += n_offloaded
     return min(
-        largest_batch_size(replace(shape, n_layers=n_layers), work, device, free_memory((device,)), loaded=True)
+        largest_batch_size(_part_of(shape, n_layers), work, device, free_memory((device,)), loaded=True)
         for device, n_layers in n_layers_by_device.items()
     )
+
+
+def _part_of(shape: ModelShape, n_layers: int) -> ModelShape:
+    """Return the sizes of some of a model's layers."""
+    share = n_layers / shape.n_layers
+    kv_width, state_bytes = round(shape.kv_width * share), round(shape.state_bytes * share)
+    return replace(shape, n_layers=n_layers, kv_width=kv_width, state_bytes=state_bytes)
 
 
 def _shape_and_workload(
