@@ -14,14 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction.core.errors import ConfigError, ModelError, PromptError
-from extraction.engine.helix import (
+from extraction.amplification.helix import (
     GenerationConfig,
     HelixEngine,
     batch_speculative_generate,
     create_attention_mask,
     pad_sequences,
 )
+from extraction.core.errors import ConfigError, ModelError, PromptError
 from extraction.model.loading import wrap
 from tests.tiny import reference_greedy, shared_model, tiny_model, tiny_tokenizer
 from tests.two_models import noisy_model

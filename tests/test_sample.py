@@ -119,8 +119,7 @@ def test_a_sample_of_settings_has_each_of_their_sampling_fields() -> None:
 
 def test_request_bodies_have_the_sampling_fields_of_the_settings() -> None:
     """Each with its own default and the same bounds; None has the default of the settings."""
-    from extraction.serving.openai_schemas import ChatCompletions, Completions
-    from extraction.serving.schemas import Generate, GenerateBatch, GenerateLdaBatch
+    from extraction.serving.schemas import ChatCompletions, Completions, Generate, GenerateBatch, GenerateLdaBatch
 
     for body in (Generate, GenerateBatch, GenerateLdaBatch, Completions, ChatCompletions):
         assert set(SAMPLING) <= set(body.model_fields)

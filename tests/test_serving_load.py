@@ -19,9 +19,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from extraction.serving.batch_queue import GROW_AFTER, BatchQueue
+from extraction.serving.batch_queue import GROW_AFTER, BatchQueue, PendingRow, QueueName
 from extraction.serving.engine_thread import EngineThread
-from extraction.serving.events import PendingRow, QueueName
 from extraction.serving.settings import Settings
 from extraction.utils_batch import Request
 from tests.forks import Forked, Forks, forks

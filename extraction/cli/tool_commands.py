@@ -6,7 +6,8 @@ import sys
 
 import click
 
-from extraction.cli.options import ROOT, command
+from extraction.cli.option_types import command
+from extraction.cli.options import ROOT
 from extraction.core.text import one_line
 
 

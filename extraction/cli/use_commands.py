@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from extraction.cli.arguments import prepare, print_lines, steer_options, stored_runs, take
-from extraction.cli.options import DEVICE, EXPORT, IMPORT, INPUTS, INTERNALS, READ, STEER, THREADS, command
+from extraction.cli.option_types import command
+from extraction.cli.options import DEVICE, EXPORT, IMPORT, INPUTS, INTERNALS, READ, STEER, THREADS
 from extraction.cli.terminal import Terminal, complain
 from extraction.core.text import one_line
 

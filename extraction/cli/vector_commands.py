@@ -18,6 +18,7 @@ from extraction.cli.arguments import (
     take,
     vector_options,
 )
+from extraction.cli.option_types import command
 from extraction.cli.options import (
     BATCH,
     CAPTURE,
@@ -32,7 +33,6 @@ from extraction.cli.options import (
     STORED,
     THREADS,
     VECTORS,
-    command,
 )
 from extraction.cli.terminal import Terminal
 

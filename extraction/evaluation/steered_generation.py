@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from extraction.engine.generate import generate
-from extraction.engine.likelihood import log_likelihoods
 from extraction.engine.requests import Request
 from extraction.engine.steering import Steering
+from extraction.engine.teacher_forcing import log_likelihoods
 
 if TYPE_CHECKING:
     from extraction.core.records import Prompt
