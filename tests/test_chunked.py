@@ -162,7 +162,9 @@ def test_stored_rows_are_the_rows_in_any_order(tmp_path: Path):
     assert picked.shape == (20, 3, HIDDEN)
     assert torch.equal(picked.read_layers(slice(None)), ROWS.activations_nLD[places][:, columns])
     assert torch.equal(picked.read_layers(slice(1, 3)), ROWS.activations_nLD[places][:, columns[1:3]])
-    assert torch.equal(folder.load_activations(NAME)[1], ROWS.activations_nLD)
+    assert torch.equal(
+        stored.pick(stored.ids, range(ROWS.activations_nLD.shape[1])).read_layers(slice(None)), ROWS.activations_nLD
+    )
     with pytest.raises(KeyError, match="unknown"):
         stored.pick(["unknown", ids[0]], columns).read_layers(slice(None))
 

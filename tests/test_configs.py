@@ -25,7 +25,7 @@ from extraction.config.experiments import (
 )
 from extraction.config.patterns import MAX_TEXT, check_pattern, count, search
 from extraction.config.settings import EXPERIMENT_SETTINGS, Experiment
-from extraction.config.yaml_loader import read_yaml
+from extraction.config.yaml_loader import read_document
 from extraction.core.errors import ConfigError
 from extraction.core.names import distinct_names, is_safe_name
 
@@ -97,7 +97,7 @@ BAD_YAML = {
 def test_bad_yaml_is_refused_with_its_line(tmp_path, body, fragment):
     path = tmp_path / "bad.yaml"
     path.write_bytes(body)
-    message = refusal(read_yaml, path)
+    message = refusal(read_document, path)
     assert "bad.yaml" in message
     assert fragment in message
 
@@ -108,8 +108,8 @@ def test_good_yaml_reads_the_same_with_bom_and_crlf(tmp_path):
     plain, windows = tmp_path / "plain.yaml", tmp_path / "windows.yaml"
     plain.write_bytes(body.encode())
     windows.write_bytes(b"\xef\xbb\xbf" + body.replace("\n", "\r\n").encode())
-    assert read_yaml(plain) == read_yaml(windows)
-    assert read_yaml(plain) == {
+    assert read_document(plain).data == read_document(windows).data
+    assert read_document(plain).data == {
         "a": "x: y",
         "b": ["no", "yes", "on", "off", "2024-01-01", "12:30", "0o7", "1_000"],
         "c": {"n": 1, "f": 1000.0, "t": True, "z": None},
@@ -121,7 +121,7 @@ def test_json_is_yaml_and_surrogate_pairs_are_joined(tmp_path):
     data = {"smile": "\U0001f600", "list": [1, -2.5, True, None], "text": "a\tb\u00e9"}
     path = tmp_path / "x.yaml"
     path.write_text(json.dumps(data))
-    assert read_yaml(path) == data
+    assert read_document(path).data == data
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "absent", "nul", "long"])
@@ -130,14 +130,14 @@ def test_only_regular_files_are_read(tmp_path, kind):
     if kind == "fifo":
         os.mkfifo(path)
     given_path = {"folder": tmp_path, "device": "/dev/zero", "nul": "a\0b.yaml", "long": "x" * 5000}.get(kind, path)
-    assert ";" in refusal(read_yaml, given_path)
+    assert ";" in refusal(read_document, given_path)
 
 
 def test_a_file_over_the_limit_is_refused_unread(tmp_path):
     path = tmp_path / "x.yaml"
     with path.open("wb") as file:
         file.truncate(10 * 2**30)  # sparse
-    assert "at most 1000000" in refusal(read_yaml, path)
+    assert "at most 1000000" in refusal(read_document, path)
 
 
 @settings(max_examples=150, deadline=None)
@@ -148,7 +148,7 @@ def test_a_file_over_the_limit_is_refused_unread(tmp_path):
 def test_any_bytes_give_data_or_one_line(tmp_path_factory, body):
     path = tmp_path_factory.mktemp("fuzz") / "f.yaml"
     path.write_bytes(body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass"))
-    data = attempt(read_yaml, path)
+    data = attempt(read_document, path)
     assert not isinstance(data, ConfigError) or str(data).isprintable()
 
 

@@ -21,7 +21,6 @@ from extraction.monitoring.dynamics import (
     acceleration,
     commitment_point,
     dynamics,
-    half_life,
     noise,
     persistence,
     smoothed,
@@ -260,15 +259,6 @@ def test_persistence_by_hand_and_where_there_is_none() -> None:
 def test_shuffled_the_persistence_is_gone() -> None:
     x_T = wander(5000, 0.9, seed=2)
     assert persistence(np.random.default_rng(0).permutation(x_T)) == pytest.approx(0, abs=0.05)
-
-
-def test_half_life_is_where_the_power_is_a_half() -> None:
-    for coefficient in (0.1, 0.5, 0.99):
-        found = half_life(coefficient)
-        assert found is not None
-        assert coefficient**found == pytest.approx(0.5)
-    assert half_life(0.5) == pytest.approx(1.0)
-    assert [half_life(r) for r in (None, 0.0, -0.3, 1.0)] == [None] * 4
 
 
 # --- the summary -----------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_prompts_read_back(folder, words, prompt, tier, index, dtype, data) -> N
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in read.items()} == {
         name: (dtype, tensor.tolist()) for name, tensor in written.items()
     }
-    assert folder.prompt_done(id, deep=True)
+    assert folder.prompt_done(id)
     assert id in folder.prompt_ids()
     assert folder.verify() == []
 
@@ -284,7 +284,6 @@ def test_a_flipped_bit_is_never_read(tmp_path: Path) -> None:
     body[-3] ^= 1
     path.write_bytes(body)
     assert folder.prompt_done("p0000")  # the size is right
-    assert not folder.prompt_done("p0000", deep=True)
     for read in (folder.read_prompt, folder.prompt_header):
         with pytest.raises(StoreError, match=r"p0000.*sha256"):
             read("p0000")

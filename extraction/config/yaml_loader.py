@@ -64,11 +64,6 @@ class Document:
     place: SourceLocation
 
 
-def read_yaml(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Any:
-    """Return the data of one YAML file. Raises `error` with the file and line."""
-    return read_document(path, error).data
-
-
 def read_document(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Document:
     """Return the data of one YAML file with the line of every value.
 
@@ -206,17 +201,13 @@ def text(value: Any, place: SourceLocation) -> str:
     return value
 
 
-def items(rule: Rule, *, distinct: bool = False) -> Rule:
+def items(rule: Rule) -> Rule:
     """Return a check of a list whose entries all pass `rule`."""
 
     def check(value: Any, place: SourceLocation) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):
             raise place.fail(f"{show(value)} is not a list; write it as [a, b]")
-        found = tuple(rule(item, place.at(i)) for i, item in enumerate(value))
-        for i, item in enumerate(found):
-            if distinct and item in found[:i]:
-                raise place.at(i).fail(f"{show(item)} stands there twice; keep one")
-        return found
+        return tuple(rule(item, place.at(i)) for i, item in enumerate(value))
 
     return check
 
