@@ -25,7 +25,7 @@ def verify_command(folder: str | None, root: str | None) -> None:
 
     top = Path(folder) if folder else find_root(root) / "experiments"
     if not top.is_dir():
-        raise StoreError(f"{top}: no such folder; give a run's folder, or run a job first")
+        raise StoreError(f"{top}: no such folder; give a run's folder, or make a run first")
     findings = verify_tree(top)
     for finding in findings:
         click.echo(one_line(finding))
