@@ -158,7 +158,7 @@ def test_every_part_has_a_question_from_three_on():
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=60), st.integers(0, 99))
-def test_every_question_is_dealt_once_whatever_the_order_of_rows(rows: list[tuple[int, bool]], seed: int):
+def test_every_question_is_in_one_part_for_any_order_of_rows(rows: list[tuple[int, bool]], seed: int):
     questions, labels = [question for question, _ in rows], torch.tensor([label for _, label in rows])
     dealt = deal_questions(questions, labels, (40, 20, 40), seed=seed)
     assert sorted(question for part in dealt for question in part) == sorted(set(questions))

@@ -136,7 +136,7 @@ def test_without_a_chat_template_the_error_names_raw():
 @pytest.mark.parametrize(
     "template", ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('a\nb') }}", "{{ messages[5].x.y }}"]
 )
-def test_a_template_that_fails_is_one_line(template):
+def test_a_failing_template_is_refused_in_one_line(template):
     message = refusal(PromptError, encode_example, tokenizer(template=template), an_example())
     assert "pos-i00-q000-r00" in message or "--raw" in message
 
@@ -152,7 +152,7 @@ def test_thinking_is_off_and_the_date_is_fixed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_is_one_bos(kind):
+def test_a_prompt_has_one_bos(kind):
     chat = tokenizer(kind, GEMMA)
     ids = encode_example(chat, an_example()).token_ids
     assert ids[0] == chat.bos_token_id
@@ -253,7 +253,7 @@ def test_encoding_leaves_the_tokenizer_as_it_was():
 # --- lengths --------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_must_fit_the_context_with_what_follows():
+def test_a_prompt_and_its_response_must_fit_the_context():
     tok = tokenizer()
     size = len(encode_example(tok, an_example()).token_ids)
     assert len(encode_example(tok, an_example(), max_tokens=size).token_ids) == size

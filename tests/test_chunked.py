@@ -104,7 +104,7 @@ def test_layers_that_fit_are_one_block():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_finds_in_blocks_what_it_finds_at_once(name: str, few_layers: int):
+def test_a_method_gives_the_same_in_blocks_and_whole(name: str, few_layers: int):
     rows_nLD = torch.cat(ROWS.sides)
     n_positive = ROWS.counts[0]
     all_LD = FUNCTIONS[name](*ROWS.sides, seed=3)

@@ -14,7 +14,7 @@ from extraction.config.settings import EXPERIMENT_SETTINGS, MODEL_SETTINGS
 from tests.runs import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-DOORS = {
+STAGE_SCRIPTS = {
     "1_generate_responses": "generate",
     "1_generate_and_extract": "combined",
     "1_generate_batched_simple": "batched",
@@ -29,7 +29,7 @@ RUN = {"traits", "verify"}
 
 
 def commands() -> list[list[str]]:
-    """The words of every traitline command and of every door, as `traitline` takes them."""
+    """Return the arguments of every command, also those of stage scripts, as `traitline` takes them."""
     found = []
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
@@ -39,7 +39,7 @@ def commands() -> list[list[str]]:
                     found.append(words[1:])
                 elif words[0] == "python" and words[1].startswith(("extraction/", "experiments/")):
                     assert (REPOSITORY / words[1]).exists(), line
-                    found.append([DOORS[Path(words[1]).stem], *words[2:]])
+                    found.append([STAGE_SCRIPTS[Path(words[1]).stem], *words[2:]])
     return found
 
 

@@ -306,7 +306,7 @@ def test_a_layer_is_summed_up_alone() -> None:
     assert dynamics(x_TL[:, ::-1], levels_L) != alone
 
 
-def test_what_is_not_finite_has_no_numbers() -> None:
+def test_trajectories_that_are_not_finite_have_no_figures() -> None:
     none = dict.fromkeys(SUMMARY)
     assert dynamics(np.zeros((0, 2)), [0.0, 0.0]) == [none, none]
     for broken in (np.nan, np.inf):

@@ -43,7 +43,7 @@ def block_of(page: bytes, name: str):
 
 
 def unpacked(block, bits: int, n_tokens: int) -> np.ndarray:
-    """What a page's script makes of a block: [J, T]."""
+    """Return a block as the page's script decodes it: [J, T]."""
     codes = np.frombuffer(base64.b64decode(block["codes"]), dtype="<u2" if bits == 16 else "u1").reshape(-1, n_tokens)
     values = np.array(block["low"])[:, None] + codes * np.array(block["step"])[:, None]
     for place, value in block["far"]:
@@ -288,7 +288,7 @@ def shown(browser, path) -> Browser:
 
 
 def state(browser: Browser) -> dict[str, str]:
-    """What the address says is shown."""
+    """The page shows the prompt, token and layer of its address."""
     return dict(part.split("=") for part in browser.run("location.hash").lstrip("#").split("&"))
 
 
@@ -340,8 +340,8 @@ def test_the_page_shows_the_first_prompt_and_evil_text_stays_text(shown, facts):
 
 
 @needs_browser
-def test_the_browser_would_complain_of_what_is_foreign(browser, page, tmp_path):
-    """The negative control: a script, a style and a handler that got in are refused, and heard of."""
+def test_the_browser_reports_blocked_content(browser, page, tmp_path):
+    """Negative control: the browser blocks a foreign script, style and handler, and reports it."""
     bad = b"<script>document.title = 'owned'</script><p style='color: red' onclick='x()'>x</p></body>"
     (tmp_path / "bad.html").write_bytes(page.replace(b"</body>", bad))
     browser.open(tmp_path / "bad.html")
@@ -583,7 +583,7 @@ def test_a_change_of_scheme_repaints(shown, facts):
 
 
 @needs_browser
-def test_what_is_not_there_is_not_shown(browser, tmp_path):
+def test_controls_without_data_are_not_shown(browser, tmp_path):
     one = make_set(1, 30, 1, 1)
     (tmp_path / "one.html").write_bytes(set_page(one))
     browser.open(tmp_path / "one.html")
@@ -645,7 +645,7 @@ def test_a_set_without_prompts_makes_a_page(browser, tmp_path):
 
 @needs_browser
 @pytest.mark.parametrize("most", [30_000, 12_000, 6_000])
-def test_smaller_pages_show_the_values_within_what_they_say(browser, tmp_path, most):
+def test_smaller_pages_are_within_their_stated_error(browser, tmp_path, most):
     facts = make_set(4, 40, 12, 2)
     page = set_page(facts, max_bytes=most)
     (tmp_path / "small.html").write_bytes(page)

@@ -404,7 +404,7 @@ def test_an_id_is_a_number_of_four_digits_or_more(tmp_path: Path, id: str) -> No
 
 @QUICK
 @given(stem=TEXT | st.text(max_size=80) | st.text("aZ09._-/\\\0 ", max_size=80), tier=st.sampled_from([2, 3]))
-def test_any_prompt_file_has_a_folder_of_its_own(tmp_path: Path, stem: str, tier: int) -> None:
+def test_every_prompt_file_has_its_own_folder(tmp_path: Path, stem: str, tier: int) -> None:
     name = set_name(tier, stem, CONFIG)
     assert check_name(name, "capture set") == name
     path = capture_set(tmp_path, "exp", name).path

@@ -454,7 +454,7 @@ def test_bad_names(tmp_path: Path, name: str) -> None:
 
 @QUICK
 @given(name=st.text(max_size=8) | st.text("aZ09._-/\\\0 ", max_size=8))
-def test_a_checked_name_is_one_part_of_a_path(tmp_path: Path, name: str) -> None:
+def test_a_checked_name_is_one_path_component(tmp_path: Path, name: str) -> None:
     try:
         path = trait_run(tmp_path, "exp", name).path
     except ConfigError:
@@ -506,7 +506,7 @@ def test_files_obey_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*") if path.is_file()} == {mode}
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
     atomic_write(path, b"old")
     for name in ("write", "fsync", "replace"):
@@ -537,7 +537,7 @@ def test_a_lock_can_be_shared_or_not(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_system_without_locks_warns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
     with pytest.warns(UserWarning, match="no locks"), hold_lock(tmp_path / ".lock"):
@@ -559,7 +559,7 @@ LINES = st.lists(st.dictionaries(TEXT.filter(lambda key: key not in ("seal", "ke
 
 @QUICK
 @given(LINES, LINES)
-def test_judgements_read_back_by_key_whatever_they_hold(tmp_path: Path, first: list, second: list) -> None:
+def test_any_judgements_read_back_by_key(tmp_path: Path, first: list, second: list) -> None:
     folder = opened(tmp_path / os.urandom(8).hex())
     keyed = [{"key": str(i), **row} for i, row in enumerate([*first, *second])]
     folder.add_judgements("openai", keyed[: len(first)])
@@ -603,7 +603,7 @@ def test_the_name_of_a_judges_log_is_checked(folder: TraitRun) -> None:
         folder.add_judgements("../x", [])
 
 
-def test_judging_settings_do_not_change_what_a_run_is() -> None:
+def test_judging_settings_are_no_part_of_a_runs_identity() -> None:
     judged = {"judge": "openai", "judge_model": "m", "judge_url": "u", "judge_concurrency": 1, "judge_price": [1, 2]}
     assert fingerprint(CONFIG | judged | {"coherence_threshold": 9}) == fingerprint(CONFIG)
     assert fingerprint(CONFIG | {"seed": 1}) != fingerprint(CONFIG)
