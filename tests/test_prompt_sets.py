@@ -55,7 +55,7 @@ def test_a_list(tmp_path: Path) -> None:
 
 BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "empty text": ("p.txt", "", "no prompt"),
-    "blank text": ("p.txt", "\n \n", "2 lines and no prompt"),
+    "blank text": ("p.txt", "\n \n", "no prompt"),
     "empty lines": ("p.jsonl", "\n\n", "no prompt"),
     "empty list": ("p.json", "[]", "no prompt"),
     "NUL": ("p.txt", "a\nb\0c\n", "p.txt:2: holds a NUL"),
