@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,24 +71,21 @@ def of_generation(result: RunResult, seconds: float, gpu_price: float | None) ->
 
 def of_vectors(results: Iterable[TraitResult]) -> Iterator[str]:
     """Yield the folders of the vectors."""
-    n_new = 0
-    for result in results:
-        n_new += result.n_new
-        yield from _heading(result)
-        yield from _vectors(result)
-        yield from _counts(result)
-        yield ""
-    yield f"{n_new} new." if n_new else "Nothing left to do."
+    return _by_trait(results, lambda result: (*_vectors(result), *_counts(result)))
 
 
 def of_cards(results: Iterable[TraitResult]) -> Iterator[str]:
     """Yield the test of each trait's vectors."""
+    return _by_trait(results, lambda result: (*item("card", shown(result.context.run.card_path)), *_worth(result)))
+
+
+def _by_trait(results: Iterable[TraitResult], lines: Callable[[TraitResult], Iterable[str]]) -> Iterator[str]:
+    """Yield the lines of each trait as its result arrives, and the number of new files."""
     n_new = 0
     for result in results:
         n_new += result.n_new
         yield from _heading(result)
-        yield from item("card", shown(result.context.run.card_path))
-        yield from _worth(result)
+        yield from lines(result)
         yield ""
     yield f"{n_new} new." if n_new else "Nothing left to do."
 

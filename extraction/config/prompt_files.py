@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from extraction.config.yaml_loader import SourceLocation, text
 from extraction.core.errors import TraitError
 from extraction.core.text import show, show_path
-from extraction.core.text_files import decode_utf8, open_input
+from extraction.core.text_files import decode_utf8, open_input, read_text
 
 MAX_FILE_BYTES = 100_000_000
 MAX_LINE_BYTES = 1_000_000
@@ -72,9 +72,7 @@ def _from_json_lines(path: str | os.PathLike[str]) -> PromptSet:
 
 def _from_json(path: str | os.PathLike[str]) -> PromptSet:
     source = show_path(path)
-    with open_input(path, MAX_FILE_BYTES, TraitError) as file:
-        words = decode_utf8(file.read(MAX_FILE_BYTES), 0, source, TraitError).removeprefix("\ufeff")
-    data = _parsed(words, source)
+    data = _parsed(read_text(path, MAX_FILE_BYTES, TraitError), source)
     if not isinstance(data, list):
         raise TraitError(f"{source}: {show(data)} is not a list; write [...] around the prompts")
     return _some(PromptSet(source, tuple(_entry(entry, _place(source).at(i)) for i, entry in enumerate(data))))

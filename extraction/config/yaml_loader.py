@@ -15,7 +15,7 @@ import yaml
 
 from extraction.core.errors import ConfigError
 from extraction.core.text import show, show_path, suggest
-from extraction.core.text_files import decode_utf8, open_input
+from extraction.core.text_files import decode_utf8, open_input, refuse_nul
 
 Rule = Callable[[Any, "SourceLocation"], Any]
 Key = str | int
@@ -81,8 +81,7 @@ def parse_document(raw: bytes, source: str, error: type[ConfigError] = ConfigErr
     if len(raw) > MAX_YAML_BYTES:
         raise error(f"{source}: more than {MAX_YAML_BYTES} bytes; split the file")
     text = decode_utf8(raw, 0, source, error).removeprefix("\ufeff")
-    if "\0" in text:
-        raise error(f"{source}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; remove it")
+    refuse_nul(text, source, error)
     try:
         node = _Loader(text).get_single_node()
         lines: dict[tuple[Key, ...], int] = {}

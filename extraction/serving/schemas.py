@@ -16,6 +16,9 @@ from extraction.config.validation import Model
 from extraction.core.text import show, suggest
 from extraction.serving.settings import MAX_ALPHA, MAX_DEPTH, MAX_ROWS
 
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 200  # characters
+
 
 def wrong(message: str, param: str | None = None) -> PydanticCustomError:
     """Return an error with a message of ours; `param` names the field if it is not the one that is being checked."""
@@ -33,7 +36,7 @@ def sound_text(value: str) -> str:
 
 Words = Annotated[str, AfterValidator(sound_text)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Stops = Annotated[list[Annotated[Words, Field(min_length=1, max_length=200)]], Field(max_length=4)]
+Stops = Annotated[list[Annotated[Words, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOPS)]
 Prompts = Annotated[list[Words], Field(min_length=1, max_length=MAX_ROWS)]
 Alpha = Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA)]
 
@@ -101,8 +104,6 @@ class GenerateBatch(Sampling, Formatting):
 
 # --- OpenAI's requests ----------------------------------------------------------------------------------------------
 
-MAX_STOPS = 4
-
 
 def _only(*allowed: Any) -> BeforeValidator:
     """Refuse every value but None and `allowed`, which ask for nothing that this server lacks."""
@@ -132,9 +133,13 @@ def _prompts(value: Any) -> Any:
 def _stops(value: Any) -> Any:
     """Return no, one or up to four stop strings as a list."""
     listed = [] if value is None else [value] if isinstance(value, str) else value
-    sound = isinstance(listed, list) and all(isinstance(each, str) and 0 < len(each) <= 200 for each in listed)
+    sound = isinstance(listed, list) and all(
+        isinstance(each, str) and 0 < len(each) <= MAX_STOP_LENGTH for each in listed
+    )
     if not sound or len(listed) > MAX_STOPS:
-        raise wrong(f"{show(value)} given; send a string of 1 to 200 characters, or a list of at most {MAX_STOPS}")
+        raise wrong(
+            f"{show(value)} given; send a string of 1 to {MAX_STOP_LENGTH} characters, or a list of at most {MAX_STOPS}"
+        )
     return [sound_text(each) for each in listed]
 
 
