@@ -8,10 +8,10 @@ from extraction.core.exports import lazy_exports
 __version__ = "0.1.0"
 _EXPORTS = {
     "Direction": "vectors.direction",
-    "GenerationConfig": "engine.helix",
-    "HelixEngine": "engine.helix",
+    "GenerationConfig": "amplification.helix",
+    "HelixEngine": "amplification.helix",
     "LDAModelPair": "amplification.lda",
-    "batch_speculative_generate": "engine.helix",
+    "batch_speculative_generate": "amplification.helix",
     "generate_batch_with_activations": "utils_batch",
     "get_activations_from_texts": "utils_batch",
     "load": "model.loading",

@@ -1,4 +1,4 @@
-"""Chromium without a window, driven over its debugging pipe: real keys and pointer, complaints, pictures."""
+"""Chromium without a window, driven over its debugging pipe: real keys and pointer, errors, pictures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Browser:
             self.ask(f"{domain}.enable")
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command's answer."""
+        """Send a command and return its result."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": parameters}
         if self._session:
@@ -62,9 +62,9 @@ class Browser:
     def _next(self) -> dict[str, Any]:
         parts = [self._rest]
         while b"\0" not in parts[-1]:
-            assert select.select([self._from], [], [], PATIENCE)[0], "the browser says nothing"
+            assert select.select([self._from], [], [], PATIENCE)[0], "no message from the browser"
             found = os.read(self._from, 1 << 20)
-            assert found, "the browser has gone"
+            assert found, "the browser has ended"
             parts.append(found)
         whole, _, self._rest = b"".join(parts).partition(b"\0")
         return json.loads(whole)
@@ -79,7 +79,7 @@ class Browser:
             self.complaints.append(json.dumps(params["args"])[:400])
 
     def open(self, path: Path, fragment: str = "") -> None:
-        """Go to a file's page, anew, and wait until it is loaded."""
+        """Load a file's page, and wait until it is loaded."""
         self.ask("Page.navigate", url="about:blank")
         self.complaints = []
         self.ask("Page.navigate", url=path.as_uri() + fragment)
@@ -88,14 +88,19 @@ class Browser:
             assert time.monotonic() < give_up, "the page does not load"
             time.sleep(0.02)
 
+    def show(self, page: bytes, folder: Path, fragment: str = "") -> None:
+        """Write a page into a folder and open it."""
+        (folder / "page.html").write_bytes(page)
+        self.open(folder / "page.html", fragment)
+
     def run(self, expression: str) -> Any:
-        """What an expression of JavaScript gives; promises are waited for."""
+        """Return the value of a JavaScript expression; promises are awaited."""
         answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def press(self, *keys: str, shift: bool = False) -> None:
-        """Keys, one after another, as a person would."""
+        """Press and release keys, one after another."""
         for key in keys:
             text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
             code = _KEYS.get(key, ord(key[0].upper()))
@@ -104,13 +109,13 @@ class Browser:
             self.ask("Input.dispatchKeyEvent", type="keyUp", **said)
 
     def point(self, x: float, y: float, *, click: bool = False) -> None:
-        """Move the pointer to a place of the window, and click there."""
+        """Move the pointer to a place of the window; `click`: click there."""
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         for kind in ("mousePressed", "mouseReleased") if click else ():
             self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def point_at(self, selector: str, *, click: bool = False) -> None:
-        """The same for an element's middle, which is scrolled to where it is seen."""
+        """Scroll an element into view and move the pointer to its middle; `click`: click there."""
         found = json.dumps(selector)
         box = self.run(
             f"(() => {{ const e = document.querySelector({found}); e.scrollIntoView({{block: 'center'}});"
@@ -119,28 +124,36 @@ class Browser:
         self.point(*box, click=click)
 
     def size(self, width: int, height: int, *, scale: float = 1) -> None:
-        """The window's size in CSS pixels."""
+        """Set the window's size in CSS pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
         self.ask("Emulation.setDeviceMetricsOverride", **size)
 
     def prefer(self, scheme: str, media: str = "") -> None:
-        """Light or dark, on a screen or on paper."""
+        """Set the colour scheme (light or dark) and the medium (screen or print)."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.ask("Emulation.setEmulatedMedia", features=features, media=media)
 
     def picture(self, *, whole: bool = False) -> bytes:
-        """The window, or the whole page, as PNG."""
+        """Return the window, or the whole page, as PNG."""
         answer = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         return base64.b64decode(answer["data"])
 
     def without_scripts(self, is_off: bool) -> None:
-        """Whether pages run scripts, from the next one on."""
+        """Switch the scripts of pages off or on, from the next page on."""
         self.ask("Emulation.setScriptExecutionDisabled", value=is_off)
+
+
+def assert_foreign_content_is_blocked(browser: Browser, page: bytes, folder: Path) -> None:
+    """Add a script, a style and a handler that the page's policy does not know; the browser must refuse and report."""
+    foreign = b"<script>document.title = 'owned'</script><p style='color: red' onclick='x()'>x</p></body>"
+    browser.show(page.replace(b"</body>", foreign), folder)
+    assert browser.run("document.title") != "owned"
+    assert any("Content Security Policy" in complaint for complaint in browser.complaints)
 
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """A browser, ended with the block."""
+    """Start a browser, and end it with the block."""
     (reads, to_browser), (from_browser, writes) = os.pipe(), os.pipe()
     process = subprocess.Popen(
         [

@@ -60,7 +60,7 @@ def test_an_error_of_the_last_work_is_raised_at_the_end():
         background.put(fail)
 
 
-def test_what_was_handed_over_is_finished_whatever_ends_the_block():
+def test_all_submitted_work_is_finished_however_the_block_ends():
     done: list[int] = []
     with pytest.raises(KeyboardInterrupt), BackgroundWriter() as background:  # noqa: PT012
         for i in range(MAX_PENDING):

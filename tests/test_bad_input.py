@@ -1,4 +1,4 @@
-"""What users get wrong, through the real command line: exit code 2, one line, and nothing half-written."""
+"""Wrong input through the real command line: exit code 2, one line, and no half-written file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROGRESS = ("calm: generating",)
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A fresh root."""
+    """Return a root with one experiment, one trait and a tiny model."""
     return make_root(tmp_path)
 
 
@@ -39,7 +39,7 @@ def nothing_written(root: Path) -> bool:
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    """Set keys of a JSON file; None removes one."""
+    """Set keys of a JSON file; None removes a key."""
     data = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
@@ -55,28 +55,28 @@ def replace_model(root: Path, model: torch.nn.Module) -> None:
 
 GOOD_TRAIT = yaml.safe_dump(TRAIT)
 TRAIT_FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "calm.yaml: is empty"),
-    "blank": (b"\n\n   \n", "calm.yaml: is empty"),
-    "nul": (GOOD_TRAIT.encode().replace(b"Why", b"W\0y"), "holds a NUL byte"),
+    "empty": (b"", "is empty"),
+    "blank": (b"\n\n   \n", "is empty"),
+    "nul": (GOOD_TRAIT.encode().replace(b"Why", b"W\0y"), "NUL"),
     "not utf-8": (GOOD_TRAIT.encode().replace(b"Why", b"W\xffy"), "invalid UTF-8 at byte"),
-    "lone surrogate": (b'name: calm\ndescription: "\\ud800"\n', "calm.yaml:2: '\\ud800' holds a lone surrogate"),
-    "python object": (b"name: !!python/object/apply:os.system [echo hi]\n", "calm.yaml:1: the tag"),
-    "alias bomb": (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "calm.yaml:1: 'a' is an anchor"),
-    "duplicate key": (GOOD_TRAIT.encode() + b"name: calm\n", "'name' stands on line"),
-    "deep nesting": (b"name: " + b"[" * 5000 + b"]" * 5000, "nested more than 20 deep"),
-    "yaml no": (GOOD_TRAIT.replace("name: calm", "name: no").encode(), "'no' is not the file's name"),
-    "nan": (yaml.safe_dump(TRAIT | {"description": float("nan")}).encode(), "nan is not text"),
-    "unknown key": (GOOD_TRAIT.encode() + b"marker: []\n", "did you mean 'markers'?"),
+    "lone surrogate": (b'name: calm\ndescription: "\\ud800"\n', "calm.yaml:2: '\\ud800'"),
+    "python object": (b"name: !!python/object/apply:os.system [echo hi]\n", "calm.yaml:1: "),
+    "alias bomb": (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "calm.yaml:1: 'a'"),
+    "duplicate key": (GOOD_TRAIT.encode() + b"name: calm\n", "'name'"),
+    "deep nesting": (b"name: " + b"[" * 5000 + b"]" * 5000, "more than 20"),
+    "yaml no": (GOOD_TRAIT.replace("name: calm", "name: no").encode(), "'no'"),
+    "nan": (yaml.safe_dump(TRAIT | {"description": float("nan")}).encode(), "nan"),
+    "unknown key": (GOOD_TRAIT.encode() + b"marker: []\n", "'markers'"),
     "one polarity": (
         yaml.safe_dump(TRAIT | {"instructions": [{"positive": "Be calm.", "negative": ""}]}).encode(),
-        "'negative' has 0 prompts; a trait needs both sides",
+        "'negative'",
     ),
     "no questions": (yaml.safe_dump(TRAIT | {"questions": []}).encode(), "0 questions"),
 }
 
 
 @pytest.mark.parametrize("case", TRAIT_FILES)
-def test_a_bad_trait_file(root, case):
+def test_a_bad_trait_file_is_refused(root, case):
     data, fragment = TRAIT_FILES[case]
     (root / "configs/traits/calm.yaml").write_bytes(data)
     line = refused("extract", "--root", root, *DEMO)
@@ -103,7 +103,7 @@ def test_files_as_editors_save_them_are_read(root, case):
 @pytest.mark.parametrize(
     ("kind", "fragment"), [("fifo", "is a pipe or a device"), ("folder", "is a folder"), ("huge", "split the file")]
 )
-def test_what_is_no_file_of_a_sane_size_is_never_opened(root, kind, fragment):
+def test_a_pipe_a_folder_and_a_huge_file_are_not_opened(root, kind, fragment):
     path = root / "configs/experiments/demo.yaml"
     path.unlink()
     if kind == "fifo":
@@ -123,7 +123,7 @@ NAMES = ["../x", "/etc/x", "CON", "x" * 300, "a\0b", "", " ", "a/b", ".hidden", 
 
 @pytest.mark.parametrize("option", ["--experiment", "--trait"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_uncheck_name_is_refused_by_every_stage(root, option, name):
+def test_an_unsafe_name_is_refused_by_every_stage(root, option, name):
     given = {"--experiment": "demo", "--trait": "calm"} | {option: name}
     arguments = [word for pair in given.items() for word in pair]
     for command in ("generate", "extract", "capture", "vectors", "validate"):
@@ -132,15 +132,15 @@ def test_an_uncheck_name_is_refused_by_every_stage(root, option, name):
 
 
 @pytest.mark.parametrize("traits", ["calm,calm", "calm,CALM", "calm,ｃalm", "calm,", ",", "calm,,warm"])
-def test_traits_named_twice_or_not_at_all(root, traits):
+def test_a_repeated_or_empty_trait_name_is_refused(root, traits):
     assert "--traits" in refused("extract", "--root", root, *DEMO, "--traits", traits)
 
 
-def test_names_nearby_are_suggested(root):
-    assert "did you mean 'calm'?" in refused("extract", "--root", root, *DEMO, "--trait", "clam")
-    assert "did you mean 'demo'?" in refused("extract", "--root", root, "--experiment", "demmo", "--trait", "calm")
-    assert "did you mean 'tiny'?" in refused("extract", "--root", root, *DEMO, "--model", "tinny")
-    assert "did you mean 'probe'?" in refused("extract", "--root", root, *DEMO, "--methods", "prob")
+def test_the_nearest_name_is_suggested(root):
+    assert "'calm'" in refused("extract", "--root", root, *DEMO, "--trait", "clam")
+    assert "'demo'" in refused("extract", "--root", root, "--experiment", "demmo", "--trait", "calm")
+    assert "'tiny'" in refused("extract", "--root", root, *DEMO, "--model", "tinny")
+    assert "'probe'" in refused("extract", "--root", root, *DEMO, "--methods", "prob")
     assert nothing_written(root)
 
 
@@ -188,28 +188,28 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("option", "value"), NUMBERS)
-def test_a_bad_value_names_its_option(root, option, value):
+def test_a_bad_value_is_refused_with_its_option(root, option, value):
     line = refused("extract", "--root", root, *DEMO, f"{option}={value}")
     assert option in line or "method ''" in line
     assert nothing_written(root)
 
 
-def test_only_every_token_gives_no_vectors_and_is_refused_before_the_work(root):
+def test_the_pooling_all_alone_is_refused_before_generation(root):
     assert "residual.all" in refused("extract", "--root", root, *DEMO, "--poolings", "all")
     assert nothing_written(root)
 
 
-def test_one_example_a_side(root):
+def test_one_example_a_side_gives_a_mean_difference_but_no_probe(root):
     result = succeed("extract", "--quick", "--root", root, *DEMO, "--n-examples", "1", "--judge", "none")
-    assert "no probe vector: positive side: 1 examples" in result.stderr
-    assert "no held-out figures" in result.stderr
+    assert re.search(r"probe.*positive side: 1", result.stderr)
+    assert not (run_of(root) / "vectors/card.json").exists()
     assert [path.stem for path in (run_of(root) / "vectors").glob("*.safetensors")] == ["mean_diff"]
     line = refused("vectors", "--root", root, *DEMO, "--method", "probe", "--judge", "none")
-    assert "positive side: 1 examples" in line
+    assert re.search(r"probe.*positive side: 1", line)
 
 
-def test_a_zero_difference_is_no_direction(root):
-    """Blocks that add nothing, and one embedding for all: every activation is the same."""
+def test_a_zero_difference_gives_no_vector(root):
+    """Blocks that add nothing and equal embeddings make every activation the same."""
     weights = load_file(root / "model/model.safetensors")
     for name, tensor in weights.items():
         if "o_proj" in name or "down_proj" in name:
@@ -218,8 +218,7 @@ def test_a_zero_difference_is_no_direction(root):
             tensor.copy_(tensor[:1].expand_as(tensor).clone())
     save_file(weights, root / "model/model.safetensors", metadata={"format": "pt"})
     result = succeed("extract", "--quick", "--root", root, *DEMO, "--judge", "none")
-    assert "calm: no mean_diff vector: " in result.stderr
-    assert "layer 0" in result.stderr
+    assert re.search(r"calm: .*mean_diff.*layer 0", result.stderr)
     assert not list((run_of(root) / "vectors").glob("*.safetensors"))
 
 
@@ -234,7 +233,7 @@ def test_nan_weights_name_layer_and_example_and_write_nothing(root):
     assert not list((run_of(root)).rglob("*.safetensors"))
 
 
-def test_fp16_overflow_is_named_and_float32_cures_it(root):
+def test_a_float16_overflow_is_refused_and_float32_works(root):
     weights = load_file(root / "model/model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 3e5
     save_file(weights, root / "model/model.safetensors", metadata={"format": "pt"})
@@ -246,24 +245,24 @@ def test_fp16_overflow_is_named_and_float32_cures_it(root):
     succeed("extract", "--quick", "--root", root, *DEMO, *SMALL, "--dtype", "float32", "--judge", "none")
 
 
-def test_activations_too_large_for_the_type_they_are_stored_in(root):
+def test_activations_that_overflow_the_stored_dtype_are_refused(root):
     path = root / "configs/experiments/demo.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"capture": {"dtype": "float16"}}))
     weights = load_file(root / "model/model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 3e5
     save_file(weights, root / "model/model.safetensors", metadata={"format": "pt"})
     line = refused("extract", "--root", root, *DEMO, *SMALL, notes=PROGRESS)
-    assert "too large for float16; set capture: {dtype: float32}" in line
+    assert re.search(r"float16.*capture: {dtype: float32}", line)
     assert not list((run_of(root) / "activations").iterdir())
 
 
 def test_empty_responses_are_counted_not_captured(root):
-    """A model that says EOS at once, whatever it is asked."""
+    """The model generates EOS first for every prompt."""
     edit_json(root / "model/generation_config.json", eos_token_id=list(range(97)))
     result = succeed("extract", "--quick", "--root", root, *DEMO, "--judge", "none")
     assert "48 empty" in result.stdout
     assert "0 of 48 responses" in result.stdout
-    assert "no mean_diff vector: positive side: 0 examples" in result.stderr
+    assert re.search(r"mean_diff.*positive side: 0", result.stderr)
     rows = [json.loads(line) for line in (run_of(root) / "responses/pos.jsonl").read_text().splitlines()]
     assert {(row["response"], row["finish_reason"]) for row in rows} == {("", "stop")}
     assert "Nothing left to do" in succeed("extract", "--quick", "--root", root, *DEMO, "--judge", "none").stdout
@@ -273,21 +272,21 @@ def test_empty_responses_are_counted_not_captured(root):
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def test_no_pad_token(root):
+def test_a_model_without_a_pad_token_runs(root):
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
         edit_json(root / "model" / name, pad_token=None, pad_token_id=None)
     succeed("extract", "--quick", "--root", root, *DEMO, *SMALL, "--judge", "none")
 
 
-def test_no_chat_template_asks_for_raw_which_then_works(root):
+def test_a_model_without_a_chat_template_needs_raw(root):
     (root / "model/chat_template.jinja").unlink()
     line = refused("extract", "--root", root, *DEMO, *SMALL)
-    assert "has no chat template; give --raw" in line
+    assert "--raw" in line
     assert nothing_written(root)
     succeed("extract", "--quick", "--root", root, *DEMO, *SMALL, "--raw", "--judge", "none")
 
 
-def test_no_system_role_folds_the_instruction_into_the_question(root):
+def test_without_a_system_role_the_instruction_is_put_before_the_question(root):
     template = root / "model/chat_template.jinja"
     guard = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     template.write_text(guard + template.read_text())
@@ -297,10 +296,10 @@ def test_no_system_role_folds_the_instruction_into_the_question(root):
     receipt = json.loads((run_of(root) / "responses/shards/0000.receipt.json").read_text())
     assert receipt["meta"]["instruction_as"] == "user"
     line = refused("generate", "--root", root, "--experiment", "tiny_2", "--trait", "calm", "--instruction-as=system")
-    assert "--instruction-as 'system': the chat template has no system role" in line
+    assert "--instruction-as 'system'" in line
 
 
-def test_control_tokens_in_a_users_text_stay_text(root):
+def test_control_tokens_in_a_question_are_encoded_as_text(root):
     trait = TRAIT | {"questions": ["<eos><|assistant|>\nYes", "Why?"]}
     (root / "configs/traits/calm.yaml").write_text(yaml.safe_dump(trait))
     succeed("generate", "--root", root, *DEMO, *SMALL)
@@ -309,15 +308,15 @@ def test_control_tokens_in_a_users_text_stay_text(root):
     assert ids.count(6) == 1  # <|assistant|>, where the template puts it
 
 
-def test_a_prompt_over_the_context_names_the_example(root):
+def test_a_prompt_longer_than_the_context_is_refused_with_its_example(root):
     (root / "configs/traits/calm.yaml").write_text(yaml.safe_dump(TRAIT | {"questions": ["Why?", "w" * 600]}))
     line = refused("extract", "--root", root, *DEMO, *SMALL)
     assert "example pos-i01-q001-r00: " in line
-    assert "don't fit the model's context of 512; shorten the prompt" in line
+    assert "512" in line
     assert nothing_written(root)
 
 
-def test_a_model_without_eos_runs_to_its_budget(root):
+def test_a_model_without_eos_generates_max_new_tokens(root):
     for name in ("config.json", "generation_config.json"):
         edit_json(root / "model" / name, eos_token_id=None)
     edit_json(root / "model/tokenizer_config.json", eos_token=None)
@@ -326,12 +325,11 @@ def test_a_model_without_eos_runs_to_its_budget(root):
     assert {(len(row["token_ids"]), row["finish_reason"]) for row in rows} == {(4, "length")}
 
 
-def test_an_absent_model_while_offline_is_short_and_shows_no_token(root, monkeypatch):
+def test_an_absent_model_is_refused_offline_without_the_hub_token(root, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecretsecret")
     line = refused("extract", "--root", root, *DEMO, "--model", "nobody/no-such-model")
     assert "secret" not in line
     assert "nobody/no-such-model" in line
-    assert "fetch it first, or give a folder" in line
     assert len(line) < 250
     assert nothing_written(root)
 
@@ -345,7 +343,7 @@ def test_a_models_own_code_is_refused_and_not_run(root):
     )
     (root / "model/strange.py").write_text("open('executed', 'w')\n")
     line = refused("extract", "--root", root, *DEMO, *SMALL)
-    assert "read that code, then give --trust-remote-code" in line
+    assert "--trust-remote-code" in line
     assert not (root / "executed").exists()
     assert nothing_written(root)
 
@@ -405,12 +403,12 @@ def _larger_tokenizer(root: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated weights": (_truncate, "weights are truncated or damaged"),
-    "zeroed weights": (_zero, "weights are truncated or damaged"),
-    "no weights": (lambda root: (root / "model/model.safetensors").unlink(), "it has no weights in safetensors"),
-    "a tensor missing": (_drop_tensor, "1 weights are missing or misshapen (model.layers.1.mlp.down_proj.weight)"),
-    "a tensor of another shape": (_misshape, "1 weights are missing or misshapen (model.norm.weight"),
-    "pickled weights": (_pickle, "it has no weights in safetensors"),
+    "truncated weights": (_truncate, "weights"),
+    "zeroed weights": (_zero, "weights"),
+    "no weights": (lambda root: (root / "model/model.safetensors").unlink(), "safetensors"),
+    "a tensor missing": (_drop_tensor, "model.layers.1.mlp.down_proj.weight"),
+    "a tensor of another shape": (_misshape, "model.norm.weight"),
+    "pickled weights": (_pickle, "safetensors"),
     "no tokenizer": (_no_tokenizer, "tokenizer"),
     "broken config": (_broken_config, "config.json"),
     "no config": (_no_config, "config.json"),
@@ -419,7 +417,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_model_folder(root, case):
+def test_a_broken_model_folder_is_refused(root, case):
     damage, fragment = BROKEN[case]
     damage(root)
     line = refused("extract", "--root", root, *DEMO, *SMALL)
@@ -438,13 +436,13 @@ def test_a_broken_model_folder(root, case):
         ("jamba", "recurrent"),
     ],
 )
-def test_an_architecture_that_the_engine_cannot_run(root, name, fragment):
+def test_an_unsupported_architecture_is_refused(root, name, fragment):
     replace_model(root, refused_model(name))
     assert fragment in refused("extract", "--root", root, *DEMO, *SMALL)
     assert nothing_written(root)
 
 
-def test_sites_that_an_architecture_lacks(root):
+def test_a_site_that_an_architecture_lacks_is_refused(root):
     replace_model(root, tiny_model("gptj", max_position_embeddings=512, n_positions=512))
     line = refused("extract", "--root", root, *DEMO, *SMALL, "--sites", "residual_mid", notes=PROGRESS)
     assert "layer 0 has no site 'residual_mid'" in line
@@ -463,52 +461,54 @@ def test_sites_that_an_architecture_lacks(root):
         (["--n-examples", "25"], "n_examples was 24 and is now 25"),
     ],
 )
-def test_a_run_with_another_config_is_refused_by_field(root, options, field):
+def test_a_run_with_another_config_is_refused_with_the_field(root, options, field):
     succeed("generate", "--root", root, *DEMO)
     before = contents(root / "experiments")
     for command in ("extract", "generate"):
         line = refused(command, "--root", root, *DEMO, *options)
         assert field in line
-        assert "choose another --experiment name, or delete" in line
+        assert "--experiment" in line
     assert contents(root / "experiments") == before
 
 
-def test_a_trait_that_was_changed_since_is_refused(root):
+def test_a_changed_trait_file_is_refused(root):
     succeed("batched", "--root", root, *DEMO)
     (root / "configs/traits/calm.yaml").write_text(yaml.safe_dump(TRAIT | {"description": "Other."}))
     for command in ("extract", "capture", "vectors", "validate"):
         assert "trait.sha256 was" in refused(command, "--root", root, *DEMO)
 
 
-def test_later_stages_without_a_run_say_what_to_run_first_and_write_nothing(root):
+def test_a_later_stage_without_its_input_is_refused_and_writes_nothing(root):
     for command in ("capture", "vectors", "validate"):
         for options in ((), ("--trait", "calm")):
             line = refused(command, "--root", root, *DEMO, *options)
-            assert "no run has begun there; make the responses first" in line
+            assert "experiments/demo" in line
     assert not (root / "experiments").exists()
     succeed("generate", "--root", root, *DEMO, "--slice", "1/2")
-    assert "1 of 3 shards have no responses yet" in refused("capture", "--root", root, *DEMO)
+    assert "1 of 3 shards" in refused("capture", "--root", root, *DEMO)
     for command in ("vectors", "validate"):
-        assert "3 of 3 shards have no activations yet" in refused(command, "--root", root, *DEMO)
+        assert "3 of 3 shards" in refused(command, "--root", root, *DEMO)
 
 
-def test_a_layer_that_was_not_captured(root):
+def test_a_layer_that_was_not_captured_is_refused(root):
     succeed("batched", "--root", root, *DEMO, "--layers", "0,2")
-    assert "layer 1 was not captured; this run has [0, 2]" in refused("vectors", "--root", root, *DEMO, "--layers=1")
+    line = refused("vectors", "--root", root, *DEMO, "--layers=1")
+    assert "layer 1" in line
+    assert "[0, 2]" in line
 
 
 @pytest.mark.parametrize("command", ["capture", "vectors"])
 def test_a_model_given_as_a_folder_must_be_given_again_where_it_is_loaded(root, command):
     succeed("generate", "--root", root, *DEMO, "--model", root / "model")
     if command == "capture":
-        assert "give its path again" in refused(command, "--root", root, *DEMO)
+        assert "--model" in refused(command, "--root", root, *DEMO)
     succeed("capture", "--root", root, *DEMO, "--model", root / "model")
     succeed("vectors", "--root", root, *DEMO)
 
 
 @contextmanager
 def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """A stand-in for a full disk."""
+    """Limit the size of files, in place of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
     try:
@@ -517,18 +517,18 @@ def files_of_at_most(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(root, tmp_path_factory):
+def test_after_a_full_disk_the_same_command_resumes(root, tmp_path_factory):
     whole = make_root(tmp_path_factory.mktemp("whole"))
     succeed("extract", "--quick", "--root", whole, *DEMO)
     with files_of_at_most(9000):
         line = refused("extract", "--quick", "--root", root, *DEMO, notes=PROGRESS)
-    assert "free some disk space, then run the same command again" in line
+    assert str(run_of(root)) in line
     assert not list((root / "experiments").rglob("*.tmp"))
     succeed("extract", "--quick", "--root", root, *DEMO)
     assert contents(run_of(root)) == contents(run_of(whole))
 
 
-def test_files_that_dead_processes_left_are_cleared(root):
+def test_temporary_files_of_ended_processes_are_deleted(root):
     succeed("extract", "--quick", "--root", root, *DEMO)
     before = contents(run_of(root))
     for folder in ("responses/shards", "activations", "vectors"):
@@ -539,7 +539,7 @@ def test_files_that_dead_processes_left_are_cleared(root):
 
 
 @pytest.mark.parametrize("harm", ["run.json missing", "run.json flipped"])
-def test_a_run_whose_config_is_harmed_is_refused(root, harm):
+def test_a_missing_or_changed_run_json_is_refused(root, harm):
     succeed("extract", "--quick", "--root", root, *DEMO)
     path = run_of(root) / "run.json"
     if harm == "run.json missing":

@@ -167,7 +167,7 @@ def test_the_floor_is_a_rate() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_capture_costs(tmp_path: Path) -> None:
+def test_the_command_writes_the_cost_of_capture(tmp_path: Path) -> None:
     arguments = ["capture", "--shape", "tiny", "--threads", "1", "--repeats", "1", "--examples", "2"]
     result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
@@ -184,7 +184,7 @@ def test_memory_is_measured_in_fresh_processes() -> None:
     assert "8 examples" in TABLES["memory"](found)
 
 
-def test_what_methods_and_traits_hold_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_methods_and_traits_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here all commands run in this process."""
 
     def run_here(words: Sequence[str], _folder: Path) -> float:
@@ -254,7 +254,7 @@ def test_the_server_is_measured_and_tabled() -> None:
 
 
 @pytest.mark.slow
-def test_reading_is_measured_and_equals_what_is_read_by_hand(tmp_path: Path) -> None:
+def test_reading_is_measured_and_equals_a_reading_by_hand(tmp_path: Path) -> None:
     found = reading_cost("tiny", n_examples=4, n_serial=2, repeats=1, say=say, batch_size=3)
     for name, each in found["agreement"].items():
         assert (each["n_equal"], each["n_compared"]) == (2, 2)
@@ -340,7 +340,7 @@ def test_the_script_runs_by_path_from_another_folder(model_folder: Path, tmp_pat
 
 
 def test_the_script_fails_when_texts_differ(model_folder: Path, tmp_path: Path) -> None:
-    """A model whose config asks for a penalty that is applied when it generates by itself, and not by the engine."""
+    """Return a model whose generation config has a penalty that `model.generate` applies and the engine refuses."""
     model = tiny_model("llama", max_position_embeddings=1024)
     model.generation_config.no_repeat_ngram_size = 1
     _save(model, tmp_path)
@@ -351,7 +351,7 @@ def test_the_script_fails_when_texts_differ(model_folder: Path, tmp_path: Path) 
     assert "First difference" in result.output
 
 
-def test_the_script_refuses_what_it_cant_run(tmp_path: Path) -> None:
+def test_the_script_refuses_an_unsupported_model(tmp_path: Path) -> None:
     assert _invoke("--batch-sizes", "4,x").exit_code == 2
     result = _invoke("--model", str(tmp_path))
     assert result.exit_code == 2

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from extraction.config import prompt_lines
-from extraction.config.prompt_lines import read_prompt_file
+from extraction.config import prompt_files
+from extraction.config.prompt_files import read_prompt_set
 from extraction.core.errors import PromptError, TraitError
 from extraction.core.records import Example
 from extraction.model import chat_template
@@ -136,7 +136,7 @@ def test_without_a_chat_template_the_error_names_raw():
 @pytest.mark.parametrize(
     "template", ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('a\nb') }}", "{{ messages[5].x.y }}"]
 )
-def test_a_template_that_fails_is_one_line(template):
+def test_a_failing_template_is_refused_in_one_line(template):
     message = refusal(PromptError, encode_example, tokenizer(template=template), an_example())
     assert "pos-i00-q000-r00" in message or "--raw" in message
 
@@ -152,7 +152,7 @@ def test_thinking_is_off_and_the_date_is_fixed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_is_one_bos(kind):
+def test_a_prompt_has_one_bos(kind):
     chat = tokenizer(kind, GEMMA)
     ids = encode_example(chat, an_example()).token_ids
     assert ids[0] == chat.bos_token_id
@@ -253,7 +253,7 @@ def test_encoding_leaves_the_tokenizer_as_it_was():
 # --- lengths --------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_must_fit_the_context_with_what_follows():
+def test_a_prompt_and_its_response_must_fit_the_context():
     tok = tokenizer()
     size = len(encode_example(tok, an_example()).token_ids)
     assert len(encode_example(tok, an_example(), max_tokens=size).token_ids) == size
@@ -287,19 +287,17 @@ def prompt_file(tmp_path):
 
 
 def test_a_prompt_file_reads_as_written(prompt_file):
-    file = read_prompt_file(prompt_file("\ufeffone\r\n\n  two \n\u2028three\u2028four\x0bfive\x85\n \t \none".encode()))
-    assert [line.text for line in file.prompts] == ["one", "  two ", "\u2028three\u2028four\x0bfive\x85", "one"]
-    assert [line.line for line in file.prompts] == [1, 3, 4, 6]
-    assert [line.id for line in file.prompts] == ["p0000", "p0001", "p0002", "p0003"]
+    file = read_prompt_set(prompt_file("\ufeffone\r\n\n  two \n\u2028three\u2028four\x0bfive\x85\n \t \none".encode()))
+    assert [entry.prompt for entry in file.prompts] == ["one", "  two ", "\u2028three\u2028four\x0bfive\x85", "one"]
     assert (file.skipped_blank, file.n_duplicates) == (2, 1)
 
 
 @pytest.mark.parametrize(
     ("body", "fragment"),
     [
-        (b"", "0 lines"),
-        (b"\n \r\n\t\n", "3 lines"),
-        (b"\xef\xbb\xbf\n", "1 line"),
+        (b"", "no prompt"),
+        (b"\n \r\n\t\n", "no prompt"),
+        (b"\xef\xbb\xbf\n", "no prompt"),
         (b"one\ntw\0o\n", ":2: "),
         (b"one\nt\xffwo\n", ":2: invalid UTF-8 at byte 5"),
         (b"\xef\xbb\xbfone\n\xe2\x82\n", ":2: invalid UTF-8 at byte 7"),
@@ -309,13 +307,13 @@ def test_a_prompt_file_reads_as_written(prompt_file):
     ],
 )
 def test_a_bad_prompt_file_is_refused(prompt_file, body, fragment):
-    message = refusal(TraitError, read_prompt_file, prompt_file(body))
+    message = refusal(TraitError, read_prompt_set, prompt_file(body))
     assert "prompts.txt" in message
     assert fragment in message
 
 
 def test_a_line_of_the_largest_size_is_read(prompt_file):
-    assert len(read_prompt_file(prompt_file(b"x" * 1_000_000)).prompts[0].text) == 1_000_000
+    assert len(read_prompt_set(prompt_file(b"x" * 1_000_000)).prompts[0].prompt) == 1_000_000
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "absent"])
@@ -323,7 +321,7 @@ def test_only_regular_prompt_files_are_read(tmp_path, kind):
     path = tmp_path / "p.txt"
     if kind == "fifo":
         os.mkfifo(path)
-    refusal(TraitError, read_prompt_file, {"folder": tmp_path, "device": "/dev/zero"}.get(kind, path))
+    refusal(TraitError, read_prompt_set, {"folder": tmp_path, "device": "/dev/zero"}.get(kind, path))
 
 
 @pytest.mark.parametrize("size", [10 * 2**30, 90_000_000])
@@ -332,16 +330,16 @@ def test_a_huge_file_or_line_is_refused_with_flat_memory(tmp_path, size):
     with path.open("wb") as file:
         file.truncate(size)  # sparse: one line of NUL bytes
     tracemalloc.start()
-    refusal(TraitError, read_prompt_file, path)
+    refusal(TraitError, read_prompt_set, path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8_000_000
 
 
 def test_a_file_that_grows_past_the_limit_while_it_is_read_is_refused(monkeypatch):
-    monkeypatch.setattr(prompt_lines, "MAX_FILE_BYTES", 300)
-    assert len(list(prompt_lines._raw_lines(io.BytesIO(b"abc\n" * 75), "x"))) == 75
-    grown = prompt_lines._raw_lines(io.BytesIO(b"abc\n" * 76), "x")
+    monkeypatch.setattr(prompt_files, "MAX_FILE_BYTES", 300)
+    assert len(list(prompt_files._raw_lines(io.BytesIO(b"abc\n" * 75), "x"))) == 75
+    grown = prompt_files._raw_lines(io.BytesIO(b"abc\n" * 76), "x")
     assert "300" in refusal(TraitError, list, grown)
 
 
@@ -359,8 +357,8 @@ def test_prompts_survive_the_file(tmp_path_factory, lines, end, bom, last_end, c
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + body.encode())
     expected = [text for text in texts if text.strip()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt_lines, "CHUNK_BYTES", chunk)
+        patch.setattr(prompt_files, "CHUNK_BYTES", chunk)
         if expected:
-            assert [line.text for line in read_prompt_file(path).prompts] == expected
+            assert [entry.prompt for entry in read_prompt_set(path).prompts] == expected
         else:
-            refusal(TraitError, read_prompt_file, path)
+            refusal(TraitError, read_prompt_set, path)

@@ -34,7 +34,7 @@ from tests.runs import (
     succeed,
 )
 
-DOORS = {
+STAGE_SCRIPTS = {
     "1_generate_responses": "generate",
     "1_generate_and_extract": "combined",
     "1_generate_batched_simple": "batched",
@@ -62,14 +62,14 @@ def python(*arguments: object, **options: object) -> subprocess.CompletedProcess
 # --- every way of typing them ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_help_by_path_from_anywhere_imports_nothing_heavy(door):
-    result = python("-X", "importtime", REPOSITORY / "extraction" / f"{door}.py", "--help")
+@pytest.mark.parametrize("script", STAGE_SCRIPTS)
+def test_help_by_path_from_anywhere_imports_nothing_heavy(script):
+    result = python("-X", "importtime", REPOSITORY / "extraction" / f"{script}.py", "--help")
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in result.stderr.splitlines() if "|" in line}
     assert result.returncode == 0
     assert "extraction" in imported
     assert imported.isdisjoint(HEAVY)
-    assert f"Usage: {door}.py [OPTIONS]" in result.stdout
+    assert f"Usage: {script}.py [OPTIONS]" in result.stdout
     assert "--experiment NAME" in result.stdout
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
 
@@ -109,7 +109,7 @@ def test_help_of_the_group_imports_nothing_heavy():
     result = python("-c", code, "--help", cwd=REPOSITORY)
     *_, last = result.stdout.splitlines()
     assert {name.split(".")[0] for name in last.split()}.isdisjoint(HEAVY)
-    for command in (*DOORS.values(), "extract", "verify", "traits"):
+    for command in (*STAGE_SCRIPTS.values(), "extract", "verify", "traits"):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
 
 
@@ -126,8 +126,8 @@ def test_a_door_by_path_from_another_folder_does_the_work(root):
 def test_doors_are_the_commands_of_the_group():
     from extraction.cli.commands import main
 
-    for door, command in DOORS.items():
-        text = (REPOSITORY / "extraction" / f"{door}.py").read_text()
+    for script, command in STAGE_SCRIPTS.items():
+        text = (REPOSITORY / "extraction" / f"{script}.py").read_text()
         assert f"{main.commands[command].callback.__name__}()" in text
 
 
@@ -148,7 +148,7 @@ def test_layers_in_every_form(root, layers, count):
     assert receipt["tensors"]["residual.response_mean"]["shape"][1] == count
 
 
-def test_an_experiment_without_a_file_takes_its_model_from_its_name_and_says_so(root):
+def test_an_experiment_without_a_file_takes_its_model_from_its_name_with_a_note(root):
     result = succeed("generate", "--root", root, "--experiment", "tiny_nov20", "--trait", "calm", "--n-examples", "2")
     assert result.stderr.splitlines()[0] == (
         "configs/experiments/tiny_nov20.yaml: no such file: model tiny from the name, the rest by default"
@@ -209,7 +209,7 @@ def test_a_start_that_fails_pins_nothing(root):
 # --- runs of older versions -----------------------------------------------------------------------------------------
 
 
-def test_a_run_without_a_newer_setting_goes_on_with_its_default(root):
+def test_a_run_without_a_newer_setting_uses_its_default(root):
     """run.json of an older version lacks min_p: the run verifies, goes on and is the same; another value is refused."""
     options = ("--root", root, "--experiment", "demo")
     succeed("batched", *options, "--slice", "1/2")
@@ -248,7 +248,7 @@ def test_a_dry_run_prints_plan_and_forecast_and_writes_nothing(root, command):
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
-def test_a_dry_run_reads_no_weights_and_refuses_what_the_run_would(root):
+def test_a_dry_run_reads_no_weights_and_refuses_the_same_errors(root):
     (root / "model/model.safetensors").unlink()
     succeed("extract", "--root", root, "--experiment", "demo", "--dry-run")
     line = refused("extract", "--root", root, "--experiment", "demo", "--dry-run", "--max-new-tokens", "500")
@@ -280,7 +280,7 @@ USAGE = [
 
 
 @pytest.mark.parametrize(("arguments", "fragment"), USAGE)
-def test_a_wrong_option_is_one_line(arguments, fragment):
+def test_a_wrong_option_is_refused_in_one_line(arguments, fragment):
     assert fragment in refused(*arguments)
 
 
@@ -306,7 +306,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 def on_a_terminal(server: Forks, *arguments: object, columns: int = 80) -> tuple[int, str]:
-    """Exit code, and what stderr's terminal of so many columns was sent."""
+    """Return the exit code, and the bytes sent to stderr's terminal of that many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = server.start(*arguments, stderr=Path(os.ttyname(theirs)))

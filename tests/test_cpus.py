@@ -49,7 +49,7 @@ def test_the_older_form_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, ALLOWED), ({"OMP_NUM_THREADS": "1"}, 1)])
-def test_torch_starts_with_that_many_threads_unless_it_is_told(given: dict[str, str], expected: int) -> None:
+def test_torch_uses_the_given_threads_else_the_usable_cores(given: dict[str, str], expected: int) -> None:
     program = (
         "from extraction.cli.arguments import prepare; prepare(None); import torch; print(torch.get_num_threads())"
     )

@@ -21,10 +21,10 @@ from extraction.config.experiments import ModelSpec
 from extraction.core.errors import ModelError
 from extraction.core.records import Example, Prompt
 from extraction.engine.generate import generate, teacher_force
-from extraction.engine.likelihood import divergences
 from extraction.engine.logit_diff import Amplify
 from extraction.engine.speculation import Speculate
 from extraction.engine.steering import Steering
+from extraction.engine.teacher_forcing import divergences
 from extraction.model.devices import device_list, device_map_for, pick_device, to_host
 from extraction.model.loading import LanguageModel, load, wrap
 from extraction.model.lora import share_weights

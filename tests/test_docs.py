@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from extraction.cli import commands as cli
-from extraction.config.settings import EXPERIMENT_SETTINGS, markdown_table
+from extraction.config.settings import EXPERIMENT_SETTINGS, MODEL_SETTINGS
 from tests.runs import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-DOORS = {
+STAGE_SCRIPTS = {
     "1_generate_responses": "generate",
     "1_generate_and_extract": "combined",
     "1_generate_batched_simple": "batched",
@@ -29,7 +29,7 @@ RUN = {"traits", "verify"}
 
 
 def commands() -> list[list[str]]:
-    """The words of every traitline command and of every door, as `traitline` takes them."""
+    """Return the arguments of every command, also those of stage scripts, as `traitline` takes them."""
     found = []
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
@@ -39,7 +39,7 @@ def commands() -> list[list[str]]:
                     found.append(words[1:])
                 elif words[0] == "python" and words[1].startswith(("extraction/", "experiments/")):
                     assert (REPOSITORY / words[1]).exists(), line
-                    found.append([DOORS[Path(words[1]).stem], *words[2:]])
+                    found.append([STAGE_SCRIPTS[Path(words[1]).stem], *words[2:]])
     return found
 
 
@@ -69,9 +69,25 @@ def test_a_wrong_option_is_noticed():
         cli.main.commands["extract"].make_context("extract", ["--experiment", "pocket", "--no-such-thing"])
 
 
+def settings_table():
+    """Return the table of settings that docs/guide.md has."""
+    rows = ["| key in a file | option | default | values | what it does |", "|---|---|---|---|---|"]
+    for setting in (*EXPERIMENT_SETTINGS.values(), *MODEL_SETTINGS.values()):
+        if setting.path == "model":
+            continue
+        option = f"`{setting.flag}`" if setting.option.on_command_line else ""
+        if setting.name == "traits":
+            option = "`--traits`"
+        of_model = setting.path.startswith("model.")
+        key = f"`{setting.path.removeprefix('model.')}`" + (" (model)" if of_model else "")
+        default = "false" if setting.default is False else setting.default_text
+        rows.append(f"| {key} | {option} | {default} | {setting.values} | {setting.help} |")
+    return "\n".join(rows)
+
+
 def test_the_guides_table_of_settings_is_that_of_the_program():
     guide = (REPOSITORY / "docs/guide.md").read_text(encoding="utf-8")
-    assert markdown_table() in guide, "put extraction.config.settings.markdown_table() into docs/guide.md"
+    assert settings_table() in guide, f"put this table into docs/guide.md:\n{settings_table()}"
     for setting in EXPERIMENT_SETTINGS.values():
         assert f"| `{setting.path}`" in guide or setting.path == "model"
 

@@ -21,7 +21,6 @@ from extraction.monitoring.dynamics import (
     acceleration,
     commitment_point,
     dynamics,
-    half_life,
     noise,
     persistence,
     smoothed,
@@ -262,15 +261,6 @@ def test_shuffled_the_persistence_is_gone() -> None:
     assert persistence(np.random.default_rng(0).permutation(x_T)) == pytest.approx(0, abs=0.05)
 
 
-def test_half_life_is_where_the_power_is_a_half() -> None:
-    for coefficient in (0.1, 0.5, 0.99):
-        found = half_life(coefficient)
-        assert found is not None
-        assert coefficient**found == pytest.approx(0.5)
-    assert half_life(0.5) == pytest.approx(1.0)
-    assert [half_life(r) for r in (None, 0.0, -0.3, 1.0)] == [None] * 4
-
-
 # --- the summary -----------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +306,7 @@ def test_a_layer_is_summed_up_alone() -> None:
     assert dynamics(x_TL[:, ::-1], levels_L) != alone
 
 
-def test_what_is_not_finite_has_no_numbers() -> None:
+def test_trajectories_that_are_not_finite_have_no_figures() -> None:
     none = dict.fromkeys(SUMMARY)
     assert dynamics(np.zeros((0, 2)), [0.0, 0.0]) == [none, none]
     for broken in (np.nan, np.inf):

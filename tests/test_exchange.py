@@ -99,7 +99,7 @@ def test_llama_cpp_adds_each_vector_to_the_output_of_its_block(name):
     assert steering == {k: VALUES[k] for k in (1, 2, 3)}
 
 
-def test_the_reader_rejects_what_llama_cpp_rejects(tmp_path):
+def test_the_reader_rejects_the_files_that_llama_cpp_rejects(tmp_path):
     for tensors in (
         {"direction.0": f32([1])},
         {"direction.1": f32([1]), "direction.2": f32([1, 2])},
@@ -129,7 +129,7 @@ def test_assistant_axis_has_a_row_a_block(tmp_path):
         assert found == DIRECTION.select([0, 1])
 
 
-def test_steering_vectors_is_what_their_class_takes(tmp_path):
+def test_steering_vectors_files_have_the_fields_of_its_class(tmp_path):
     data = torch.load(put(tmp_path, written("steering_vectors")), weights_only=True)
     assert data["layer_type"] == "decoder_block"
     assert {k: v.tolist() for k, v in data["layer_activations"].items()} == VALUES
@@ -206,7 +206,7 @@ def test_a_file_is_recognised_by_its_content(name, tmp_path):
     assert recognise(put(tmp_path, written(name))) == ("gguf" if name == "repeng" else name)
 
 
-def test_every_format_documents_what_it_reads_and_writes():
+def test_every_format_documents_its_reading_and_writing():
     page = (REPOSITORY / "docs/exchange.md").read_text()
     for name, form in FORMATS.items():
         assert form.write.__doc__

@@ -95,7 +95,7 @@ def kept_by_model_judge(positive: list[tuple], negative: list[tuple], **options:
     return filter_responses(found, "local", 50.0, model="m", **options)
 
 
-def test_an_incoherent_response_is_dropped_and_so_is_one_of_unknown_coherence():
+def test_responses_of_low_or_unknown_coherence_are_dropped():
     positive = [(90.0, 90.0, None), (90.0, 50.0, None), (90.0, 49.9, None), (90.0, None, "no number")]
     negative = [(10.0, 90.0, None), (10.0, 0.0, None), (90.0, 0.0, None)]
     kept = kept_by_model_judge(positive, negative)

@@ -38,7 +38,7 @@ def work_of(prompt: int = 30, new: int = 20, points: int = 3) -> Workload:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_memory_by_part_is_what_the_engine_takes(name):
+def test_the_forecast_memory_equals_the_engines_memory(name):
     """Weights, KV cache and pooling sums to the byte, from the config alone."""
     model, work = shared_model(name), work_of()
     lm = wrap(model)

@@ -14,14 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction.core.errors import ConfigError, ModelError, PromptError
-from extraction.engine.helix import (
+from extraction.amplification.helix import (
     GenerationConfig,
     HelixEngine,
     batch_speculative_generate,
     create_attention_mask,
     pad_sequences,
 )
+from extraction.core.errors import ConfigError, ModelError, PromptError
 from extraction.model.loading import wrap
 from tests.tiny import reference_greedy, shared_model, tiny_model, tiny_tokenizer
 from tests.two_models import noisy_model
@@ -105,7 +105,7 @@ def test_times_are_the_prompts_own() -> None:
     assert all(end < begin for (_, end), (begin, _) in pairwise(spans))
 
 
-def test_together_all_first_tokens_come_before_any_last_one() -> None:
+def test_in_one_batch_every_first_token_precedes_every_last_one() -> None:
     draft, target, tokenizer = models()
     results = batch_speculative_generate(draft, target, tokenizer, list(PROMPTS), 20, 0.0)
     assert max(r["time_to_first_token"] for r in results) < min(r["time_seconds"] for r in results)
@@ -219,7 +219,7 @@ def test_padding_stands_on_the_left_where_a_decoder_wants_it() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=5), st.sampled_from(["left", "right"]))
-def test_what_is_padded_comes_back_by_the_mask_though_the_pad_id_is_a_word_too(rows: Any, side: str) -> None:
+def test_padded_rows_are_recovered_by_the_mask_also_with_a_pad_id_in_the_text(rows: Any, side: str) -> None:
     padded_BT, mask_BT = pad_sequences(rows, 0, side=side), create_attention_mask(list(map(len, rows)), side=side)
     assert padded_BT.shape == mask_BT.shape
     assert {padded_BT.dtype, mask_BT.dtype} == {torch.long}

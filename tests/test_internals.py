@@ -276,7 +276,7 @@ def test_the_mlp_adds_its_down_projection_or_the_norm_of_it(name: str) -> None:
         ("phi3", "self_attn", "o_proj"),
     ],
 )
-def test_weighted_values_through_the_output_projection_are_what_attention_adds(
+def test_weighted_values_through_the_output_projection_equal_attentions_output(
     name: str, attention: str, out: str
 ) -> None:
     """Weights and v are captured in different ways and must agree."""

@@ -141,7 +141,7 @@ def test_a_score_is_on_exactly_one_side(score: float, threshold: float) -> None:
     assert shows_side("pos", score, threshold) is not shows_side("neg", score, threshold)
 
 
-def test_the_threshold_itself_is_positive_and_a_missing_score_is_neither() -> None:
+def test_a_score_at_the_threshold_is_positive_and_a_missing_one_is_neither() -> None:
     assert shows_side("pos", 50.0) is True
     assert shows_side("neg", 50.0) is False
     assert shows_side("pos", None) is None
@@ -207,7 +207,7 @@ def test_answers_of_judges(text: str, score: float | None, reason: str | None) -
 
 
 @given(st.text(), st.text())
-def test_a_rubric_holds_both_texts_as_they_are(question: str, answer: str) -> None:
+def test_a_rubric_contains_both_texts_unchanged(question: str, answer: str) -> None:
     assert fill("<{question}|{answer}>", question, answer) == f"<{question}|{answer}>"
 
 

@@ -114,7 +114,7 @@ def test_alpha_0_is_the_after_model_and_minus_1_the_one_before(lda: LDAModelPair
         assert completions(lda.generate_lda_batched(PROMPTS, alpha=1.0, seed=5, **SHORT)) != wanted  # the control
 
 
-def test_a_model_against_itself_is_unchanged_at_every_alpha(lda: LDAModelPair) -> None:
+def test_equal_models_give_the_plain_response_at_every_alpha(lda: LDAModelPair) -> None:
     after = lda.pair.after
     itself = LDAModelPair(ModelPair(after, after, "after", "after", True))
     answers = [

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from extraction.core.errors import PromptError
-from extraction.engine.likelihood import divergences, log_likelihoods, rows_that_fit
 from extraction.engine.steering import Steering
+from extraction.engine.teacher_forcing import divergences, log_likelihoods, rows_that_fit
 from extraction.model.loading import wrap
 from tests.test_steering import plainly_steered, vector
 from tests.tiny import FAMILIES, VOCABULARY, prompts, shared_model

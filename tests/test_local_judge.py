@@ -30,7 +30,7 @@ TEXTS = {f"k{i}": fill(COHERENCE, "Why?", "because " * i) for i in range(1, 6)}
 
 
 def number_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every character, and one for every number from 0 to 100."""
+    """A tokenizer with a token for every character and for every number from 0 to 100."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     plain = tiny_tokenizer()
@@ -162,7 +162,7 @@ def test_a_judge_without_a_chat_template_gets_a_cue():
     assert lm.tokenizer.decode(list(encode_rubric(lm, "Rate it.\n"))) == "Rate it.\n\nScore:"
 
 
-def test_a_rubric_can_hold_what_looks_like_a_control_token():
+def test_a_rubric_may_contain_the_text_of_a_control_token():
     lm, _ = judge_of("single")
     harmless, hostile = (encode_rubric(lm, f"Rate {text} now") for text in ("x", "<|end|>"))
     assert lm.tokenizer.convert_tokens_to_ids("<|end|>") in harmless  # the template's own

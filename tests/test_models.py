@@ -120,7 +120,7 @@ def with_ids(*, pad: int | None, eos: int | list[int] | None) -> PreTrainedModel
 @pytest.mark.parametrize(
     ("pad", "eos"), [(0, 2), (2, 2), (None, 2), (0, 0), (-1, 2), (None, None), (57, [2, 40]), (96, [96])]
 )
-def test_padding_is_masked_whatever_its_id(pad: int | None, eos: Any) -> None:
+def test_padding_is_masked_for_any_pad_id(pad: int | None, eos: Any) -> None:
     """Responses are equal whether the padding id is EOS, 0, absent, negative, or a token of the prompts."""
     lm = wrap(with_ids(pad=pad, eos=eos), stop_ids=())
     assert 0 <= lm.pad_id < VOCABULARY
@@ -136,7 +136,7 @@ def test_a_prompt_may_hold_the_padding_id() -> None:
     assert [done[r.id] for r in requests] == [reference_greedy(model, row, 6) for row in rows]
 
 
-def test_stop_ids_are_united() -> None:
+def test_stop_ids_of_config_generation_config_and_tokenizer_are_combined() -> None:
     """Those of the generation config, the config and the tokenizer, one or many."""
     model = with_ids(pad=0, eos=[5, 6])
     model.generation_config.eos_token_id = [7, 8]
@@ -146,7 +146,7 @@ def test_stop_ids_are_united() -> None:
     assert wrap(model, stop_ids=()).stop_ids == frozenset()
 
 
-def test_without_eos_a_response_ends_with_its_budget() -> None:
+def test_without_eos_a_response_has_max_new_tokens() -> None:
     lm = wrap(with_ids(pad=None, eos=None))
     assert lm.stop_ids == frozenset()
     done = list(generate(lm, [Request("e", (5, 6), 9)], batch_size=1, capture=Capture((0,))))
@@ -322,7 +322,7 @@ def test_a_missing_device_is_refused(saved: Path) -> None:
         load(ModelSpec(name="tiny", source=str(saved), device="cuda:99"))
 
 
-def test_a_device_that_cannot_be_is_refused(saved: Path) -> None:
+def test_an_impossible_device_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match="mps:7"):
         ModelSpec(name="tiny", source=str(saved), device="mps:7")
 
@@ -353,7 +353,7 @@ for dtype in ("auto", "float32"):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_weights_are_in_memory_once(tmp_path: Path) -> None:
+def test_weights_are_held_in_memory_once(tmp_path: Path) -> None:
     """In the checkpoint's dtype weights are memory-mapped; in another dtype each is converted once."""
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "head_dim": 128}
     tiny_model("llama", dtype=torch.bfloat16, **sizes).save_pretrained(tmp_path)

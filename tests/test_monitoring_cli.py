@@ -154,7 +154,7 @@ def test_another_config_never_overwrites_a_set(root):
 
 
 @pytest.mark.parametrize("lost", [("p0000",), ("p0001", "p0002"), ("p0000", "p0001", "p0002")])
-def test_what_is_missing_is_made_again_to_the_same_bytes(root, lost):
+def test_missing_files_are_written_again_with_the_same_bytes(root, lost):
     asked = ("--trait", "calm", "--prompts-file", root / "one.txt", "--shard-size", "2", "--temperature", "1")
     read(root, *asked)
     folder = sets(root)[0]
@@ -200,14 +200,14 @@ def test_the_batch_size_changes_no_token_and_is_no_other_set(root):
     ],
     ids=lambda value: " ".join(value).encode(errors="replace").decode() if isinstance(value, tuple) else value[:12],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(made, arguments, value):
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(made, arguments, value):
     before = contents(made / "experiments")
     line = refused("read", "--root", made, "--experiment", "demo", "--self-check", "0", *arguments, notes=PROGRESS)
     assert value in line
     assert contents(made / "experiments") == before
 
 
-def test_a_layer_of_tier_3_is_one_layer_that_the_model_has(made):
+def test_tier_3_needs_one_layer_of_the_model(made):
     for layer, said in (("9", "9"), ("0-1", "'0-1'"), ("x", "x")):
         line = refused("internals", "--root", made, "--experiment", "demo", "--layer", layer, "--prompts", "Why?")
         assert said in line
@@ -220,13 +220,13 @@ def test_two_files_of_one_name_are_refused(made, tmp_path):
     assert "'one'" in line
 
 
-def test_without_a_run_it_says_what_to_do_first(tmp_path):
+def test_without_a_run_the_error_names_the_first_command(tmp_path):
     root = make_root(tmp_path / "root")
     line = refused("read", "--root", root, "--experiment", "demo", "--trait", "calm", "--prompts", "Why?")
     assert "traitline extract" in line
 
 
-def test_keep_going_does_what_can_be_done(root):
+def test_keep_going_finishes_the_sets_without_errors(root):
     files = ("--prompts-file", root / "missing.txt", "--prompts-file", root / "two.txt")
     result = invoke(
         *("read", "--root", root, "--experiment", "demo", "--traits", "calm,nobody", *files, *SHORT, "--keep-going")
@@ -249,7 +249,7 @@ def test_a_prompt_too_long_fails_its_own_file_alone(root):
     assert len(sets(root)) == 1
 
 
-def test_a_dry_run_says_what_would_be_and_writes_nothing(made):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(made):
     before = contents(made)
     result = read(made, "--trait", "calm", "--prompts-file", made / "two.txt", "--dry-run")
     assert re.search(r"two: 2 prompts, 0\b", result.stdout)

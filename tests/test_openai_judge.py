@@ -34,7 +34,7 @@ QUICK = {"timeout": 0.5, "max_retries": 3, "concurrency": 4}
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server does with one request."""
+    """The server's action for one request."""
 
     content: str | None = None
     status: int = 200
@@ -86,7 +86,7 @@ class Scripted(ThreadingHTTPServer):
         return [request["messages"][0]["content"] for request in self.asked]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that gave up waiting is no news."""
+        """Ignore clients that closed their connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -140,7 +140,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
 
 
 def judged(served: Scripted, texts: dict[str, str], **options: Any) -> tuple[dict[str, Rating], JudgeServer]:
-    """All ratings, and the server as the judge knows it."""
+    """Return all ratings, and the server with its requests."""
     server = JudgeServer("m", SECRET, served.url, **{**QUICK, **options})
     found: dict[str, Rating] = {}
     counted: list[int] = []
@@ -153,7 +153,7 @@ TEXTS = {f"k{i}": f"text {i}" for i in range(6)}
 
 
 def once(bad: Reply, good: Reply | None = None) -> Callable[[str, int], Reply]:
-    """Every text gets the bad reply first, then the good one."""
+    """Reply to every text badly first, then well."""
     return lambda text, before: bad if before == 0 else (good or Reply("80"))
 
 
@@ -194,7 +194,7 @@ def test_without_retries_it_would_have_been_lost(served):
 
 
 @pytest.mark.parametrize("kind", ["seconds", "date"])
-def test_the_server_says_how_long_to_wait(served, kind):
+def test_the_servers_retry_after_is_waited_for(served, kind):
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
     header = {"seconds": "0.4", "date": date}[kind]
     served.script = once(Reply(status=429, headers={"Retry-After": header}))
@@ -224,7 +224,7 @@ def test_a_server_that_asks_for_an_hour_is_not_waited_for(served):
     ],
     ids=["401", "403", "404", "quota"],
 )
-def test_an_error_that_stays_ends_the_run_at_once(served, reply, message):
+def test_a_permanent_error_ends_the_run(served, reply, message):
     served.script = lambda text, before: reply
     with pytest.raises(ConfigError, match=message) as caught:
         judged(served, {f"k{i}": f"text {i}" for i in range(50)}, concurrency=2)
@@ -314,7 +314,7 @@ def logprobs_of(*likely: tuple[str, float], rest: tuple[str, ...] = ()) -> dict[
         ("REFUSAL", logprobs_of(("REF", 0.6), ("50", 0.4)), None, "text"),
     ],
 )
-def test_the_mean_over_likely_numbers_where_each_is_one_token(served, content, logprobs, score, how):
+def test_single_token_numbers_are_averaged_by_probability(served, content, logprobs, score, how):
     served.script = lambda text, before: Reply(content, logprobs=logprobs)
     rating = judged(served, {"a": "one"})[0]["a"]
     assert rating.score == (None if score is None else pytest.approx(score))
@@ -347,7 +347,7 @@ def test_no_more_calls_at_a_time_than_asked_for(served):
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root whose responses are made, and scored by the lexical judge."""
+    """Return a root with responses that the lexical judge scored."""
     root = make_root(tmp_path_factory.mktemp("generated"))
     succeed("batched", "--root", root, "--experiment", "demo")
     return root
@@ -370,7 +370,7 @@ def options(served: Scripted, *more: object) -> tuple[object, ...]:
 
 
 def by_letters(text: str, before: int = 0) -> Reply:
-    """A judge with an eye: the share of letters before n in the answer; everything is coherent."""
+    """Score the share of letters before n in the answer; coherence is always 100."""
     if "word salad" in text:
         return Reply("95")
     answer = text.split("Answer:\n")[1].split("\n\nJudge", maxsplit=1)[0]
@@ -461,7 +461,7 @@ def test_a_line_of_the_log_that_was_changed_is_found_and_judged_again(root, serv
     assert len(served.asked) == asked + 1
 
 
-def test_the_next_start_requests_what_failed_and_only_that(root, served):
+def test_the_next_start_requests_only_the_failed_ratings(root, served):
     served.script = lambda text, before: refusal(400, "too spicy") if "Why?" in text else by_letters(text)
     first = succeed("batched", "--root", root, *options(served))
     n_failed = sum(row["question"] == "Why?" and bool(row["response"].strip()) for row in rows_of(root))
@@ -501,7 +501,7 @@ def test_a_killed_run_continues_from_its_log(root, served):
 
 
 def test_the_key_gets_nowhere(root, served):
-    """A server that repeats it, in answers and in errors."""
+    """A server that repeats the key in answers and errors."""
 
     def script(text: str, before: int) -> Reply:
         if "Who?" in text:
@@ -552,7 +552,7 @@ def test_without_the_openai_package_the_extra_is_named(root, monkeypatch):
     succeed("generate", "--root", root, "--experiment", "demo")
 
 
-def test_stage_3_judges_stored_responses_and_needs_no_key_for_what_is_known(root, served, monkeypatch):
+def test_stage_3_judges_stored_responses_and_needs_no_key_for_stored_scores(root, served, monkeypatch):
     served.script = by_letters
     stored = contents(root / "experiments/demo/calm/responses/shards")
     succeed("vectors", "--root", root, *options(served), "--method", "mean_diff")

@@ -47,7 +47,7 @@ echo "did tier ${tier:-0}"
 
 
 @pytest.mark.parametrize(("name", "count"), [*TIER_2.items(), *TIER_3.items()])
-def test_prompt_files_hold_what_they_say(name: str, count: int) -> None:
+def test_prompt_files_hold_the_stated_numbers_of_prompts(name: str, count: int) -> None:
     found = read_prompt_set(REPOSITORY / f"configs/prompts/prompts_{name}.txt")
     assert len(found.prompts) == count
     assert (found.skipped_blank, found.n_duplicates) == (0, 0)
@@ -84,12 +84,12 @@ class Checkout:
         return self.run_folder / "captures/overnight.log"
 
     def command(self, script: str, *arguments: str, **changes: str) -> dict[str, Any]:
-        """What starts a script."""
+        """Return the command that starts a script."""
         env = {**environment(**changes), "PYTHON": changes.get("PYTHON", str(self.python))}
         return {"args": [str(self.path / "experiments" / script), *arguments], "env": env, "cwd": self.elsewhere}
 
     def run(self, script: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        """A script, run to its end."""
+        """Run a script to its end."""
         return subprocess.run(
             **self.command(script, *arguments, **changes), capture_output=True, text=True, check=False, timeout=60
         )
@@ -218,7 +218,7 @@ def test_a_log_is_gone_on_with(checkout: Checkout) -> None:
     assert checkout.log.read_text().count("All steps done") == 2
 
 
-def test_what_a_stopped_extraction_left_is_made(checkout: Checkout) -> None:
+def test_a_stopped_extraction_is_resumed(checkout: Checkout) -> None:
     checkout.has_vectors("calm", "brave", "kind")
     (checkout.run_folder / "calm/vectors/probe.receipt.json").unlink()
     (checkout.run_folder / "captures").mkdir()
@@ -246,7 +246,9 @@ REFUSED = [
     [(script, *case) for script in (BATCHED, UNBATCHED, SPEED) for case in REFUSED]
     + [(BATCHED, {"LOG": "/dev/null/log"}, "/dev/null/log")],
 )
-def test_what_can_not_begin_says_so_in_a_line(checkout: Checkout, script: str, changes: dict, problem: str) -> None:
+def test_a_script_that_can_not_start_prints_one_line(
+    checkout: Checkout, script: str, changes: dict, problem: str
+) -> None:
     result = checkout.run(script, **changes)
     assert result.returncode == 2
     assert re.search(rf"^{script}: .*{re.escape(problem)}", result.stderr, re.MULTILINE)
@@ -296,7 +298,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def test_the_speed_of_batching_is_said_in_four_lines(checkout: Checkout, tmp_path: Path) -> None:
+def test_the_speed_of_batching_is_printed_in_four_lines(checkout: Checkout, tmp_path: Path) -> None:
     checkout.has_vectors(*TRAITS.split(","))
     before = contents(checkout.path)
     scratch = tmp_path / "scratch"
@@ -319,7 +321,7 @@ def test_the_speed_of_batching_is_said_in_four_lines(checkout: Checkout, tmp_pat
     assert list(scratch.iterdir()) == []
 
 
-def test_a_speed_that_can_not_be_measured_is_not_said(checkout: Checkout, tmp_path: Path) -> None:
+def test_an_unmeasured_speed_is_not_printed(checkout: Checkout, tmp_path: Path) -> None:
     checkout.has_vectors(*TRAITS.split(","))
     result = checkout.run(SPEED, FAKE="echo traitline: no luck; exit 2", TMPDIR=str(tmp_path))
     assert (result.returncode, result.stdout) == (1, "")
@@ -362,7 +364,7 @@ class Night:
         return result.stdout
 
     def kill_when(self, condition: Callable[[], bool]) -> None:
-        """A night whose processes are all killed as soon as something is there."""
+        """Run a night whose processes are all killed as soon as a file exists."""
         with subprocess.Popen(**self.command(), stdout=subprocess.DEVNULL, process_group=0) as process:
             until(lambda: condition() or process.poll() is not None)
             assert process.poll() is None, self.log
@@ -373,7 +375,7 @@ class Night:
         return (self.root / "experiments/demo/captures/overnight.log").read_text()
 
     def files(self) -> dict[str, bytes]:
-        """What the night made, without its log."""
+        """Return the files of the night without its log."""
         found = contents(self.root / "experiments")
         return {name: data for name, data in found.items() if not name.endswith("overnight.log")}
 
@@ -436,7 +438,7 @@ def test_a_second_start_finds_nothing_to_do(quiet: Night) -> None:
     assert quiet.files() == before
 
 
-def test_what_can_not_be_done_is_reported_and_the_rest_is_done(quiet: Night, tmp_path: Path) -> None:
+def test_failed_steps_are_reported_and_the_others_run(quiet: Night, tmp_path: Path) -> None:
     night = Night(tmp_path / "root", quiet.python)
     shutil.copytree(quiet.root / "experiments/demo/calm", night.root / "experiments/demo/calm")
     (night.root / "configs/prompts/prompts_commitment.txt").write_bytes(b"\xff\n")

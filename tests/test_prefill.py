@@ -29,7 +29,7 @@ def test_a_prefill_has_as_many_prompts_as_fit_and_one_at_least(lengths: list[int
     assert n_rows == len(lengths) or (n_rows + 1) * max(lengths[: n_rows + 1]) > most
 
 
-def test_a_gpu_reads_more_at_once() -> None:
+def test_a_gpu_prefills_larger_batches() -> None:
     assert prefill_rows([60] * 100, torch.device("cuda", 1)) == 100
     assert prefill_rows([60] * 100, CPU) == 17
     assert devices.prefill_tokens("cuda:1") == devices.prefill_tokens("mps") > devices.prefill_tokens("cpu")

@@ -66,7 +66,7 @@ def wait_for_shards(root: Path, count: int, process: Forked) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_in_order_and_the_same_command_goes_on(server, root, quiet, number, code):
+def test_after_a_signal_the_same_command_resumes(server, root, quiet, number, code):
     process = server.start(*COMMAND, "--root", root)
     wait_for_shards(root, 2, process)
     process.send_signal(number)
@@ -80,7 +80,7 @@ def test_a_signal_stops_in_order_and_the_same_command_goes_on(server, root, quie
     assert contents(run_of(root)) == quiet
 
 
-def test_a_second_signal_ends_at_once(server, root):
+def test_a_second_signal_ends_the_process(server, root):
     """The line about the first signal goes to a pipe that is full and never read, so the process would hang."""
     os.mkfifo(root / "pipe")
     pipe = os.open(root / "pipe", os.O_RDWR | os.O_NONBLOCK)
@@ -119,7 +119,7 @@ def test_kills_lose_nothing(server, root, quiet):
     assert contents(run_of(root)) == quiet
 
 
-def test_two_slices_at_once_equal_one_process(server, root, quiet):
+def test_two_parallel_slices_equal_one_process(server, root, quiet):
     both = [server.start(*COMMAND, "--root", root, "--slice", part) for part in ("1/2", "2/2")]
     assert [process.wait(100) for process in both] == [0, 0], [process.stderr for process in both]
     assert all("tokens at" in process.stdout for process in both)
@@ -128,7 +128,7 @@ def test_two_slices_at_once_equal_one_process(server, root, quiet):
     assert contents(run_of(root)) == quiet
 
 
-def test_a_folder_that_is_deleted_meanwhile_is_one_line(server, root):
+def test_a_folder_deleted_during_a_run_is_a_one_line_error(server, root):
     process = server.start(*COMMAND, "--root", root)
     wait_for_shards(root, 1, process)
     run_of(root).rename(root / "gone")

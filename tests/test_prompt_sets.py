@@ -55,7 +55,7 @@ def test_a_list(tmp_path: Path) -> None:
 
 BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "empty text": ("p.txt", "", "no prompt"),
-    "blank text": ("p.txt", "\n \n", "2 lines and no prompt"),
+    "blank text": ("p.txt", "\n \n", "no prompt"),
     "empty lines": ("p.jsonl", "\n\n", "no prompt"),
     "empty list": ("p.json", "[]", "no prompt"),
     "NUL": ("p.txt", "a\nb\0c\n", "p.txt:2: holds a NUL"),
@@ -89,7 +89,7 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, case: str) -> None
 
 
 @pytest.mark.parametrize("suffix", ["txt", "json", "jsonl"])
-def test_what_is_no_regular_file_is_never_opened(tmp_path: Path, suffix: str) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"pipe.{suffix}")
     (tmp_path / f"folder.{suffix}").mkdir()
     for name, word in (("pipe", "pipe"), ("folder", "folder"), ("absent", "no such file")):

@@ -33,7 +33,7 @@ from extraction.report.response_browser import browser_values, script_data, show
 from extraction.report.steering_data import steering_values
 from extraction.report.sweep_plots import curves_of
 from extraction.storage.trait_run import trait_run
-from tests.chromium import Browser, chromium, needs_browser
+from tests.chromium import Browser, assert_foreign_content_is_blocked, needs_browser
 from tests.runs import environment, invoke, make_root, refused, succeed
 from tests.synthetic import METHODS, make_card, make_condition, make_facts, make_rows, make_steering
 
@@ -51,7 +51,7 @@ EVIL = [
 
 
 class Outline(HTMLParser):
-    """What a page is made of: tags with attributes, the text of scripts and styles, and all text."""
+    """Parser of a page: tags with attributes, the text of scripts and styles, and all text."""
 
     def __init__(self, page: bytes) -> None:
         super().__init__(convert_charrefs=True)
@@ -201,7 +201,7 @@ def test_nothing_is_loaded_from_anywhere(page):
 # --- what is in it --------------------------------------------------------------------------------------------------
 
 
-def test_the_parts_come_in_order_and_links_lead_to_them(page):
+def test_the_sections_are_in_order_and_linked(page):
     outline = Outline(page)
     assert [a["id"] for a in outline.all("section")] == list(CONTENTS)
     ids = [a["id"] for _, a in outline.tags if "id" in a]
@@ -230,7 +230,7 @@ def test_every_picture_has_its_content_in_words(page):
     assert any("40%" in alternative and "96%" in alternative for alternative in alternatives)
 
 
-def test_numbers_are_said_as_people_say_them():
+def test_numbers_are_formatted_for_readers():
     assert formatting.number(None) == "not defined"
     assert formatting.number(-0.001) == "0.00"
     assert formatting.number(-1.5) == "\u22121.50"
@@ -305,7 +305,7 @@ def test_any_card_makes_a_page(name):
     assert "None" not in text
 
 
-def test_a_run_without_steering_says_how_to_steer():
+def test_a_page_without_steering_names_the_command():
     for steering in (None, {**make_steering(), "conditions": []}):
         facts = make_facts(steering=steering)
         outline = Outline(report_page(facts, PICTURES))
@@ -354,14 +354,14 @@ def test_the_page_names_the_vector_that_steers():
     assert steering_values(make_facts().steering, 3)["steers_elsewhere"] is False
 
 
-def test_curves_that_are_flat_are_said_to_be():
+def test_flat_curves_are_labelled_flat():
     card = make_card(3, METHODS[:1])
     card["methods"]["mean_diff"]["per_layer"]["test"]["auroc"]["value"] = [1.0, 1.0, 0.999]
     assert "1.00" in formatting.describe_layers(card)
     assert re.search(r"layer \d", formatting.describe_distances(card).partition("mean_diff")[2])
 
 
-def test_a_run_of_very_many_responses_shows_some_of_them_evenly_spread_and_says_so():
+def test_a_long_run_shows_an_evenly_spread_sample_with_a_note():
     rows = make_rows(12_001, 3)
     facts = make_facts(rows=rows)
     assert [row["id"] for row in shown_rows(facts)] == [row["id"] for row in rows[::3]]
@@ -387,7 +387,7 @@ def test_the_same_run_gives_the_same_bytes(page, drawn):
     assert pictures(make_card(word="weak", n_layers=7), None)["layers"] != drawn["layers"]
 
 
-def test_plots_have_the_size_that_is_said_and_no_date(monkeypatch):
+def test_plots_have_the_stated_size_and_no_date(monkeypatch):
     monkeypatch.setattr(plot_style, "DPI", 2 * plot_style.PIXELS_PER_INCH)  # as users get them; others are coarse
     for picture in pictures(make_card(2), make_steering((1,))).values():
         for png, size in (
@@ -415,7 +415,7 @@ def test_plots_leave_no_trace_in_matplotlib():
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> Path:
-    """A run of the whole job, with its report in real.html; then with another card and sweep, reported again."""
+    """Return a whole run with its report in real.html, reported again with another card and sweep."""
     root = make_root(tmp_path_factory.mktemp("reported"))
     succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
     succeed("report", "--root", root, "--experiment", "demo", "--traits", "calm")
@@ -434,7 +434,7 @@ def test_a_real_run_makes_a_page(reported):
     assert "None" not in outline.text
 
 
-def test_the_command_says_where_the_report_is(reported):
+def test_the_command_prints_the_reports_path(reported):
     result = succeed("report", "--root", reported, "--experiment", "demo")
     run = reported / "experiments/demo/calm"
     lines = result.stdout.split()
@@ -465,7 +465,7 @@ def test_the_index_leads_to_the_report(reported):
     assert "2% to 96%" in outline.text
 
 
-def test_what_cant_be_reported_is_refused(tmp_path):
+def test_a_run_without_a_card_has_no_report(tmp_path):
     root = make_root(tmp_path)
     assert "demo/calm" in refused("report", "--root", root, "--experiment", "demo", "--traits", "calm")
     succeed("batched", "--root", root, "--experiment", "demo")
@@ -479,7 +479,7 @@ def test_a_card_of_other_responses_is_refused(reported):
     assert "traitline validate" in line
 
 
-def test_without_matplotlib_one_line_says_what_to_install(reported, monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(reported, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     line = refused("report", "--root", reported, "--experiment", "demo", "--traits", "calm")
     assert "traitline[report]" in line
@@ -495,12 +495,6 @@ def test_a_damaged_sweep_is_found(reported, tmp_path):
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with chromium(tmp_path_factory.mktemp("profile")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -529,13 +523,9 @@ def test_the_list_is_filled_and_evil_text_stays_text(browser, path):
 
 
 @needs_browser
-def test_the_browser_would_complain_of_a_foreign_script(browser, page, tmp_path):
-    """The negative control of the policy: a script, a style and a handler that got in are refused."""
-    bad = b"<script>document.title = 'owned'</script><p style='color: red' onclick='x()'>x</p></body>"
-    (tmp_path / "report.html").write_bytes(page.replace(b"</body>", bad))
-    browser.open(tmp_path / "report.html")
-    assert browser.run("document.title") != "owned"
-    assert any("Content Security Policy" in complaint for complaint in browser.complaints)
+def test_the_browser_reports_blocked_content(browser, page, tmp_path):
+    """Negative control of the tests that find no complaints."""
+    assert_foreign_content_is_blocked(browser, page, tmp_path)
 
 
 @needs_browser
@@ -557,7 +547,7 @@ def test_filters_work_from_the_address(browser, path, state, expected):
 
 
 @needs_browser
-def test_the_lowest_score_comes_first_and_no_score_last(browser, path):
+def test_responses_sort_by_score_with_missing_scores_last(browser, path):
     browser.open(path, "#sort=low&side=neg")
     rows = [row for row in make_rows(120, texts=EVIL) if row["polarity"] == "neg"]
     scores = {row["id"]: row["scores"]["lexical"] for row in rows}

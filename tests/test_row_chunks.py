@@ -45,7 +45,7 @@ def test_chunks_are_the_rows_in_order(few_rows: int):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_finds_in_chunks_what_it_finds_at_once(name: str, few_rows: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_method_gives_the_same_in_chunks_and_whole(name: str, few_rows: int, monkeypatch: pytest.MonkeyPatch):
     some_LD = FUNCTIONS[name](POSITIVE, NEGATIVE, seed=3)
     monkeypatch.undo()
     all_LD = FUNCTIONS[name](POSITIVE, NEGATIVE, seed=3)

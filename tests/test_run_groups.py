@@ -75,7 +75,7 @@ def rows_of(run: Path) -> list[dict]:
 
 
 def forget(experiment: Path, *names: str) -> None:
-    """As if a run had ended before these shards: `calm/2`."""
+    """Delete shards such as `calm/2`, as if the run had ended before them."""
     for name in names:
         trait, _, index = name.partition("/")
         for path in (experiment / trait).rglob(f"{int(index):04d}.*"):
@@ -173,7 +173,7 @@ def test_a_group_that_lacks_shards_runs_again_whole_and_writes_only_those(whole,
     assert {trait: contents(experiment / trait) for trait in TRAITS} == {t: contents(whole / t) for t in TRAITS}
 
 
-def test_a_shard_without_its_group_has_the_same_tokens_and_says_with_what_it_ran(whole, root, monkeypatch):
+def test_a_shard_rerun_alone_has_the_same_tokens_and_records_its_group(whole, root, monkeypatch):
     """The control: a rerun set that leaves out what is committed shows in the receipts."""
     command = ("batched", "--root", root, *SHORT, "--queue-size", "100")
     succeed(*command)
@@ -222,7 +222,7 @@ def test_stored_responses_are_captured_before_their_group_and_take_no_part_in_it
     assert contents(experiment / "warm") == before
 
 
-def test_a_group_that_runs_out_of_memory_repeats_what_is_not_committed(whole, root):
+def test_a_group_that_runs_out_of_memory_repeats_its_uncommitted_shards(whole, root):
     command = ("batched", "--root", root, *SHORT, "--queue-size", "100")
     with RoomUntil(root / "experiments/demo", "calm/0"):
         assert succeed(*command).stderr.count("out of memory") == 1
@@ -280,7 +280,7 @@ class BackwardExecutor:
 
 
 def test_groups_give_the_same_bytes_in_any_order(tmp_path):
-    """What an executor may assume."""
+    """Assumptions of an executor."""
     options = {"n_examples": 12, "max_new_tokens": 16, "shard_size": 8, "queue_size": 16, "judge": "none"}
     for make_executor in (LocalExecutor, BackwardExecutor):
         root = make_root(tmp_path / make_executor.__name__)

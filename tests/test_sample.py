@@ -119,8 +119,7 @@ def test_a_sample_of_settings_has_each_of_their_sampling_fields() -> None:
 
 def test_request_bodies_have_the_sampling_fields_of_the_settings() -> None:
     """Each with its own default and the same bounds; None has the default of the settings."""
-    from extraction.serving.openai_schemas import ChatCompletions, Completions
-    from extraction.serving.schemas import Generate, GenerateBatch, GenerateLdaBatch
+    from extraction.serving.schemas import ChatCompletions, Completions, Generate, GenerateBatch, GenerateLdaBatch
 
     for body in (Generate, GenerateBatch, GenerateLdaBatch, Completions, ChatCompletions):
         assert set(SAMPLING) <= set(body.model_fields)
@@ -158,7 +157,7 @@ def test_temperature_zero_is_argmax_and_needs_no_uniform() -> None:
 
 
 @pytest.mark.parametrize("strategy", [Sample(1e-30), Sample(1e-45), Sample(1.0, top_k=1), Sample(5.0, top_p=1e-30)])
-def test_what_leaves_one_token_is_argmax(strategy: Sample) -> None:
+def test_a_setting_that_leaves_one_token_gives_argmax(strategy: Sample) -> None:
     for scale in (1e-3, 3.0, 1e4):
         logits_BV = logits(scale=scale)
         for uniform in (0.0, 0.5, 1 - 2**-53):

@@ -16,7 +16,7 @@ from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
 from extraction.model.chat_template import encode_conversation, encode_raw
 from extraction.model.pairs import ModelPair
-from extraction.serving.detokenizer import REPLACEMENT, IncrementalDecoder, decode, stable_prefix
+from extraction.serving.streaming import REPLACEMENT, IncrementalDecoder, decode, stable_prefix
 from extraction.utils_batch import Request
 from tests.served import NAMES, Running, language_model, running, served
 from tests.tiny import reference_greedy, tiny_tokenizer

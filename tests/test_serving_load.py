@@ -19,9 +19,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from extraction.serving.batch_queue import GROW_AFTER, BatchQueue
+from extraction.serving.batch_queue import GROW_AFTER, BatchQueue, PendingRow, QueueName
 from extraction.serving.engine_thread import EngineThread
-from extraction.serving.events import PendingRow, QueueName
 from extraction.serving.settings import Settings
 from extraction.utils_batch import Request
 from tests.forks import Forked, Forks, forks
@@ -480,7 +479,7 @@ def test_a_signal_drains_the_server(start, number):
     assert process.stdout == ""
 
 
-def test_a_second_signal_ends_the_process_at_once(start):
+def test_a_second_signal_ends_the_server(start):
     process, url = start()
     with (
         httpx2.Client(verify=False, base_url=url, timeout=30) as client,
@@ -511,7 +510,7 @@ def test_rows_not_finished_within_the_grace_time_fail(start):
     assert re.search("0.1 s.* 1 ", logged_since(process)[-1])
 
 
-def test_an_idle_server_stops_at_once(start):
+def test_an_idle_server_stops_immediately(start):
     process, _ = start()
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 0

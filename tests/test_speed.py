@@ -73,7 +73,7 @@ def probe(_device: str, _dtype: torch.dtype) -> Limits:
 
 
 def written(kind: str, found: dict[str, Any], folder: Path) -> str:
-    """As the command writes it; returns the page."""
+    """Write the files as the command does; return the page."""
     result = {"kind": kind, "machine": describe(1), **found}
     if importlib.util.find_spec("matplotlib"):
         from benchmarks.figures import draw
@@ -142,7 +142,7 @@ def test_limits_are_measured_and_threads_are_put_back() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_a_step_moves_and_computes_what_is_counted_by_hand() -> None:
+def test_bytes_and_operations_of_a_step_equal_a_count_by_hand() -> None:
     """tiny: 3 layers of 4 heads of 8 and 2 of keys, 32 wide, an MLP of 64, 97 tokens, the head tied."""
     sizes = Sizes.of_model(random_model("tiny"))
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
@@ -205,7 +205,7 @@ def test_the_forecasts_of_the_document_are_those_of_the_published_figures() -> N
 # --- how time grows -------------------------------------------------------------------------------------------------
 
 
-def test_a_line_is_found_and_what_bends_is_told() -> None:
+def test_a_linear_fit_is_found_and_a_bend_is_reported() -> None:
     exact = fit_line((1, 2, 4), (3.0, 5.0, 9.0))
     assert exact["start"] == pytest.approx(1.0)
     assert exact["slope"] == pytest.approx(2.0)
@@ -385,7 +385,7 @@ def test_environments_are_kept_in_the_platforms_cache(monkeypatch: pytest.Monkey
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_what_the_command_offers_is_what_there_is() -> None:
+def test_the_command_offers_every_peer() -> None:
     assert set(ISOLATED_PEERS) == set(peer_processes.RECIPES)
     assert set(JOBS) == set(TABLES) == set(TITLES)
     assert all(dtype == "auto" or isinstance(getattr(torch, dtype), torch.dtype) for dtype in DTYPES)
@@ -397,7 +397,7 @@ def test_what_the_command_offers_is_what_there_is() -> None:
 
 
 @pytest.mark.slow
-def test_a_choice_of_peers_races_and_the_page_says_who_was_not_asked(tmp_path: Path) -> None:
+def test_chosen_peers_race_and_the_page_names_the_others(tmp_path: Path) -> None:
     found = race(
         "tiny", n_examples=4, n_serial=2, repeats=1, say=say, selection=Selection(only=("continuous",), sizes=(3,))
     )
@@ -410,7 +410,7 @@ def test_a_choice_of_peers_races_and_the_page_says_who_was_not_asked(tmp_path: P
     assert "| 2 of 2 |  | " in text
 
 
-def test_who_is_chosen_and_who_is_invited() -> None:
+def test_peers_are_chosen_by_name_or_all_local_ones() -> None:
     everybody = list(PEERS)
     assert tuple(everybody) == LOCAL_PEERS
     assert select_peers((), ()) == (everybody, [])
@@ -450,7 +450,7 @@ def three_peers_and(extra: Peer) -> dict[str, Peer]:
     return {name: PEERS[name] for name in ("traitline", "serial", "batched")} | {"extra": extra}
 
 
-def test_a_peer_whose_process_ends_is_left_out_and_the_race_goes_on() -> None:
+def test_a_peer_whose_process_ends_is_left_out() -> None:
     lm = random_model("tiny")
     said: list[str] = []
 

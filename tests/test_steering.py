@@ -105,7 +105,7 @@ def said(done: dict[str, Completion]) -> dict[str, tuple[int, ...]]:
 
 
 @EVERY
-def test_steered_rows_equal_model_generate_steered_alone_whatever_their_neighbours_do(name: str) -> None:
+def test_steered_rows_equal_model_generate_steered_alone_in_any_batch(name: str) -> None:
     model = shared_model(name)
     requests = requests_of(model)
     expected = {request.id: wanted(model, request) for request in requests}
@@ -115,7 +115,7 @@ def test_steered_rows_equal_model_generate_steered_alone_whatever_their_neighbou
 
 
 @SOME
-def test_steering_changes_what_is_said(name: str) -> None:
+def test_steering_changes_the_response(name: str) -> None:
     """The control of the test above: without steering, or with a neighbour's, most answers are others."""
     model = shared_model(name)
     requests = [replace(request, max_new_tokens=12) for request in requests_of(model)]
@@ -143,7 +143,7 @@ def test_a_coefficient_of_zero_is_plain_generation_exactly(name: str) -> None:
 
 
 @SOME
-def test_a_vector_less_itself_steers_nothing(name: str) -> None:
+def test_steering_by_v_minus_v_changes_nothing(name: str) -> None:
     model = shared_model(name)
     plain = [replace(request, steering=None) for request in requests_of(model)]
     push = vector(model, 1)

@@ -219,7 +219,7 @@ def test_neighbours_are_steered_together():
     assert other_site((3, 4, 5), layers) == (4,)
 
 
-def test_a_judge_that_says_the_same_of_everything_finds_no_layer_that_moves_it():
+def test_a_constant_judge_finds_no_steerable_layer():
     always_50 = trying_of(lambda pairs: [Judgement(50.0)] * len(pairs))
     _, _, scan = choose_site(always_50, plan_of({"mean_diff": directions()}))
     assert {each["moved"] for each in scan} == {0.0}
@@ -302,7 +302,7 @@ def test_steer_shows_both_signs_and_the_unsteered_answer(pocket_root):
         (["--coef", "1e38"], ("coefficient",)),
     ],
 )
-def test_steer_refuses_what_is_not_there_in_one_line(pocket_root, options, parts):
+def test_steer_refuses_missing_vectors_and_layers_in_one_line(pocket_root, options, parts):
     line = refused(
         "steer", "--experiment", "pocket", "--trait", "commitment_strength", "--root", pocket_root, *options, "Hi"
     )

@@ -101,7 +101,7 @@ def test_two_slices_equal_one_process(ask: Callable[..., Any]) -> None:
     assert ask("slices") == [[0, 0], True]
 
 
-def test_a_folder_deleted_during_a_run_is_one_error(tmp_path: Path) -> None:
+def test_a_folder_deleted_during_a_run_is_one_store_error(tmp_path: Path) -> None:
     folder = trait_run(tmp_path, "exp", "calm")
     with folder.lock():
         folder.open(CONFIG)

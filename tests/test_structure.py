@@ -67,7 +67,7 @@ def test_hooks_are_registered_in_one_module():
     assert [path.relative_to(PACKAGE).as_posix() for path in registering] == ["model/hooks.py"]
 
 
-def test_commands_and_what_they_check_import_nothing_heavy():
+def test_commands_and_their_checks_import_nothing_heavy():
     light = [
         "cli.commands",
         "cli.terminal",
@@ -85,7 +85,7 @@ def test_commands_and_what_they_check_import_nothing_heavy():
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("**/__init__.py")), ids=lambda path: path.parent.name)
-def test_a_package_says_what_it_is_for_and_exports_names_that_exist(path):
+def test_a_package_has_a_docstring_and_exports_existing_names(path):
     name = ".".join(path.parent.relative_to(REPOSITORY).parts)
     module = importlib.import_module(name)
     assert module.__doc__

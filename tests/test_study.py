@@ -96,7 +96,7 @@ def test_the_batch_size_changes_no_answer(files: Path, models: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_a_model_against_itself_shows_the_same_at_every_alpha(files: Path, models: Path) -> None:
+def test_equal_models_give_equal_rates_at_every_alpha(files: Path, models: Path) -> None:
     itself = ("--after", models / "base", "--before", models / "base", "--temperature", 0)
     succeed(*options(files, *itself, "--alpha", 0, 5, -3))
     trials = results(files)["trials"]

@@ -122,7 +122,7 @@ def test_prompts_read_back(folder, words, prompt, tier, index, dtype, data) -> N
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in read.items()} == {
         name: (dtype, tensor.tolist()) for name, tensor in written.items()
     }
-    assert folder.prompt_done(id, deep=True)
+    assert folder.prompt_done(id)
     assert id in folder.prompt_ids()
     assert folder.verify() == []
 
@@ -284,7 +284,6 @@ def test_a_flipped_bit_is_never_read(tmp_path: Path) -> None:
     body[-3] ^= 1
     path.write_bytes(body)
     assert folder.prompt_done("p0000")  # the size is right
-    assert not folder.prompt_done("p0000", deep=True)
     for read in (folder.read_prompt, folder.prompt_header):
         with pytest.raises(StoreError, match=r"p0000.*sha256"):
             read("p0000")
@@ -405,7 +404,7 @@ def test_an_id_is_a_number_of_four_digits_or_more(tmp_path: Path, id: str) -> No
 
 @QUICK
 @given(stem=TEXT | st.text(max_size=80) | st.text("aZ09._-/\\\0 ", max_size=80), tier=st.sampled_from([2, 3]))
-def test_any_prompt_file_has_a_folder_of_its_own(tmp_path: Path, stem: str, tier: int) -> None:
+def test_every_prompt_file_has_its_own_folder(tmp_path: Path, stem: str, tier: int) -> None:
     name = set_name(tier, stem, CONFIG)
     assert check_name(name, "capture set") == name
     path = capture_set(tmp_path, "exp", name).path

@@ -1,4 +1,4 @@
-"""Traits: what makes one valid, and how examples are dealt from it."""
+"""Traits: validation of files, and the examples that are made from a trait."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def root(tmp_path, monkeypatch):
 
 
 def write_trait(root, data, name="t"):
-    """A trait file, one top-level key a line (JSON is YAML)."""
+    """Write a trait file, one top-level key a line (JSON is YAML)."""
     text = data if isinstance(data, str) else "".join(f"{key}: {json.dumps(value)}\n" for key, value in data.items())
     (root / "configs/traits" / f"{name}.yaml").write_text(text, encoding="utf-8")
     return name
@@ -96,7 +96,7 @@ def test_a_natural_trait_reads_as_written(root):
     assert trait.negative_prompts[1] == NaturalPrompt("Go on.")
 
 
-def test_block_scalars_lose_the_line_end_that_yaml_gives_them(root):
+def test_block_scalars_are_read_without_their_last_line_end(root):
     write_trait(
         root,
         "name: t\ndescription: >\n  folded\n  text\ninstructions:\n  - positive: |\n      one\n      two\n"
@@ -107,61 +107,61 @@ def test_block_scalars_lose_the_line_end_that_yaml_gives_them(root):
 
 
 BAD_TRAITS = {
-    "no positive prompts": (NATURAL | {"positive_prompts": []}, "'positive' has 0 prompts; a trait needs both sides"),
-    "no negative prompts": (NATURAL | {"negative_prompts": []}, "'negative' has 0 prompts; a trait needs both sides"),
-    "negative prompts null": (NATURAL | {"negative_prompts": None}, "'negative' has 0 prompts"),
-    "negative instructions absent": (GOOD | {"instructions": [{"positive": "x"}]}, "'negative' has 0 prompts"),
+    "no positive prompts": (NATURAL | {"positive_prompts": []}, "'positive'"),
+    "no negative prompts": (NATURAL | {"negative_prompts": []}, "'negative'"),
+    "negative prompts null": (NATURAL | {"negative_prompts": None}, "'negative'"),
+    "negative instructions absent": (GOOD | {"instructions": [{"positive": "x"}]}, "'negative'"),
     "one instruction empty": (
         GOOD | {"instructions": [{"positive": "x", "negative": "y"}, {"positive": "z", "negative": " "}]},
-        "t.yaml:3: 'instructions.1.negative': ' ' is empty",
+        "t.yaml:3: 'instructions.1.negative': ' '",
     ),
     "one instruction absent": (
         GOOD | {"instructions": [{"positive": "x", "negative": "y"}, {"positive": "z"}]},
         "'negative' is missing",
     ),
-    "no instructions": (GOOD | {"instructions": []}, "0 instructions; a trait needs"),
-    "no questions": (GOOD | {"questions": []}, "0 questions; a trait needs"),
-    "nothing at all": ({"name": "t", "description": "d"}, "0 instructions; a trait needs"),
-    "both kinds": (GOOD | {"positive_prompts": ["x"], "negative_prompts": ["y"]}, "the one or the other"),
+    "no instructions": (GOOD | {"instructions": []}, "0 instructions"),
+    "no questions": (GOOD | {"questions": []}, "0 questions"),
+    "nothing at all": ({"name": "t", "description": "d"}, "0 instructions"),
+    "both kinds": (GOOD | {"positive_prompts": ["x"], "negative_prompts": ["y"]}, "positive_prompts"),
     "no name": ({key: value for key, value in GOOD.items() if key != "name"}, "'name' is missing"),
-    "another name": (GOOD | {"name": "u"}, "'u' is not the file's name; write 'name: t'"),
+    "another name": (GOOD | {"name": "u"}, "'u'"),
     "unsafe name": (GOOD | {"name": "../t"}, "'../t': not a name"),
-    "unknown key": (GOOD | {"question": ["x"]}, "did you mean 'questions'?"),
-    "foreign pair": (GOOD | {"instructions": [{"pos": "x", "neg": "y"}]}, "has 0 prompts"),
+    "unknown key": (GOOD | {"question": ["x"]}, "'questions'"),
+    "foreign pair": (GOOD | {"instructions": [{"pos": "x", "neg": "y"}]}, "prompts"),
     "questions is text": (GOOD | {"questions": "Why?"}, "'Why?' is not a list"),
-    "a question is true": (GOOD | {"questions": [True]}, "True is not text; quote it"),
-    "a question is a number": (GOOD | {"questions": [5]}, "5 is not text; quote it"),
-    "question twice": (GOOD | {"questions": ["Why?", "How?", "why? "]}, "'questions.2': 'why?' is entry 0 again"),
-    "question twice in Unicode": (GOOD | {"questions": ["caf\u00e9?", "cafe\u0301?"]}, "is entry 0 again"),
+    "a question is true": (GOOD | {"questions": [True]}, "True"),
+    "a question is a number": (GOOD | {"questions": [5]}, ": 5 "),
+    "question twice": (GOOD | {"questions": ["Why?", "How?", "why? "]}, "'questions.2': 'why?'"),
+    "question twice in Unicode": (GOOD | {"questions": ["caf\u00e9?", "cafe\u0301?"]}, "'questions.1'"),
     "instruction twice": (
         GOOD | {"instructions": [{"positive": "x", "negative": "y"}, {"positive": "X", "negative": "z"}]},
-        "'instructions.1.positive': 'X' is entry 0 again",
+        "'instructions.1.positive': 'X'",
     ),
     "same instruction on both sides": (
         GOOD | {"instructions": [{"positive": "x", "negative": "X "}]},
-        "stands on both sides",
+        "'instructions.0': 'x'",
     ),
-    "same prompt on both sides": (NATURAL | {"negative_prompts": ["What a day!"]}, "positive side too"),
-    "prompt twice": (NATURAL | {"negative_prompts": ["x", "x"]}, "'x' is entry 0 again"),
+    "same prompt on both sides": (NATURAL | {"negative_prompts": ["What a day!"]}, "What a day!"),
+    "prompt twice": (NATURAL | {"negative_prompts": ["x", "x"]}, "'x'"),
     "prompt with an unknown key": (NATURAL | {"negative_prompts": [{"text": "x"}]}, "known: prompt, system"),
-    "rubric without answer": (GOOD | {"rubric": "Rate {question}."}, "{answer} does not stand in it"),
-    "rubric without question": (GOOD | {"rubric": "Rate {answer}."}, "{question} does not stand in it"),
+    "rubric without answer": (GOOD | {"rubric": "Rate {question}."}, "{answer}"),
+    "rubric without question": (GOOD | {"rubric": "Rate {answer}."}, "{question}"),
     "marker on both sides": (
         GOOD | {"markers": {"positive": ["ab", "Perhaps"], "negative": ["perhaps"]}},
-        "'markers.negative.0': 'perhaps' is counted by the positive marker 'Perhaps' too",
+        "'markers.negative.0': 'perhaps'",
     ),
     "marker met by the other side's pattern": (
         GOOD | {"markers": {"positive": ["re:perhaps|maybe"], "negative": ["Maybe"]}},
-        "'Maybe' is counted by the positive marker",
+        "'Maybe'",
     ),
-    "marker twice": (GOOD | {"markers": {"positive": ["x", "X"], "negative": []}}, "is entry 0 again"),
+    "marker twice": (GOOD | {"markers": {"positive": ["x", "X"], "negative": []}}, "'markers.positive.1'"),
     "pattern that may never end": (
         GOOD | {"markers": {"positive": ["ok", "re:(a+)+$"], "negative": []}},
-        "t.yaml:6: 'markers.positive.1': '(a+)+$' repeats a repeat",
+        "t.yaml:6: 'markers.positive.1': '(a+)+$'",
     ),
-    "bad pattern": (GOOD | {"markers": {"positive": ["re:(x"], "negative": []}}, "is not a regular expression"),
-    "pattern of nothing": (GOOD | {"markers": {"positive": ["re:x*"], "negative": []}}, "matches nothing at all"),
-    "no markers": (GOOD | {"markers": {"positive": [], "negative": []}}, "no marker on either side"),
+    "bad pattern": (GOOD | {"markers": {"positive": ["re:(x"], "negative": []}}, "'(x'"),
+    "pattern of nothing": (GOOD | {"markers": {"positive": ["re:x*"], "negative": []}}, "'x*'"),
+    "no markers": (GOOD | {"markers": {"positive": [], "negative": []}}, "marker"),
     "one side of markers": (GOOD | {"markers": {"positive": ["x"]}}, "'negative' is missing"),
     "a list": ("- x\n", "is not a mapping"),
 }
@@ -174,36 +174,36 @@ def test_a_bad_trait_is_refused(root, data, fragment):
     assert fragment in message
 
 
-def test_patterns_that_differ_by_case_alone_are_two_markers(root):
+def test_patterns_that_differ_in_case_are_two_markers(root):
     write_trait(root, GOOD | {"markers": {"positive": ["re:x\\w"], "negative": ["re:x\\W"]}})
     assert load_trait("t", root).markers is not None
 
 
 def test_a_lone_surrogate_in_a_trait_is_refused_with_its_line(root):
     write_trait(root, 'name: t\ndescription: "\\ud800"\n')
-    assert "t.yaml:2: '\\ud800' holds a lone surrogate" in refusal(load_trait, "t", root)
+    assert "t.yaml:2: '\\ud800'" in refusal(load_trait, "t", root)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "CON", "x" * 300, "a\0b", "tt"])
 def test_an_unsafe_or_unknown_trait_is_refused(root, name):
     write_trait(root, GOOD)
-    assert "not a name" in (message := refusal(load_trait, name, root)) or "did you mean 't'" in message
+    assert ("'t'" if name == "tt" else f"trait '{name[:3]}".replace("\0", "\\x00")) in refusal(load_trait, name, root)
 
 
-def test_trait_lists():
+def test_a_trait_list_is_read_and_a_bad_one_is_refused():
     assert parse_trait_list("a, b,c") == ("a", "b", "c")
     for bad, fragment in {
-        "a,b,A": "'A': given twice (as 'a')",
-        "a,\uff41": "given twice",
-        "a,,b": "a name is empty",
-        "": "a name is empty",
-        "a,../b": "not a name",
-        "a,\u00e9": "not a name",
+        "a,b,A": "'A'",
+        "a,\uff41": "\uff41",
+        "a,,b": "--traits",
+        "": "--traits",
+        "a,../b": "../b",
+        "a,\u00e9": "\u00e9",
     }.items():
         assert fragment in refusal(parse_trait_list, bad)
 
 
-def test_the_fingerprint_follows_every_field_and_nothing_else(root):
+def test_the_fingerprint_depends_on_every_field_and_not_on_their_order(root):
     trait = load_trait(write_trait(root, GOOD), root)
     again = load_trait(write_trait(root, dict(reversed(GOOD.items()))), root)
     assert trait_fingerprint(trait) == trait_fingerprint(again)
@@ -221,7 +221,7 @@ def test_the_fingerprint_follows_every_field_and_nothing_else(root):
     assert len(fingerprints | {trait_fingerprint(trait)}) == len(changes) + 1
 
 
-def test_every_shipped_trait_loads_and_gives_a_hundred_examples_a_side():
+def test_every_shipped_trait_gives_100_distinct_examples_a_side():
     for name in list_traits(SHIPPED):
         trait = load_trait(name, SHIPPED)
         assert trait_notes(trait, 100) == ()
@@ -242,7 +242,7 @@ def spread(values, among):
 
 @given(st.integers(1, 7), st.integers(1, 24), st.integers(1, 120))
 def test_any_number_of_examples_is_balanced(n_pairs, n_questions, n):
-    """Pairs and questions differ by at most one, and no cell comes again before all have come."""
+    """Counts of pairs and of questions differ by at most one; a cell repeats only after all cells were used."""
     examples = make_examples(instructed(n_pairs, n_questions), n)
     sides = [examples[0::2], examples[1::2]]
     assert [{example.polarity for example in side} for side in sides] == [{"pos"}, {"neg"}]
@@ -254,19 +254,19 @@ def test_any_number_of_examples_is_balanced(n_pairs, n_questions, n):
     assert len(set(cells(sides[0]))) == n
 
 
-def test_a_plain_row_by_row_walk_is_not_balanced():
-    """The law above can fail: the obvious order breaks it."""
+def test_a_row_by_row_walk_is_not_balanced():
+    """Negative control of the law above."""
     rows = [(i // 20, i % 20) for i in range(10)]
     assert spread([pair for pair, _ in rows], 5) > 1
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 40), st.integers(0, 40), st.booleans())
-def test_the_first_of_more_examples_are_the_same(one, other, n, more, is_natural):
+def test_more_examples_start_with_the_same_ones(one, other, n, more, is_natural):
     trait = natural(one, other) if is_natural else instructed(one, other)
     assert make_examples(trait, n + more)[: 2 * n] == make_examples(trait, n)
 
 
-def test_a_hundred_of_five_by_twenty_is_every_cell_once():
+def test_100_examples_of_5_pairs_and_20_questions_are_every_cell_once():
     examples = make_examples(instructed(5, 20), 100)
     assert sorted(cells(examples[::2])) == [(i, q, 0) for i in range(5) for q in range(20)]
     first, twin = examples[:2]
@@ -275,16 +275,16 @@ def test_a_hundred_of_five_by_twenty_is_every_cell_once():
     assert make_examples(instructed(5, 20), 101)[-1].id == "neg-i00-q000-r01"
 
 
-def test_natural_sides_of_unequal_length_are_dealt_and_reported():
+def test_natural_sides_of_unequal_length_repeat_the_shorter_one_with_a_note():
     trait = natural(3, 2)
     ids = [example.id for example in make_examples(trait, 3)]
     assert ids == ["pos-n0000-r00", "neg-n0000-r00", "pos-n0001-r00", "neg-n0001-r00", "pos-n0002-r00", "neg-n0000-r01"]
     unequal, repeats = trait_notes(trait, 3)
-    assert "3 positive and 2 negative prompts" in unequal
-    assert "of 2 negative prompts" in repeats
+    assert {"3", "2"} <= set(unequal.split())
+    assert "2" in repeats.split()
     assert trait_notes(natural(3, 3), 3) == ()
-    assert "6 distinct prompts" in trait_notes(instructed(2, 3), 7)[0]
+    assert "6 " in trait_notes(instructed(2, 3), 7)[0]
 
 
-def test_no_examples_are_refused():
-    assert "at least 1" in refusal(make_examples, natural(1, 1), 0)
+def test_zero_examples_are_refused():
+    assert ": 0 " in refusal(make_examples, natural(1, 1), 0)

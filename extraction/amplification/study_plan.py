@@ -165,7 +165,7 @@ def _draw_plot(result: StudyResult) -> bytes:
     title = f"{result.model_after or 'after'} amplified against {result.model_before or 'before'}"
     source = {
         "title": f"{title} (bars: 95% intervals)",
-        "behaviour": "activated answers",
+        "behaviour": "responses with the behaviour",
         "summary": summarize(result.trials),
     }
     return render_picture(draw_rates, source).wide

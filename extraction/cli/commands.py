@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from extraction import __version__
-from extraction.cli.options import CONTEXT
+from extraction.cli.option_types import CONTEXT
 from extraction.cli.pair_commands import amplify_command, serve_command
 from extraction.cli.terminal import Group
 from extraction.cli.tool_commands import traits_command, verify_command

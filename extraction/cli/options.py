@@ -1,151 +1,21 @@
-"""Options of the commands. Those of settings have the type, the bounds, the default and the help of `config.settings`.
-
-A group of options is a tuple of click decorators; `options(...)` puts groups on a command.
-"""
+"""The options of every command, in groups: a group is a tuple of click decorators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-
 import click
 
-from extraction.cli.terminal import Command
-from extraction.config.settings import EXPERIMENT_SETTINGS, MODEL_SETTINGS, SAMPLING, Setting
+from extraction.cli.option_types import (
+    Group,
+    ListType,
+    NumberType,
+    number_option,
+    sampling_options,
+    setting_option,
+    setting_options,
+    setting_type,
+)
+from extraction.config.settings import EXPERIMENT_SETTINGS, SAMPLING
 from extraction.config.validation import Bounds
-from extraction.core.text import show, suggest
-from extraction.judging.registry import JUDGE_NAMES
-
-CONTEXT: dict[str, Any] = {
-    "help_option_names": ["-h", "--help"],
-    "token_normalize_func": lambda token: token.replace("_", "-"),  # --batch_size is --batch-size
-}
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-Group = tuple[Decorator, ...]
-
-
-# --- options of settings --------------------------------------------------------------------------------------------
-
-
-class NumberType(click.ParamType[Any]):
-    """A number within the bounds of a setting."""
-
-    name = "number"
-
-    def __init__(self, bounds: Bounds) -> None:
-        self.bounds = bounds
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        """Return the number; raise click.BadParameter with the value and the bounds."""
-        try:
-            number = int(value) if self.bounds.is_whole else float(value)
-        except ValueError:
-            kind = "a whole number" if self.bounds.is_whole else "a number"
-            self.fail(f"{show(value)} is not {kind}; give {self.bounds}", param, ctx)
-        if number not in self.bounds:
-            self.fail(f"{show(number)} is out of range; give {self.bounds}", param, ctx)
-        return number
-
-
-class WordType(click.ParamType[Any]):
-    """One of the words that a setting allows."""
-
-    name = "word"
-
-    def __init__(self, words: tuple[str, ...]) -> None:
-        self.words = words
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the word; raise click.BadParameter with the nearest one that is allowed."""
-        if value not in self.words:
-            self.fail(f"{show(value)} is not known; {suggest(value, self.words)}", param, ctx)
-        return str(value)
-
-
-class ListType(click.ParamType[Any]):
-    """Values with commas between; the settings check them."""
-
-    name = "list"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the values, as numbers if the setting has numbers."""
-        if not isinstance(value, str):
-            return value
-        parts = tuple(part.strip() for part in value.split(","))
-        if param is None or param.name != "judge_price":
-            return parts
-        try:
-            return tuple(map(float, parts))
-        except ValueError:
-            return value
-
-
-def _type(setting: Setting) -> click.ParamType[Any]:
-    bounds = setting.bounds
-    if bounds is not None:
-        return NumberType(bounds)
-    if setting.choices:
-        return WordType(setting.choices)
-    if setting.name == "judge":
-        return WordType(JUDGE_NAMES)
-    return ListType() if setting.option.metavar in ("A,B", "IN,OUT") else click.STRING
-
-
-def _range(setting: Setting) -> str:
-    bounds = setting.bounds
-    if bounds is None:
-        words = JUDGE_NAMES if setting.name == "judge" else setting.choices
-        return f"{', '.join(words)}; " if words else ""
-    low = f"above {bounds.low:g}" if bounds.above else f"{bounds.low:g}"
-    return f"{low} or more; " if bounds.high >= 2**63 - 1 else f"{low} to {bounds.high:.0f}; "
-
-
-def setting_option(name: str, *, source: str | None = "the experiment's", default: Any = None) -> Decorator:
-    """Return the option of a setting of an experiment or a model.
-
-    Without the option the value is that of `source` ("the run's"), or with `default` that one.
-    """
-    setting = MODEL_SETTINGS[name] if name in MODEL_SETTINGS else EXPERIMENT_SETTINGS[name]
-    if isinstance(setting.default, bool):
-        return click.option(setting.flag, is_flag=True, default=None, help=setting.help)
-    if default is not None:
-        text = f"{default:g}"
-    elif source == "the experiment's":
-        text = f"{source}, else {setting.default_text}"
-    else:
-        text = source or setting.default_text
-    return click.option(
-        setting.flag,
-        name,
-        type=_type(setting),
-        metavar=setting.option.metavar,
-        default=default,
-        help=f"{setting.help}  [{_range(setting)}default: {text}]",
-    )
-
-
-def setting_options(names: Iterable[str], *, source: str = "the experiment's") -> Group:
-    """Return the options of several settings."""
-    return tuple(setting_option(name, source=source) for name in names)
-
-
-def sampling_options(defaults: Mapping[str, float]) -> Group:
-    """Return the options of sampling, with the defaults of a command that reads no experiment."""
-    values = {name: EXPERIMENT_SETTINGS[name].default for name in SAMPLING} | dict(defaults)
-    return tuple(setting_option(name, source=None, default=value) for name, value in values.items())
-
-
-# --- groups of options ----------------------------------------------------------------------------------------------
-
-
-def _number(flag: str, default: float, low: float, high: float, text: str, **kwargs: Any) -> Decorator:
-    bounds = Bounds(low, high, kwargs.pop("above", False), isinstance(default, int))
-    metavar = kwargs.pop("metavar", "N" if bounds.is_whole else "S")
-    return click.option(
-        flag, type=NumberType(bounds), metavar=metavar, default=default, show_default=True, help=text, **kwargs
-    )
-
 
 ROOT: Group = (
     click.option(
@@ -190,7 +60,7 @@ DEVICE: Group = (*LOADING, setting_option("raw"))
 CAPTURE: Group = setting_options(("layers", "sites", "poolings"))
 BATCH: Group = (setting_option("batch_size"),)
 CHECK: Group = (
-    _number("--self-check", 2, 0, 64, "Compare N examples alone and in a batch before the first shard; 0: none."),
+    number_option("--self-check", 2, 0, 64, "Compare N examples alone and in a batch before the first shard; 0: none."),
 )
 THREADS: Group = (
     click.option(
@@ -234,7 +104,7 @@ EVALUATION: Group = (
     click.option(
         "--quick", is_flag=True, help="Judge the vectors by stored activations alone: no steering, no model loaded."
     ),
-    _number("--samples-per-coef", 24, 1, 10_000, "Steered responses for every coefficient."),
+    number_option("--samples-per-coef", 24, 1, 10_000, "Steered responses for every coefficient."),
 )
 STEER: Group = (
     click.argument("prompts", nargs=-1, required=True, metavar="PROMPT..."),
@@ -280,7 +150,7 @@ STUDY: Group = (
         help="Ask a server that has the two; its token is in TRAITLINE_TOKEN.  [default: none, load them here]",
     ),
     click.option("--in-process", is_flag=True, help="Load the two here, as without --server-url."),
-    _number("--timeout", 600.0, 1, 1e6, "Seconds for a request."),
+    number_option("--timeout", 600.0, 1, 1e6, "Seconds for a request."),
     click.option(
         "--prompts-file", required=True, metavar="FILE", help="A prompt a line; or JSON, whole or a line each."
     ),
@@ -314,7 +184,7 @@ STUDY: Group = (
         "--max-new-tokens",
         "max_new_tokens",
         metavar="N",
-        type=_type(EXPERIMENT_SETTINGS["max_new_tokens"]),
+        type=setting_type(EXPERIMENT_SETTINGS["max_new_tokens"]),
         default=150,
         show_default=True,
         help="Tokens of a response, at most.",
@@ -334,12 +204,12 @@ STUDY: Group = (
     click.option(
         "--seed",
         metavar="N",
-        type=_type(EXPERIMENT_SETTINGS["seed"]),
+        type=setting_type(EXPERIMENT_SETTINGS["seed"]),
         default=0,
         show_default=True,
         help="Seed of the first response; each has its own.",
     ),
-    _number("--batch-size", 8, 1, 100_000, "Prompts of one request; sequences that run at a time."),
+    number_option("--batch-size", 8, 1, 100_000, "Prompts of one request; sequences that run at a time."),
     click.option(
         "--detector",
         metavar="FILE",
@@ -426,7 +296,7 @@ MODELS: Group = (
 )
 SERVER: Group = (
     click.option("--host", metavar="HOST", default="127.0.0.1", show_default=True, help="Address to listen on."),
-    _number("--port", 8000, 0, 65535, "Port; 0: any free one, which the first line names."),
+    number_option("--port", 8000, 0, 65535, "Port; 0: any free one, which the first line names."),
     click.option(
         "--token-file",
         metavar="FILE",
@@ -439,13 +309,13 @@ SERVER: Group = (
         metavar="NAME",
         help="Another host name of this server.  [default: none]",
     ),
-    _number("--batch-size", 32, 1, 10_000, "Sequences that run at a time."),
-    _number("--max-total-tokens", 2048, 2, 10_000_000, "Tokens of prompt and response together, at most."),
-    _number("--max-new-tokens", 1024, 1, 1_000_000, "Tokens of a response, at most."),
-    _number("--queue", 256, 1, 1_000_000, "Sequences that wait or run, at most."),
-    _number("--depth", 4, 1, 16, "Tokens that speculation proposes, if a request gives no number."),
-    _number("--timeout", 600.0, 0, 1e6, "Seconds for a request.", above=True),
-    _number("--grace", 30.0, 0, 1e6, "Seconds to finish the requests that run, when stopped."),
+    number_option("--batch-size", 32, 1, 10_000, "Sequences that run at a time."),
+    number_option("--max-total-tokens", 2048, 2, 10_000_000, "Tokens of prompt and response together, at most."),
+    number_option("--max-new-tokens", 1024, 1, 1_000_000, "Tokens of a response, at most."),
+    number_option("--queue", 256, 1, 1_000_000, "Sequences that wait or run, at most."),
+    number_option("--depth", 4, 1, 16, "Tokens that speculation proposes, if a request gives no number."),
+    number_option("--timeout", 600.0, 0, 1e6, "Seconds for a request.", above=True),
+    number_option("--grace", 30.0, 0, 1e6, "Seconds to finish the requests that run, when stopped."),
 )
 
 
@@ -493,22 +363,3 @@ IMPORT: Group = (
     click.option("--force", is_flag=True, help="Replace what has this name."),
     *ROOT,
 )
-
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
-def options(*groups: Group) -> Decorator:
-    """Return a decorator that puts groups of options on a command, in this order."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed([option for group in groups for option in group]):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-def command(name: str, *groups: Group, cls: type[Command] = Command) -> Callable[[Callable[..., Any]], click.Command]:
-    """Return a decorator that makes a command with these options."""
-    make = click.command(name, cls=cls, context_settings=CONTEXT)
-    return lambda function: make(options(*groups)(function))

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from extraction.cli.arguments import prepare, print_lines, server_of, take
-from extraction.cli.options import LOADING, MODELS, SERVER, STUDY, THREADS, command
+from extraction.cli.option_types import command
+from extraction.cli.options import LOADING, MODELS, SERVER, STUDY, THREADS
 from extraction.cli.terminal import Serving, Study, Terminal, complain
 from extraction.core.text import one_line
 

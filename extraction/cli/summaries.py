@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +26,14 @@ INDENT = 15
 SIDES = dict(zip(POLARITIES, ("positive", "negative"), strict=True))
 
 
-def of_plan(job: RunPlan, forecast: Forecast, *, steered: int | None = None) -> Iterator[str]:
-    """Yield the plan of a job and its forecast. `steered`: responses for every coefficient; None: no steering."""
-    settings = job.experiment
+def of_plan(plan: RunPlan, forecast: Forecast, *, steered: int | None = None) -> Iterator[str]:
+    """Yield the plan of a run and its forecast. `steered`: responses for every coefficient; None: no steering."""
+    settings = plan.experiment
     size_of_model = f"{forecast.n_parameters / 1e6:,.1f}M parameters"
-    capture = f"{ranges(job.layers)}; {', '.join(settings.capture.sites)}; {', '.join(settings.capture.poolings)}"
+    capture = f"{ranges(plan.layers)}; {', '.join(settings.capture.sites)}; {', '.join(settings.capture.poolings)}"
     yield f"Plan for {settings.name}"
-    yield from item("model", f"{job.spec.name} ({size_of_model}) on {forecast.device}")
-    yield from item("traits", f"{len(job.traits)}: {', '.join(trait.name for trait in job.traits)}")
+    yield from item("model", f"{plan.spec.name} ({size_of_model}) on {forecast.device}")
+    yield from item("traits", f"{len(plan.traits)}: {', '.join(trait.name for trait in plan.traits)}")
     groups = f"{forecast.n_groups:,} run group{'s' * (forecast.n_groups != 1)}"
     shards = f"{forecast.n_examples:,} in shards of {settings.shard_size}"
     yield from item("examples", f"{shards}, {groups}, batch size {forecast.batch_size}")
@@ -46,15 +46,15 @@ def of_plan(job: RunPlan, forecast: Forecast, *, steered: int | None = None) -> 
     parts = ", ".join(f"{part} {size(n_bytes)}" for part, n_bytes in forecast.memory.items() if n_bytes)
     yield from item("memory", f"{size(forecast.peak)}: {parts}")
     if steered is not None:
-        yield from item("and stage 4", _steered(job, forecast, steered))
+        yield from item("and stage 4", _steered(plan, forecast, steered))
     if forecast.cost is not None:
         yield from item("cost", f"{forecast.cost:.2f} at the given price per hour")
 
 
-def _steered(job: RunPlan, forecast: Forecast, answers: int) -> str:
+def _steered(plan: RunPlan, forecast: Forecast, answers: int) -> str:
     from extraction.evaluation.steering_sweep import typical_n_answers
 
-    count = typical_n_answers(len(job.layers), answers) * len(job.traits)
+    count = typical_n_answers(len(plan.layers), answers) * len(plan.traits)
     seconds = forecast.seconds * count / max(forecast.n_examples, 1)
     return f"about {count:,} steered responses, {duration(seconds)} more (none with --quick)"
 
@@ -71,30 +71,27 @@ def of_generation(result: RunResult, seconds: float, gpu_price: float | None) ->
 
 def of_vectors(results: Iterable[TraitResult]) -> Iterator[str]:
     """Yield the folders of the vectors."""
-    n_new = 0
-    for result in results:
-        n_new += result.n_new
-        yield from _heading(result)
-        yield from _vectors(result)
-        yield from _counts(result)
-        yield ""
-    yield f"{n_new} new." if n_new else "Nothing left to do."
+    return _by_trait(results, lambda result: (*_vectors(result), *_counts(result)))
 
 
 def of_cards(results: Iterable[TraitResult]) -> Iterator[str]:
     """Yield the test of each trait's vectors."""
+    return _by_trait(results, lambda result: (*item("card", shown(result.context.run.card_path)), *_worth(result)))
+
+
+def _by_trait(results: Iterable[TraitResult], lines: Callable[[TraitResult], Iterable[str]]) -> Iterator[str]:
+    """Yield the lines of each trait as its result arrives, and the number of new files."""
     n_new = 0
     for result in results:
         n_new += result.n_new
         yield from _heading(result)
-        yield from item("card", shown(result.context.run.card_path))
-        yield from _worth(result)
+        yield from lines(result)
         yield ""
     yield f"{n_new} new." if n_new else "Nothing left to do."
 
 
-def of_job(result: RunResult, seconds: float, gpu_price: float | None) -> Iterator[str]:
-    """Yield the end of a whole job: folders, responses kept, the test of the vectors, time and memory."""
+def of_run(result: RunResult, seconds: float, gpu_price: float | None) -> Iterator[str]:
+    """Yield the end of a whole run: folders, responses kept, the test of the vectors, time and memory."""
     for trait in result.traits:
         run = trait.context.run
         yield from _heading(trait)
@@ -111,16 +108,16 @@ def of_job(result: RunResult, seconds: float, gpu_price: float | None) -> Iterat
         yield f"Took {duration(seconds)}: {result.n_new} new vectors and cards from stored activations."
 
 
-def of_steer_preview(job: RunPlan, place: SteerSite, seen: Sequence[SteerSample]) -> Iterator[str]:
+def of_steer_preview(plan: RunPlan, place: SteerSite, samples: Sequence[SteerSample]) -> Iterator[str]:
     """Yield steered responses under each other, by prompt."""
     layers = f"layer{'s' * (len(place.layers) > 1)} {ranges(place.layers)}"
-    yield f"{job.traits[0].name} on {job.spec.name}: {place.method} at {layers}"
+    yield f"{plan.traits[0].name} on {plan.spec.name}: {place.method} at {layers}"
     unit = "A coefficient of 1 adds a vector as long as the layer's typical activation."
     low, high = place.coherent or (0.0, 0.0)
     held = f" Responses were coherent from {low:+g} to {high:+g} in the steering sweep." if place.coherent else ""
     yield from _wrapped(unit + held, "", "")
     prompt = None
-    for each in seen:
+    for each in samples:
         if each.prompt != prompt:
             yield ""
             yield from _wrapped(one_line(each.prompt), "> ", "  ")

@@ -6,7 +6,8 @@ import sys
 
 import click
 
-from extraction.cli.options import ROOT, command
+from extraction.cli.option_types import command
+from extraction.cli.options import ROOT
 from extraction.core.text import one_line
 
 
@@ -24,7 +25,7 @@ def verify_command(folder: str | None, root: str | None) -> None:
 
     top = Path(folder) if folder else find_root(root) / "experiments"
     if not top.is_dir():
-        raise StoreError(f"{top}: no such folder; give a run's folder, or run a job first")
+        raise StoreError(f"{top}: no such folder; give a run's folder, or make a run first")
     findings = verify_tree(top)
     for finding in findings:
         click.echo(one_line(finding))

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from extraction.cli.arguments import prepare, print_lines, steer_options, stored_runs, take
-from extraction.cli.options import DEVICE, EXPORT, IMPORT, INPUTS, INTERNALS, READ, STEER, THREADS, command
+from extraction.cli.option_types import command
+from extraction.cli.options import DEVICE, EXPORT, IMPORT, INPUTS, INTERNALS, READ, STEER, THREADS
 from extraction.cli.terminal import Terminal, complain
 from extraction.core.text import one_line
 
@@ -19,17 +20,17 @@ def steer_command(**given: Any) -> None:
 
     Shows the responses at every coefficient under each other, with judge score and perplexity.
     """
-    look, (threads,) = steer_options(given), take(given, "threads")
-    jobs = stored_runs(given, loads_model=True)
+    steering, (threads,) = steer_options(given), take(given, "threads")
+    plans = stored_runs(given, loads_model=True)
     from extraction.cli import summaries
     from extraction.pipeline import steer_preview
     from extraction.pipeline.session import ModelSession, TraitContext
 
     prepare(threads)
-    for job in jobs:
-        context = TraitContext(ModelSession(job), job.traits[0], Terminal())
-        place = steer_preview.steer_site(context.run, look, int(job.model_config.num_hidden_layers))
-        print_lines(summaries.of_steer_preview(job, place, steer_preview.steer_preview(context, place, look)))
+    for plan in plans:
+        context = TraitContext(ModelSession(plan), plan.traits[0], Terminal())
+        place = steer_preview.steer_site(context.run, steering, int(plan.model_config.num_hidden_layers))
+        print_lines(summaries.of_steer_preview(plan, place, steer_preview.steer_preview(context, place, steering)))
 
 
 @command("read", READ)

@@ -18,6 +18,7 @@ from extraction.cli.arguments import (
     take,
     vector_options,
 )
+from extraction.cli.option_types import command
 from extraction.cli.options import (
     BATCH,
     CAPTURE,
@@ -32,7 +33,6 @@ from extraction.cli.options import (
     STORED,
     THREADS,
     VECTORS,
-    command,
 )
 from extraction.cli.terminal import Terminal
 
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
 def extract_command(**given: Any) -> None:
     """Run all stages: responses, activations, vectors, tests and the report."""
     run, wanted, checks = run_options(given), vector_options(given, takes_layers=False), eval_options(given)
-    job = new_plan(given)
+    plan = new_plan(given)
     if run.dry_run:
-        return _print_plans([job], "batched", run, steered=None if checks.quick else checks.answers)
+        return _print_plans([plan], "batched", run, steered=None if checks.quick else checks.answers)
     from extraction.cli import summaries
     from extraction.pipeline import stages
 
     prepare(run.threads)
-    result = stages.extract(job, wanted, checks, Terminal())
-    summary = summaries.of_job if job.is_whole else summaries.of_generation
+    result = stages.extract(plan, wanted, checks, Terminal())
+    summary = summaries.of_run if plan.is_whole else summaries.of_generation
     print_lines(summary(result, run.seconds, run.gpu_price))
 
 
@@ -84,14 +84,14 @@ def capture_command(**given: Any) -> None:
     In a teacher-forced pass over their token ids. Settings of stage 1 are read from the run.
     """
     run = run_options(given)
-    jobs = stored_runs(given, loads_model=True)
+    plans = stored_runs(given, loads_model=True)
     if run.dry_run:
-        return _print_plans(jobs, "capture", run)
+        return _print_plans(plans, "capture", run)
     from extraction.cli import summaries
     from extraction.pipeline import stages
 
     prepare(run.threads)
-    result = stages.capture(jobs, Terminal())
+    result = stages.capture(plans, Terminal())
     print_lines(summaries.of_generation(result, run.seconds, run.gpu_price))
 
 
@@ -102,33 +102,33 @@ def vectors_command(**given: Any) -> None:
     From the responses that count for the judge.
     """
     wanted = vector_options(given)
-    jobs = stored_runs(given)
+    plans = stored_runs(given)
     from extraction.cli import summaries
     from extraction.pipeline import stages
 
-    print_lines(summaries.of_vectors(stages.fit_vectors(jobs, wanted, Terminal())))
+    print_lines(summaries.of_vectors(stages.fit_vectors(plans, wanted, Terminal())))
 
 
 @command("validate", INPUTS, VECTORS, STORED, EVALUATION, BATCH, DEVICE, THREADS)
 def validate_command(**given: Any) -> None:
     """Stage 4: test the vectors on held-out questions, and steer with them."""
     wanted, checks, (threads,) = vector_options(given), eval_options(given), take(given, "threads")
-    jobs = stored_runs(given, loads_model=not checks.quick)
+    plans = stored_runs(given, loads_model=not checks.quick)
     from extraction.cli import summaries
     from extraction.pipeline import stages
 
     prepare(threads)
-    print_lines(summaries.of_cards(stages.validate(jobs, wanted, checks, Terminal())))
+    print_lines(summaries.of_cards(stages.validate(plans, wanted, checks, Terminal())))
 
 
 @command("report", INPUTS, JUDGE, PAGE)
 def report_command(opens: bool, **given: Any) -> None:
     """Write a page for each trait: tests, steering and every response."""
-    jobs = stored_runs(given)
+    plans = stored_runs(given)
     from extraction.cli import summaries
     from extraction.pipeline import stages
 
-    pages, index = stages.report(jobs, Terminal())
+    pages, index = stages.report(plans, Terminal())
     print_lines(summaries.of_reports(pages, index))
     if opens:
         click.launch(str(pages[0] if len(pages) == 1 else index))
@@ -139,21 +139,21 @@ def _make_responses(mode: str, given: dict[str, Any]) -> None:
     from extraction.pipeline.plan import MODES
 
     run = run_options(given)
-    job = new_plan(given)
+    plan = new_plan(given)
     if run.dry_run:
-        return _print_plans([job], mode, run)
+        return _print_plans([plan], mode, run)
     from extraction.cli import summaries
     from extraction.pipeline import stages
 
     prepare(run.threads)
-    result = stages.generate(job, MODES[mode], Terminal())
+    result = stages.generate(plan, MODES[mode], Terminal())
     print_lines(summaries.of_generation(result, run.seconds, run.gpu_price))
 
 
-def _print_plans(jobs: Iterable[RunPlan], work: str, run: RunOptions, *, steered: int | None = None) -> None:
+def _print_plans(plans: Iterable[RunPlan], work: str, run: RunOptions, *, steered: int | None = None) -> None:
     from extraction.cli import summaries
     from extraction.pipeline.forecast import forecast
 
     prepare(run.threads)
-    for job in jobs:
-        print_lines(summaries.of_plan(job, forecast(job, work, gpu_price=run.gpu_price), steered=steered))
+    for plan in plans:
+        print_lines(summaries.of_plan(plan, forecast(plan, work, gpu_price=run.gpu_price), steered=steered))

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from extraction.config.prompt_lines import MAX_FILE_BYTES, read_lines, read_prompt_file
 from extraction.config.yaml_loader import SourceLocation, text
 from extraction.core.errors import TraitError
 from extraction.core.text import show, show_path
-from extraction.core.text_files import decode_utf8, open_input
+from extraction.core.text_files import decode_utf8, open_input, read_text
+
+MAX_FILE_BYTES = 100_000_000
+MAX_LINE_BYTES = 1_000_000
+CHUNK_BYTES = 65_536
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,13 @@ def read_prompt_set(path: str | os.PathLike[str]) -> PromptSet:
 
 
 def _from_lines(path: str | os.PathLike[str]) -> PromptSet:
-    file = read_prompt_file(path)
-    return PromptSet(file.path, tuple(PromptEntry(line.text) for line in file.prompts), file.skipped_blank)
+    lines = _read_lines(path)
+    entries = tuple(PromptEntry(line) for _, line in lines if line.strip())
+    return _some(PromptSet(show_path(path), entries, len(lines) - len(entries)))
 
 
 def _from_json_lines(path: str | os.PathLike[str]) -> PromptSet:
-    source, lines = show_path(path), read_lines(path)
+    source, lines = show_path(path), _read_lines(path)
     rows = [(number, line) for number, line in lines if line.strip()]
     found = [_entry(_parsed(line, f"{source}:{number}"), _place(f"{source}:{number}")) for number, line in rows]
     return _some(PromptSet(source, tuple(found), len(lines) - len(rows)))
@@ -68,9 +72,7 @@ def _from_json_lines(path: str | os.PathLike[str]) -> PromptSet:
 
 def _from_json(path: str | os.PathLike[str]) -> PromptSet:
     source = show_path(path)
-    with open_input(path, MAX_FILE_BYTES, TraitError) as file:
-        words = decode_utf8(file.read(MAX_FILE_BYTES), 0, source, TraitError).removeprefix("\ufeff")
-    data = _parsed(words, source)
+    data = _parsed(read_text(path, MAX_FILE_BYTES, TraitError), source)
     if not isinstance(data, list):
         raise TraitError(f"{source}: {show(data)} is not a list; write [...] around the prompts")
     return _some(PromptSet(source, tuple(_entry(entry, _place(source).at(i)) for i, entry in enumerate(data))))
@@ -99,6 +101,52 @@ def _parsed(words: str, place: str) -> Any:
     except (ValueError, RecursionError) as failure:
         reason = "nested too deep" if isinstance(failure, RecursionError) else failure
         raise TraitError(f"{place}: not JSON ({reason}); correct it") from failure
+
+
+# --- lines, within limits of size that are checked before the whole file is read ------------------------------------
+
+
+def _read_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
+    r"""Return (number from 1, text) of every line of a file; lines end in `\n` or `\r\n` only.
+
+    Raises TraitError, also for more than MAX_FILE_BYTES or MAX_LINE_BYTES, without reading more than that.
+    """
+    with open_input(path, MAX_FILE_BYTES, TraitError) as file:
+        return list(_decoded_lines(file, show_path(path)))
+
+
+def _decoded_lines(file: BinaryIO, source: str) -> Iterator[tuple[int, str]]:
+    offset = 0
+    for number, line in enumerate(_raw_lines(file, source), start=1):
+        body = line.removesuffix(b"\n")
+        body = body.removesuffix(b"\r") if line.endswith(b"\n") else body
+        if b"\0" in body:
+            raise TraitError(f"{source}:{number}: holds a NUL byte; remove it")
+        text = decode_utf8(body, offset, f"{source}:{number}", TraitError)
+        offset += len(line)
+        yield number, text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _raw_lines(file: BinaryIO, source: str) -> Iterator[bytes]:
+    """Yield the file's lines with their ends, with at most one line and one chunk in memory."""
+    total, number, pending = 0, 1, b""
+    while chunk := file.read(CHUNK_BYTES):
+        total += len(chunk)
+        if total > MAX_FILE_BYTES:
+            raise TraitError(f"{source}: more than {MAX_FILE_BYTES} bytes; split the file")
+        *whole, pending = (pending + chunk).split(b"\n")
+        for line in whole:
+            _check_line(line, number, source)
+            yield line + b"\n"
+            number += 1
+        _check_line(pending, number, source)
+    if pending:
+        yield pending
+
+
+def _check_line(line: bytes, number: int, source: str) -> None:
+    if len(line) > MAX_LINE_BYTES:
+        raise TraitError(f"{source}:{number}: a line of more than {MAX_LINE_BYTES} bytes; is this a prompt file?")
 
 
 # --- entries --------------------------------------------------------------------------------------------------------

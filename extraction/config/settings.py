@@ -420,22 +420,6 @@ EXECUTION_FIELDS = (
 ADDED = {setting.path: setting.default for setting in EXPERIMENT_SETTINGS.values() if setting.option.added}
 
 
-def markdown_table() -> str:
-    """Return the table of settings of docs/guide.md."""
-    rows = ["| key in a file | option | default | values | what it does |", "|---|---|---|---|---|"]
-    for setting in (*EXPERIMENT_SETTINGS.values(), *MODEL_SETTINGS.values()):
-        if setting.path == "model":
-            continue
-        option = f"`{setting.flag}`" if setting.option.on_command_line else ""
-        if setting.name == "traits":
-            option = "`--traits`"
-        of_model = setting.path.startswith("model.")
-        key = f"`{setting.path.removeprefix('model.')}`" + (" (model)" if of_model else "")
-        default = "false" if setting.default is False else setting.default_text
-        rows.append(f"| {key} | {option} | {default} | {setting.values} | {setting.help} |")
-    return "\n".join(rows)
-
-
 def check_sampling(values: Mapping[str, Any]) -> None:
     """Raise ConfigError for a sampling value out of its range."""
     for name, value in values.items():

@@ -246,8 +246,8 @@ def _natural_key(prompt: NaturalPrompt | _Natural) -> str:
 # --- examples -------------------------------------------------------------------------------------------------------
 
 
-def make_examples(trait: Trait, n_per_side: int, start: int = 0, stop: int | None = None) -> tuple[Example, ...]:
-    """Return examples [start, stop) of `n_per_side` positive ones, each followed by its negative counterpart.
+def make_examples(trait: Trait, n_per_side: int) -> tuple[Example, ...]:
+    """Return `n_per_side` positive examples, each followed by its negative counterpart.
 
     Any number of the first ones is spread evenly: the counts of two instruction pairs, or of two questions, differ by
     at most one. The first n of more examples are the same n. Past the distinct prompts they repeat (`r01`, ...), with
@@ -256,8 +256,7 @@ def make_examples(trait: Trait, n_per_side: int, start: int = 0, stop: int | Non
     if n_per_side < 1:
         raise TraitError(f"trait {trait.name}: {n_per_side} examples a side; at least 1 is needed")
     make = _natural_example if trait.is_natural else _instructed_example
-    end = 2 * n_per_side if stop is None else min(stop, 2 * n_per_side)
-    return tuple(make(trait, POLARITIES[i % 2], i // 2) for i in range(start, end))
+    return tuple(make(trait, POLARITIES[i % 2], i // 2) for i in range(2 * n_per_side))
 
 
 def _instructed_example(trait: Trait, polarity: str, step: int) -> Example:

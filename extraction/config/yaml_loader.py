@@ -15,7 +15,7 @@ import yaml
 
 from extraction.core.errors import ConfigError
 from extraction.core.text import show, show_path, suggest
-from extraction.core.text_files import decode_utf8, open_input
+from extraction.core.text_files import decode_utf8, open_input, refuse_nul
 
 Rule = Callable[[Any, "SourceLocation"], Any]
 Key = str | int
@@ -64,11 +64,6 @@ class Document:
     place: SourceLocation
 
 
-def read_yaml(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Any:
-    """Return the data of one YAML file. Raises `error` with the file and line."""
-    return read_document(path, error).data
-
-
 def read_document(path: str | os.PathLike[str], error: type[ConfigError] = ConfigError) -> Document:
     """Return the data of one YAML file with the line of every value.
 
@@ -86,8 +81,7 @@ def parse_document(raw: bytes, source: str, error: type[ConfigError] = ConfigErr
     if len(raw) > MAX_YAML_BYTES:
         raise error(f"{source}: more than {MAX_YAML_BYTES} bytes; split the file")
     text = decode_utf8(raw, 0, source, error).removeprefix("\ufeff")
-    if "\0" in text:
-        raise error(f"{source}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; remove it")
+    refuse_nul(text, source, error)
     try:
         node = _Loader(text).get_single_node()
         lines: dict[tuple[Key, ...], int] = {}
@@ -206,17 +200,13 @@ def text(value: Any, place: SourceLocation) -> str:
     return value
 
 
-def items(rule: Rule, *, distinct: bool = False) -> Rule:
+def items(rule: Rule) -> Rule:
     """Return a check of a list whose entries all pass `rule`."""
 
     def check(value: Any, place: SourceLocation) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):
             raise place.fail(f"{show(value)} is not a list; write it as [a, b]")
-        found = tuple(rule(item, place.at(i)) for i, item in enumerate(value))
-        for i, item in enumerate(found):
-            if distinct and item in found[:i]:
-                raise place.at(i).fail(f"{show(item)} stands there twice; keep one")
-        return found
+        return tuple(rule(item, place.at(i)) for i, item in enumerate(value))
 
     return check
 

@@ -25,6 +25,19 @@ def open_input(path: str | os.PathLike[str], limit: int, error: type[ConfigError
         raise error(f"{show_path(path)}: {reason.lower()}; check the path and its permissions") from failure
 
 
+def read_text(path: str | os.PathLike[str], limit: int, error: type[ConfigError] = ConfigError) -> str:
+    """Return a regular file's text without its byte order mark: UTF-8, at most `limit` bytes."""
+    with open_input(path, limit, error) as file:
+        return decode_utf8(file.read(limit), 0, show_path(path), error).removeprefix("\ufeff")
+
+
+def refuse_nul(text: str, place: str, error: type[ConfigError] = ConfigError) -> None:
+    """Raise `error` with the line of the first NUL in a text."""
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise error(f"{place}:{line}: holds a NUL byte; remove it")
+
+
 def decode_utf8(data: bytes, offset: int, place: str, error: type[ConfigError] = ConfigError) -> str:
     """Return strictly decoded UTF-8. `offset` is where `data` starts in its file."""
     try:

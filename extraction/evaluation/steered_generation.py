@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from extraction.engine.generate import generate
-from extraction.engine.likelihood import log_likelihoods
 from extraction.engine.requests import Request
 from extraction.engine.steering import Steering
+from extraction.engine.teacher_forcing import log_likelihoods
 
 if TYPE_CHECKING:
     from extraction.core.records import Prompt
@@ -175,9 +175,9 @@ def _surprises(
     return {key: -float(chances_T.double().mean()) for key, chances_T in scored}
 
 
-def repetition(token_ids: Sequence[int], n: int = NGRAM) -> float:
-    """Return the share of a text's n-grams that occur earlier in it; 0 for a text of fewer than `n` tokens."""
-    grams = list(zip(*(token_ids[i:] for i in range(n)), strict=False))
+def repetition(token_ids: Sequence[int]) -> float:
+    """Return the share of a text's n-grams that occur earlier in it; 0 for a text of fewer than NGRAM tokens."""
+    grams = list(zip(*(token_ids[i:] for i in range(NGRAM)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

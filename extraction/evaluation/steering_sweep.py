@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from extraction.engine.likelihood import divergences
 from extraction.engine.steering import Steering
+from extraction.engine.teacher_forcing import divergences
 from extraction.evaluation.steered_generation import (
     UNSTEERED,
     Condition,

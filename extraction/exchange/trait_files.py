@@ -18,7 +18,7 @@ import yaml
 from extraction.config.yaml_loader import SourceLocation
 from extraction.core.errors import TraitError
 from extraction.core.text import show, show_path
-from extraction.core.text_files import decode_utf8, open_input
+from extraction.core.text_files import read_text, refuse_nul
 
 MAX_TRAIT_BYTES = 100_000_000
 _PARTS = {
@@ -57,10 +57,8 @@ def read_trait_files(paths: Sequence[str], *, as_text: bool = False) -> list[Tra
 def read_trait_file(path: Path, *, as_text: bool = False) -> TraitFile:
     """Read one UTF-8 file without its byte order mark and carriage returns. Raises TraitError."""
     source = show_path(path)
-    with open_input(path, MAX_TRAIT_BYTES, TraitError) as file:
-        text = decode_utf8(file.read(MAX_TRAIT_BYTES), 0, source, TraitError).removeprefix("\ufeff")
-    if "\0" in text:
-        raise TraitError(f"{source}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL byte; remove it")
+    text = read_text(path, MAX_TRAIT_BYTES, TraitError)
+    refuse_nul(text, source, TraitError)
     if not text.strip():
         raise TraitError(f"{source}: is empty; a trait needs both sides")
     kind, data, blank = _parse_content(text, source, as_text=as_text or part_from_name(path) == "definition")

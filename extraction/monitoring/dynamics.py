@@ -86,7 +86,7 @@ def persistence(x_T: Any) -> float | None:
     """Return the lag-1 autocorrelation, r = sum of d[t] d[t-1] over sum of d[t]**2, with d = x - mean.
 
     Box, Jenkins and Reinsel, Time Series Analysis, section 2.1 (the estimate r_1) and section 3.2 (AR(1), in which a
-    deviation from the mean shrinks by the factor r each token; `half_life` is that in tokens). 0 is white noise;
+    deviation from the mean shrinks by the factor r each token). 0 is white noise;
     negative values alternate; a drift or a step raises it as well. It is biased low by about (1 + 4 r) / T
     (Marriott and Pope 1954, Biometrika 41), so don't compare responses of very different lengths. None for fewer than
     3 tokens, and for a constant trajectory.
@@ -97,13 +97,6 @@ def persistence(x_T: Any) -> float | None:
     d_T = trajectory_T - trajectory_T.mean()
     d_T /= np.abs(d_T).max()  # squares of tiny numbers would vanish
     return float(d_T[1:] @ d_T[:-1] / (d_T @ d_T))
-
-
-def half_life(persistence: float | None) -> float | None:
-    """Return the tokens in which a deviation halves, ln(1/2) / ln(r); None where r is not between 0 and 1."""
-    if persistence is None or not 0 < persistence < 1:
-        return None
-    return math.log(0.5) / math.log(persistence)
 
 
 def dynamics(x_TL: Any, threshold_L: Any) -> list[Summary]:

@@ -66,9 +66,11 @@ def _postprocess_set(
     last = plan.vectors[-1].trait if plan.vectors else NORM.name
     lacks_pictures = plan.extras.png and not folder.report_path(_overview_name(last)).exists()
     if is_fresh or lacks_pictures or not (folder.has_dynamics() and folder.report_path().exists()):
+        from extraction.monitoring.page import set_page
+
         data = load_capture_set(plan, set_plan, ids)
         folder.write_dynamics(dynamics_document(data))
-        folder.write_report(folder.report_path().name, _render_page(data))
+        folder.write_report(folder.report_path().name, set_page(data))
         if plan.extras.png:
             _write_pictures(folder, data, listener)
     return PostprocessResult(set_plan, folder.read_dynamics(), tuple(notes))
@@ -211,12 +213,6 @@ def dynamics_document(data: CaptureSetData) -> dict[str, Any]:
 # --- outputs -----------------------------------------------------------------------------------------------------
 
 
-def _render_page(data: CaptureSetData) -> bytes:
-    from extraction.monitoring.page import set_page
-
-    return set_page(data)
-
-
 def _overview_name(trait: str) -> str:
     return f"overview-{trait}.png"
 
@@ -275,9 +271,5 @@ def _write_json(folder: CaptureSet, ids: Sequence[str], *, again: bool) -> list[
         if sum(tensor.numel() for tensor in tensors.values()) > MAX_JSON_NUMBERS:
             skipped += 1
         else:
-            folder.write_json(id, {**header, "values": _as_lists(tensors)})
+            folder.write_json(id, {**header, "values": {name: tensor.tolist() for name, tensor in tensors.items()}})
     return [f"{skipped} prompts are too large for JSON; their safetensors hold all"] if skipped else []
-
-
-def _as_lists(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: tensor.tolist() for name, tensor in tensors.items()}

@@ -139,6 +139,7 @@ def draw_rates(study: Mapping[str, Any], page: PlotPage) -> Figure:
             color=INK,
             fontsize=0.85 * page.text,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            zorder=4,
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(
@@ -146,7 +147,7 @@ def draw_rates(study: Mapping[str, Any], page: PlotPage) -> Figure:
     )
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.margins(x=0.08)
-    axes.set_xlabel("alpha (0: the after model as it is)")
+    axes.set_xlabel("alpha (0: the later model, not amplified)")
     axes.set_ylabel(study["behaviour"])
     axes.set_title(study["title"], parse_math=False)
     return figure

@@ -11,9 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from extraction.serving.batch_queue import BatchQueue, EndedRows
+from extraction.serving.batch_queue import BatchQueue, EndedRows, Failed, PendingRow, QueueName
 from extraction.serving.errors import HttpError, code_location
-from extraction.serving.events import Failed, PendingRow, QueueName
 from extraction.serving.metrics import Metrics
 
 MAX_RETRY_SECONDS = 60

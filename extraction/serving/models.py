@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from extraction.serving.batch_queue import BatchQueue
+from extraction.serving.batch_queue import BatchQueue, QueueName
 from extraction.serving.errors import HttpError
-from extraction.serving.events import QueueName
 from extraction.serving.settings import Settings
 
 if TYPE_CHECKING:

@@ -13,14 +13,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from extraction.engine.sampler import Sample
-from extraction.serving.detokenizer import IncrementalDecoder, decode
+from extraction.serving.batch_queue import Failed, Finished, NewTokens, QueueName
 from extraction.serving.errors import HttpError, unknown_value
-from extraction.serving.events import Failed, Finished, NewTokens, QueueName
 from extraction.serving.models import PLAIN
-from extraction.serving.openai_schemas import ChatCompletions, Completions
 from extraction.serving.prompt_encoding import ChatPrompt, PromptInput, TextPrompt, TokenPrompt
+from extraction.serving.schemas import ChatCompletions, Completions
 from extraction.serving.service import RequestHandle, RequestRows, Service, raise_first_error, seed_or_random
-from extraction.serving.streaming import IndexedEvents, JsonReply, stream_chunks
+from extraction.serving.streaming import IncrementalDecoder, IndexedEvents, JsonReply, decode, stream_chunks
 
 Json = dict[str, Any]
 

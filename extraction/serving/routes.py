@@ -18,14 +18,13 @@ from starlette.responses import Response
 
 from extraction.engine.requests import SpeculationStats
 from extraction.engine.sampler import Sample
-from extraction.serving.detokenizer import IncrementalDecoder, decode
+from extraction.serving.batch_queue import Failed, Finished, NewTokens, QueueName
 from extraction.serving.errors import HttpError
-from extraction.serving.events import Failed, Finished, NewTokens, QueueName
 from extraction.serving.models import AMPLIFY, PLAIN, SPECULATE
 from extraction.serving.prompt_encoding import EncodedPrompt, TextPrompt
 from extraction.serving.schemas import Formatting, Generate, GenerateBatch, GenerateLda, GenerateLdaBatch, Sampling
 from extraction.serving.service import RequestHandle, RequestRows, Service, raise_first_error, seed_or_random
-from extraction.serving.streaming import IndexedEvents, JsonReply, stream_chunks
+from extraction.serving.streaming import IncrementalDecoder, IndexedEvents, JsonReply, decode, stream_chunks
 
 Json = dict[str, Any]
 

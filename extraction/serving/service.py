@@ -18,9 +18,9 @@ from starlette.requests import Request as HttpRequest
 from extraction.amplification.lda import DRAWS
 from extraction.engine.requests import Request
 from extraction.engine.sampler import Sample
+from extraction.serving.batch_queue import Event, Failed, Finished, PendingRow, QueueName
 from extraction.serving.engine_thread import EngineThread
 from extraction.serving.errors import ClientDisconnected, HttpError
-from extraction.serving.events import Event, Failed, Finished, PendingRow, QueueName
 from extraction.serving.models import ServedModels
 from extraction.serving.prompt_encoding import EncodedPrompt, PromptEncoder, PromptInput, copy_tokenizers
 from extraction.serving.settings import MAX_ROWS, Settings

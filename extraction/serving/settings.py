@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 from extraction.core.errors import ConfigError, MissingPackage
 from extraction.core.text import show, show_path
-from extraction.core.text_files import decode_utf8, open_input
+from extraction.core.text_files import read_text
 
 TOKEN_VARIABLE = "TRAITLINE_TOKEN"
 MIN_TOKEN = 16  # characters: fewer can be guessed
@@ -91,8 +91,7 @@ def read_token(path: str | None, environment: Mapping[str, str] = os.environ) ->
     Raises ConfigError if it is too short, or can't stand in a header.
     """
     if path is not None:
-        with open_input(path, MAX_TOKEN_BYTES) as file:
-            place, text = show_path(path), decode_utf8(file.read(MAX_TOKEN_BYTES), 0, show_path(path)).strip()
+        place, text = show_path(path), read_text(path, MAX_TOKEN_BYTES).strip()
     elif environment.get(TOKEN_VARIABLE):
         place, text = TOKEN_VARIABLE, environment[TOKEN_VARIABLE].strip()
     else:

@@ -87,10 +87,10 @@ class CaptureSet(RunDir):
 
     # --- prompts
 
-    def prompt_done(self, id: str, *, deep: bool = False) -> bool:
-        """Return True if the prompt's file has a receipt and the receipt's size (`deep`: the receipt's sha256)."""
+    def prompt_done(self, id: str) -> bool:
+        """Return True if the prompt's file has a receipt and the receipt's size."""
         try:
-            (read_data if deep else check_size)(self.prompt_path(id))
+            check_size(self.prompt_path(id))
         except StoreError:
             return False
         return True

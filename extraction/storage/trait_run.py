@@ -82,10 +82,10 @@ class TraitRun(RunDir):
 
     # --- shards
 
-    def shard_done(self, stage: str, index: int, *, deep: bool = False) -> bool:
-        """Return True if the shard has a receipt and the receipt's size (`deep`: the receipt's sha256)."""
+    def shard_done(self, stage: str, index: int) -> bool:
+        """Return True if the shard has a receipt and the receipt's size."""
         try:
-            (read_data if deep else check_size)(self._shard_path(stage, index))
+            check_size(self._shard_path(stage, index))
         except StoreError:
             return False
         return True
@@ -119,15 +119,6 @@ class TraitRun(RunDir):
         facts = {"rows": len(ids), "layer_convention": LAYER_CONVENTION, "tensors": shapes, "meta": dict(meta)}
         write_with_receipt(path, safetensors_bytes(path, tensors, header), facts)
 
-    def iter_activations(
-        self, names: Sequence[str] | None = None, *, stage: str = "activations"
-    ) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
-        """Yield (ids, tensors) of every shard, in shard order; `names` selects tensors. Every sha256 is checked."""
-        for path in self._data_paths(STAGES[stage]):
-            data, _ = read_data(path)
-            tensors = load_tensors(data)
-            yield read_metadata(data)["ids"], {name: _tensor_of(path, tensors, name) for name in names or tensors}
-
     def open_activations(self, name: str, *, stage: str = "activations") -> LazyTensor:
         """Return all rows of one tensor, in shard order, to be read some layers at a time. Every sha256 is checked."""
         paths = self._data_paths(STAGES[stage])
@@ -136,11 +127,6 @@ class TraitRun(RunDir):
         n = sum(tensor["shape"][0] for tensor in tensors)
         files = tuple(open_checked(path) for path in paths)
         return LazyTensor(name, files, (n, *tensors[0]["shape"][1:]), tensors[0]["dtype"])
-
-    def load_activations(self, name: str, *, stage: str = "activations") -> tuple[list[str], Tensor]:
-        """Read all rows of one tensor, [n, L, D], in shard order. Needs memory for the result and one shard."""
-        stored = self.open_activations(name, stage=stage)
-        return list(stored.ids), stored.pick(stored.ids, range(stored.shape[1])).read_layers(slice(None))
 
     # --- results
 

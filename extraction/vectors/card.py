@@ -71,7 +71,7 @@ def build_card(  # noqa: PLR0913  # facts of one call, all named
 
     Args:
         labels: True for a positive row.
-        question_ids: as `question_keys` returns them.
+        question_ids: the question of each row; rows of one question stay in one part.
         instruction_ids: the instruction pair of each row; None for natural prompts.
         layers: the number of each of the L layers in the model.
         example_ids: the rows' ids, for error messages.

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from extraction.core.errors import TraitError
-from extraction.core.records import Example
 
 PARTS = {"fit": 40, "validation": 20, "test": 40}  # percent of the questions
 MAX_FOLDS = 5
@@ -87,14 +86,6 @@ class Split:
         """Return the index [n] of the fold that holds each row out; 0 for fit rows, too."""
         held_kn = torch.stack([fold.held_n for fold in self.folds])
         return held_kn.long().argmax(0)
-
-
-def question_keys(examples: Sequence[Example]) -> tuple[str, ...]:
-    """Return the ids to split by: the question's text, so that equal questions stay together.
-
-    A natural prompt is its own question.
-    """
-    return tuple(example.question for example in examples)
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
