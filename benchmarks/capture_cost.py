@@ -12,7 +12,7 @@ from benchmarks.shapes import random_model
 from benchmarks.workload import make_requests, n_tokens
 from extraction.activations.pooled import Capture
 from extraction.engine.generate import generate
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.utils_batch import Request
 
 PAIRS_PER_REPEAT = 5

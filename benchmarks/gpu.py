@@ -21,7 +21,7 @@ from benchmarks.reading_cost import device_name
 from benchmarks.roofline import PROMPT_TOKENS, Sizes, decode_seconds
 from benchmarks.shapes import random_model
 from benchmarks.workload import in_turn, make_even_requests, spread
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.utils_batch import Request
 
 STATIC = Peer("transformers, padded batches, static cache, compiled + second pass", static, (64,))

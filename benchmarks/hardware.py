@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from extraction.model.devices import synchronize
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.model.onednn_linear import matmul
 from extraction.pipeline.forecast import best_seconds
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from benchmarks.peers import Answers, Peer, second_pass
 from benchmarks.workload import Answer
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.utils_batch import Request
 
 SCRIPTS = Path(__file__).parent / "peer_scripts"

@@ -22,7 +22,7 @@ from extraction.activations.pooled import Capture
 from extraction.engine.generate import generate
 from extraction.engine.sequence import left_pad
 from extraction.model.hooks import watch
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.utils_batch import Request
 
 Answers = dict[str, Answer]

@@ -14,7 +14,7 @@ from benchmarks.peer_processes import PeerMissingError, peer_processes_for
 from benchmarks.peers import PEERS, Answers, Peer
 from benchmarks.shapes import random_model
 from benchmarks.workload import Agreement, compare, in_turn, make_requests, n_tokens, spread
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.model.onednn_linear import without_onednn
 from extraction.utils_batch import Request
 

@@ -21,7 +21,8 @@ from benchmarks.shapes import random_model
 from benchmarks.workload import in_turn, make_requests, n_tokens, spread, timed
 from extraction.activations.per_token import TokenProjections
 from extraction.engine.generate import generate
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.utils_batch import Completion, Request
 
 N_TRAITS = 4

@@ -27,7 +27,7 @@ from benchmarks.workload import make_even_requests, spread
 from extraction.activations.pooled import Capture
 from extraction.engine.generate import generate, teacher_force
 from extraction.model.devices import synchronize
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.model.memory import shape_of
 
 PROMPT_TOKENS = 60

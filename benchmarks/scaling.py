@@ -25,7 +25,7 @@ from benchmarks.shapes import random_model
 from benchmarks.workload import in_turn, make_even_requests
 from extraction.activations.pooled import Capture
 from extraction.engine.generate import generate
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 
 EXPERIMENT = "whole"
 COUNTS = (200, 1000, 5000, 20_000)  # examples, both polarities together

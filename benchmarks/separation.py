@@ -24,7 +24,7 @@ from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
 from extraction.judging.lexical import lexical_score
 from extraction.model.chat_template import encode_conversation
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.monitoring.dynamics import smoothed
 from extraction.monitoring.prompt_capture import pieces_of
 from extraction.pipeline.fit import VectorOptions, fit_inputs

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, L
 from transformers.initialization import no_init_weights
 
 import extraction
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.model.memory import shape_of as counted
 from extraction.pipeline.forecast import free_memory
 

@@ -12,7 +12,7 @@ from benchmarks.workload import bundled, in_turn, random_twin, spread, timed, tr
 from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
 from extraction.engine.speculation import Speculate
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.utils_batch import Completion, Request
 
 BATCH_SIZES = (1, 4, 16)

@@ -19,7 +19,8 @@ from benchmarks.shapes import random_model
 from extraction.config.experiments import find_root, resolve_model
 from extraction.config.traits import list_traits, load_trait, make_examples
 from extraction.model.chat_template import encode_example
-from extraction.model.loading import LanguageModel, load
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import load
 from extraction.utils_batch import Request
 
 PROMPT_TOKENS = (40, 80)

@@ -14,7 +14,8 @@ import httpx2
 import torch
 from torch import Tensor, nn
 
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.serving.models import ServedModels
 from extraction.serving.server import HttpServer
 from extraction.serving.settings import Settings, address_of, bind

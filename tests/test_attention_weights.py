@@ -14,7 +14,8 @@ from torch import Tensor
 from extraction.core.errors import ModelError
 from extraction.engine.generate import generate
 from extraction.model.attention_weights import ATTENTION_NAME, AttentionReading, watch_attention
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.model.lora import share_weights
 from extraction.utils_batch import Request
 from tests.tiny import WINDOW, blocks, deviation, prompts, shared_model, taps, tiny_model

@@ -27,7 +27,8 @@ from extraction.engine.speculation import Speculate
 from extraction.engine.steering import Steering
 from extraction.model import onednn_linear
 from extraction.model.kv_cache import CacheWindow, GraphCursor
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.pipeline.lazy_model import cuda_graph_notes
 from extraction.utils_batch import Capture, Request
 from tests.recorder import Recorder

@@ -26,7 +26,8 @@ from extraction.engine.speculation import Speculate
 from extraction.engine.steering import Steering
 from extraction.engine.teacher_forcing import divergences
 from extraction.model.devices import device_list, device_map_for, pick_device, to_host
-from extraction.model.loading import LanguageModel, load, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import load, wrap
 from extraction.model.lora import share_weights
 from extraction.model.memory import CPU_AUTO_BATCH, auto_batch_size
 from extraction.pipeline.lazy_model import device_notes

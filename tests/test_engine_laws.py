@@ -26,7 +26,8 @@ from extraction.engine.generate import generate, teacher_force
 from extraction.engine.sampler import Sample, uniforms
 from extraction.model import onednn_linear
 from extraction.model.kv_cache import SlotCache
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     ARCHITECTURES,

@@ -13,7 +13,8 @@ from extraction.engine.generate import generate
 from extraction.model import gqa_decode
 from extraction.model.attention_weights import watch_attention
 from extraction.model.gqa_decode import gqa_attention, gqa_decoding
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.utils_batch import Request
 from tests.tiny import deviation, prompts, reference_greedy, shared_model, tiny_model
 

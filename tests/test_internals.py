@@ -18,7 +18,8 @@ from extraction.activations.sites import watch_taps
 from extraction.core.errors import ModelError
 from extraction.engine.generate import generate
 from extraction.model.attention_weights import watch_attention
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.utils_batch import Request
 from tests.tiny import HIDDEN, LAYERS, blocks, deviation, prompts, shared_model, taps, tiny_model
 

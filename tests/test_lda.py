@@ -14,7 +14,8 @@ from extraction.amplification.lda import DRAWS, LDAModelPair, LDAPrompt, LDASett
 from extraction.core.errors import ConfigError, LogitsError, ModelError, PromptError
 from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.model.pairs import ModelPair
 from extraction.utils_batch import Request
 from tests.lora import saved_adapter, saved_base

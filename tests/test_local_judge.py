@@ -21,7 +21,8 @@ from extraction.judging.base import Rating
 from extraction.judging.local import TOO_LONG, encode_rubric, rate_texts
 from extraction.judging.number_probabilities import Spellings, number_probabilities, spell_numbers
 from extraction.judging.rubric import COHERENCE, NO_NUMBER, fill
-from extraction.model.loading import LanguageModel, read_tokenizer, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import read_tokenizer, wrap
 from tests.runs import contents, make_root, refused, succeed
 from tests.tiny import VOCABULARY, prompts, tiny_model, tiny_tokenizer
 

@@ -25,7 +25,8 @@ from extraction.engine.logit_diff import Amplify, amplify_logits
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits
 from extraction.engine.steering import Steering
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     FAMILIES,

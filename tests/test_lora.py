@@ -19,7 +19,8 @@ from extraction.config.experiments import ModelSpec
 from extraction.core.errors import ModelError
 from extraction.engine.generate import generate
 from extraction.engine.steering import Steering
-from extraction.model.loading import LanguageModel, load, load_over, read_config, read_tokenizer
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import load, load_over, read_config, read_tokenizer
 from extraction.utils_batch import Capture, Request
 from tests.lora import CONFIG, WEIGHTS, change_config, peft_reference, saved_adapter, saved_base
 from tests.runs import environment

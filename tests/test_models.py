@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from extraction.config.experiments import ModelSpec
-from extraction.core.errors import ModelError
+from extraction.core.errors import ModelError, PromptError
 from extraction.engine.generate import generate
-from extraction.model.kv_cache import LAYER_CLASSES, CacheWindow, SlotLayer, make_cache
-from extraction.model.loading import LanguageModel, find_layers, load, wrap
-from extraction.utils_batch import Capture, Request
+from extraction.model.kv_cache import CacheWindow, make_cache
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import find_layers, load, wrap
+from extraction.utils_batch import Capture, Request, teacher_force
 from tests.runs import environment, saved_model
 from tests.tiny import (
     HIDDEN,
@@ -87,23 +88,21 @@ def test_ambiguous_or_missing_layer_lists_are_refused() -> None:
     assert "LlamaForCausalLM" in one_line(caught.value)
 
 
-def test_the_cache_has_a_layer_of_each_kind_and_a_kind_outside_the_table_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("name", "columns", "states"), [("llama", 3, 0), ("mamba", 0, 3), ("qwen3_next", 1, 2)])
+def test_a_layer_of_the_cache_keeps_columns_or_states_as_its_model_writes_them(
+    name: str, columns: int, states: int
 ) -> None:
-    class SlidingLayer(SlotLayer):
-        pass
-
-    model = shared_model("gemma2")
-    window = CacheWindow(slots=2, columns=4)
-    monkeypatch.setitem(LAYER_CLASSES, "sliding_attention", SlidingLayer)
-    kinds = [type(layer) for layer in make_cache(model, window).slot_layers]
-    sliding = [kind == "sliding_attention" for kind in model.config.layer_types]
-    assert [kind is SlidingLayer for kind in kinds] == sliding
-    assert {True, False} == set(sliding)
-    wrap(model)
-    monkeypatch.delitem(LAYER_CLASSES, "sliding_attention")
-    with pytest.raises(ModelError, match="Gemma2ForCausalLM"):
-        wrap(model)
+    lm = wrap(shared_model(name))
+    cache = make_cache(lm.model, CacheWindow(slots=2, columns=4))
+    ids_BT = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode(), cache.window.prefilling(torch.tensor([1]), cursor=3):
+        lm.cached_logits(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), torch.arange(3).unsqueeze(0), cache)
+    assert sum(bool(layer.columned) for layer in cache.slot_layers) == columns
+    assert sum(bool(layer.states) for layer in cache.slot_layers) == states
+    assert lm.state_bytes == cache.state_bytes == sum(s[1].nbytes for layer in cache.slot_layers for s in layer.states)
+    for buffer in (b for layer in cache.slot_layers for b in (*layer.columned.values(), *layer.states)):
+        assert buffer[1].any()
+        assert not buffer[0].any()  # the slot that the prefill did not write
 
 
 # --- stop, pad and vocabulary -----------------------------------------------------------------------------------------
@@ -272,9 +271,7 @@ def remove_tokenizer(folder: Path) -> None:
 
 
 def another_tokenizer(folder: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([f"word{i}" for i in range(50)])
-    tokenizer.save_pretrained(folder)
+    tiny_tokenizer(more=[f"word{i}" for i in range(50)]).save_pretrained(folder)
 
 
 DAMAGE = {
@@ -293,6 +290,22 @@ DAMAGE = {
     remove_tokenizer: "tokenizer",
     another_tokenizer: "tokenizer",
 }
+
+
+def test_tokens_past_the_embedding_are_refused_in_a_prompt_only(saved: Path) -> None:
+    """Gemma 3's own tokenizer has one token more than the model: <image_soft_token>."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(saved)
+    lm = load(spec(saved))
+    assert len(answers(lm)) == 5
+    assert lm.n_embeddings == VOCABULARY
+    for texts in (
+        lambda: generate(lm, [Request("seen", (5, VOCABULARY), 4)], batch_size=1),
+        lambda: teacher_force(lm, [("seen", (5,), (6, VOCABULARY))], capture=Capture((0,)), batch_size=1),
+    ):
+        with pytest.raises(PromptError, match=rf"seen: .*{VOCABULARY} \('<image>'\)"):
+            list(texts())
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)

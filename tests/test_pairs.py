@@ -16,7 +16,8 @@ from extraction.engine.generate import generate
 from extraction.engine.logit_diff import Amplify
 from extraction.engine.sampler import Sample
 from extraction.engine.steering import Steering
-from extraction.model.loading import LanguageModel, load, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import load, wrap
 from extraction.model.pairs import ModelPair, compatibility, load_pair, refuse_different
 from extraction.utils_batch import Capture, Completion, Request
 from tests.lora import change_config, saved_adapter, saved_base

@@ -28,7 +28,8 @@ from extraction.engine.logit_diff import Amplify
 from extraction.engine.sampler import Sample
 from extraction.engine.speculation import Speculate
 from extraction.engine.steering import Steering
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.test_engine_laws import case_of, one_line, poisoned, run, tokens_of
 from tests.tiny import (

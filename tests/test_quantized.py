@@ -15,7 +15,8 @@ from extraction.core.errors import ConfigError, ModelError
 from extraction.core.records import Example, Prompt
 from extraction.engine.generate import generate
 from extraction.model import loading
-from extraction.model.loading import LanguageModel, load
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import load
 from extraction.model.memory import shape_of
 from extraction.model.pairs import load_pair
 from extraction.pipeline.plan import make_plan, stored_plans

@@ -17,7 +17,8 @@ from torch import Tensor
 from extraction.engine.generate import generate
 from extraction.model import gqa_decode, onednn_linear, sparse_decode
 from extraction.model.gqa_decode import gqa_decoding
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.model.sparse_decode import LiveColumns, is_row_major, is_supported, live_columns, sparse_attention
 from extraction.utils_batch import Capture, Request
 from tests.tiny import deviation, prompts, reference_greedy, tiny_model

@@ -31,7 +31,8 @@ from extraction.engine.sampler import Sample, uniforms
 from extraction.engine.sequence import BatchLimits
 from extraction.engine.speculation import Proposal, Speculate, Verification, verify_proposal
 from extraction.engine.steering import Steering
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     FAMILIES,

@@ -22,7 +22,8 @@ from extraction.engine.logit_diff import Amplify
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits
 from extraction.engine.speculation import Speculate
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import blocks, prompts, reference_greedy, shared_model, tiny_model, tiny_tokenizer
 from tests.two_models import amplified_response, noisy_model

@@ -471,11 +471,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer of one token a character, 97 in all, with a chat template; decoding inverts encoding."""
+def tiny_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Build a tokenizer of one token a character, 97 in all, and of `more`, with a chat template. Decoding is exact."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    words = (_SPECIAL + list(_CHARACTERS))[:VOCABULARY]
+    words = [*(_SPECIAL + list(_CHARACTERS))[:VOCABULARY], *more]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()

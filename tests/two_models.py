@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from extraction.engine.batch import ContinuousBatch
 from extraction.engine.sampler import Sample, uniforms
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.utils_batch import Request
 from tests.tiny import tiny_model
 

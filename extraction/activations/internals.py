@@ -36,7 +36,7 @@ from extraction.model.attention_weights import REMEDY, AttentionReading, watch_a
 from extraction.model.hooks import watch, watch_inputs
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 PROBE_TOKENS = 11  # a prime, so that it can't be mistaken for a number of heads
 MLP_REMEDY = "capture its residual stream only (capture_tier2.py)"

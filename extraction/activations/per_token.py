@@ -27,7 +27,7 @@ from extraction.core.records import POINTS
 from extraction.model.attention_weights import AttentionReading, watch_attention
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 TokenRecord = dict[str, Tensor]
 

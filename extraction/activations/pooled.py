@@ -25,7 +25,7 @@ from extraction.model.devices import to_host
 from extraction.model.hooks import StopForward, watch
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 
 class CaptureHook(Protocol):

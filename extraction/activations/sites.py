@@ -28,7 +28,7 @@ from extraction.core.records import SITES
 from extraction.model.hooks import watch, watch_inputs
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from extraction.engine.requests import Completion, Request
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits, StepOutput
 from extraction.engine.speculation import Speculate
-from extraction.model.loading import LanguageModel, wrap
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import wrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -30,7 +30,7 @@ from extraction.engine.stepper import ChosenTokens, Stepper, nested
 from extraction.engine.strategies import ModelWithCache, Strategy, make_strategy, needs_contiguous_kv
 from extraction.model.gqa_decode import gqa_decoding
 from extraction.model.kv_cache import CacheWindow
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.model.pairs import refuse_different
 
 

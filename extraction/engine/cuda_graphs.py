@@ -28,7 +28,7 @@ from extraction.model.memory import is_out_of_memory
 if TYPE_CHECKING:
     from extraction.activations.pooled import PooledCapture
     from extraction.engine.sequence import RunningSequence
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 STEPS_PER_RUN = 4  # a row that ends idles for half of them on average; the host's read costs a share of each
 COLUMN_BUCKET = 128  # a captured step attends to a multiple of these: fewer graphs against columns read in vain

@@ -19,7 +19,7 @@ from extraction.engine.sequence import BatchLimits, StepOutput
 from extraction.engine.strategies import Strategy
 from extraction.engine.teacher_forcing import Text, teacher_forced_activations
 from extraction.model.devices import empty_cache
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 from extraction.model.memory import is_out_of_memory
 
 if TYPE_CHECKING:

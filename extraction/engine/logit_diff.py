@@ -20,7 +20,7 @@ from extraction.core.errors import ConfigError
 from extraction.engine.sampler import Sample, at_least_float32
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 MAX_GAP = 1e4  # of two logits: a token that one model rules out must not become infinitely preferred
 MAX_ALPHA = 1e6

@@ -16,7 +16,7 @@ from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits, RunningSequence
 from extraction.engine.steering import NO_STEERING, check_steering
 from extraction.model.devices import prefill_rows
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

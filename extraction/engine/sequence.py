@@ -18,7 +18,7 @@ from extraction.engine.requests import Completion, Request
 from extraction.engine.sampler import Sample
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from extraction.core.errors import ConfigError
 from extraction.engine.sampler import Sample, sample_from
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 PRIOR_TRIALS, MEMORY = 4.0, 0.9
 

@@ -21,7 +21,7 @@ from extraction.core.errors import ConfigError
 from extraction.model.hooks import steer
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 POSITIONS = ("all", "response")
 

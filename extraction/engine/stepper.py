@@ -32,7 +32,7 @@ from extraction.engine.sequence import RunningSequence, left_pad
 from extraction.engine.speculation import Proposal
 from extraction.engine.steering import NO_STEERING, SteeringHook
 from extraction.engine.strategies import ModelWithCache, PlainDecoding, ProposerInput
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 
 Slots = Sequence[RunningSequence | None]
 

@@ -26,7 +26,7 @@ from extraction.engine.speculation import AdaptiveDepth, NgramLookup, Proposal, 
 from extraction.model.kv_cache import CacheWindow, make_cache
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 Strategy = Sample | Amplify | Speculate
 

@@ -26,7 +26,7 @@ from extraction.model.devices import prefill_rows, to_host
 from extraction.model.hooks import StopForward
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 Text = tuple[str, Sequence[int], Sequence[int]]  # id, prompt ids, response ids
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from extraction.core.records import Prompt
     from extraction.engine.sampler import Sample
     from extraction.judging.base import Scorer
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 N_RANDOM = 4  # random directions; a question's answers take them in turn
 NGRAM = 4

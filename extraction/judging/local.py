@@ -19,7 +19,7 @@ from extraction.judging.rubric import NO_NUMBER, expectation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 BATCH_SIZE = 16
 TOO_LONG = "too long for the judge"

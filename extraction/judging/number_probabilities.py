@@ -20,7 +20,7 @@ from torch import Tensor
 from extraction.core.errors import ModelError
 from extraction.engine.sequence import left_pad
 from extraction.model.kv_cache import CacheWindow, make_cache
-from extraction.model.loading import LanguageModel
+from extraction.model.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from extraction.core.errors import ModelError
+from extraction.model.language_model import decoder_of
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 ATTENTION_NAME = "traitline"
 # sdpa has no soft-capping: transformers 5.4 runs Gemma-2 without it, later versions refuse to. A model that runs
@@ -75,7 +76,7 @@ def _observable_attention(lm: LanguageModel) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    decoder: Any = lm.model.get_decoder() if hasattr(lm.model, "get_decoder") else lm.model
+    decoder: Any = decoder_of(lm.model)
     kind = type(lm.model).__name__
     if not any(eager_attention_of(module) for module in lm.layers[0].modules()):
         raise ModelError(f"{kind} computes attention in code of its own, whose weights can't be read: {REMEDY}")

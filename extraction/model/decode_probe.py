@@ -19,7 +19,7 @@ from extraction.core.errors import ModelError
 from extraction.model.kv_cache import CacheWindow, make_cache
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 EXACT_TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.1  # of the largest logit; see LanguageModel.is_exact
 

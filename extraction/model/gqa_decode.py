@@ -23,10 +23,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from extraction.model import onednn_linear
 from extraction.model.attention_weights import attention_implementations, eager_attention_of
 from extraction.model.decode_probe import decode_probe
+from extraction.model.language_model import decoder_of
 from extraction.model.sparse_decode import is_supported, live_columns, silence_sparse_warnings, sparse_attention
 
 if TYPE_CHECKING:
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 ATTENTION_NAMES = {"eager": "traitline-grouped-eager", "sdpa": "traitline-grouped"}
 MAX_QUERIES = 32  # R T: beyond, copying is faster
@@ -72,7 +73,7 @@ def gqa_decoding(lm: LanguageModel) -> Iterator[None]:
     A model whose attention is replaced already (`watch_attention`) is left as it is. The former implementation is
     restored at the end.
     """
-    decoder: Any = lm.model.get_decoder() if hasattr(lm.model, "get_decoder") else lm.model
+    decoder: Any = decoder_of(lm.model)
     before = attention_implementations(decoder.config)
     name = ATTENTION_NAMES.get(str(before[""]))
     if name is None or not _is_faster(lm, str(before[""])) or not _gives_equal_logits(lm, decoder, name, before):

@@ -15,12 +15,12 @@ import torch
 
 from extraction.model.devices import free_memory, is_cuda, prefill_tokens
 from extraction.model.kv_cache import CacheWindow, make_cache
-from extraction.model.loading import MAIN_MEMORY
+from extraction.model.language_model import MAIN_MEMORY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 MAX_AUTO_BATCH = 256
 CPU_AUTO_BATCH = 64

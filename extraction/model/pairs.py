@@ -13,7 +13,8 @@ from typing import Any
 from extraction.config.experiments import ModelSpec
 from extraction.core.errors import ModelError
 from extraction.core.text import show
-from extraction.model.loading import LanguageModel, adapter_of, base_of, load, load_over
+from extraction.model.language_model import LanguageModel
+from extraction.model.loading import adapter_of, base_of, load, load_over
 
 MAX_SHOWN = 10  # most differing tokens that `compatibility` lists
 PAIR_NAMES = ("after", "before")

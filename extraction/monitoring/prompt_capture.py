@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from extraction.engine.requests import Completion
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 CONVENTIONS: dict[str, str] = {
     "rows": "row i is the state where token i is the input; the first n_prompt rows are the prompt's",

@@ -11,7 +11,7 @@ from extraction.core.progress import ProgressReporter
 
 if TYPE_CHECKING:
     from extraction.config.experiments import Experiment, ModelSpec
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 
 class LazyModel(ABC):

@@ -25,7 +25,7 @@ from extraction.storage.background_writer import BackgroundWriter
 if TYPE_CHECKING:
     from extraction.engine.requests import Completion, Request
     from extraction.engine.sampler import Sample
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 Row = dict[str, Any]
 

@@ -16,7 +16,7 @@ from extraction.model.hooks import watch
 
 if TYPE_CHECKING:
     from extraction.core.records import Prompt
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 N_TOKENS = 8
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative to the largest logit or activation

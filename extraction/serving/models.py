@@ -17,7 +17,7 @@ from extraction.serving.settings import Settings
 if TYPE_CHECKING:
     from extraction.config.experiments import ModelSpec
     from extraction.engine.batch import ContinuousBatch
-    from extraction.model.loading import LanguageModel
+    from extraction.model.language_model import LanguageModel
 
 PLAIN, AMPLIFY, SPECULATE = "plain", "amplify", "speculate"
 NO_MODEL = {
