@@ -22,6 +22,7 @@ from extraction.engine.generate import generate
 from extraction.engine.requests import Request
 from extraction.engine.steering import Steering
 from extraction.engine.teacher_forcing import log_likelihoods
+from extraction.judging.base import JudgedResponse
 
 if TYPE_CHECKING:
     from extraction.core.records import Prompt
@@ -152,7 +153,9 @@ def answer_all(
         generation.on_progress(1, 0)
     surprises = _surprises(generation, {key: (prompt, token_ids[key]) for key, (_, prompt, *_) in rows.items()})
     texts = {key: _decode(generation.lm, ids) for key, ids in token_ids.items()}
-    judgements = generation.scorer([(prompt.example.question, texts[key]) for key, (_, prompt, *_) in rows.items()])
+    judgements = generation.scorer(
+        [JudgedResponse(prompt.example.question, texts[key]) for key, (_, prompt, *_) in rows.items()]
+    )
     answers: dict[Condition, list[SteeredAnswer]] = {condition: [] for condition in conditions}
     for (key, (condition, prompt, *_)), judged in zip(rows.items(), judgements, strict=True):
         question, surprise = prompt.example.question, surprises.get(key)

@@ -1,19 +1,24 @@
-"""The two kinds of judges, and the values that they return.
+"""The three kinds of judges, and the values that they return.
 
-A rule judge scores a response at once. A model judge is a language model: it rates every response by two rubrics (the
-trait's and coherence), and its ratings go to a log in the run's folder, so that none is requested twice.
+A rule judge scores a response at once. A likelihood judge scores it by the run's own model. A model judge is a language
+model of its own: it rates every response by two rubrics (the trait's and coherence), and its ratings go to a log in the
+run's folder, so that none is requested twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from extraction.config.experiments import Experiment
 from extraction.config.patterns import MAX_TEXT
 from extraction.core.progress import ProgressReporter
-from extraction.core.records import Trait
+from extraction.core.records import Example, Prompt, Trait
+
+if TYPE_CHECKING:
+    from extraction.model.language_model import LanguageModel
 
 THRESHOLD = 50.0
 MAX_CHARACTERS = MAX_TEXT  # of a response that is judged
@@ -46,8 +51,15 @@ class Judgement:
     how: str = ""
 
 
-Pair = tuple[str, str]  # question, response
-Scorer = Callable[[Sequence[Pair]], list[Judgement]]
+class JudgedResponse(NamedTuple):
+    """A response to judge. `instruction_id`: the trait's pair that the response was made with; None without one."""
+
+    question: str
+    text: str
+    instruction_id: int | None = None
+
+
+Scorer = Callable[[Sequence[JudgedResponse]], list[Judgement]]
 SaveRatings = Callable[[Mapping[str, Rating]], None]  # by key; may be called from any thread
 
 
@@ -71,6 +83,21 @@ class RuleJudge:
     """
 
     score: Callable[[str, str, Trait], float | None]
+    check: Callable[[Trait], None] = lambda trait: None
+
+
+@dataclass(frozen=True)
+class OwnModelJudge:
+    """A judge that reads responses with the run's own model.
+
+    `score(lm, encode, trait, responses, batch_size)` yields (index of the response, score from 0 to 100); `encode`
+    turns examples into the model's prompts. `check` raises TraitError for a trait that it can't judge.
+    """
+
+    score: Callable[
+        [LanguageModel, Callable[[Sequence[Example]], list[Prompt]], Trait, Sequence[JudgedResponse], int],
+        Iterator[tuple[int, float]],
+    ]
     check: Callable[[Trait], None] = lambda trait: None
 
 

@@ -1,7 +1,7 @@
 """The table of judges: each returns how far a response shows a trait, from 0 (negative side) to 100 (positive side).
 
-To add a judge, write its module with a `JUDGE` (a `RuleJudge` or a `ModelJudge` of `base.py`) and give it a line in
-`JUDGES`. The setting `judge`, the command line's help, the scoring of a run and its checks all read this table.
+To add a judge, write its module with a `JUDGE` (a `RuleJudge`, `OwnModelJudge` or `ModelJudge` of `base.py`) and give it
+a line in `JUDGES`. The setting `judge`, the command line's help, the scoring of a run and its checks read this table.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from extraction.config.experiments import Experiment
 from extraction.core.errors import ConfigError
 from extraction.core.records import Trait
 from extraction.core.text import show, suggest
-from extraction.judging import lexical, local, openai_server
-from extraction.judging.base import ModelJudge, RuleJudge
+from extraction.judging import lexical, likelihood, local, openai_server
+from extraction.judging.base import ModelJudge, OwnModelJudge, RuleJudge
 from extraction.judging.rubric import check_rubric
 
-JUDGES: dict[str, RuleJudge | ModelJudge] = {
+JUDGES: dict[str, RuleJudge | OwnModelJudge | ModelJudge] = {
     "lexical": lexical.JUDGE,
+    "likelihood": likelihood.JUDGE,
     "none": RuleJudge(lambda question, response, trait: None),  # every score is missing
     "local": local.JUDGE,
     "openai": openai_server.JUDGE,
@@ -45,14 +46,6 @@ def resolve_judge(name: str, trait: Trait, *, place: str = "") -> str:
     else:
         judge.check(trait)
     return name
-
-
-def rule_judge(name: str, trait: Trait) -> RuleJudge:
-    """Return a trait's judge, which must be one without a model. Raises ConfigError otherwise."""
-    judge = JUDGES[resolve_judge(name, trait)]
-    if isinstance(judge, ModelJudge):
-        raise ConfigError(f"--judge {show(name)}: needs a model; give lexical, none or auto")
-    return judge
 
 
 def model_judge(name: str) -> ModelJudge:

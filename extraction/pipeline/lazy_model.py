@@ -55,8 +55,20 @@ def load_model(model: LazyModel, progress: ProgressReporter) -> None:
     """Load the model with a note, unless it is loaded already."""
     if not model.is_loaded:
         progress.note(f"loading {model.spec.name}")
-        for note in (*device_notes(model.lm.spread), *cuda_graph_notes(model.lm)):
+        for note in (
+            *model.lm.notes,
+            *rounding_notes(model.lm),
+            *device_notes(model.lm.spread),
+            *cuda_graph_notes(model.lm),
+        ):
             progress.note(note)
+
+
+def rounding_notes(lm: LanguageModel) -> Iterator[str]:
+    """Yield a note if a response may depend on its batch."""
+    if not lm.is_exact:
+        dtype = str(lm.dtype).removeprefix("torch.")
+        yield f"in {dtype}, rounding makes some responses differ with the batch size; --dtype float32 makes them equal"
 
 
 def device_notes(spread: Mapping[str, int]) -> Iterator[str]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from extraction.config.experiments import parse_layers
 from extraction.core.errors import StoreError
 from extraction.core.records import Example, Trait
 from extraction.core.text import show_path
-from extraction.judging.base import Judgement
-from extraction.judging.registry import rule_judge
+from extraction.pipeline.score import preview_scores
 from extraction.pipeline.session import TraitContext
 from extraction.storage.trait_run import TraitRun
 
@@ -110,11 +110,10 @@ def steer_preview(context: TraitContext, site: SteerSite, options: SteerOptions)
     conditions = [UNSTEERED, *(Condition("trait", "add", site.layers, size) for size in options.coefficients if size)]
     if options.ablate:
         conditions.append(Condition("trait", "ablate", tuple(directions.trait)))
-    judge = rule_judge("auto", trait)
     generation = SteeredGeneration(
         session.lm,
         Sample.of(settings.generation),
-        lambda pairs: [Judgement(judge.score(question, answer, trait)) for question, answer in pairs],
+        partial(preview_scores, context),
         settings.generation.max_new_tokens,
         batch_size=len(options.prompts) * len(conditions),
         seed=settings.seed,
