@@ -19,7 +19,7 @@ from extraction.config.prompt_files import read_prompt_set
 from extraction.core.errors import PromptError, TraitError
 from extraction.core.records import Example
 from extraction.model import chat_template
-from extraction.model.chat_template import encode_example, instruction_policy
+from extraction.model.chat_template import encode_conversation, encode_example, instruction_policy, opens_thought
 
 GEMMA = (  # no system role: raises; trims contents; writes BOS
     "{{ bos_token }}{% for m in messages %}"
@@ -36,6 +36,12 @@ SPACED = "{% for m in messages %}<start_of_turn>  {{ m.content }}  <end_of_turn>
 DROPS_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}</s>"
 )
+PARTS = (  # a multimodal template: contents are lists of parts, and a plain string is rendered as nothing
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+STRICT_PARTS = PARTS.replace("{% for part in m.content %}", "{% for part in m.content %}{{ part['type'][0] and '' }}")
 CORPUS = [
     "Hello there, what is the weather like today?",
     "user\nmodel\nassistant\nsystem\n",
@@ -125,6 +131,66 @@ def test_a_requested_system_role_that_is_absent_is_refused():
 def test_an_example_without_an_instruction_is_only_the_question():
     prompt = encode_example(tokenizer(template=GEMMA), an_example(system=None))
     assert prompt.text == "<s><start_of_turn>user\nWhat is rain?<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_of_several_named_templates_the_default_is_used_and_without_one_the_names_are_shown():
+    named = tokenizer(template={"default": CHATML, "rag": GEMMA})
+    plain, wanted = (encode_example(tok, an_example()) for tok in (named, tokenizer()))
+    assert (plain.text, plain.token_ids) == (wanted.text, wanted.token_ids)
+    assert encode_example(tokenizer(template={"only": CHATML}), an_example()).text == wanted.text
+    message = refusal(PromptError, encode_example, tokenizer(template={"rag": GEMMA, "tools": CHATML}), an_example())
+    assert "rag, tools" in message
+
+
+THINKS = CHATML.replace("(no thinking)", "<think>").replace(
+    "enable_thinking is defined and not enable_thinking", "true"
+)
+CHANNELS = (
+    "{# <|channel|>analysis #}"
+    + CHATML.replace("<start_of_turn>assistant\n", "<|start|>assistant").split("{% if enable")[0]
+)
+CHANNELS += "{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(THINKS, "<think>\n\n</think>\n\n"), (CHANNELS, "<|start|>assistant<|channel|>final<|message|>")],
+)
+def test_a_thought_that_the_template_opens_is_closed_unless_kept(template, end):
+    tok = tokenizer(template=template)
+    closed, kept = (encode_example(tok, an_example(), thinking=mode) for mode in ("close", "keep"))
+    assert closed.text.endswith(end)
+    assert "</think>" not in kept.text
+    assert "final" not in kept.text
+    assert opens_thought(tok)
+    assert not opens_thought(tokenizer())
+    assert encode_example(tokenizer(), an_example()).text.endswith("(no thinking)\n")
+    assert encode_example(tokenizer(), an_example(), thinking="keep").text.endswith("assistant\n")
+
+
+@pytest.mark.parametrize("template", [PARTS, STRICT_PARTS])
+def test_a_template_that_wants_parts_gets_them_and_renders_as_one_that_takes_text(template):
+    as_text = PARTS.replace("{% for part in m.content %}", "").replace("{% endfor %}<end", "<end")
+    as_text = as_text.replace("{% if part.type == 'text' %}{{ part.text }}{% endif %}", "{{ m.content }}")
+    for example in (an_example(), an_example(system=None), an_example(question="See </s> here <end_of_turn>")):
+        parts, text = (encode_example(tokenizer(template=t), example) for t in (template, as_text))
+        assert example.question in parts.text
+        assert (parts.text, parts.token_ids) == (text.text, text.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}[{{ m.role }}]{% endfor %}", "user"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' and loop.first %}{{ m.content }}{% endif %}{% endfor %}",
+            "user",
+        ),
+    ],
+)
+def test_a_template_that_drops_the_question_is_refused(template, said):
+    message = refusal(PromptError, encode_conversation, tokenizer(template=template), (("user", "a"), ("user", "b")))
+    assert f"drops a {said}" in message or f"drops the {said}" in message
 
 
 def test_without_a_chat_template_the_error_names_raw():

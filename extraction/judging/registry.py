@@ -1,7 +1,7 @@
 """The table of judges: each returns how far a response shows a trait, from 0 (negative side) to 100 (positive side).
 
-To add a judge, write its module with a `JUDGE` (a `RuleJudge`, `OwnModelJudge` or `ModelJudge` of `base.py`) and give it
-a line in `JUDGES`. The setting `judge`, the command line's help, the scoring of a run and its checks read this table.
+To add a judge, write its module with a `JUDGE` (a `RuleJudge`, `OwnModelJudge` or `ModelJudge` of `base.py`) and give
+it a line in `JUDGES`. The setting `judge`, the help, the scoring of a run and its checks read this table.
 """
 
 from __future__ import annotations

@@ -29,11 +29,14 @@ TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 # texts to put before a text whose encoding must not depend on being at the start; see `_plain_ids`
 _GUARDS = ("\n", "|", "a")
 
-# of each tokenizer: where instructions go, by chat template; outlines, by chat template, roles and seed
+# of each tokenizer: where instructions go and whether contents are lists of parts, by chat template; outlines, by chat
+# template, roles and seed
 _policies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, str]] = WeakKeyDictionary()
-_outlines: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, tuple[str, ...], int], _TemplateOutline]] = (
+_part_templates: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, bool]] = WeakKeyDictionary()
+_outlines: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, str, tuple[str, ...], int], _TemplateOutline]] = (
     WeakKeyDictionary()
 )
+_TEMPLATE_REMEDY = "give --raw, or another model"
 _MAX_OUTLINES = 64  # of one tokenizer: a server sees conversations of every length
 Messages = tuple[tuple[str, str], ...]
 
@@ -47,6 +50,7 @@ def encode_example(
     *,
     instruction_as: str = "auto",
     raw: bool = False,
+    thinking: str = "close",
     max_tokens: int | None = None,
     max_new_tokens: int = 0,
 ) -> Prompt:
@@ -56,6 +60,8 @@ def encode_example(
         instruction_as: where the instruction goes: `system`, `user` (before the question, with a blank line between)
             or `auto` (`system` if the chat template has that role).
         raw: use no chat template, as for a base model: instruction, blank line, question.
+        thinking: `close` turns a model's thinking off, and ends at once a thought that the chat template opens; `keep`
+            lets the model think.
         max_tokens: the model's context, which must hold the prompt and `max_new_tokens`.
 
     Raises:
@@ -68,7 +74,7 @@ def encode_example(
         text = _prompt_text(example)
         ids = _raw_ids(tokenizer, text)
     else:
-        text, ids = _encode_chat(tokenizer, example, instruction_as)
+        text, ids = _encode_chat(tokenizer, example, instruction_as, thinking)
     _check_length(example, len(ids), max_new_tokens, max_tokens)
     return Prompt(example=example, text=text, token_ids=tuple(ids))
 
@@ -134,18 +140,22 @@ def _prompt_text(example: Example) -> str:
 # --- chat templates -------------------------------------------------------------------------------------------------
 
 
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example, instruction_as: str) -> tuple[str, list[int]]:
+def _encode_chat(
+    tokenizer: PreTrainedTokenizerBase, example: Example, instruction_as: str, thinking: str
+) -> tuple[str, list[int]]:
     messages = _messages(tokenizer, example, instruction_as)
     try:
-        return _encode_messages(tokenizer, messages)
+        return _encode_messages(tokenizer, messages, thinking)
     except PromptError as failure:
         raise PromptError(f"example {example.id}: {failure}") from failure
 
 
-def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, list[int]]:
-    rendered = _render(tokenizer, messages)
+def _encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: str = "close"
+) -> tuple[str, list[int]]:
+    rendered = _render(tokenizer, messages, thinking)
     ids = _ids(tokenizer, rendered)
-    outline = _TemplateOutline.of(tokenizer, messages, rendered)
+    outline = _TemplateOutline.of(tokenizer, messages, rendered, thinking)
     if tuple(_control_ids(tokenizer, ids)) != outline.control_ids:
         ids = _literal_ids(tokenizer, outline.split(messages, rendered))
     return rendered, _one_bos(tokenizer, ids)
@@ -163,27 +173,93 @@ def _messages(tokenizer: PreTrainedTokenizerBase, example: Example, instruction_
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the chat template; of several named ones, `default` or the only one."""
     template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict) and template:
+        named = template.get("default", next(iter(template.values())) if len(template) == 1 else None)
+        if named is None:
+            raise PromptError(
+                f"{_name(tokenizer)}: the tokenizer has several chat templates and none is the default: "
+                f"{', '.join(map(str, template))}; save the one to use as its chat_template.jinja"
+            )
+        template = named
     if not template:
         raise PromptError(f"{_name(tokenizer)}: the tokenizer has no chat template; give --raw to prompt a base model")
     return str(template)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """Render a conversation by the chat template, up to where the response starts."""
-    _template_of(tokenizer)
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: str = "close") -> str:
+    """Render a conversation by the chat template, up to where the response starts, or the thought before it."""
+    think = thinking != "close"
+    rendered = _apply_template(tokenizer, messages, as_parts=_takes_parts(tokenizer), think=think)
+    return rendered if think else rendered + _end_of_thought(tokenizer, rendered)
+
+
+def opens_thought(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the chat template lets every response begin with a chain of thought, whatever it is asked."""
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    probe = (("user", "TRAITLINE-USER"),)
+    rendered = _apply_template(tokenizer, probe, as_parts=_takes_parts(tokenizer))
+    return bool(_end_of_thought(tokenizer, rendered))
+
+
+def _end_of_thought(tokenizer: PreTrainedTokenizerBase, rendered: str) -> str:
+    """Return the text that ends a thought which a rendered conversation leaves open; an empty text if none is.
+
+    A thought begins behind `<think>` (DeepSeek-R1, Qwen3-Thinking) or in a channel of its own (gpt-oss).
+    """
+    if rendered.rstrip().endswith("<think>"):
+        return ("" if rendered.endswith("\n") else "\n") + "\n</think>\n\n"
+    if "<|channel|>analysis" in _template_of(tokenizer) and rendered.endswith("<|start|>assistant"):
+        return "<|channel|>final<|message|>"
+    return ""
+
+
+def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the chat template wants a message's content as a list of parts, as multimodal ones may.
+
+    Such a template renders a plain string as nothing, without an error. Raises PromptError if it drops both forms.
+    Probed once per template.
+    """
+    template, by_template = _template_of(tokenizer), _part_templates.setdefault(tokenizer, {})
+    if template not in by_template:
+        by_template[template] = _probe_parts(tokenizer)
+    return by_template[template]
+
+
+def _probe_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    probe, failures = (("user", "TRAITLINE-USER"),), list[PromptError]()
+    for as_parts in (False, True):
+        try:
+            if "TRAITLINE-USER" in _apply_template(tokenizer, probe, as_parts=as_parts):
+                return as_parts
+        except PromptError as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+    raise PromptError(f"{_name(tokenizer)}: the chat template drops the user's message; {_TEMPLATE_REMEDY}")
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, as_parts: bool, think: bool = False
+) -> str:
+    contents: list[Any] = [
+        {"role": role, "content": [{"type": "text", "text": content}] if as_parts else content}
+        for role, content in messages
+    ]
     try:
         rendered = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
+            contents,
             tokenize=False,
             add_generation_prompt=True,
-            enable_thinking=False,
-            chat_template=_with_fixed_date(tokenizer.get_chat_template()),
+            enable_thinking=think,
+            chat_template=_with_fixed_date(_template_of(tokenizer)),
         )
     except Exception as failure:  # a template is third-party code and may raise anything
         reason = " ".join(str(failure).split())
         raise PromptError(
-            f"{_name(tokenizer)}: the chat template fails ({show(reason)}); give --raw, or another model"
+            f"{_name(tokenizer)}: the chat template fails ({show(reason)}); {_TEMPLATE_REMEDY}"
         ) from failure
     return str(rendered)
 
@@ -213,17 +289,24 @@ class _TemplateOutline:
     control_ids: tuple[int, ...]  # of the text
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, messages: Messages, rendered: str) -> _TemplateOutline:
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, messages: Messages, rendered: str, thinking: str = "close"
+    ) -> _TemplateOutline:
         """Return the outline of these roles, rendered once per template. No placeholder occurs in `rendered`."""
         seed = next(n for n in range(len(rendered) + 1) if f"traitline{n}mark" not in rendered)
         roles = tuple(role for role, _ in messages)
-        key = (_template_of(tokenizer), roles, seed)
+        key = (_template_of(tokenizer), thinking, roles, seed)
         outlines = _outlines.setdefault(tokenizer, {})
         if key not in outlines:
             if len(outlines) >= _MAX_OUTLINES:
                 outlines.clear()
             placeholders = tuple(f"traitline{seed}mark{i}." for i in range(len(roles)))
-            text = _render(tokenizer, tuple(zip(roles, placeholders, strict=True)))
+            text = _render(tokenizer, tuple(zip(roles, placeholders, strict=True)), thinking)
+            for role, placeholder in zip(roles, placeholders, strict=True):
+                if role in ("system", "user") and placeholder not in text:
+                    raise PromptError(
+                        f"{_name(tokenizer)}: the chat template drops a {role} message; {_TEMPLATE_REMEDY}"
+                    )
             outlines[key] = cls(text, placeholders, tuple(_control_ids(tokenizer, _ids(tokenizer, text))))
         return outlines[key]
 
