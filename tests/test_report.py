@@ -34,7 +34,7 @@ from extraction.report.steering_data import steering_values
 from extraction.report.sweep_plots import curves_of
 from extraction.storage.trait_run import trait_run
 from tests.chromium import Browser, chromium, needs_browser
-from tests.runs import environment, invoke, make_root, refused, succeed
+from tests.runs import draw_once, environment, invoke, make_root, refused, succeed
 from tests.synthetic import METHODS, make_card, make_condition, make_facts, make_rows, make_steering
 
 pytest.importorskip("matplotlib")
@@ -77,6 +77,12 @@ class Outline(HTMLParser):
 
     def all(self, name: str) -> list[dict[str, str | None]]:
         return [attributes for found, attributes in self.tags if found == name]
+
+
+@pytest.fixture(autouse=True)
+def _draw_afresh() -> None:
+    """Draw every report's plots: their bytes are the subject here."""
+    draw_once.cache_clear()
 
 
 @pytest.fixture(scope="module")
