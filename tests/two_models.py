@@ -170,9 +170,11 @@ def chi_square_p(counts: Mapping[Outcome, int], chances: Mapping[Outcome, float]
 # --- drafts ----------------------------------------------------------------------------------------------------------
 
 
-def noisy_model(name: str, strength: float = 0.1, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def noisy_model(
+    name: str, strength: float = 0.1, *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
     """Return the tiny model of that name with noise on its weights, so that many of its tokens are accepted."""
-    model = tiny_model(name, dtype=dtype)
+    model = tiny_model(name, dtype=dtype, **changes)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
