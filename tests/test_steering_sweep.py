@@ -257,7 +257,7 @@ def pocket_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "configs").symlink_to(REPOSITORY / "configs")
     place = ("--root", root, "--experiment", "pocket", "--trait", "commitment_strength", "--batch-size", "64")
     succeed("batched", *place, "--n-examples", "24", "--max-new-tokens", "32")
-    succeed("vectors", *place[:-2])
+    succeed("vectors", *place[:-2], "--methods", "mean_diff,probe")
     succeed("validate", *place, "--samples-per-coef", "6")
     return root
 
