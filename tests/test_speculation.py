@@ -26,7 +26,6 @@ from extraction.activations.pooled import PooledCapture
 from extraction.core.errors import ConfigError, ModelError, TraitlineError
 from extraction.engine import speculation
 from extraction.engine.batch import ContinuousBatch
-from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample, uniforms
 from extraction.engine.sequence import BatchLimits
 from extraction.engine.speculation import Proposal, Speculate, Verification, verify_proposal
@@ -36,7 +35,6 @@ from extraction.utils_batch import Capture, Completion, Request
 from tests.tiny import (
     FAMILIES,
     HIDDEN,
-    LAYERS,
     deviation,
     pooled,
     prompts,
@@ -48,20 +46,23 @@ from tests.tiny import (
     until_stop,
 )
 from tests.two_models import (
+    ALL_LAYERS,
+    POOLINGS,
     chi_square_p,
     contradicting,
     fed_at_random,
     noisy_model,
     outcome_chances,
     plain_settle,
+    run,
+    tokens_of,
+    worst,
 )
 
 # transformers 5.4 warns of its own BioGPT
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
-POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_first:2", "response_last", "all")
 # also ALiBi and windows that a model computes from columns: rejected proposals leave holes in those
 EVERY = pytest.mark.parametrize("name", [*FAMILIES, "mpt", "gpt_neo", "llama4_chunked"])
-ALL_LAYERS = tuple(range(LAYERS))
 
 
 def paired(names: Sequence[str], kinds: Sequence[str]) -> pytest.MarkDecorator:
@@ -72,18 +73,6 @@ def paired(names: Sequence[str], kinds: Sequence[str]) -> pytest.MarkDecorator:
 
 SOME_NAMES = ("llama", "gpt2", "bloom", "gemma2", "mixtral")
 SOME = pytest.mark.parametrize("name", SOME_NAMES)
-
-
-def run(lm: LanguageModel, requests: Sequence[Request], batch_size: int, **options: Any) -> dict[str, Completion]:
-    """Run all requests; return their completions by id."""
-    done = list(generate(lm, requests, batch_size=batch_size, **options))
-    assert sorted(c.id for c in done) == sorted(r.id for r in requests)
-    return {c.id: c for c in done}
-
-
-def tokens_of(completions: dict[str, Completion]) -> dict[str, tuple[int, ...]]:
-    """Return the tokens by id."""
-    return {key: completion.token_ids for key, completion in completions.items()}
 
 
 # --- verification: against one row at a time -------------------------------------------------------------------------
@@ -425,17 +414,6 @@ def answers(name: str, n: int, seed: int = 0, dtype: torch.dtype = torch.float32
     """Return transformers' response to each request alone, to its whole budget."""
     model = shared_model(name, dtype)
     return {r.id: reference_greedy(model, r.token_ids, r.max_new_tokens) for r in requests_of(name, n, seed)}
-
-
-def worst(name: str, requests: Sequence[Request], done: dict[str, Completion], dtype: torch.dtype) -> float:
-    """Return the largest deviation of any captured residual from the hidden states of prompt + response."""
-    return max(
-        deviation(kept, pooled(hidden_LTD, len(request.token_ids), key.removeprefix("residual.")))
-        for request in requests
-        if done[request.id].token_ids
-        for hidden_LTD in [reference_hidden(shared_model(name, dtype), request.token_ids + done[request.id].token_ids)]
-        for key, kept in done[request.id].activations.items()
-    )
 
 
 @EVERY
