@@ -25,11 +25,14 @@ serve: $(VENV)/.installed-serve
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(DRAFT),--draft "$(DRAFT)") $(if $(PORT),--port "$(PORT)") \
 	  $(if $(BATCH_SIZE),--batch-size "$(BATCH_SIZE)") $(ARGS)
 
+# a file to a worker, since its tests share models and runs; in the order of tests/conftest.py, the longest first
+XDIST := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest $(XDIST) $(ARGS)
 
 test-all: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "" $(ARGS)
+	@$(BIN)/python -m pytest $(XDIST) -m "" $(ARGS)
 
 check: $(VENV)/.installed-test $(VENV)/.installed-check
 	@$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, no network, and the same hypothesis examples in every run.
+"""Settings of every test: one thread, no network, the same hypothesis examples in every run, long files first.
 
 The environment is set before anything imports torch or transformers.
 """
@@ -11,11 +11,46 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
+
 import pytest
 from hypothesis import settings
 
 settings.register_profile("traitline", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("traitline")
+
+gc.set_threshold(20_000, 20, 50)  # the modules of torch and transformers are many objects to walk through
+
+# Files of many seconds, the longest first: a worker that gets one last works on alone (see `make test`).
+LONGEST_FIRST = (
+    "test_engine_laws",
+    "test_speculation",
+    "test_pipeline",
+    "test_steering_sweep",
+    "test_report",
+    "test_per_token_laws",
+    "test_logit_diff",
+    "test_serving_load",
+    "test_cli",
+    "test_overnight",
+    "test_process",
+    "test_openai_judge",
+    "test_bad_input",
+    "test_monitoring_cli",
+    "test_monitoring_page",
+    "test_two_model_faults",
+    "test_monitoring_pictures",
+    "test_internals_laws",
+    "test_run_groups",
+    "test_pocket_pairs",
+    "test_storage_kill",
+)
+RANKS = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first; within a file the order stays."""
+    items.sort(key=lambda item: RANKS.get(item.path.stem, len(RANKS)))
 
 
 @pytest.fixture(scope="module")

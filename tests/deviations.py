@@ -27,7 +27,7 @@ def measure(name: str) -> tuple[int, int, float, float, float, float]:
     """Return the number of equal responses, of responses, and the deviations in the order of COLUMNS."""
     case = case_of(name)
     runs = [(lm, run(lm, requests, size, CAPTURE)) for size, lm, requests in case.orders()]
-    equal = sum(tokens_of(done)[key] == said for lm, done in runs for key, said in case.said(done, lm).items())
+    equal = sum(tokens_of(done)[key] == said for lm, done in runs for key, said in case.expected(done, lm).items())
     (_, single), *batched = runs
     between = [apart(single[key], c) for lm, done in batched for key, c in done.items() if key in single]
     return (

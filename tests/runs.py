@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import shutil
 import tempfile
@@ -11,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
 
 from extraction.cli.commands import main
-from extraction.report import plot_style
+from extraction.report import plot_style, plots
+from extraction.report.plot_style import Picture
 from tests.tiny import tiny_model, tiny_tokenizer
 
 plot_style.DPI = 40  # coarse pictures: drawing them is a third of the time of a small run
@@ -47,7 +50,7 @@ EXPERIMENT = {
     "traits": ["calm"],
     "n_examples": 24,
     "generation": {"max_new_tokens": 10, "temperature": 1.0},
-    "batch_size": 4,
+    "batch_size": 12,
     "shard_size": 20,
     "queue_size": 40,
 }
@@ -115,9 +118,22 @@ def room_for(n_rows: int) -> Iterator[None]:
         handle.remove()
 
 
+@functools.cache
+def draw_once(figures: str, _dpi: int) -> dict[str, Picture]:
+    """Draw the plots of a card and a sweep, given as JSON; once a process, since many tests make the same run."""
+    return cached_pictures.__wrapped__(*json.loads(figures))  # type: ignore[attr-defined]
+
+
+@functools.wraps(plots.pictures)
+def cached_pictures(card: object, steering: object) -> dict[str, Picture]:
+    return draw_once(json.dumps([card, steering]), plot_style.DPI)
+
+
 def invoke(*arguments: object) -> Result:
     """Run a `traitline` command in this process. Any exception but an exit fails the test."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "pictures", cached_pictures)
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

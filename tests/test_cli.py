@@ -242,7 +242,7 @@ def test_a_dry_run_prints_plan_and_forecast_and_writes_nothing(root, command):
     assert not (root / "experiments").exists()
     for label in ("model", "traits", "examples", "layers", "tokens", "time", "disk", "memory", "cost"):
         assert re.search(rf"^  {label} +\S", out, re.MULTILINE), out
-    size, groups = (1, 3) if command in ("generate", "combined") else (4, 2)
+    size, groups = (1, 3) if command in ("generate", "combined") else (12, 2)
     assert re.search(rf"examples +48 .* 20, {groups} run groups, batch size {size}\b", out)
     assert "480 new" in out
     assert all(len(line) <= 80 for line in out.splitlines())

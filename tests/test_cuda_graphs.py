@@ -66,7 +66,7 @@ def test_tokens_and_activations_equal_transformers_in_any_batch_and_order(name: 
     recorder.n_replayed = 0
     for batch_size, lm, requests in case.orders()[1:3]:
         done = run(lm, requests, batch_size, Capture(ALL_LAYERS))
-        assert tokens_of(done) == case.said(done, lm), f"batch size {batch_size}"
+        assert tokens_of(done) == case.expected(done, lm), f"batch size {batch_size}"
         assert worst(case, done) < TOLERANCE[torch.float32], f"batch size {batch_size}"
     assert bool(recorder.n_replayed) == (not reason)
 
@@ -292,7 +292,7 @@ def test_planted_faults_break_the_laws(
         except Exception:  # a stale buffer may have another shape
             broken = True
             continue
-        broken |= tokens_of(done) != case.said(done, lm) or worst(case, done) > 1e-3
+        broken |= tokens_of(done) != case.expected(done, lm) or worst(case, done) > 1e-3
     assert broken
 
 
@@ -320,5 +320,5 @@ def test_on_a_gpu_the_laws_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     model = deepcopy(case.lm.model).to("cuda")
     for batch_size, lm, requests in case.orders():
         done = run(wrap(model, stop_ids=lm.stop_ids), requests, batch_size, Capture(ALL_LAYERS))
-        assert tokens_of(done) == case.said(done, lm), f"batch size {batch_size}"
+        assert tokens_of(done) == case.expected(done, lm), f"batch size {batch_size}"
         assert worst(case, done) < 1e-4, f"batch size {batch_size}"

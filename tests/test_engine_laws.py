@@ -1,7 +1,7 @@
 """The engine's laws, each with a negative control. Models and references are in tests/tiny.py.
 
 Every case has more requests than slots, budgets of 1 to 20 tokens and stop tokens that do occur, so that slots are
-refilled, the window rolls and the batch shrinks (`test_the_matrix_exercises_the_engine` proves it).
+refilled, the window rolls and the batch shrinks; the law of tokens and activations asserts that they do.
 
 Shapes: L layers, T tokens, D hidden.
 """
@@ -12,7 +12,7 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -56,7 +56,7 @@ from tests.tiny import (
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
 ALL_LAYERS = tuple(range(LAYERS))
 POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_first:2", "response_last", "all")
-BUDGETS = (16, 20, 1, 9, 20, 3, 12, 7, 20)
+BUDGETS = (10, 13, 1, 6, 13, 3, 8, 5, 13)
 EVERY = pytest.mark.parametrize(
     "name",
     [
@@ -72,12 +72,14 @@ COARSER = dict.fromkeys((*HYBRID, "qwen3_5_vl", "lfm2_vl"), 1e-4) | {"nemotron_h
 IN_FLOAT64 = ("llama", "mistral", "gemma3", "qwen3", "olmo2", "gpt2", "opt", "gpt_neox", "falcon_alibi")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _layers_of_any_size() -> Iterator[None]:
-    """Use oneDNN for the linear layers of tiny models too, where it is used at all."""
+@contextmanager
+def onednn_for_any_size() -> Iterator[None]:
+    """Use oneDNN for the linear layers of tiny models too, where it is used at all; it takes five times as long."""
     small, onednn_linear.MIN_MULTIPLICATIONS = onednn_linear.MIN_MULTIPLICATIONS, 0
-    yield
-    onednn_linear.MIN_MULTIPLICATIONS = small
+    try:
+        yield
+    finally:
+        onednn_linear.MIN_MULTIPLICATIONS = small
 
 
 @dataclass(frozen=True)
@@ -94,21 +96,26 @@ class Case:
     responses: dict[str, tuple[int, ...]]
     hidden_LTD: dict[str, Tensor]
 
-    def said(self, completions: dict[str, Completion], lm: LanguageModel | None = None) -> dict[str, tuple[int, ...]]:
+    def expected(
+        self, completions: dict[str, Completion], lm: LanguageModel | None = None
+    ) -> dict[str, tuple[int, ...]]:
         """Return the tokens that these completions should have."""
         parts = {key: key.partition("/") for key in completions}
         whole = {key: self.responses[name][: int(n) if n else None] for key, (name, _, n) in parts.items()}
         return {key: until_stop(response, (lm or self.lm).stop_ids) for key, response in whole.items()}
 
     def pooled(self, completion: Completion, pooling: str) -> Tensor:
-        """The reference's activations of one completion."""
+        """Pool the reference's activations of one completion."""
         name = completion.id.partition("/")[0]
         n_prompt = len(next(r.token_ids for r in self.requests if r.id == name))
         return pooled(self.hidden_LTD[name][:, : n_prompt + len(completion.token_ids)], n_prompt, pooling)
 
     def orders(self) -> list[tuple[int, LanguageModel, list[Request]]]:
-        """Batch sizes, models, requests: alone; many in a few slots, so that the window rolls; shuffled; reversed."""
-        cuts = {(r, min(n, r.max_new_tokens)) for r in self.requests for n in (r.max_new_tokens, 17, 12)}
+        """Return batch sizes, models and requests.
+
+        Alone; many in a few slots, so that the window rolls; shuffled; reversed.
+        """
+        cuts = {(r, min(n, r.max_new_tokens)) for r in self.requests for n in (r.max_new_tokens, 11, 9, 7)}
         many = [replace(r, id=f"{r.id}/{n}", max_new_tokens=n) for r, n in sorted(cuts, key=str)]
         shuffled = random.Random(1).sample(self.requests, len(self.requests))
         return [
@@ -133,11 +140,11 @@ def case_of(name: str, dtype: torch.dtype = torch.float32) -> Case:
 
 
 def _two_stops(responses: Sequence[tuple[int, ...]]) -> frozenset[int]:
-    """The two tokens that end most responses late, and few at once."""
+    """Return the two tokens that end most responses late, and few at once."""
     gain: Counter[int] = Counter()
-    for said in responses:
-        for token in set(said):
-            gain[token] += 1 if said.index(token) >= 2 else -2
+    for response in responses:
+        for token in set(response):
+            gain[token] += 1 if response.index(token) >= 2 else -2
     return frozenset(token for token, _ in gain.most_common(2))
 
 
@@ -174,18 +181,55 @@ def tolerance(name: str) -> float:
 
 @EVERY
 def test_tokens_and_activations_equal_transformers_in_any_batch_and_order(name: str) -> None:
-    case = case_of(name)
-    for batch_size, lm, requests in case.orders():
-        done = run(lm, requests, batch_size, Capture(ALL_LAYERS))
-        assert tokens_of(done) == case.said(done, lm), f"batch size {batch_size}"
-        assert worst(case, done) < tolerance(name), f"batch size {batch_size}"
+    """Also: the window rolls, the batch shrinks, and prompts are prefilled beside running rows."""
+    case, late = case_of(name), 0
+    with counted_repacks() as repacks:
+        for batch_size, lm, requests in case.orders():
+            with onednn_for_any_size() if batch_size > 3 else nullcontext(), pass_widths(lm) as widths:
+                done = run(lm, requests, batch_size, Capture(ALL_LAYERS))
+            assert tokens_of(done) == case.expected(done, lm), f"batch size {batch_size}"
+            assert worst(case, done) < tolerance(name), f"batch size {batch_size}"
+            late += sum(width > 1 for width in widths[3:])
+    assert late > 0, "no prefill after the first steps"
+    assert set(repacks) == {"roll", "shrink"}
+
+
+@contextmanager
+def counted_repacks() -> Iterator[Counter[str]]:
+    """Count how often a cache moves its columns (`roll`) and selects rows (`shrink`)."""
+    counts: Counter[str] = Counter()
+    repack = SlotCache.select_rows
+
+    def counting(self: SlotCache, rows: Tensor | None, *args: Any) -> None:
+        counts["roll" if rows is None else "shrink"] += 1
+        repack(self, rows, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlotCache, "select_rows", counting)
+        yield counts
+
+
+@contextmanager
+def pass_widths(lm: LanguageModel) -> Iterator[list[int]]:
+    """Collect the number of columns of every forward pass."""
+    widths: list[int] = []
+
+    def note(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        widths.append((kwargs.get("input_ids") if "input_ids" in kwargs else args[0]).shape[1])
+
+    handle = lm.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield widths
+    finally:
+        handle.remove()
 
 
 @EVERY
 def test_every_pooling_equals_the_pooled_hidden_states(name: str) -> None:
     case = case_of(name)
-    done = run(case.lm, case.requests, 4, Capture(ALL_LAYERS, poolings=POOLINGS))
-    assert tokens_of(done) == case.said(done)
+    with onednn_for_any_size():
+        done = run(case.lm, case.requests, 4, Capture(ALL_LAYERS, poolings=POOLINGS))
+    assert tokens_of(done) == case.expected(done)
     for completion in done.values():
         wanted = {f"residual.{pooling}" for pooling in POOLINGS} if completion.token_ids else set()
         assert set(completion.activations) == wanted
@@ -194,12 +238,12 @@ def test_every_pooling_equals_the_pooled_hidden_states(name: str) -> None:
 
 @EVERY
 def test_teacher_forced_equals_the_hidden_states(name: str) -> None:
-
     case = case_of(name)
     sequences = [(r.id, r.token_ids, case.responses[r.id]) for r in case.requests]
     capture = Capture(ALL_LAYERS, poolings=POOLINGS)
     for batch_size in (1, 4):
-        done = {c.id: c for c in teacher_force(case.lm, sequences, capture=capture, batch_size=batch_size)}
+        with onednn_for_any_size():
+            done = {c.id: c for c in teacher_force(case.lm, sequences, capture=capture, batch_size=batch_size)}
         assert tokens_of(done) == case.responses
         assert all(set(c.activations) == {f"residual.{pooling}" for pooling in POOLINGS} for c in done.values())
         assert worst(case, done) < tolerance(name)
@@ -210,7 +254,7 @@ def test_capturing_changes_no_token(name: str) -> None:
     case = case_of(name)
     batch_size, lm, requests = case.orders()[2]
     done = run(lm, requests, batch_size)
-    assert tokens_of(done) == case.said(done, lm)
+    assert tokens_of(done) == case.expected(done, lm)
 
 
 @pytest.mark.parametrize("name", IN_FLOAT64)
@@ -218,18 +262,18 @@ def test_in_float64_the_laws_hold_to_rounding(name: str) -> None:
     case = case_of(name, torch.float64)
     for batch_size in (1, 4):
         done = run(case.lm, case.requests, batch_size, Capture(ALL_LAYERS, poolings=POOLINGS))
-        assert tokens_of(done) == case.said(done)
+        assert tokens_of(done) == case.expected(done)
         assert worst(case, done) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mpt", "gemma2", "gpt_oss", "mixtral"])
 def test_in_half_precision_padding_makes_no_nan_and_means_are_summed_in_float32(name: str, dtype: torch.dtype) -> None:
-    """A query that sees nothing but padding may turn into NaN there; a running sum of its own precision would stick."""
+    """Attention over padding alone may be NaN; a sum kept in half precision would stop growing."""
     lm = wrap(shared_model(name, dtype), stop_ids=())
-    requests = [Request(f"e{i}", prompt, 60) for i, prompt in enumerate(prompts(4))]
+    requests = [Request(f"e{i}", prompt, 30) for i, prompt in enumerate(prompts(4))]
     for completion in run(lm, requests, 3, Capture(ALL_LAYERS, poolings=POOLINGS)).values():
-        assert len(completion.token_ids) == 60
+        assert len(completion.token_ids) == 30
         kept = completion.activations
         assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
         assert deviation(kept["residual.response_mean"], kept["residual.all"].double().mean(0)) < 1e-6
@@ -240,7 +284,7 @@ def test_a_subset_of_layers_keeps_its_numbers(name: str) -> None:
     case = case_of(name)
     for layers in ((1,), (0, 2), (2,)):
         done = run(case.lm, case.requests, 3, Capture(layers))
-        assert tokens_of(done) == case.said(done)
+        assert tokens_of(done) == case.expected(done)
         for completion in done.values():
             for kept in completion.activations.values():
                 wanted = case.pooled(completion, "response_mean")[list(layers)]
@@ -256,53 +300,19 @@ def test_the_references_agree_with_each_other_and_can_fail(name: str) -> None:
         case.lm.model(torch.tensor([list(ids)]))
     hidden_LTD = reference_hidden(case.lm.model, ids)
     assert deviation(torch.stack([h.reshape(len(ids), -1) for h in seen]), hidden_LTD) < 1e-5
-    said = [r for r in case.responses.values() if len(r) > 1]
-    assert len(set(said)) >= 5, "too many equal responses to catch a mix-up"
-    assert len({token for response in said for token in response}) >= 4
+    responses = [r for r in case.responses.values() if len(r) > 1]
+    assert len(set(responses)) >= 5, "too many equal responses to catch a mix-up"
+    assert len({token for response in responses for token in response}) >= 4
     completions = [Completion(key, response, "stop") for key, response in case.responses.items() if len(response) > 1]
     means = [case.pooled(completion, "response_mean") for completion in completions]
     assert min(deviation(a, b) for i, a in enumerate(means) for b in means[:i]) > 1e-2
     assert min(deviation(mean.roll(1, 0), mean) for mean in means) > 1e-2
 
 
-@SOME
-def test_the_matrix_exercises_the_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refill beside live rows, a rolling window and a shrinking batch all happen in the runs above."""
-    seen: Counter[str] = Counter()
-    repack = SlotCache.select_rows
-
-    def counting(self: SlotCache, rows: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-        seen["roll" if rows is None else "shrink"] += 1
-        repack(self, rows, *args, **kwargs)
-
-    monkeypatch.setattr(SlotCache, "select_rows", counting)
-    case = case_of(name)
-    with _calls(case.lm) as widths:
-        for batch_size, lm, requests in case.orders():
-            run(lm, requests, batch_size)
-    assert set(seen) == {"roll", "shrink"}
-    assert max(width for width in widths[3:]) > 1, "no prefill after the first steps"
-
-
-@contextmanager
-def _calls(lm: LanguageModel) -> Iterator[list[int]]:
-    """The number of columns of every forward pass."""
-    widths: list[int] = []
-
-    def note(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        widths.append((kwargs.get("input_ids") if "input_ids" in kwargs else args[0]).shape[1])
-
-    handle = lm.model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield widths
-    finally:
-        handle.remove()
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2"])
 def test_many_requests_roll_the_window_again_and_again(name: str) -> None:
     model = shared_model(name)
-    requests = [Request(f"r{i}", prompt, 3 + 5 * (i % 5)) for i, prompt in enumerate(prompts(18, seed=3))]
+    requests = [Request(f"r{i}", prompt, 3 + 5 * (i % 5)) for i, prompt in enumerate(prompts(14, seed=4))]
     wanted = {r.id: reference_greedy(model, r.token_ids, r.max_new_tokens) for r in requests}
     lm = wrap(model, stop_ids=())
     for batch_size in (2, 7):
@@ -313,9 +323,9 @@ def test_many_requests_roll_the_window_again_and_again(name: str) -> None:
 
 @SOME
 def test_idle_rows_never_pass_the_models_positions(name: str) -> None:
-    """A short answer to a long prompt idles beside long answers to short prompts, to the model's very last position."""
-    model = shared_model(name)
-    lengths = ((100, 4), (2, 126), (3, 125), (4, 124))
+    """A short response to a long prompt leaves its slot idle beside long ones, up to the model's last position."""
+    model = tiny_model(name, max_position_embeddings=48)
+    lengths = ((36, 4), (2, 46), (3, 45), (4, 44))
     requests = [
         Request(f"r{i}", tuple(3 + (7 * i + 5 * t) % 90 for t in range(length)), n)
         for i, (length, n) in enumerate(lengths)
@@ -326,7 +336,7 @@ def test_idle_rows_never_pass_the_models_positions(name: str) -> None:
 
 
 def test_rotary_tables_that_depend_on_the_longest_row() -> None:
-    """Phi-3's longrope swaps factors for a whole batch once one row is long: refused, or of no consequence."""
+    """Phi-3's longrope swaps factors for a whole batch once one row is long: refused, or the tokens are right."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     limit = {"original_max_position_embeddings": 16}
     model = tiny_model("phi3", rope_parameters=rope | limit | {"factor": 8.0}, **limit)
@@ -340,7 +350,7 @@ def test_rotary_tables_that_depend_on_the_longest_row() -> None:
 
 @SOME
 def test_slots_left_empty_beside_a_late_short_prompt_do_no_harm(name: str) -> None:
-    """All slots end at once and one prompt is left: its three neighbours hold nothing that a model could attend to."""
+    """All slots end at once and one prompt is left: its three neighbours hold no token that can be attended to."""
     model = shared_model(name)
     rows = [tuple(range(3 + i, 27 + i)) for i in range(4)] + [(5,)]
     requests = [Request(f"e{i}", row, 2 if i < 4 else 12) for i, row in enumerate(rows)]
@@ -351,12 +361,12 @@ def test_slots_left_empty_beside_a_late_short_prompt_do_no_harm(name: str) -> No
         run(wrap(shared_model(name, dtype), stop_ids=()), requests, 4, Capture((0,)))
 
 
-# --- law 5: what must not matter --------------------------------------------------------------------------------------
+# --- law 5: padding and idle rows change nothing ----------------------------------------------------------------------
 
 
 @contextmanager
 def changed_inputs(lm: LanguageModel, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
-    """Change what the engine hands to the model's forward."""
+    """Change the arguments of the model's forward passes."""
 
     def before(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, change(dict(kwargs))
@@ -392,31 +402,31 @@ def poisoned(lm: LanguageModel, layers: Sequence[int], where: Callable[[dict[str
 
 
 def at_padding(inputs: dict[str, Any]) -> Tensor:
-    """The columns of this pass that hold no token."""
+    """Return the columns of this pass that hold no token."""
     width = inputs["input_ids"].shape[1]
     return ~inputs["attention_mask"][:, -width:].bool()
 
 
 def at_first_token(inputs: dict[str, Any]) -> Tensor:
-    """Where a prompt begins, and the padding before it."""
+    """Return where a prompt begins, and the padding before it."""
     return inputs["position_ids"] == 0
 
 
 @SOME
 def test_poisoned_padding_changes_nothing(name: str) -> None:
-    """Nothing attends to padding and no pooling counts it, so 1e6 in every block's output there leaves no trace."""
+    """Add 1e6 to every block's output at padding, which nothing attends to and no pooling counts."""
     case = case_of(name)
     with poisoned(case.lm, ALL_LAYERS, at_padding):
         done = run(case.lm, case.requests, 5, Capture(ALL_LAYERS, poolings=POOLINGS))
-    assert tokens_of(done) == case.said(done)
+    assert tokens_of(done) == case.expected(done)
     assert worst(case, done) < TOLERANCE[torch.float32]
 
 
 @SOME
 def test_a_poisoned_first_token_leaves_response_means_alone(name: str) -> None:
-    """The last block's output at token 0 reaches nothing but its own logits: only the prompt's pooling may see it."""
+    """The last block's output at token 0 affects its own logits and the prompt's pooling alone."""
     case = case_of(name)
-    requests = [r for r in case.requests if len(r.token_ids) > 1]  # else token 0 chooses the first word
+    requests = [r for r in case.requests if len(r.token_ids) > 1]  # else token 0 decides the first response token
     capture = Capture(ALL_LAYERS, poolings=("response_mean", "prompt_mean"))
     clean = run(case.lm, requests, 3, capture)
     with poisoned(case.lm, ALL_LAYERS[-1:], at_first_token):
@@ -426,19 +436,19 @@ def test_a_poisoned_first_token_leaves_response_means_alone(name: str) -> None:
         if completion.token_ids:
             pair = completion.activations, dirty[key].activations
             assert deviation(*(kept["residual.response_mean"] for kept in pair)) < 1e-6
-            assert deviation(*(kept["residual.prompt_mean"] for kept in pair)) > 0.9, "the poison was never seen"
+            assert deviation(*(kept["residual.prompt_mean"] for kept in pair)) > 0.9, "nothing was poisoned"
 
 
 # --- law 6: negative controls -----------------------------------------------------------------------------------------
 
 
 def without(*fields: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Forward's inputs with some fields absent."""
+    """Remove some arguments of the forward pass."""
     return lambda kwargs: {key: value for key, value in kwargs.items() if key not in fields}
 
 
 def positions_from_columns(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positions that restart at 0 in every pass."""
+    """Number the positions from 0 in every pass."""
     wrong = torch.arange(kwargs["input_ids"].shape[1]).expand_as(kwargs["input_ids"])
     return kwargs | {"position_ids": wrong}
 
@@ -448,7 +458,7 @@ def test_without_the_mask_the_laws_fail(name: str) -> None:
     case = case_of(name)
     with changed_inputs(case.lm, without("attention_mask")):
         done = run(case.lm, case.requests, 5, Capture(ALL_LAYERS))
-    assert tokens_of(done) != case.said(done) or worst(case, done) > 1e-2
+    assert tokens_of(done) != case.expected(done) or worst(case, done) > 1e-2
 
 
 @SOME
@@ -458,16 +468,16 @@ def test_with_wrong_positions_the_laws_fail(name: str) -> None:
         pytest.skip("ALiBi reads distances from columns; it has no positions")
     with changed_inputs(case.lm, positions_from_columns):
         done = run(case.lm, case.requests, 5, Capture(ALL_LAYERS))
-    assert tokens_of(done) != case.said(done) or worst(case, done) > 1e-2
+    assert tokens_of(done) != case.expected(done) or worst(case, done) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_bigcode", "gpt_neo"])
 def test_without_positions_absolute_ones_are_off(name: str) -> None:
-    """Rotary models hide this fault: only the distance between columns counts there."""
+    """A rotary model would not show this fault: only the distance between columns counts there."""
     case = case_of(name)
     with changed_inputs(case.lm, without("position_ids")):
         done = run(case.lm, case.requests, 5, Capture(ALL_LAYERS))
-    assert tokens_of(done) != case.said(done) or worst(case, done) > 1e-2
+    assert tokens_of(done) != case.expected(done) or worst(case, done) > 1e-2
 
 
 @SOME
@@ -508,12 +518,11 @@ def reference_sampled(model: Any, request: Request, strategy: Sample) -> tuple[i
 )
 def test_sampled_tokens_do_not_depend_on_the_batch(name: str, strategy: Sample) -> None:
     case = case_of(name)
-    requests = [replace(r, max_new_tokens=min(r.max_new_tokens, 10), seed=11) for r in case.requests]
+    requests = [replace(r, max_new_tokens=min(r.max_new_tokens, 8), seed=11) for r in case.requests]
     lm = wrap(case.lm.model, stop_ids=())
     wanted = {r.id: reference_sampled(lm.model, r, strategy) for r in requests}
-    for batch_size in (1, 3, 5):
-        for order in (requests, requests[::-1]):
-            assert tokens_of(run(lm, order, batch_size, strategy=strategy)) == wanted
+    for batch_size, order in ((1, requests), (3, requests[::-1]), (5, requests)):
+        assert tokens_of(run(lm, order, batch_size, strategy=strategy)) == wanted
     assert tokens_of(run(lm, requests, 4, Capture((1,)), strategy=strategy)) == wanted
 
 
@@ -527,7 +536,7 @@ def test_another_seed_or_id_gives_other_tokens() -> None:
 
 
 def chi_square_p(counts: Tensor, probabilities: Tensor) -> float:
-    """The chi-square test's p, with rare outcomes merged; 0 when the impossible happened."""
+    """Return the p-value of the chi-square test, rare outcomes merged; 0 after an impossible one."""
     from scipy.stats import chisquare
 
     if counts[probabilities == 0].sum() > 0:
@@ -552,7 +561,7 @@ def first_tokens(lm: LanguageModel, prompt: tuple[int, ...], strategy: Sample, n
 def test_first_tokens_follow_the_softmax(strategy: Sample) -> None:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    lm, prompt = wrap(shared_model("llama"), stop_ids=()), prompts(1)[0]
+    lm, prompt = wrap(shared_model("llama"), stop_ids=()), prompts(1, longest=4)[0]
     ids = torch.tensor([list(prompt)])
     with torch.no_grad():
         scores_1V = lm.model(ids).logits[:, -1]
@@ -577,8 +586,8 @@ def test_stop_tokens_end_a_response_and_are_not_part_of_it() -> None:
     requests.append(Request("cut", rows[1], 3))  # its budget ends just before the stop token
     done = run(wrap(model, stop_ids=stops), requests, 2, Capture(ALL_LAYERS, poolings=POOLINGS))
     assert (done["cut"].token_ids, done["cut"].finish_reason) == (unstopped[1][:3], "length")
-    for i, said in enumerate(unstopped):
-        kept = until_stop(said, stops)
+    for i, response in enumerate(unstopped):
+        kept = until_stop(response, stops)
         assert done[f"e{i}"].token_ids == kept
         assert done[f"e{i}"].finish_reason == ("stop" if len(kept) < 12 else "length")
     assert (done["e0"].token_ids, done["e0"].activations) == ((), {})
@@ -592,11 +601,11 @@ def test_every_response_may_be_empty() -> None:
     assert not any(c.activations for c in done.values())
 
 
-def test_no_requests_is_no_work() -> None:
+def test_no_requests_give_no_completions() -> None:
     assert run(wrap(shared_model("llama")), [], 4) == {}
 
 
-def test_budgets_are_each_requests_own() -> None:
+def test_each_request_has_its_own_budget() -> None:
     lm = wrap(shared_model("llama"), stop_ids=())
     requests = [Request(f"e{i}", row, 1 + 3 * i) for i, row in enumerate(prompts(7))]
     done = run(lm, requests, 3, Capture((0,)))
@@ -611,9 +620,9 @@ def test_stop_strings_end_a_response_at_the_token_that_completes_them(capture: C
     stop = tokenizer.decode(list(unstopped[0][4:6]))
     lm = wrap(model, tokenizer, stop_ids=())
     done = run(lm, [Request(f"e{i}", r, 12) for i, r in enumerate(rows)], 2, capture, stop_strings=(stop,))
-    for i, said in enumerate(unstopped):
-        ends = [n for n in range(1, 13) if stop in tokenizer.decode(list(said[:n]))]
-        assert done[f"e{i}"].token_ids == said[: ends[0] if ends else 12]
+    for i, response in enumerate(unstopped):
+        ends = [n for n in range(1, 13) if stop in tokenizer.decode(list(response[:n]))]
+        assert done[f"e{i}"].token_ids == response[: ends[0] if ends else 12]
         assert done[f"e{i}"].finish_reason == ("stop_string" if ends else "length")
         for kept in done[f"e{i}"].activations.values():
             hidden_LTD = reference_hidden(model, rows[i] + done[f"e{i}"].token_ids)
@@ -623,13 +632,13 @@ def test_stop_strings_end_a_response_at_the_token_that_completes_them(capture: C
 
 def test_progress_counts_every_token_once() -> None:
     case = case_of("llama")
-    told: list[int] = []
-    done = run(case.lm, case.requests, 3, on_progress=told.append)
-    assert sum(told) == sum(len(c.token_ids) for c in done.values())
+    counts: list[int] = []
+    done = run(case.lm, case.requests, 3, on_progress=counts.append)
+    assert sum(counts) == sum(len(c.token_ids) for c in done.values())
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message, which may not be longer."""
+    """Return an error's message, which must be one line."""
     assert "\n" not in str(error)
     return str(error)
 
@@ -638,17 +647,17 @@ def one_line(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "part"),
     [
         (Request("e7", (), 4), "no tokens"),
         (Request("e7", (3,) * 120, 20), "128"),
         (Request("e7", (3,), 0), "max_new_tokens"),
     ],
 )
-def test_a_request_that_does_not_fit_is_named(request_: Request, words: str) -> None:
+def test_a_request_that_does_not_fit_is_named(request_: Request, part: str) -> None:
     with pytest.raises(PromptError, match="e7") as caught:
         run(wrap(shared_model("gpt2")), [request_], 2)
-    assert words in one_line(caught.value)
+    assert part in one_line(caught.value)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -691,7 +700,7 @@ SUMS = [
 
 
 def reference_sites(case: Case, name: str, ids: tuple[int, ...]) -> dict[str, Tensor]:
-    """Every site of every block [L, T, D], by subtraction along the residual stream."""
+    """Return every site of every block [L, T, D], by subtraction along the residual stream."""
     model, itself = case.lm.model, lambda block: block
     start_LTD = reference_site(model, ids, itself, inputs=True)
     end_LTD = reference_site(model, ids, itself)
@@ -705,7 +714,7 @@ def reference_sites(case: Case, name: str, ids: tuple[int, ...]) -> dict[str, Te
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_sites_are_what_the_blocks_add_to_the_stream(name: str) -> None:
+def test_sites_equal_what_the_blocks_add_to_the_residual_stream(name: str) -> None:
     case = case_of(name)
     requests = case.requests[5:8]
     wanted = {r.id: reference_sites(case, name, r.token_ids + case.responses[r.id]) for r in requests}
@@ -734,7 +743,7 @@ def test_a_site_that_a_block_lacks_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "wrong", [Capture((LAYERS,)), Capture((-1,)), Capture((0,), ("neck",)), Capture((0,), ("residual",), ("median",))]
 )
-def test_a_capture_that_cannot_be_is_refused_in_one_line(wrong: Capture) -> None:
+def test_an_impossible_capture_is_refused_in_one_line(wrong: Capture) -> None:
     case = case_of("llama")
     with pytest.raises(TraitlineError) as caught:
         run(case.lm, case.requests, 2, wrong)

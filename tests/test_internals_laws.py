@@ -114,7 +114,7 @@ def test_internals_equal_transformers_in_any_batch_and_order(name: str, order: i
     batch_size, lm, requests = orders(name)[order]
     case = case_of(name)
     done = run(lm, requests, batch_size, TokenInternals(LAYER))
-    assert tokens_of(done) == case.said(done, lm)
+    assert tokens_of(done) == case.expected(done, lm)
     n_prompts = {r.id: len(r.token_ids) for r in requests}
     for completion in done.values():
         kept = completion.activations

@@ -6,7 +6,7 @@ References: tests/two_models.py. Shapes: B rows, V vocabulary, D hidden.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -20,36 +20,41 @@ from torch import Tensor
 
 from extraction.core.errors import ConfigError, ModelError, TraitlineError
 from extraction.engine.batch import ContinuousBatch
-from extraction.engine.generate import generate
 from extraction.engine.logit_diff import Amplify, amplify_logits
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits
 from extraction.engine.steering import Steering
 from extraction.model.language_model import LanguageModel
 from extraction.model.loading import wrap
-from extraction.utils_batch import Capture, Completion, Request
+from extraction.utils_batch import Capture, Request
 from tests.tiny import (
     FAMILIES,
     HIDDEN,
-    LAYERS,
-    deviation,
-    pooled,
     prompts,
     reference_greedy,
-    reference_hidden,
     shared_model,
     tiny_model,
     tiny_tokenizer,
     until_stop,
 )
-from tests.two_models import GREEDY, amplified_response, chi_square_p, fed_at_random, plain_amplified, warped
+from tests.two_models import (
+    ALL_LAYERS,
+    GREEDY,
+    POOLINGS,
+    amplified_response,
+    chi_square_p,
+    fed_at_random,
+    plain_amplified,
+    run,
+    tokens_of,
+    warped,
+    worst,
+)
 
 # transformers 5.4 warns of its own BioGPT
 pytestmark = pytest.mark.filterwarnings("ignore:`input_embeds` is deprecated:FutureWarning")
-POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_first:2", "response_last", "all")
 EVERY = pytest.mark.parametrize("name", FAMILIES)
 SOME = pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mixtral"])
-ALL_LAYERS = tuple(range(LAYERS))
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 INFINITY = float("inf")
 
@@ -200,7 +205,7 @@ def test_an_alpha_that_is_no_number_is_refused_for_the_run_and_for_a_request(alp
     assert str(alpha) in str(caught.value)
     requests = [Request("fine", (3, 4), 2), Request("odd", (3, 4), 2, alpha=alpha)]
     with pytest.raises(ConfigError, match="alpha"):
-        list(generate(lm, requests, batch_size=2, strategy=Amplify(lm)))
+        run(lm, requests, 2, strategy=Amplify(lm))
 
 
 @pytest.mark.parametrize("plausibility", [-0.1, 1.1, float("nan")])
@@ -224,12 +229,11 @@ def before_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @cache
-def asked(name: str, n: int, seed: int = 0) -> tuple[Request, ...]:
-    """Dissimilar prompts, budgets of 1 to 9, alphas of their own and the run's."""
-    vocab = int(shared_model(name).config.get_text_config().vocab_size)
+def requests_of(name: str, n: int, seed: int = 0) -> tuple[Request, ...]:
+    """Make requests of dissimilar prompts with budgets of 1 to 9 tokens; some have their own alpha."""
     return tuple(
         Request(f"e{i}", prompt, BUDGETS[i % len(BUDGETS)], alpha=OWN_ALPHAS[i % len(OWN_ALPHAS)])
-        for i, prompt in enumerate(prompts(n, seed=seed, vocab=vocab))
+        for i, prompt in enumerate(prompts(n, seed=seed))
     )
 
 
@@ -244,7 +248,7 @@ def by_hand(
 ) -> dict[str, tuple[int, ...]]:
     """Two transformers models, one prompt at a time."""
     models = shared_model(name, dtype), before_model(name, dtype)
-    return {r.id: amplified_response(*models, r, alpha_of(r), sample, plausibility) for r in asked(name, n)}
+    return {r.id: amplified_response(*models, r, alpha_of(r), sample, plausibility) for r in requests_of(name, n)}
 
 
 @cache
@@ -253,32 +257,9 @@ def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[LanguageModel, 
     return wrap(shared_model(name, dtype), stop_ids=()), wrap(before_model(name, dtype), stop_ids=())
 
 
-def run(lm: LanguageModel, requests: Sequence[Request], batch_size: int, **options: Any) -> dict[str, Completion]:
-    """All completions by id; one each."""
-    done = list(generate(lm, requests, batch_size=batch_size, **options))
-    assert sorted(c.id for c in done) == sorted(r.id for r in requests)
-    return {c.id: c for c in done}
-
-
-def tokens_of(completions: dict[str, Completion]) -> dict[str, tuple[int, ...]]:
-    """Id -> tokens."""
-    return {key: completion.token_ids for key, completion in completions.items()}
-
-
-def worst(name: str, requests: Sequence[Request], done: dict[str, Completion], dtype: torch.dtype) -> float:
-    """The largest deviation of any captured residual from the hidden states of the model after."""
-    return max(
-        deviation(kept, pooled(hidden_LTD, len(request.token_ids), key.removeprefix("residual.")))
-        for request in requests
-        if done[request.id].token_ids
-        for hidden_LTD in [reference_hidden(shared_model(name, dtype), request.token_ids + done[request.id].token_ids)]
-        for key, kept in done[request.id].activations.items()
-    )
-
-
 @EVERY
 def test_greedy_equals_two_models_by_hand_and_activations_are_those_of_the_model_after(name: str) -> None:
-    requests, wanted = asked(name, 6), by_hand(name, 6)
+    requests, wanted = requests_of(name, 6), by_hand(name, 6)
     after, before = pair(name)
     strategy = Amplify(before, alpha=RUN_ALPHA)
     for batch_size, capture in ((1, None), (4, Capture(ALL_LAYERS, poolings=POOLINGS)), (6, None)):
@@ -293,9 +274,9 @@ def test_greedy_equals_two_models_by_hand_and_activations_are_those_of_the_model
 @SOME
 def test_the_reference_can_fail(name: str) -> None:
     """Alphas, models and prompts lead to other words: a mix-up of any would show."""
-    plain = {r.id: reference_greedy(shared_model(name), r.token_ids, r.max_new_tokens) for r in asked(name, 9)}
+    plain = {r.id: reference_greedy(shared_model(name), r.token_ids, r.max_new_tokens) for r in requests_of(name, 9)}
     wanted = by_hand(name, 9)
-    zero = [r.id for r in asked(name, 9) if r.alpha == 0]
+    zero = [r.id for r in requests_of(name, 9) if r.alpha == 0]
     assert [wanted[key] for key in zero] == [plain[key] for key in zero]
     assert sum(wanted[key] != plain[key] for key in wanted if key not in zero) >= 4
     assert len(set(wanted.values())) >= 7
@@ -304,7 +285,7 @@ def test_the_reference_can_fail(name: str) -> None:
 @SOME
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_rows_keep_their_alphas_in_any_batch_and_order(name: str, batch_size: int) -> None:
-    wanted, requests = by_hand(name, 9), list(asked(name, 9))
+    wanted, requests = by_hand(name, 9), list(requests_of(name, 9))
     after, before = pair(name)
     strategy = Amplify(before, alpha=RUN_ALPHA)
     for order, capture in ((requests, None), (requests[::-1], Capture((1,))), (requests[4:] + requests[:4], None)):
@@ -318,12 +299,12 @@ def test_sampled_tokens_equal_two_models_by_hand_with_the_same_random_numbers(na
     after, before = pair(name)
     for batch_size in (1, 3, 7):
         strategy = Amplify(before, sample, alpha=RUN_ALPHA)
-        assert tokens_of(run(after, asked(name, 7), batch_size, strategy=strategy)) == wanted
+        assert tokens_of(run(after, requests_of(name, 7), batch_size, strategy=strategy)) == wanted
 
 
 def test_every_request_has_its_own_temperature_top_k_and_top_p() -> None:
     own = (Sample(), Sample(0.8, top_p=0.9), None, Sample(1.4, top_k=20))
-    requests = [replace(r, sample=own[i % 4], seed=5) for i, r in enumerate(asked("llama", 9))]
+    requests = [replace(r, sample=own[i % 4], seed=5) for i, r in enumerate(requests_of("llama", 9))]
     after, before = pair("llama")
     wanted = {
         r.id: amplified_response(after.model, before.model, r, alpha_of(r), r.sample or Sample(1.0)) for r in requests
@@ -335,7 +316,7 @@ def test_every_request_has_its_own_temperature_top_k_and_top_p() -> None:
 
 @pytest.mark.parametrize("plausibility", [0.1, 0.6, 1.0])
 def test_plausibility_equals_two_models_by_hand(plausibility: float) -> None:
-    requests = [replace(r, alpha=4.0) for r in asked("llama", 7)]
+    requests = [replace(r, alpha=4.0) for r in requests_of("llama", 7)]
     after, before = pair("llama")
     models = after.model, before.model
     wanted = {r.id: amplified_response(*models, r, 4.0, Sample(1.0), plausibility) for r in requests}
@@ -349,20 +330,20 @@ def test_plausibility_equals_two_models_by_hand(plausibility: float) -> None:
 def test_in_float64_the_law_holds_to_rounding(name: str) -> None:
     after, before = pair(name, torch.float64)
     capture = Capture(ALL_LAYERS, poolings=POOLINGS)
-    done = run(after, asked(name, 6), 4, strategy=Amplify(before, alpha=RUN_ALPHA), capture=capture)
+    done = run(after, requests_of(name, 6), 4, strategy=Amplify(before, alpha=RUN_ALPHA), capture=capture)
     assert tokens_of(done) == by_hand(name, 6, torch.float64)
-    assert worst(name, asked(name, 6), done, torch.float64) < 1e-10
+    assert worst(name, requests_of(name, 6), done, torch.float64) < 1e-10
 
 
 @HALVES
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_in_half_precision_it_runs_and_alpha_0_is_plain(name: str, dtype: torch.dtype) -> None:
     after, before = pair(name, dtype)
-    requests = [replace(r, alpha=0.0, seed=1) for r in asked(name, 6)]
+    requests = [replace(r, alpha=0.0, seed=1) for r in requests_of(name, 6)]
     for sample in (Sample(), Sample(1.0)):
         plain = run(after, requests, 6, strategy=sample)
         assert tokens_of(run(after, requests, 6, strategy=Amplify(before, sample))) == tokens_of(plain)
-    done = run(after, asked(name, 6), 3, strategy=Amplify(before, alpha=2.0), capture=Capture(ALL_LAYERS))
+    done = run(after, requests_of(name, 6), 3, strategy=Amplify(before, alpha=2.0), capture=Capture(ALL_LAYERS))
     assert {c.finish_reason for c in done.values()} == {"length"}
 
 
@@ -370,7 +351,7 @@ def test_in_half_precision_it_runs_and_alpha_0_is_plain(name: str, dtype: torch.
 @pytest.mark.parametrize("sample", [Sample(), Sample(0.8, top_p=0.9)], ids=["greedy", "sampled"])
 def test_alpha_0_and_a_model_against_itself_are_the_model_alone(name: str, sample: Sample) -> None:
     after, before = pair(name)
-    requests = [replace(r, alpha=None, seed=3) for r in asked(name, 9)]
+    requests = [replace(r, alpha=None, seed=3) for r in requests_of(name, 9)]
     plain = tokens_of(run(after, requests, 4, strategy=sample))
     assert tokens_of(run(after, requests, 4, strategy=Amplify(before, sample, alpha=0.0))) == plain
     twin = wrap(tiny_model(name), stop_ids=())
@@ -380,7 +361,9 @@ def test_alpha_0_and_a_model_against_itself_are_the_model_alone(name: str, sampl
 
 
 def test_many_requests_roll_the_window_again_and_again() -> None:
-    requests = [replace(r, id=f"r{i}", max_new_tokens=3 + 5 * (i % 5)) for i, r in enumerate(asked("gpt2", 24, seed=3))]
+    requests = [
+        replace(r, id=f"r{i}", max_new_tokens=3 + 5 * (i % 5)) for i, r in enumerate(requests_of("gpt2", 24, seed=3))
+    ]
     after, before = pair("gpt2")
     wanted = {r.id: amplified_response(after.model, before.model, r, alpha_of(r)) for r in requests}
     for batch_size in (2, 7):
@@ -398,7 +381,7 @@ def test_rows_that_come_and_go_leave_the_others_as_they_are(name: str) -> None:
         rng = random.Random(seed)
         limits = BatchLimits(slots=rng.randint(1, 5), longest=40, budget=9)
         batch = ContinuousBatch(after, limits, strategy=Amplify(before, alpha=RUN_ALPHA))
-        done, dropped = fed_at_random(batch, rng.sample(asked(name, 9), 9), rng)
+        done, dropped = fed_at_random(batch, rng.sample(requests_of(name, 9), 9), rng)
         assert done == {key: said for key, said in wanted.items() if key not in dropped}, seed
         n_dropped += len(dropped)
     assert n_dropped > 2
@@ -406,8 +389,8 @@ def test_rows_that_come_and_go_leave_the_others_as_they_are(name: str) -> None:
 
 def test_before_may_be_of_another_architecture() -> None:
     after, before = pair("llama")[0], pair("gpt2")[1]
-    wanted = {r.id: amplified_response(after.model, before.model, r, alpha_of(r)) for r in asked("llama", 7)}
-    assert tokens_of(run(after, asked("llama", 7), 3, strategy=Amplify(before, alpha=RUN_ALPHA))) == wanted
+    wanted = {r.id: amplified_response(after.model, before.model, r, alpha_of(r)) for r in requests_of("llama", 7)}
+    assert tokens_of(run(after, requests_of("llama", 7), 3, strategy=Amplify(before, alpha=RUN_ALPHA))) == wanted
 
 
 def test_stop_tokens_are_those_of_the_model_after_and_may_be_ignored() -> None:
@@ -415,7 +398,10 @@ def test_stop_tokens_are_those_of_the_model_after_and_may_be_ignored() -> None:
     wanted = by_hand("llama", 7)
     stops = (wanted["e0"][2], wanted["e1"][0])
     lm = wrap(after.model, stop_ids=stops)
-    requests = [*asked("llama", 7), *(replace(r, id=f"on-{r.id}", ignore_eos=True) for r in asked("llama", 7))]
+    requests = [
+        *requests_of("llama", 7),
+        *(replace(r, id=f"on-{r.id}", ignore_eos=True) for r in requests_of("llama", 7)),
+    ]
     stopping = wrap(before.model, stop_ids=[t for t in range(97) if t not in stops])
     done = run(lm, requests, 3, strategy=Amplify(stopping, alpha=RUN_ALPHA), capture=Capture(ALL_LAYERS))
     for key, said in wanted.items():
@@ -431,7 +417,7 @@ def test_stop_strings_end_a_response_at_the_token_that_completes_them() -> None:
     tokenizer, wanted = tiny_tokenizer(), by_hand("llama", 7)
     stop = tokenizer.decode(list(wanted["e0"][2:4]))
     lm = wrap(after.model, tokenizer, stop_ids=())
-    done = run(lm, asked("llama", 7), 3, strategy=Amplify(before, alpha=RUN_ALPHA), stop_strings=(stop,))
+    done = run(lm, requests_of("llama", 7), 3, strategy=Amplify(before, alpha=RUN_ALPHA), stop_strings=(stop,))
     for key, said in wanted.items():
         ends = [n for n in range(1, len(said) + 1) if stop in tokenizer.decode(list(said[:n]))]
         assert done[key].token_ids == said[: ends[0] if ends else len(said)]
@@ -443,7 +429,8 @@ def test_steering_changes_the_model_after_alone() -> None:
     after, before = pair("llama")
     shift_D = 6 * torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
     requests = [
-        replace(r, steering=Steering(add={1: shift_D}) if i % 2 else None) for i, r in enumerate(asked("llama", 6))
+        replace(r, steering=Steering(add={1: shift_D}) if i % 2 else None)
+        for i, r in enumerate(requests_of("llama", 6))
     ]
     done = run(after, requests, 4, strategy=Amplify(before, alpha=RUN_ALPHA))
     wanted = by_hand("llama", 6)
@@ -472,7 +459,7 @@ def shifted(model: Any, shift_D: Tensor) -> Iterator[None]:
 
 def test_a_first_token_is_drawn_from_the_amplified_distribution() -> None:
     after, before = pair("gpt2")
-    prompt = asked("gpt2", 1)[0].token_ids
+    prompt = requests_of("gpt2", 1)[0].token_ids
     requests = [Request(f"e{i}", prompt, 1, alpha=1.2) for i in range(4096)]
     strategy = Amplify(before, Sample(1.1, top_k=20))
     counts: dict[Any, int] = {}
@@ -504,8 +491,8 @@ def test_prompt_and_budget_may_fill_both_models_contexts() -> None:
 def test_swapped_models_and_a_neighbours_alpha_are_noticed(name: str) -> None:
     after, before = pair(name)
     wanted = by_hand(name, 7)
-    assert tokens_of(run(before, asked(name, 7), 3, strategy=Amplify(after, alpha=RUN_ALPHA))) != wanted
-    requests = asked(name, 7)
+    assert tokens_of(run(before, requests_of(name, 7), 3, strategy=Amplify(after, alpha=RUN_ALPHA))) != wanted
+    requests = requests_of(name, 7)
     rolled = [replace(r, alpha=alpha_of(other)) for r, other in zip(requests, requests[1:] + requests[:1], strict=True)]
     assert tokens_of(run(after, rolled, 3, strategy=Amplify(before, alpha=RUN_ALPHA))) != wanted
 
@@ -535,12 +522,12 @@ def test_a_cache_of_before_that_is_not_refilled_is_noticed(name: str) -> None:
     """With as many slots as requests there is one prefill and nothing to notice; with fewer there is."""
     (after, before), wanted = pair(name), by_hand(name, 9)
     strategy = Amplify(before, alpha=RUN_ALPHA)
-    run(after, asked(name, 1), 1, strategy=strategy)  # what is proven once a model has prompts of its own
+    run(after, requests_of(name, 1), 1, strategy=strategy)  # what is proven once a model has prompts of its own
     with forgetful(before, first=1) as widths:
-        assert tokens_of(run(after, asked(name, 9), 9, strategy=strategy)) == wanted
+        assert tokens_of(run(after, requests_of(name, 9), 9, strategy=strategy)) == wanted
         assert len(widths) == 1
         widths.clear()
-        assert tokens_of(run(after, asked(name, 9), 3, strategy=strategy)) != wanted
+        assert tokens_of(run(after, requests_of(name, 9), 3, strategy=strategy)) != wanted
         assert len(widths) > 1
 
 
@@ -550,7 +537,7 @@ def test_a_cache_of_before_that_is_not_refilled_is_noticed(name: str) -> None:
 def test_another_vocabulary_is_refused() -> None:
     other = wrap(tiny_model("gpt2", vocab_size=50), stop_ids=())
     with pytest.raises(ModelError, match="50") as caught:
-        run(pair("llama")[0], asked("llama", 2), 2, strategy=Amplify(other))
+        run(pair("llama")[0], requests_of("llama", 2), 2, strategy=Amplify(other))
     assert "97" in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -189,7 +189,7 @@ def worst(
 def test_projections_equal_transformers_in_any_batch_and_order(name: str, order: int) -> None:
     batch_size, lm, requests = orders(name)[order]
     done = run(lm, requests, batch_size, TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
-    assert tokens_of(done) == case_of(name).said(done, lm)
+    assert tokens_of(done) == case_of(name).expected(done, lm)
     for completion in done.values():
         kept = completion.activations["projections"]
         n_prompt = reference_of(name).n_prompt[completion.id.partition("/")[0]]
@@ -247,7 +247,7 @@ def test_the_cases_are_hard_enough() -> None:
         assert getattr(case.lm.model.config, "sliding_window", WINDOW) == WINDOW
         assert min(len(r.token_ids) for r in case.requests) == 1
         assert len(case.orders()[1][2]) > 3 * 3
-        said = case.said(tokens_as_completions(name))
+        said = case.expected(tokens_as_completions(name))
         assert any(len(case.responses[key]) > len(response) for key, response in said.items())
     assert (units_LDK()[:, :, 0] * units_LDK()[:, :, 1]).sum(1).abs().max() < 0.6
 
@@ -356,7 +356,7 @@ def test_attention_equals_the_head_mean_of_an_eager_model(name: str, order: int)
     batch_size, lm, requests = orders(name)[order]
     case = case_of(name)
     done = run(lm, requests, batch_size, TokenProjections(ALL_LAYERS, units_LDK()))
-    assert tokens_of(done) == case.said(done, lm)
+    assert tokens_of(done) == case.expected(done, lm)
     assert worst(name, done, units_LDK()) < TOLERANCE
     expected = {r.id: head_mean_LTT(name, r.token_ids + case.responses[r.id]) for r in case.requests}
     for completion in done.values():
@@ -435,7 +435,7 @@ def test_poisoned_padding_is_not_read(name: str) -> None:
 
     with poisoned(case.lm, ALL_LAYERS, at_padding):
         done = run(case.lm, case.requests, 5, TokenProjections(ALL_LAYERS, units_LDK(), attention=False))
-    assert tokens_of(done) == case.said(done)
+    assert tokens_of(done) == case.expected(done)
     assert worst(name, done, units_LDK()) < TOLERANCE
 
 

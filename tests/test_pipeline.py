@@ -216,7 +216,7 @@ def test_stored_responses_are_not_generated_again(root):
     succeed("generate", "--root", root, "--experiment", "demo")
     generated = payloads(run_of(root), "responses")
     receipts = contents(run_of(root) / "responses")
-    succeed("extract", "--samples-per-coef", "2", "--root", root, "--experiment", "demo")
+    succeed("extract", "--quick", "--root", root, "--experiment", "demo")
     assert payloads(run_of(root), "responses") == generated
     assert contents(run_of(root) / "responses") == receipts
     receipt = json.loads((run_of(root) / "activations/0000.receipt.json").read_text())
@@ -377,7 +377,7 @@ def test_out_of_memory_halves_the_batch_of_that_shard(root, finished):
     now = contents(run_of(root) / "activations")
     assert {name: now[name] for name in untouched} == untouched
     sizes = [json.loads(now[f"000{i}.receipt.json"])["meta"]["batch_size"] for i in range(3)]
-    assert sizes == [2, 2, 4]
+    assert sizes == [2, 2, 12]
     assert payloads(run_of(root), "responses") == payloads(finished, "responses")
     assert "batch size 2," in result.stdout
 

@@ -26,6 +26,8 @@ SETTINGS = (
     "4",
     "--queue-size",
     "12",
+    "--batch-size",
+    "4",
 )
 COMMAND = ("extract", *SETTINGS, "--quick")
 SHARDS = 12  # in four run groups
@@ -141,7 +143,7 @@ def test_a_folder_deleted_during_a_run_is_a_one_line_error(server, root):
 
 TOGETHER = (
     "extract",
-    *SETTINGS[:-2],
+    *SETTINGS,
     "--traits",
     "calm,warm",
     "--queue-size",

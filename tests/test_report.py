@@ -25,16 +25,16 @@ from extraction.core.records import NaturalPrompt, Trait
 from extraction.report import formatting, plot_style
 from extraction.report.page import IndexEntry, index_page, report_page
 from extraction.report.page_data import CONTENTS
-from extraction.report.plot_style import Picture
+from extraction.report.plot_style import Picture, render_picture
 from extraction.report.plots import PLOTS, pictures
 from extraction.report.provenance import commands
 from extraction.report.rendering import TEMPLATES, data_block, render_page, visible
 from extraction.report.response_browser import browser_values, script_data, shown_rows
 from extraction.report.steering_data import steering_values
-from extraction.report.sweep_plots import curves_of
+from extraction.report.sweep_plots import curves_of, draw_steering
 from extraction.storage.trait_run import trait_run
 from tests.chromium import Browser, assert_foreign_content_is_blocked, needs_browser
-from tests.runs import environment, invoke, make_root, refused, succeed
+from tests.runs import draw_once, environment, invoke, make_root, refused, succeed
 from tests.synthetic import METHODS, make_card, make_condition, make_facts, make_rows, make_steering
 
 pytest.importorskip("matplotlib")
@@ -313,13 +313,14 @@ def test_a_page_without_steering_names_the_command():
         assert len(outline.all("img")) == 4
 
 
-def test_a_sweep_without_scores_makes_a_page():
+def test_a_sweep_without_scores_makes_a_page(drawn):
     steering = make_steering((-1, 1))
     for condition in steering["conditions"]:
         condition.update(rate={"value": None, "low": None, "high": None}, score=None, missing=40, samples=[])
     steering["largest_coherent"] = {"positive": None, "negative": None}
     steering["reached"] = {"positive": None, "negative": None, "random": {"positive": None, "negative": None}}
-    text = Outline(report_page(make_facts(steering=steering), pictures(make_card(), steering))).text
+    drawn = drawn | {"steering": render_picture(draw_steering, steering)}
+    text = Outline(report_page(make_facts(steering=steering), drawn)).text
     assert formatting.UNDEFINED in text
     assert "None" not in text
 
@@ -384,7 +385,7 @@ def test_the_same_run_gives_the_same_bytes(page, drawn):
     again = pictures(make_card(), make_steering())
     assert again == drawn
     assert report_page(make_facts(rows=make_rows(120, texts=EVIL)), again) == page
-    assert pictures(make_card(word="weak", n_layers=7), None)["layers"] != drawn["layers"]
+    assert render_picture(PLOTS["layers"], make_card(word="weak", n_layers=7)) != drawn["layers"]
 
 
 def test_plots_have_the_stated_size_and_no_date(monkeypatch):
@@ -451,6 +452,7 @@ def test_the_command_prints_the_reports_path(reported):
 def test_a_second_report_is_the_same_bytes(reported):
     page = reported / "experiments/demo/calm/reports/report.html"
     before = page.read_bytes()
+    draw_once.cache_clear()
     succeed("report", "--root", reported, "--experiment", "demo")
     assert page.read_bytes() == before
     assert str(reported).encode() not in before

@@ -223,7 +223,7 @@ def test_stored_responses_are_captured_before_their_group_and_take_no_part_in_it
 
 
 def test_a_group_that_runs_out_of_memory_repeats_its_uncommitted_shards(whole, root):
-    command = ("batched", "--root", root, *SHORT, "--queue-size", "100")
+    command = ("batched", "--root", root, *SHORT, "--queue-size", "100", "--batch-size", "4")
     with RoomUntil(root / "experiments/demo", "calm/0"):
         assert succeed(*command).stderr.count("out of memory") == 1
     experiment = root / "experiments/demo"

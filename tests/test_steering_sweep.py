@@ -255,8 +255,10 @@ def pocket_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("pocket")
     (root / "configs").symlink_to(REPOSITORY / "configs")
-    options = ("--n-examples", "24", "--max-new-tokens", "32", "--samples-per-coef", "6", "--batch-size", "64")
-    succeed("extract", "--root", root, "--experiment", "pocket", "--trait", "commitment_strength", *options)
+    place = ("--root", root, "--experiment", "pocket", "--trait", "commitment_strength", "--batch-size", "64")
+    succeed("batched", *place, "--n-examples", "24", "--max-new-tokens", "32")
+    succeed("vectors", *place[:-2], "--methods", "mean_diff,probe")
+    succeed("validate", *place, "--samples-per-coef", "6")
     return root
 
 
@@ -331,9 +333,9 @@ def test_a_sweep_that_runs_out_of_memory_runs_again_at_half_the_batch_size_with_
     sweep = run / "vectors/steering.json"
     before = leaves(json.loads(sweep.read_text()))
     sweep.unlink()
-    with room_for(3):
+    with room_for(6):
         stderr = succeed("validate", *options, "--batch-size", "16").stderr
-    assert stderr.count("out of memory") == 3  # 8, 4, 2
+    assert stderr.count("out of memory") == 2  # at 16 and 8
     after = leaves(json.loads(sweep.read_text()))
     assert after == pytest.approx(before, rel=1e-4)  # another batch size rounds otherwise
     assert after != pytest.approx({place: 1.01 * v for place, v in before.items()}, rel=1e-4)

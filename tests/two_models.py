@@ -17,13 +17,42 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from extraction.engine.batch import ContinuousBatch
+from extraction.engine.generate import generate
 from extraction.engine.sampler import Sample, uniforms
 from extraction.model.language_model import LanguageModel
-from extraction.utils_batch import Request
-from tests.tiny import tiny_model
+from extraction.utils_batch import Completion, Request
+from tests.tiny import LAYERS, deviation, pooled, reference_hidden, shared_model, tiny_model
 
 MINUS_INFINITY = float("-inf")
 GREEDY = Sample()
+POOLINGS = ("response_mean", "prompt_mean", "prompt_last", "response_first:2", "response_last", "all")
+ALL_LAYERS = tuple(range(LAYERS))
+
+# --- runs of the engine ----------------------------------------------------------------------------------------------
+
+
+def run(lm: LanguageModel, requests: Sequence[Request], batch_size: int, **options: Any) -> dict[str, Completion]:
+    """Run all requests; return their completions by id."""
+    done = list(generate(lm, requests, batch_size=batch_size, **options))
+    assert sorted(c.id for c in done) == sorted(r.id for r in requests)
+    return {c.id: c for c in done}
+
+
+def tokens_of(completions: dict[str, Completion]) -> dict[str, tuple[int, ...]]:
+    """Return the tokens by id."""
+    return {key: completion.token_ids for key, completion in completions.items()}
+
+
+def worst(name: str, requests: Sequence[Request], done: dict[str, Completion], dtype: torch.dtype) -> float:
+    """Return the largest deviation of any captured residual from the hidden states of prompt + response."""
+    return max(
+        deviation(kept, pooled(hidden_LTD, len(request.token_ids), key.removeprefix("residual.")))
+        for request in requests
+        if done[request.id].token_ids
+        for hidden_LTD in [reference_hidden(shared_model(name, dtype), request.token_ids + done[request.id].token_ids)]
+        for key, kept in done[request.id].activations.items()
+    )
+
 
 # --- choosing a token ------------------------------------------------------------------------------------------------
 
@@ -170,9 +199,11 @@ def chi_square_p(counts: Mapping[Outcome, int], chances: Mapping[Outcome, float]
 # --- drafts ----------------------------------------------------------------------------------------------------------
 
 
-def noisy_model(name: str, strength: float = 0.1, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def noisy_model(
+    name: str, strength: float = 0.1, *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
     """Return the tiny model of that name with noise on its weights, so that many of its tokens are accepted."""
-    model = tiny_model(name, dtype=dtype)
+    model = tiny_model(name, dtype=dtype, **changes)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
