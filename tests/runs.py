@@ -182,3 +182,9 @@ def payloads(folder: Path, *parts: str) -> dict[str, bytes]:
     """Return `contents` without the receipts, which hold the batch size."""
     found = contents(folder.joinpath(*parts))
     return {name: data for name, data in found.items() if not name.endswith(".receipt.json")}
+
+
+def demo_rows(root: Path) -> list[dict]:
+    """Return the scored rows of the demo experiment's trait, positive ones first."""
+    folder = root / "experiments/demo/calm/responses"
+    return [json.loads(line) for side in ("pos", "neg") for line in (folder / f"{side}.jsonl").read_text().splitlines()]

@@ -144,8 +144,22 @@ def test_no_score_at_all_is_a_problem_with_its_reason():
     assert all(part in problem for part in ("local judge m", "4 responses", "3 times 'no number'", "1 times 'refused'"))
 
 
-def test_a_side_without_responses_is_a_problem_of_model_judges_alone():
+def test_a_side_without_responses_is_a_problem_of_every_judge():
     problem = sided([10.0] * 10 + [20.0] * 10).problem
     assert "positive" in problem
     assert "(10 " in problem
-    assert filter_responses(sides([(10.0, True)], [(10.0, True)]), "lexical", 50.0).problem is None
+    assert "positive" in filter_responses(sides([(10.0, True)], [(10.0, True)]), "lexical", 50.0).problem
+    assert filter_responses(sides([(10.0, True)], [(10.0, True)]), "none", 50.0).problem is None
+
+
+def test_fewer_than_half_of_the_responses_scored_is_a_problem_with_the_share_and_a_remedy():
+    def scored(n_scored, n_missing, judge="lexical"):
+        rows = [(90.0, True)] * n_scored + [(None, True)] * n_missing
+        return filter_responses(sides(rows, [(10.0, True)] * n_scored + [(None, True)] * n_missing), judge, 50.0)
+
+    few = scored(3, 22)
+    assert "6 of 50 responses, 12%" in few.problem
+    assert "--judge likelihood" in few.remedy
+    assert scored(5, 5).problem is None
+    assert scored(5, 6).problem is not None
+    assert scored(0, 6, "none").problem is None

@@ -14,9 +14,9 @@ from extraction.config.traits import list_traits, load_trait
 from extraction.core.errors import ConfigError, TraitError
 from extraction.core.records import Markers, Trait
 from extraction.judging import base
-from extraction.judging.base import MAX_CHARACTERS, Judgement, ModelJudge, Rating, RuleJudge, shows_side
+from extraction.judging.base import MAX_CHARACTERS, JudgedResponse, Judgement, ModelJudge, Rating, RuleJudge, shows_side
 from extraction.judging.lexical import judge_lexical, lexical_score
-from extraction.judging.registry import JUDGE_NAMES, JUDGES, is_model_judge, resolve_judge, rule_judge
+from extraction.judging.registry import JUDGE_NAMES, JUDGES, is_model_judge, resolve_judge
 from extraction.judging.rubric import expectation, fill, read_score, rubrics_of
 from extraction.pipeline.plan import make_plan
 from extraction.pipeline.score import make_scorer
@@ -115,7 +115,7 @@ def test_auto_is_lexical_where_there_are_markers() -> None:
 
 def test_a_judge_judges_the_answer_and_not_the_question() -> None:
     assert judge_lexical("Perhaps?", "Certainly.", TRAIT) == 0.0
-    assert rule_judge("none", TRAIT).score("Perhaps?", "Certainly.", TRAIT) is None
+    assert JUDGES["none"].score("Perhaps?", "Certainly.", TRAIT) is None
 
 
 def test_an_unknown_judge_is_an_error_with_the_nearest_known() -> None:
@@ -129,11 +129,6 @@ def test_an_unknown_judge_of_an_experiment_is_an_error_with_the_experiment(tmp_p
     root = make_root(tmp_path)
     with pytest.raises(ConfigError, match=r"demo.*'lexcial'.*'lexical'"):
         make_plan("demo", "calm", root=str(root), options={"judge": "lexcial"})
-
-
-def test_a_model_judge_cannot_preview() -> None:
-    with pytest.raises(ConfigError, match="'local'"):
-        rule_judge("local", TRAIT)
 
 
 @given(st.floats(0, 100), st.floats(0, 100))
@@ -256,11 +251,16 @@ class Silent:
     def end(self) -> None: ...
 
 
+def responses_of(*pairs: tuple[str, str]) -> list[JudgedResponse]:
+    """Return responses of (question, text)."""
+    return [JudgedResponse(question, text) for question, text in pairs]
+
+
 def test_a_scorer_judges_pairs_in_their_order(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     job = make_plan("demo", "calm", root=str(root))
     score = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))
-    judgements = score([("Why?", "aaa"), ("Who?", "zzz"), ("What?", "az"), ("How?", "")])
+    judgements = score(responses_of(("Why?", "aaa"), ("Who?", "zzz"), ("What?", "az"), ("How?", "")))
     assert [judgement.score for judgement in judgements] == [100.0, 0.0, 50.0, None]
     assert score([]) == []
 
@@ -271,7 +271,9 @@ def test_a_scorer_judges_pairs_in_their_order(tmp_path: Path) -> None:
 def test_a_rule_judge_of_the_table_scores_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(JUDGES, "length", RuleJudge(lambda question, response, trait: float(len(response))))
     job = make_plan("demo", "calm", root=str(make_root(tmp_path)), options={"judge": "length"})
-    judgements = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))([("Why?", "aaa"), ("Who?", "")])
+    judgements = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))(
+        responses_of(("Why?", "aaa"), ("Who?", ""))
+    )
     assert [judgement.score for judgement in judgements] == [3.0, 0.0]
 
 
@@ -289,7 +291,7 @@ def test_a_model_judge_of_the_table_rates_a_run_once(tmp_path: Path, monkeypatch
     job = make_plan("demo", "calm", root=root, options={"judge": "length", "judge_model": "m"})
     folder = job.folder(job.traits[0])
     (folder.path / "judgements").mkdir(parents=True)
-    pairs = [("Why?", "aaa"), ("Why?", " "), ("Why?", "b" * (MAX_CHARACTERS + 1))]
+    pairs = responses_of(("Why?", "aaa"), ("Why?", " "), ("Why?", "b" * (MAX_CHARACTERS + 1)))
     first = make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))(pairs)
     assert len(rated) == 4  # two rubrics of two responses; an empty one is not rated
     assert make_scorer(TraitContext(ModelSession(job), job.traits[0], Silent()))(pairs) == first

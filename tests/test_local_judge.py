@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import shutil
 import statistics
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from extraction.judging.number_probabilities import Spellings, number_probabilit
 from extraction.judging.rubric import COHERENCE, NO_NUMBER, fill
 from extraction.model.language_model import LanguageModel
 from extraction.model.loading import read_tokenizer, wrap
-from tests.runs import contents, make_root, refused, succeed
+from tests.runs import contents, demo_rows, make_root, refused, succeed
 from tests.tiny import VOCABULARY, prompts, tiny_model, tiny_tokenizer
 
 NUMBER_VOCABULARY = 220
@@ -264,11 +263,6 @@ def root(generated: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(generated, tmp_path / "root"))
 
 
-def rows_of(root: Path) -> list[dict]:
-    folder = root / "experiments/demo/calm/responses"
-    return [json.loads(line) for side in ("pos", "neg") for line in (folder / f"{side}.jsonl").read_text().splitlines()]
-
-
 LOCAL = ("--experiment", "demo", "--judge", "local", "--judge-model")
 
 
@@ -276,7 +270,7 @@ def test_a_run_is_judged_once_and_kept_in_the_log(root):
     options = ("--root", root, *LOCAL, "eager", "--coherence-threshold", "0")
     first = succeed("batched", *options)
     assert "loading the judge eager" in first.stderr
-    rows = rows_of(root)
+    rows = demo_rows(root)
     scores = [row["scores"]["local"] for row in rows if row["token_ids"]]
     assert max(scores) - min(scores) > 5
     assert all(set(row["scores"]) == {"local", "local_coherence"} for row in rows)

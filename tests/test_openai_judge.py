@@ -26,7 +26,7 @@ import pytest
 from extraction.core.errors import ConfigError, ModelError
 from extraction.judging.base import Rating
 from extraction.judging.openai_server import JudgeServer, rate_texts, read_answer
-from tests.runs import contents, environment, invoke, make_root, refused, succeed
+from tests.runs import contents, demo_rows, environment, invoke, make_root, refused, succeed
 
 SECRET = "sk-secret-0123456789abcdef"
 QUICK = {"timeout": 0.5, "max_retries": 3, "concurrency": 4}
@@ -379,15 +379,10 @@ def by_letters(text: str, before: int = 0) -> Reply:
     return Reply(str(round(100 * early / max(early + late, 1))))
 
 
-def rows_of(root: Path) -> list[dict]:
-    folder = root / "experiments/demo/calm/responses"
-    return [json.loads(line) for side in ("pos", "neg") for line in (folder / f"{side}.jsonl").read_text().splitlines()]
-
-
 def test_a_run_is_scored_and_its_calls_are_counted(root, served):
     served.script = by_letters
     result = succeed("batched", "--root", root, *options(served, "--judge-price", "1000,1000"))
-    rows = [row for row in rows_of(root) if row["response"].strip()]
+    rows = [row for row in demo_rows(root) if row["response"].strip()]
     distinct = {(row["question"], row["response"]) for row in rows}
     assert len(served.asked) == 2 * len(distinct)
     assert result.stderr.count(f"{len(served.asked)} calls") == 2  # the estimate, and what it was
@@ -411,7 +406,7 @@ def test_scores_missing_refused_and_incoherent_are_dropped_and_counted(root, ser
 
     served.script = script
     out = " ".join(succeed("batched", "--root", root, *options(served)).stdout.split())
-    rows = [row for row in rows_of(root) if row["response"].strip()]
+    rows = [row for row in demo_rows(root) if row["response"].strip()]
     n_refused = sum(row["question"] == "Who?" for row in rows)
     n_garbage = sum(row["question"] == "When?" for row in rows)
     assert re.search(rf"\b{n_garbage} \D*\b{n_refused} refused", out)
@@ -464,7 +459,7 @@ def test_a_line_of_the_log_that_was_changed_is_found_and_judged_again(root, serv
 def test_the_next_start_requests_only_the_failed_ratings(root, served):
     served.script = lambda text, before: refusal(400, "too spicy") if "Why?" in text else by_letters(text)
     first = succeed("batched", "--root", root, *options(served))
-    n_failed = sum(row["question"] == "Why?" and bool(row["response"].strip()) for row in rows_of(root))
+    n_failed = sum(row["question"] == "Why?" and bool(row["response"].strip()) for row in demo_rows(root))
     failed = rf"\b{n_failed} with a failed judge call"
     assert re.search(failed, " ".join(first.stdout.split()))
     before = len(served.asked)

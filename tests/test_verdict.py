@@ -200,7 +200,7 @@ NO_MARGIN = {"draws": 9, "median": 0.8, "high": 1.0, "high_cohens_d": 99.0}
         ("chosen.top_1_percent", 0.8, "usable", "80%"),
         ("judge.kept_neg", 2, "weak", "108 of 210"),
         ("judge.kept_neg", 50, "usable", "60 of 210"),
-        ("judge.judge", "none", "usable", "judge"),
+        ("judge.judge", "none", "weak", "judged"),
     ],
 )
 def test_one_change_of_a_good_card_has_one_outcome(good: dict[str, Any], path: str, value: Any, word: str, number: str):

@@ -168,7 +168,7 @@ def _counts(result: TraitResult) -> Iterator[str]:
     kept = result.kept
     if kept is None:
         return
-    by = "no judge" if kept.judge == "none" else f"{kept.name}, threshold {kept.threshold:g}"
+    by = "not judged: kept as told" if kept.judge == "none" else f"{kept.name}, threshold {kept.threshold:g}"
     by += "" if kept.coherence_threshold is None else f", coherence {kept.coherence_threshold:g}"
     sides = " and ".join(f"{len(kept.ids[side])} {word}" for side, word in SIDES.items())
     yield from item("kept", f"{kept.n_kept} of {kept.total} responses ({by}): {sides}")

@@ -25,6 +25,12 @@ REASONS = {
     "failed": "with a failed judge call",
     "empty": "empty",
 }
+REMEDIES = {  # by judge; others have a model of their own
+    "lexical": "give the trait markers that this model's responses hold, or --judge likelihood, local or none",
+    "likelihood": "give --judge local or openai with a --judge-model, or --judge none",
+}
+MAX_UNSCORED = 0.5  # share of the responses with text: beyond it, the kept ones are the judge's selection
+MAY_BE_CONSTANT = ("lexical",)  # its scores are shares of few markers, often 0 or 100 alone
 MIN_SCORES = 10  # with fewer, their spread is not checked
 SAME, NEARLY_ALL = 1.0, 0.95  # this share of scores within this distance of the median is no spread
 
@@ -75,20 +81,37 @@ class KeptResponses:
         return ", ".join(f"{self.dropped[key]} {words}" for key, words in REASONS.items() if self.dropped.get(key))
 
     @property
+    def n_unscored(self) -> int:
+        """Number of responses that have tokens and no score."""
+        return sum(self.dropped.get(key, 0) for key in ("unscored", "refused", "failed"))
+
+    @property
     def problem(self) -> str | None:
-        """Why a model judge's scores can't be used; None if they can."""
-        if not is_model_judge(self.judge):
+        """Why the judge's scores can't be used; None if they can, or if nothing was judged."""
+        if self.judge == "none" or not self.total:
             return None
-        if self.total and not self.scores:
-            why = ", ".join(f"{count} times {reason!r}" for reason, count in self.why_missing.items())
+        why = ", ".join(f"{count} times {reason!r}" for reason, count in self.why_missing.items())
+        if not self.scores:
             return f"the {self.name} gave no score to any of {self.total} responses ({why or 'all are empty'})"
-        if len(self.scores) >= MIN_SCORES and (median := _common_score(self.scores)) is not None:
+        n_texts = self.total - self.dropped.get("empty", 0)
+        if self.n_unscored > MAX_UNSCORED * n_texts:
+            n_scored = n_texts - self.n_unscored
+            return (
+                f"the {self.name} could score only {n_scored} of {n_texts} responses, {n_scored / n_texts:.0%} ({why})"
+            )
+        is_constant = self.judge not in MAY_BE_CONSTANT and len(self.scores) >= MIN_SCORES
+        if is_constant and (median := _common_score(self.scores)) is not None:
             return f"the {self.name} gives nearly every response the same score ({median:.4g}), so it doesn't judge"
         for polarity, ids in self.ids.items():
             if not ids:
                 side = {"pos": "positive", "neg": "negative"}[polarity]
                 return f"the {self.name} leaves no {side} response ({self.reasons() or 'there was none'})"
         return None
+
+    @property
+    def remedy(self) -> str:
+        """What to do where the scores can't be used."""
+        return REMEDIES.get(self.judge, "give another --judge-model, or --judge likelihood or none")
 
 
 def _common_score(scores: tuple[float, ...]) -> float | None:

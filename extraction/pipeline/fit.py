@@ -61,11 +61,7 @@ def fit_trait(context: TraitContext, options: VectorOptions) -> tuple[FitInputs,
     headers = {method: run.vectors_header(method) for method in {*run.methods(), *inputs.methods}}
     stale = [method for method in inputs.methods if headers[method] != inputs.header(method)]
     fitted = _fit_methods(inputs, stale) if stale else {}
-    written = [
-        method
-        for method, direction in fitted.items()
-        if _write_direction(inputs, method, direction, is_named=options.methods is not None)
-    ]
+    written = _write_directions(inputs, fitted, are_named=options.methods is not None)
     current = [method for method, header in headers.items() if header and header["sources"] == inputs.sources]
     methods = tuple(sorted({*current, *written}))
     return inputs, TraitResult(context, inputs.kept, inputs.sources, methods, n_new=len(written))
@@ -237,12 +233,20 @@ def _fit_block(inputs: FitInputs, method: str, sides: tuple[Tensor, Tensor], blo
     return fit_block(method, *sides, block, seed=inputs.seed)
 
 
-def _write_direction(inputs: FitInputs, method: str, direction: Tensor | TraitError, *, is_named: bool) -> bool:
-    trait = inputs.context.trait.name
-    if isinstance(direction, TraitError):
-        if is_named:
-            raise TraitError(f"trait {trait}: no {method} vector: {direction}") from direction
-        inputs.context.progress.note(f"{trait}: no {method} vector: {direction}")
-        return False
-    inputs.context.run.write_vectors(method, {"direction": direction}, inputs.header(method))
-    return True
+def _write_directions(inputs: FitInputs, fitted: Mapping[str, Tensor | TraitError], *, are_named: bool) -> list[str]:
+    """Write the directions; return their methods. Methods without one are an error if they were named, else a note."""
+    trait, causes, written = inputs.context.trait.name, dict[str, list[str]](), list[str]()
+    for method, direction in fitted.items():
+        if isinstance(direction, TraitError):
+            causes.setdefault(str(direction), []).append(method)
+    missing = [f"{', '.join(methods)}: {cause}" for cause, methods in causes.items()]
+    n_missing = sum(isinstance(direction, TraitError) for direction in fitted.values())
+    if n_missing and (are_named or n_missing == len(inputs.methods)):
+        raise TraitError(f"trait {trait}: no vector by {'; '.join(missing)}")
+    for line in missing:
+        inputs.context.progress.note(f"{trait}: no vector by {line}")
+    for method, direction in fitted.items():
+        if not isinstance(direction, TraitError):
+            inputs.context.run.write_vectors(method, {"direction": direction}, inputs.header(method))
+            written.append(method)
+    return written

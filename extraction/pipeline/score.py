@@ -315,10 +315,11 @@ def stored_kept_responses(context: TraitContext) -> KeptResponses | None:
 
 
 def usable_kept_responses(context: TraitContext) -> KeptResponses:
-    """Return the kept responses. Raises TraitError if the judge gave no scores, no spread, or keeps none of a side."""
+    """Return the kept responses.
+
+    Raises TraitError if the judge could score fewer than half, gave all the same score, or keeps none of a side.
+    """
     kept = kept_responses(context.plan, context.trait, context.run)
     if kept.problem:
-        raise TraitError(
-            f"trait {context.trait.name}: {kept.problem}; give another --judge-model, or --judge lexical or none"
-        )
+        raise TraitError(f"trait {context.trait.name}: {kept.problem}; {kept.remedy}; the responses are kept on disk")
     return kept

@@ -195,7 +195,7 @@ def _judge_rule(card: Card, _: Steering) -> Iterator[Finding]:
     if not facts:
         return
     if facts.get("judge") == "none":
-        yield "note", "No judge scored the responses."
+        yield "weak", "Not judged: the responses were kept as they were told, whether they show the trait or not."
     distinct = facts.get("distinct_scores")
     if distinct is not None and distinct <= CONSTANT_SCORE:
         yield "not shown", "The judge gave every response the same score, so it distinguishes nothing."
