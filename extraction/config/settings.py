@@ -236,7 +236,7 @@ class ExperimentSettings(Model):
     capture: CaptureSettings = CaptureSettings()
     judge: Annotated[
         Text,
-        Field(description="Judge that scores the responses; auto: lexical where the trait has markers, else none."),
+        Field(description="Judge that scores the responses; auto: by the trait and the model, see docs/judges.md."),
         Option("NAME", execution=True),
     ] = "auto"
     judge_model: Annotated[
@@ -284,6 +284,14 @@ class ExperimentSettings(Model):
         Field(description="Message that holds the instruction; auto: system where the chat template has it."),
         Option("ROLE"),
     ] = "auto"
+    thinking: Annotated[
+        Literal["close", "keep"],
+        Field(
+            description="Chain of thought of a model that thinks; close: ended before it begins; keep: part of the "
+            "response, and so of its activations."
+        ),
+        Option("HOW", added=True),
+    ] = "close"
 
 
 class Experiment(ExperimentSettings):
@@ -415,6 +423,10 @@ SECTIONS: dict[str, type[Model]] = {"generation": GenerationSettings, "capture":
 EXECUTION_FIELDS = (
     *(name for name, setting in {**EXPERIMENT_SETTINGS, **MODEL_SETTINGS}.items() if setting.option.execution),
     *("workers", "threads", "self_check", "gpu_price"),
+)
+# settings that a later stage may give again, and that the stages after it then use
+REMEMBERED_FIELDS = tuple(
+    name for name in ExperimentSettings.model_fields if name.startswith("judge") or name.endswith("threshold")
 )
 # settings that older runs lack, by their place in run.json: at these values they are no part of a run's identity
 ADDED = {setting.path: setting.default for setting in EXPERIMENT_SETTINGS.values() if setting.option.added}

@@ -339,4 +339,5 @@ def _set_config(plan: MonitoringPlan, stem: str, prompt_set: PromptSet) -> dict[
         "prompts": {"name": stem, "count": len(prompts), "sha256": digest(prompts)},
         "system": plan.system,
         **{key: settings[key] for key in ("generation", "seed", "instruction_as", "shard_size", "batch_size")},
+        **({"thinking": settings["thinking"]} if settings["thinking"] != "close" else {}),
     }

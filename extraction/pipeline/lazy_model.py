@@ -40,6 +40,11 @@ class LazyModel(ABC):
         logging.disable_progress_bar()
         return load(self.spec)
 
+    def notes(self) -> Iterator[str]:
+        """Yield what to say once the model is loaded."""
+        lm = self.lm
+        yield from (*lm.notes, *rounding_notes(lm), *device_notes(lm.spread), *cuda_graph_notes(lm))
+
     def slots(self, settings: Experiment, prompt_lengths: Sequence[int]) -> int:
         """Return the batch size: found to fit, else set by the user, else forecast from free memory."""
         from extraction.model.memory import auto_batch_size

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from extraction.config.experiments import ModelSpec
     from extraction.engine.requests import Completion
     from extraction.judging.filtering import KeptResponses
+    from extraction.model.language_model import LanguageModel
 
 
 class PromptEncoder:
@@ -52,6 +53,7 @@ class PromptEncoder:
                 self.tokenizer,
                 example,
                 instruction_as=settings.instruction_as,
+                thinking=settings.thinking,
                 raw=self.plan.spec.raw,
                 max_tokens=self.max_tokens,
                 max_new_tokens=settings.generation.max_new_tokens,
@@ -73,8 +75,21 @@ class PromptEncoder:
         return _encoding_settings(plan) == _encoding_settings(self.plan)
 
 
-def _encoding_settings(plan: RunPlan) -> tuple[ModelSpec, str, int]:
-    return plan.spec, plan.experiment.instruction_as, plan.experiment.generation.max_new_tokens
+def _encoding_settings(plan: RunPlan) -> tuple[ModelSpec, str, str, int]:
+    settings = plan.experiment
+    return plan.spec, settings.instruction_as, settings.thinking, settings.generation.max_new_tokens
+
+
+def thinking_notes(lm: LanguageModel, *, raw: bool, thinking: str) -> Iterator[str]:
+    """Yield a note if the chat template makes every response begin with a chain of thought."""
+    from extraction.model.chat_template import opens_thought
+
+    if not raw and lm.tokenizer is not None and opens_thought(lm.tokenizer):
+        how = {
+            "close": "it is ended before it begins; --thinking keep lets the model think",
+            "keep": "it is judged, and part of the activations; --thinking close ends it before it begins",
+        }[thinking]
+        yield f"this model's responses begin with a chain of thought: {how}"
 
 
 @dataclass
@@ -93,6 +108,11 @@ class ModelSession(LazyModel):
     def spec(self) -> ModelSpec:
         """The model to load."""
         return self.plan.spec
+
+    def notes(self) -> Iterator[str]:
+        """Yield what to say once the model is loaded; also of a model that always thinks first."""
+        yield from super().notes()
+        yield from thinking_notes(self.lm, raw=self.plan.spec.raw, thinking=self.plan.experiment.thinking)
 
     @cached_property
     def capture(self) -> Capture:

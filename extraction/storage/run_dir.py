@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from extraction.config.settings import ADDED, EXECUTION_FIELDS
+from extraction.config.settings import ADDED, EXECUTION_FIELDS, REMEMBERED_FIELDS
 from extraction.core.errors import RunMismatch, StoreError
 from extraction.core.names import check_name
 from extraction.storage.atomic import (
@@ -75,13 +75,18 @@ class RunDir:
     def open(self, config: Mapping[str, Any]) -> bool:
         """Create the folders, check that they are writable, and write run.json. Returns True if it was there before.
 
-        Raises RunMismatch if the folder has another config. run.json keeps the EXECUTION_FIELDS of the first start.
+        Raises RunMismatch if the folder has another config. run.json keeps the EXECUTION_FIELDS of the first start, but
+        takes the REMEMBERED_FIELDS of this one.
         """
         for name in (*self.DATA_FOLDERS, *self.PLAIN_FOLDERS):
             self._make_folder(self.path / name)
         wanted = json_round_trip(self.config_path, config)
         if self.config_path.exists():
-            self._check_same(self.read_config(), wanted)
+            stored = self.read_config()
+            self._check_same(stored, wanted)
+            remembered = {**stored, **{key: wanted[key] for key in REMEMBERED_FIELDS if key in wanted}}
+            if remembered != stored:
+                write_document(self.config_path, {"config": remembered, "fingerprint": fingerprint(remembered)})
             return True
         if any(self._data_paths(name) for name in self.DATA_FOLDERS):
             problem = "is missing, so the config of the other files is unknown"
