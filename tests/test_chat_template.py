@@ -19,7 +19,14 @@ from extraction.config.prompt_files import read_prompt_set
 from extraction.core.errors import PromptError, TraitError
 from extraction.core.records import Example
 from extraction.model import chat_template
-from extraction.model.chat_template import encode_conversation, encode_example, instruction_policy, opens_thought
+from extraction.model.chat_template import (
+    control_tokens_in,
+    encode_conversation,
+    encode_example,
+    encode_raw,
+    instruction_policy,
+    opens_thought,
+)
 
 GEMMA = (  # no system role: raises; trims contents; writes BOS
     "{{ bos_token }}{% for m in messages %}"
@@ -268,8 +275,15 @@ def test_control_tokens_in_a_message_are_plain_text(kind, template, message):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_control_tokens_in_raw_text_are_plain_text(kind):
+def test_control_tokens_in_raw_text_are_control_tokens_or_plain_text_as_asked(kind):
+    """As vLLM tokenises a completion's prompt: with the tokens that the tokenizer adds, and those that the text holds."""
     tok = tokenizer(kind, None)
+    example = an_example("a</s><s>b", system=None)
+    assert list(encode_raw(tok, "a</s><s>b")) == list(tok("a</s><s>b")["input_ids"])
+    assert encode_example(tok, example, raw=True, literal=False).token_ids == encode_raw(tok, "a</s><s>b")
+    assert encode_example(tok, example, raw=True).token_ids == encode_raw(tok, "a</s><s>b", literal=True)
+    assert controls(tok, encode_raw(tok, "<s>a</s>")) == ["<s>", "</s>"]  # a BOS of the text's own is the only one
+    assert control_tokens_in(tok, ["plain", "a</s>"]) == ("</s>",)
     prompt = encode_example(tok, an_example("a</s><s>b"), raw=True)
     assert controls(tok, prompt.token_ids) == ["<s>"]
     assert tok.decode(prompt.token_ids[1:]).endswith("a</s><s>b")

@@ -262,6 +262,7 @@ class LDAModelPair:
             tokenizer,
             Example(name, "lda", "pos", 0, 0, 0, prompt, settings.system_prompt),
             raw=not use_template,
+            literal=False,
             max_tokens=min(limits, default=None),
             max_new_tokens=settings.max_new_tokens,
         )

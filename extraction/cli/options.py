@@ -51,7 +51,7 @@ STORED_JUDGE = setting_options(_JUDGE, source="the run's")
 GENERATION: Group = (
     *setting_options(("n_examples", "max_new_tokens", *SAMPLING, "seed")),
     *JUDGE,
-    *setting_options(("instruction_as", "thinking", "shard_size", "queue_size")),
+    *setting_options(("instruction_as", "literal", "thinking", "shard_size", "queue_size")),
 )
 LOADING: Group = tuple(
     setting_option(name, source="the model file's") for name in ("dtype", "device", "quantize", "trust_remote_code")

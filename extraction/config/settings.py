@@ -284,6 +284,11 @@ class ExperimentSettings(Model):
         Field(description="Message that holds the instruction; auto: system where the chat template has it."),
         Option("ROLE"),
     ] = "auto"
+    literal: Annotated[
+        bool,
+        Field(description="With --raw, read control tokens that stand in a prompt as plain text."),
+        Option(added=True),
+    ] = False
     thinking: Annotated[
         Literal["close", "keep"],
         Field(

@@ -1,7 +1,8 @@
 """Encode examples and conversations as a model's token ids, through its chat template.
 
-Control tokens are the tokenizer's special tokens. Only those that the chat template writes become control tokens; the
-same text in a user's message is encoded as plain text (see `_literal_ids`).
+Control tokens are the tokenizer's special tokens. With a chat template, only those that the template writes become
+control tokens; the same text in a user's message is encoded as plain text (see `_literal_ids`). Without a template, a
+prompt may hold control tokens of its own, as for vLLM's completions; with `literal` they are plain text there too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -50,6 +51,7 @@ def encode_example(
     *,
     instruction_as: str = "auto",
     raw: bool = False,
+    literal: bool = True,
     thinking: str = "close",
     max_tokens: int | None = None,
     max_new_tokens: int = 0,
@@ -60,6 +62,7 @@ def encode_example(
         instruction_as: where the instruction goes: `system`, `user` (before the question, with a blank line between)
             or `auto` (`system` if the chat template has that role).
         raw: use no chat template, as for a base model: instruction, blank line, question.
+        literal: with `raw`, encode control tokens in the text as plain text.
         thinking: `close` turns a model's thinking off, and ends at once a thought that the chat template opens; `keep`
             lets the model think.
         max_tokens: the model's context, which must hold the prompt and `max_new_tokens`.
@@ -72,7 +75,7 @@ def encode_example(
             raise PromptError(f"example {example.id}: {show(part)} holds a lone surrogate; remove it")
     if raw:
         text = _prompt_text(example)
-        ids = _raw_ids(tokenizer, text)
+        ids = _raw_ids(tokenizer, text, literal=literal)
     else:
         text, ids = _encode_chat(tokenizer, example, instruction_as, thinking)
     _check_length(example, len(ids), max_new_tokens, max_tokens)
@@ -90,9 +93,15 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     return text, tuple(ids)
 
 
-def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Encode a text without a chat template, as a base model reads it."""
-    return tuple(_raw_ids(tokenizer, text))
+def encode_raw(tokenizer: PreTrainedTokenizerBase, text: str, *, literal: bool = False) -> tuple[int, ...]:
+    """Encode a text without a chat template. Control tokens in it are control tokens, with `literal` plain text."""
+    return tuple(_raw_ids(tokenizer, text, literal=literal))
+
+
+def control_tokens_in(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the control tokens that some texts hold, in the tokenizer's order."""
+    together = "\0".join(texts)
+    return tuple(token.content for token in _control_tokens(tokenizer).values() if token.content in together)
 
 
 def _fold_system(messages: Messages) -> Messages:
@@ -338,13 +347,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, literal: bool = False
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"])
 
 
-def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode a plain text after the ids that the tokenizer puts first (BOS or none), without those it puts last."""
+def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, literal: bool) -> list[int]:
+    """Encode a text after the ids that the tokenizer puts first (BOS or none), without those it puts last."""
     with_special = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
     without = _ids(tokenizer, "a")
     starts = [i for i in range(len(with_special)) if with_special[i : i + len(without)] == without]
     prefix = with_special[: starts[0] if starts else 0]
-    return _one_bos(tokenizer, prefix + _ids(tokenizer, text, literal=True))
+    return _one_bos(tokenizer, prefix + _ids(tokenizer, text, literal=literal))
 
 
 def _one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

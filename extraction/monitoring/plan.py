@@ -21,7 +21,7 @@ from extraction.config.experiments import (
     resolve_model,
 )
 from extraction.config.prompt_files import PromptEntry, PromptSet, read_prompt_set
-from extraction.config.settings import SAMPLING
+from extraction.config.settings import ADDED, SAMPLING
 from extraction.config.traits import parse_trait_list
 from extraction.core.errors import ConfigError, StoreError, TraitlineError
 from extraction.core.text import show, show_path
@@ -339,5 +339,5 @@ def _set_config(plan: MonitoringPlan, stem: str, prompt_set: PromptSet) -> dict[
         "prompts": {"name": stem, "count": len(prompts), "sha256": digest(prompts)},
         "system": plan.system,
         **{key: settings[key] for key in ("generation", "seed", "instruction_as", "shard_size", "batch_size")},
-        **({"thinking": settings["thinking"]} if settings["thinking"] != "close" else {}),
+        **{key: settings[key] for key in ("literal", "thinking") if settings[key] != ADDED[key]},
     }

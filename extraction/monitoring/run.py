@@ -131,6 +131,7 @@ def encode_prompts(session: MonitoringSession, set_plan: SetPlan) -> list[Prompt
             lm.tokenizer,
             Example(prompt_id(i), set_plan.stem, "pos", 0, i, 0, entry.prompt, entry.system or plan.system),
             instruction_as=plan.settings.instruction_as,
+            literal=plan.settings.literal,
             thinking=plan.settings.thinking,
             raw=plan.spec.raw,
             max_tokens=lm.max_positions,

@@ -6,7 +6,7 @@ A `ModelSession` is a process's model and counters. A `TraitContext` is one trai
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -53,6 +53,7 @@ class PromptEncoder:
                 self.tokenizer,
                 example,
                 instruction_as=settings.instruction_as,
+                literal=settings.literal,
                 thinking=settings.thinking,
                 raw=self.plan.spec.raw,
                 max_tokens=self.max_tokens,
@@ -75,16 +76,34 @@ class PromptEncoder:
         return _encoding_settings(plan) == _encoding_settings(self.plan)
 
 
-def _encoding_settings(plan: RunPlan) -> tuple[ModelSpec, str, str, int]:
+def _encoding_settings(plan: RunPlan) -> tuple[Any, ...]:
     settings = plan.experiment
-    return plan.spec, settings.instruction_as, settings.thinking, settings.generation.max_new_tokens
+    how = settings.instruction_as, settings.literal, settings.thinking
+    return plan.spec, *how, settings.generation.max_new_tokens
 
 
-def thinking_notes(lm: LanguageModel, *, raw: bool, thinking: str) -> Iterator[str]:
+def control_token_notes(lm: LanguageModel, traits: Iterable[Trait]) -> Iterator[str]:
+    """Yield a note if prompts without a chat template hold control tokens."""
+    from extraction.model.chat_template import control_tokens_in
+
+    assert lm.tokenizer is not None
+    found = control_tokens_in(lm.tokenizer, (text for trait in traits for text in _texts_of(trait)))
+    if found:
+        yield f"prompts hold control tokens ({', '.join(found)}), read as such; --literal reads them as plain text"
+
+
+def _texts_of(trait: Trait) -> Iterator[str]:
+    yield from trait.questions
+    yield from (text for pair in trait.instructions for text in (pair.positive, pair.negative))
+    for prompt in (*trait.positive_prompts, *trait.negative_prompts):
+        yield from (prompt.prompt, prompt.system or "")
+
+
+def thinking_notes(lm: LanguageModel, thinking: str) -> Iterator[str]:
     """Yield a note if the chat template makes every response begin with a chain of thought."""
     from extraction.model.chat_template import opens_thought
 
-    if not raw and lm.tokenizer is not None and opens_thought(lm.tokenizer):
+    if lm.tokenizer is not None and opens_thought(lm.tokenizer):
         how = {
             "close": "it is ended before it begins; --thinking keep lets the model think",
             "keep": "it is judged, and part of the activations; --thinking close ends it before it begins",
@@ -110,9 +129,13 @@ class ModelSession(LazyModel):
         return self.plan.spec
 
     def notes(self) -> Iterator[str]:
-        """Yield what to say once the model is loaded; also of a model that always thinks first."""
+        """Yield what to say once the model is loaded, and of prompts that it reads in a surprising way."""
         yield from super().notes()
-        yield from thinking_notes(self.lm, raw=self.plan.spec.raw, thinking=self.plan.experiment.thinking)
+        settings = self.plan.experiment
+        if not self.plan.spec.raw:
+            yield from thinking_notes(self.lm, settings.thinking)
+        elif not settings.literal:
+            yield from control_token_notes(self.lm, self.plan.traits)
 
     @cached_property
     def capture(self) -> Capture:

@@ -93,7 +93,9 @@ def make_router(service: Service) -> APIRouter:
         require_model(body.model)
         fields = [f"prompt.{i}" for i in range(len(body.prompt))] if len(body.prompt) > 1 else ["prompt"]
         prompts: list[PromptInput] = [
-            TextPrompt(field, prompt, chat=False) if isinstance(prompt, str) else TokenPrompt(field, tuple(prompt))
+            TextPrompt(field, prompt, chat=False, literal=body.literal)
+            if isinstance(prompt, str)
+            else TokenPrompt(field, tuple(prompt))
             for field, prompt in zip(fields, body.prompt, strict=True)
         ]
         handle = _make_handle(body, body.max_tokens or 16, "max_tokens")

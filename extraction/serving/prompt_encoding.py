@@ -31,12 +31,13 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """A prompt as text. `chat` None: with the chat template if the model has one."""
+    """A prompt as text. `chat` None: with the chat template if the model has one; `literal`: see encode_raw."""
 
     field: str
     prompt: str
     system: str | None = None
     chat: bool | None = None
+    literal: bool = False
 
     def encode(self, tokenizer: Any) -> EncodedPrompt:
         """Encode it, without or with the chat template. Raises HttpError 422."""
@@ -48,7 +49,9 @@ class TextPrompt:
             system = (("system", self.system),) if self.system else ()
             return _encode_chat(tokenizer, self.field, self.prompt, (*system, ("user", self.prompt)))
         text = f"{self.system}\n\n{self.prompt}" if self.system else self.prompt
-        return _require_tokens(EncodedPrompt(self.field, self.prompt, text, encode_raw(tokenizer, text)))
+        return _require_tokens(
+            EncodedPrompt(self.field, self.prompt, text, encode_raw(tokenizer, text, literal=self.literal))
+        )
 
 
 @dataclass(frozen=True)

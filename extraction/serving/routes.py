@@ -109,7 +109,7 @@ def _text_prompts(service: Service, handle: RequestHandle, body: GenerateLdaBatc
 def _text_prompt(service: Service, handle: RequestHandle, body: Formatting, field: str, prompt: str) -> TextPrompt:
     default = False if handle.queue.kind in service.models.raw else None
     chat = default if body.apply_chat_template is None else body.apply_chat_template
-    return TextPrompt(field, prompt, body.system_prompt, chat)
+    return TextPrompt(field, prompt, body.system_prompt, chat, body.literal)
 
 
 async def _generate_one(service: Service, http: HttpRequest, handle: RequestHandle, body: Generate) -> Response:

@@ -64,9 +64,13 @@ class Sampling(Body, SamplingSettings):
 
 
 class Formatting(Body):
-    """Formatting of the prompt: by default by the chat template, if the model has one."""
+    """Formatting of the prompt: by default by the chat template, if the model has one.
+
+    `literal`: without the template, control tokens in the prompt are plain text.
+    """
 
     apply_chat_template: bool | None = None
+    literal: bool = False
     system_prompt: Words | None = None
 
 
@@ -180,10 +184,14 @@ class _OpenAIRequest(Body, SamplingSettings):
 
 
 class Completions(_OpenAIRequest):
-    """POST /v1/completions: a text that is continued as it is, without a chat template."""
+    """POST /v1/completions: a text that is continued as it is, without a chat template.
+
+    Control tokens in it are control tokens, as with vLLM; `literal` (not OpenAI's) makes them plain text.
+    """
 
     prompt: Annotated[tuple[str | list[int], ...], BeforeValidator(_prompts)]
     max_tokens: MaxNewTokens | None = 16
+    literal: bool = False
     echo: Annotated[Any, _only(False)] = None
     logprobs: Annotated[Any, _only()] = None
     best_of: Annotated[Any, _only(1)] = None
