@@ -276,7 +276,7 @@ def test_control_tokens_in_a_message_are_plain_text(kind, template, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_in_raw_text_are_control_tokens_or_plain_text_as_asked(kind):
-    """As vLLM tokenises a completion's prompt: with the tokens that the tokenizer adds, and those that the text holds."""
+    """As vLLM tokenises a completion: with the tokens that the tokenizer adds, and those that the text holds."""
     tok = tokenizer(kind, None)
     example = an_example("a</s><s>b", system=None)
     assert list(encode_raw(tok, "a</s><s>b")) == list(tok("a</s><s>b")["input_ids"])
