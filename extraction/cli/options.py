@@ -179,7 +179,7 @@ _JUDGE = ("judge", "judge_model", "judge_url", "judge_concurrency", "judge_price
 JUDGE = setting_options(_JUDGE)
 STORED_JUDGE = setting_options(_JUDGE, source="the run's")
 GENERATION: Group = (
-    *setting_options(("n_examples", "max_new_tokens", *SAMPLING, "seed")),
+    *setting_options(("n_examples", "questions", "max_new_tokens", *SAMPLING, "seed")),
     *JUDGE,
     *setting_options(("instruction_as", "shard_size", "queue_size")),
 )
