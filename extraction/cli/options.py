@@ -494,6 +494,25 @@ IMPORT: Group = (
     *ROOT,
 )
 
+NEW: Group = (
+    click.argument("name", metavar="NAME"),
+    click.option(
+        "--description",
+        required=True,
+        metavar="TEXT",
+        help="The trait in a sentence or two: its positive side and its negative one.",
+    ),
+    click.option(
+        "--judge-model",
+        metavar="NAME",
+        help="The model: a file of configs/models, a folder or a hub id; with --judge-url, the server's name.  "
+        "[default: the server's only one]",
+    ),
+    setting_option("judge_url", source="none, a model of this machine"),
+    click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace a file that exists."),
+    *ROOT,
+)
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,14 @@
-"""Commands about files: check the runs, list the traits."""
+"""Commands about files: check the runs, list the traits, write a new one."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
-from extraction.cli.options import ROOT, command
+from extraction.cli.arguments import print_lines
+from extraction.cli.options import NEW, ROOT, command
 from extraction.core.text import one_line
 
 
@@ -42,3 +44,17 @@ def traits_command(root: str | None) -> None:
     folder = find_root(root)
     for name in list_traits(folder):
         click.echo(f"{name}\n    {one_line(load_trait(name, folder).description)}")
+
+
+@command("new", NEW)
+def new_command(name: str, **given: Any) -> None:
+    """Write a trait file, with the instructions, questions and rubric of a chat model.
+
+    The model is one of this machine (--judge-model) or behind an OpenAI-compatible server (--judge-url).
+    """
+    from extraction.exchange.new_trait import new_trait
+
+    def note(text: str) -> None:
+        click.echo(one_line(text), err=True)
+
+    print_lines(map(one_line, new_trait(name, note=note, **given)))
