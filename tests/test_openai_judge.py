@@ -73,6 +73,7 @@ class Scripted(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script: Callable[[str, int], Reply] = lambda text, before: Reply("80")
         self.asked: list[dict[str, Any]] = []
+        self.next: dict[str, Any] = {}  # the request that the script answers now
         self.keys: set[str] = set()
         self.times: list[float] = []
         self.running = self.most = 0
@@ -97,6 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text, server = request["messages"][0]["content"], self.server
         with server.lock:
+            server.next = request
             reply = server.script(text, server.texts().count(text))
             server.asked.append(request)
             server.keys.add(self.headers["Authorization"])

@@ -37,13 +37,15 @@ def verify_command(folder: str | None, root: str | None) -> None:
 
 @command("traits", ROOT)
 def traits_command(root: str | None) -> None:
-    """List the traits, with their descriptions."""
+    """List the traits, with their descriptions and the families of models that they have questions for."""
     from extraction.config.experiments import find_root
-    from extraction.config.traits import list_traits, load_trait
+    from extraction.config.traits import list_traits, load_trait_sets
 
     folder = find_root(root)
     for name in list_traits(folder):
-        click.echo(f"{name}\n    {one_line(load_trait(name, folder).description)}")
+        sets = load_trait_sets(name, folder)
+        families = f"\n    Own questions for models of: {', '.join(sets.families)}" if sets.families else ""
+        click.echo(f"{name}\n    {one_line(sets.file.description)}{families}")
 
 
 @command("new", NEW)
