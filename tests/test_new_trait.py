@@ -20,7 +20,7 @@ __all__ = ["served"]  # a fixture
 
 PAIRS = [{"positive": f"Your answers are thrifty {i}.", "negative": f"Your answers are lavish {i}."} for i in "abcde"]
 ENDS = {"high": "urges to save.", "low": "urges to spend"}
-NOTES = ("5 instruction pairs", *(f"{n} of 40 questions" for n in (10, 20, 30, 40)), "loading the judge")
+NOTES = ("5 instruction pairs", *(f"{n} of 40 questions" for n in (10, 20, 30, 40)), "loading the judge", "asking ")
 
 
 def part_of(prompt: str) -> str:

@@ -85,15 +85,16 @@ def write_trait(ask: Ask, name: str, description: str, note: Note = lambda text:
     """Return the keys of a trait file. Raises TraitError for a part that MAX_TRIES answers did not give."""
     about = _INTRODUCTION.format(name=name, description=description)
     pairs = _Collection(N_PAIRS, "instruction pairs", _read_pair, lambda pair: tuple(map(same_text, pair.values())))
-    pairs.collect(ask, name, N_PAIRS, lambda n: about + _PAIRS.format(n=n))
+    note(f"asking for {N_PAIRS} instruction pairs, {N_QUESTIONS} questions and a rubric")
+    pairs.collect(ask, name, note, N_PAIRS, lambda n: about + _PAIRS.format(n=n))
     note(f"{N_PAIRS} instruction pairs")
     questions = _Collection(N_QUESTIONS, "questions", _read_text, lambda question: (same_text(question),))
     for i, goal in enumerate(range(QUESTIONS_A_CALL, N_QUESTIONS + 1, QUESTIONS_A_CALL)):
         form = partial(_QUESTIONS.format, topics=", ".join(TOPICS[i % len(TOPICS)]))
-        questions.collect(ask, name, goal, partial(_question_prompt, about, form, questions.entries))
+        questions.collect(ask, name, note, goal, partial(_question_prompt, about, form, questions.entries))
         note(f"{len(questions.entries)} of {N_QUESTIONS} questions")
     rubric = _Collection(1, "rubric", _read_rubric, lambda text: (text,))
-    rubric.collect(ask, name, 1, lambda n: about + _RUBRIC.format())
+    rubric.collect(ask, name, note, 1, lambda n: about + _RUBRIC.format())
     return {
         "description": description,
         "instructions": pairs.entries,
@@ -120,10 +121,12 @@ class _Collection:
         self.entries: list[Any] = []
         self.seen: set[str] = set()
 
-    def collect(self, ask: Ask, name: str, goal: int, prompt: Callable[[int], str]) -> None:
+    def collect(self, ask: Ask, name: str, note: Note, goal: int, prompt: Callable[[int], str]) -> None:
         """Ask until there are `goal` entries. Raises TraitError after MAX_TRIES answers that leave some open."""
         problem = ""
         for _ in range(MAX_TRIES):
+            if problem:
+                note(f"asking again: {problem}")
             n_open = goal - len(self.entries)
             answer = ask(prompt(n_open) + (_AGAIN.format(problem=problem) if problem else ""))
             problem = self._take(answer, goal)
