@@ -171,10 +171,17 @@ def test_wrong_options_are_refused_before_anything_is_asked(root, served, monkey
     assert not served.asked
 
 
-def test_a_server_that_lists_no_model_needs_its_name(root, served):
-    line = refused("new", "thrift", "--description", "x", "--judge-url", served.url, "--root", root)
-    assert "--judge-model" in line
-    assert served.url in line
+def test_the_model_of_a_server_is_its_only_one_and_else_must_be_named(root, served):
+    author = Author()
+    served.script = lambda text, before: Reply(author(text))
+    without = ("new", "thrift", "--description", "x", "--judge-url", served.url, "--root", root)
+    for served.models in ([], ["one", "two"]):
+        line = refused(*without)
+        for fragment in ("--judge-model", served.url, *served.models):
+            assert fragment in line
+    served.models = ["only"]
+    succeed(*without)
+    assert {request["model"] for request in served.asked} == {"only"}
 
 
 def test_a_server_that_refuses_is_refused_without_the_key(root, served):

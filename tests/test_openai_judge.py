@@ -75,6 +75,7 @@ class Scripted(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.next: dict[str, Any] = {}  # the request that the script answers now
         self.keys: set[str] = set()
+        self.models: list[str] = []
         self.times: list[float] = []
         self.running = self.most = 0
         self.lock = threading.Lock()
@@ -113,6 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.running -= 1
         self.close_connection = self.close_connection or reply.hang_up
+
+    def do_GET(self) -> None:
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
+        self._send(Reply(body=json.dumps({"object": "list", "data": data}).encode()))
 
     def _send(self, reply: Reply) -> None:
         data = reply.data()

@@ -204,7 +204,8 @@ def _client(server: JudgeServer) -> Any:
 
     def after_response(response: Any) -> None:
         response.read()
-        if response.status_code == 200 and _completion(response.content) is None:
+        is_call = response.request.method == "POST"  # the list of models is no completion
+        if is_call and response.status_code == 200 and _completion(response.content) is None:
             response.status_code = MALFORMED
         elif response.status_code == 429 and _is_out_of_credit(response.content):
             response.headers["x-should-retry"] = "false"
