@@ -198,6 +198,7 @@ def _entries(data: Any) -> list[Any]:
 
 
 def _read_pair(value: Any) -> dict[str, str]:
+    value = {str(key).lower(): text for key, text in value.items()} if isinstance(value, dict) else value
     if not isinstance(value, dict) or not {"positive", "negative"} <= value.keys():
         raise _Unusable(f"{_short(value)} is no object with 'positive' and 'negative'")
     pair = {side: _read_text(value[side]) for side in ("positive", "negative")}
