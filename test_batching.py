@@ -47,7 +47,7 @@ def main(
     """Time generation one prompt at a time, then in batches, and compare the texts."""
     sizes = parse_sizes(batch_sizes)
     lm = load_model(model, threads)
-    requests = make_requests(lm, trait, n_prompts, max_new_tokens)
+    requests = make_requests(lm, model, trait, n_prompts, max_new_tokens)
     generate_serial(lm, requests[:1])  # the first run of anything is slow
 
     click.echo("Testing SERIAL generation...")
@@ -89,16 +89,17 @@ def load_model(name: str, threads: int | None) -> LanguageModel:
     return load(resolve_model(name, find_root(), {"dtype": "float32"}))
 
 
-def make_requests(lm: LanguageModel, trait: str, n_prompts: int, max_new_tokens: int) -> list[Request]:
+def make_requests(lm: LanguageModel, model: str, trait: str, n_prompts: int, max_new_tokens: int) -> list[Request]:
     """Make prompts from a trait's instructions and questions."""
-    from extraction.config.experiments import find_root
+    from extraction.config.experiments import find_root, resolve_model
     from extraction.config.traits import load_trait, make_examples
     from extraction.model.chat_template import encode_example
     from extraction.utils_batch import Request
 
     assert lm.tokenizer is not None
     raw = not lm.tokenizer.chat_template
-    examples = make_examples(load_trait(trait, find_root()), (n_prompts + 1) // 2)[:n_prompts]
+    family = resolve_model(model, find_root()).family
+    examples = make_examples(load_trait(trait, find_root(), family), (n_prompts + 1) // 2)[:n_prompts]
     limits: Any = {"max_tokens": lm.max_positions, "max_new_tokens": max_new_tokens}
     prompts = [encode_example(lm.tokenizer, example, raw=raw, **limits) for example in examples]
     return [Request(prompt.example.id, prompt.token_ids, max_new_tokens) for prompt in prompts]

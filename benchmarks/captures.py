@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.processes import run_measured
-from benchmarks.workload import in_turn, spread
+from benchmarks.workload import in_turn, spread, trained_traits
 from extraction.config.experiments import find_root, resolve_model
 from extraction.config.prompt_files import read_prompt_set
-from extraction.config.traits import list_traits, load_trait
+from extraction.config.traits import load_trait
 from extraction.model.loading import read_config
 from extraction.storage.experiment_dir import capture_sets
 from extraction.storage.token_captures import CaptureSet
@@ -59,7 +59,7 @@ def captures(
     """Compare the three ways, greedy, and measure peak memory by number of traits. `most` limits a file's prompts."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        place_vectors(root, list_traits(find_root())[:MANY_TRAITS], TIER_2)
+        place_vectors(root, trained_traits(find_root())[:MANY_TRAITS], TIER_2)
         common = common_options(root, threads, max_new_tokens)
         return {
             "model": MODEL,
@@ -208,7 +208,7 @@ def _afresh(root: Path) -> Iterator[None]:
 
 def peak_memory(root: Path, common: Command, n_prompts: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure the peak memory of one command over `n_prompts` prompts at all layers, by number of traits."""
-    names = list_traits(find_root())[:MANY_TRAITS]
+    names = trained_traits(find_root())[:MANY_TRAITS]
     path = root / "many.txt"
     path.write_text("".join(f"{question}\n" for question in _questions(names, n_prompts)), encoding="utf-8")
     found = {}
@@ -227,7 +227,9 @@ def peak_memory(root: Path, common: Command, n_prompts: int, say: Callable[[str]
 
 def _questions(names: Sequence[str], n: int) -> list[str]:
     root = find_root()
-    questions = list(dict.fromkeys(question for name in names for question in load_trait(name, root).questions))
+    questions = list(
+        dict.fromkeys(question for name in names for question in load_trait(name, root, "pocket").questions)
+    )
     return [questions[i % len(questions)] for i in range(n)]
 
 

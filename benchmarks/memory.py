@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.processes import ROOT, TRAIT, run_measured, save_model, words_of
-from extraction.config.traits import list_traits
+from benchmarks.workload import trained_traits
 from extraction.core.records import Example, Trait
 from extraction.pipeline.plan import RunPlan, make_plan
 from extraction.vectors.method_table import DEFAULT_METHODS
@@ -62,7 +62,7 @@ def many_rows(shape: tuple[int, int, int], *, threads: int, say: Say, n_traits: 
 
     The traits share one set of files, which needs n L D numbers of 4 bytes on the disk.
     """
-    names = [TRAIT, *(name for name in list_traits(ROOT) if name != TRAIT)][:n_traits]
+    names = [TRAIT, *(name for name in trained_traits(ROOT) if name != TRAIT)][:n_traits]
     with tempfile.TemporaryDirectory() as folder:
         options = _options(Path(folder), shape[0], threads)
         _write_activations(options, shape[1:], names)

@@ -59,7 +59,7 @@ def words_of(options: dict[str, Any]) -> list[str]:
 
 def save_model(folder: Path, shape: str = "tiny", **options: Any) -> Path:
     """Save a random model of a shape with a tokenizer. It has no end token, so responses have their full length."""
-    trait = load_trait(TRAIT, ROOT)
+    trait = load_trait(TRAIT, ROOT, "pocket")
     words = [*trait.questions, *(side for pair in trait.instructions for side in (pair.positive, pair.negative))]
     lm = random_model(shape, **options)
     _tokenizer(words, lm.vocab_size).save_pretrained(folder)

@@ -126,7 +126,7 @@ def _answers(lm: LanguageModel, unit_LDK: Tensor) -> Iterator[Answer]:
     from extraction.config.experiments import find_root
     from extraction.config.traits import load_trait
 
-    markers = load_trait(TRAIT, find_root()).markers
+    markers = load_trait(TRAIT, find_root(), "pocket").markers
     assert markers is not None
     assert lm.tokenizer is not None
     asked = {f"{name}/{i}": each.prompt for name in FILES for i, each in enumerate(_prompts(name))}

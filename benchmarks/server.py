@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import extraction
-from extraction.config.traits import list_traits, load_trait
+from benchmarks.workload import trained_traits
+from extraction.config.traits import load_trait
 
 ROOT = Path(extraction.__file__).resolve().parent.parent
 PATHS = ("/generate", "/generate_lda", "/generate/batch")
@@ -47,7 +48,7 @@ def server_load(
 
 
 def _prompts(n: int) -> list[str]:
-    questions = [question for name in list_traits(ROOT) for question in load_trait(name, ROOT).questions]
+    questions = [question for name in trained_traits(ROOT) for question in load_trait(name, ROOT, "pocket").questions]
     return [questions[i % len(questions)] for i in range(n)]
 
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import random_model
-from extraction.config.experiments import find_root, resolve_model
-from extraction.config.traits import list_traits, load_trait, make_examples
+from extraction.config.experiments import find_root, load_experiment, resolve_model
+from extraction.config.traits import load_trait, make_examples
 from extraction.model.chat_template import encode_example
 from extraction.model.language_model import LanguageModel
 from extraction.model.loading import load
@@ -105,6 +106,12 @@ def random_twin(shape: str) -> LanguageModel:
     return lm
 
 
+def trained_traits(root: Path) -> tuple[str, ...]:
+    """Return the names of the traits that the bundled model was trained on, sorted."""
+    experiment, _ = load_experiment("pocket", root)
+    return tuple(sorted(experiment.traits))
+
+
 def trait_requests(lm: LanguageModel, n: int, max_new_tokens: int, before: str = "") -> list[Request]:
     """Return questions of all traits in turn, without instruction, in the chat template; random ids if there is none.
 
@@ -113,8 +120,8 @@ def trait_requests(lm: LanguageModel, n: int, max_new_tokens: int, before: str =
     if lm.tokenizer is None:
         return [replace(r, max_new_tokens=max_new_tokens) for r in make_requests(n, lm.vocab_size)]
     root = find_root()
-    names = list_traits(root)
-    examples = [make_examples(load_trait(name, root), n // len(names) + 1)[::2] for name in names]
+    names = trained_traits(root)
+    examples = [make_examples(load_trait(name, root, "pocket"), n // len(names) + 1)[::2] for name in names]
     plain = [example for each in zip(*examples, strict=True) for example in each][:n]
     uninstructed = [replace(example, system=None, question=before + example.question) for example in plain]
     return [

@@ -231,6 +231,7 @@ def test_a_full_experiment_reads_as_written(root):
         "model": "small",
         "traits": ["b", "a"],
         "n_examples": 7,
+        "questions": "auto",
         "seed": 3,
         "generation": {
             "max_new_tokens": 5,

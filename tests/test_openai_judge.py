@@ -73,7 +73,9 @@ class Scripted(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script: Callable[[str, int], Reply] = lambda text, before: Reply("80")
         self.asked: list[dict[str, Any]] = []
+        self.next: dict[str, Any] = {}  # the request that the script answers now
         self.keys: set[str] = set()
+        self.models: list[str] = []
         self.times: list[float] = []
         self.running = self.most = 0
         self.lock = threading.Lock()
@@ -97,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text, server = request["messages"][0]["content"], self.server
         with server.lock:
+            server.next = request
             reply = server.script(text, server.texts().count(text))
             server.asked.append(request)
             server.keys.add(self.headers["Authorization"])
@@ -111,6 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.running -= 1
         self.close_connection = self.close_connection or reply.hang_up
+
+    def do_GET(self) -> None:
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
+        self._send(Reply(body=json.dumps({"object": "list", "data": data}).encode()))
 
     def _send(self, reply: Reply) -> None:
         data = reply.data()

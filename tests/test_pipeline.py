@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.runs import (
+    MODEL_LINES,
     TRAIT,
     contents,
     environment,
@@ -392,3 +394,60 @@ def test_out_of_memory_with_one_row_is_an_error_and_keeps_finished_shards(root):
 
 
 OUT_NOTES = ("out of memory", "calm: ")
+
+
+# --- families of models ---------------------------------------------------------------------------------------------
+
+
+def give_families(root: Path, *, of_model: str | None) -> None:
+    """Make the trait's markers and some of its questions those of the family `toy`, and the model one of `of_model`."""
+    own = {"questions_for": {"toy": ["Why me?", "Who else?", "When?"]}, "markers_for": "toy"}
+    (root / "configs/traits/calm.yaml").write_text(yaml.safe_dump(TRAIT | own))
+    line = f"family: {of_model}\n" if of_model else ""
+    (root / "configs/models/tiny.yaml").write_text(MODEL_LINES + line)
+
+
+def questions_of(root: Path) -> set[str]:
+    return {row["question"] for side in ("pos", "neg") for row in rows_of(run_of(root), side)}
+
+
+QUICK = ("--n-examples", "4", "--max-new-tokens", "4")
+
+
+def test_a_model_of_a_family_gets_its_questions_and_is_scored_by_its_markers(root):
+    give_families(root, of_model="toy")
+    run = ("batched", "--root", root, "--experiment", "demo", *QUICK)
+    succeed(*run, "--judge", "lexical")
+    assert questions_of(root) == {"Why me?", "Who else?", "When?"}
+    before = contents(root / "experiments")
+    succeed(*run)
+    assert contents(root / "experiments") == before
+    assert "general" in refused(*run, "--questions", "general")  # another run
+    for other in (None, "other"):  # stage 3 takes the trait that run.json names
+        give_families(root, of_model=other)
+        succeed("vectors", "--root", root, "--experiment", "demo", "--judge", "lexical", "--method", "mean_diff")
+
+
+def test_a_model_of_no_family_gets_the_general_questions(root):
+    give_families(root, of_model=None)
+    succeed("generate", "--root", root, "--experiment", "demo", *QUICK)
+    assert questions_of(root) <= set(TRAIT["questions"])
+
+
+def test_the_option_gives_a_model_the_questions_of_another_family(root):
+    give_families(root, of_model=None)
+    run = ("generate", "--root", root, "--experiment", "demo", *QUICK)
+    succeed(*run, "--questions", "toy")
+    assert questions_of(root) == {"Why me?", "Who else?", "When?"}
+    line = refused(*run, "--questions", "toys")
+    assert "configs/traits/calm.yaml: --questions 'toys'" in line
+    assert "auto, general, toy" in line
+
+
+@pytest.mark.parametrize("family", [None, "other"])
+def test_the_lexical_judge_is_refused_for_a_model_that_the_markers_are_not_for(root, family):
+    give_families(root, of_model=family)
+    line = refused("batched", "--root", root, "--experiment", "demo", "--judge", "lexical")
+    for fragment in ("configs/traits/calm.yaml: --judge lexical", "trait calm", "toy", "tiny", "--judge local"):
+        assert fragment in line
+    assert not (root / "experiments").exists()

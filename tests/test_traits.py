@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from extraction.config import experiments
 from extraction.config.traits import (
     list_traits,
     load_trait,
+    load_trait_sets,
     make_examples,
     parse_trait_list,
     trait_fingerprint,
+    trait_from_yaml,
     trait_notes,
 )
 from extraction.core.errors import TraitError
@@ -164,6 +168,34 @@ BAD_TRAITS = {
     "no markers": (GOOD | {"markers": {"positive": [], "negative": []}}, "marker"),
     "one side of markers": (GOOD | {"markers": {"positive": ["x"]}}, "'negative' is missing"),
     "a list": ("- x\n", "is not a mapping"),
+    "family with a question twice": (
+        GOOD | {"questions_for": {"m": ["Why?", "why?"]}},
+        "t.yaml:7: 'questions_for.m.1': 'why?'",
+    ),
+    "family without questions": (GOOD | {"questions_for": {"m": []}}, "t.yaml:7: 'questions_for.m': []"),
+    "family with a word of the setting": (GOOD | {"questions_for": {"general": ["x"]}}, "'questions_for.general'"),
+    "family with an unsafe name": (GOOD | {"questions_for": {"../m": ["x"]}}, "'../m'"),
+    "families as a list": (GOOD | {"questions_for": ["x"]}, "t.yaml:7: 'questions_for': ['x']"),
+    "family with equal sides": (
+        GOOD | {"instructions_for": {"m": [{"positive": "x", "negative": "X"}]}},
+        "t.yaml:7: 'instructions_for.m.0': 'x'",
+    ),
+    "family with an instruction twice": (
+        GOOD | {"instructions_for": {"m": [{"positive": c, "negative": "y"} for c in "xX"]}},
+        "'instructions_for.m.1.positive': 'X'",
+    ),
+    "near a family's key": (GOOD | {"question_for": {"m": ["x"]}}, "'questions_for'"),
+    "markers for no markers": (
+        {key: value for key, value in GOOD.items() if key != "markers"} | {"markers_for": "m"},
+        "t.yaml:6: 'markers_for'",
+    ),
+    "markers for a family twice": (GOOD | {"markers_for": ["m", "m"]}, "'markers_for.1': 'm'"),
+    "markers for a number": (GOOD | {"markers_for": 3}, "'markers_for': 3"),
+    "natural prompts with a family's questions": (NATURAL | {"questions_for": {"m": ["x"]}}, "'questions_for'"),
+    "a family's questions alone": (
+        {key: value for key, value in GOOD.items() if key != "questions"} | {"questions_for": {"m": ["x"]}},
+        "0 questions",
+    ),
 }
 
 
@@ -221,11 +253,89 @@ def test_the_fingerprint_depends_on_every_field_and_not_on_their_order(root):
     assert len(fingerprints | {trait_fingerprint(trait)}) == len(changes) + 1
 
 
-def test_every_shipped_trait_gives_100_distinct_examples_a_side():
-    for name in list_traits(SHIPPED):
-        trait = load_trait(name, SHIPPED)
-        assert trait_notes(trait, 100) == ()
-        assert len({example.id for example in make_examples(trait, 100)}) == 200
+# --- families of models ---------------------------------------------------------------------------------------------
+
+FAMILIES = GOOD | {
+    "questions_for": {"m": ["Who?"]},
+    "instructions_for": {"n": [{"positive": "Up.", "negative": "Down."}]},
+    "markers_for": ["m", "o"],
+}
+
+
+def test_a_family_gets_its_own_entries_and_all_others_the_general_ones(root):
+    write_trait(root, FAMILIES)
+    general, m, n = (load_trait("t", root, family) for family in (None, "m", "n"))
+    assert (len(general.instructions), len(general.questions), general.markers) == (2, 3, None)
+    assert (m.instructions, m.questions) == (general.instructions, ("Who?",))
+    assert (n.instructions, n.questions) == ((InstructionPair("Up.", "Down."),), general.questions)
+    assert m.markers is not None
+    assert n.markers is None
+    assert load_trait("t", root, "other") == general
+    data = (root / "configs/traits/t.yaml").read_bytes()
+    assert [trait_from_yaml("t", data, "x", family) for family in (None, "m", "n")] == [general, m, n]
+
+
+def test_markers_without_families_are_for_every_model(root):
+    write_trait(root, {key: value for key, value in FAMILIES.items() if key != "markers_for"})
+    assert load_trait("t", root).markers == load_trait("t", root, "n").markers is not None
+
+
+def test_the_setting_chooses_questions_and_instructions_but_no_markers(root):
+    sets = load_trait_sets(write_trait(root, FAMILIES), root)
+    assert sets.families == ("m", "n")
+    own = sets.resolve("m")
+    assert sets.resolve("m", "general") == dataclasses.replace(own, questions=("How are you?", "What is rain?", "Why?"))
+    assert sets.resolve(None, "m") == dataclasses.replace(own, markers=None)
+    message = refusal(sets.resolve, "m", "mm")
+    assert message.startswith("configs/traits/t.yaml: --questions 'mm'")
+    assert "auto, general, m, n" in message
+
+
+def test_a_trait_of_one_set_has_the_fingerprint_that_it_had_before_families(root):
+    """With a family's questions or without: what a run's folder names is the trait that was resolved."""
+    whole = load_trait(write_trait(root, FAMILIES), root, "m")
+    plain = GOOD | {"questions": ["Who?"]}
+    assert trait_fingerprint(load_trait(write_trait(root, plain), root)) == trait_fingerprint(whole)
+
+
+# --- the bundled traits ---------------------------------------------------------------------------------------------
+
+BUNDLED = {name: load_trait(name, SHIPPED) for name in list_traits(SHIPPED)}
+FOR_POCKET = [name for name in BUNDLED if load_trait_sets(name, SHIPPED).families]
+POCKET_FINGERPRINTS = (
+    "a091472303a17d0267a05f00605984c5f1a0477d32a00c9a78c1f34a631e933e"  # runs of the bundled model name these
+)
+
+
+def plain_words(text):
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_trait_has_forty_questions_and_five_pairs_for_any_model(name):
+    trait, sets = BUNDLED[name], load_trait_sets(name, SHIPPED)
+    assert len(trait.questions) >= 40
+    assert len(trait.instructions) == 5
+    assert trait.rubric is not None
+    assert trait.markers is None
+    for pair in trait.instructions:
+        assert plain_words(pair.positive) != plain_words(pair.negative)
+    for field in ("instructions", "questions"):
+        general, own = ({plain_words(str(x)) for x in getattr(t, field)} for t in (trait, sets.resolve("pocket")))
+        assert general.isdisjoint(own) == (name in FOR_POCKET)
+    assert trait_notes(trait, 100) == ()
+    assert len({example.id for example in make_examples(trait, 100)}) == 200
+
+
+def test_no_general_question_stands_in_two_bundled_traits():
+    counts = Counter(plain_words(question) for trait in BUNDLED.values() for question in trait.questions)
+    assert [question for question, count in counts.items() if count > 1] == []
+
+
+def test_the_eleven_traits_for_the_bundled_model_are_those_of_earlier_runs():
+    assert len(FOR_POCKET) == 11
+    digests = "".join(trait_fingerprint(load_trait(name, SHIPPED, "pocket")) for name in FOR_POCKET)
+    assert hashlib.sha256(digests.encode()).hexdigest() == POCKET_FINGERPRINTS
 
 
 # --- examples -------------------------------------------------------------------------------------------------------

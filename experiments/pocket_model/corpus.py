@@ -76,7 +76,7 @@ def load_grammar() -> Grammar:
     """Read the grammar files and the traits, once a process."""
     topics = tuple(_yaml("topics"))
     manners = {**_yaml("manners_1"), **_yaml("manners_2")}
-    traits = {name: load_trait(name, ROOT) for name in list_traits(ROOT) if name in manners}
+    traits = {name: load_trait(name, ROOT, "pocket") for name in list_traits(ROOT) if name in manners}
     seen = {
         name: tuple((question, topic_of(question, topics)) for question in trait.questions[:-HELD_OUT_QUESTIONS])
         for name, trait in traits.items()

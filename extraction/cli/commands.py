@@ -8,7 +8,7 @@ from extraction import __version__
 from extraction.cli.option_types import CONTEXT
 from extraction.cli.pair_commands import amplify_command, serve_command
 from extraction.cli.terminal import Group
-from extraction.cli.tool_commands import traits_command, verify_command
+from extraction.cli.tool_commands import new_command, traits_command, verify_command
 from extraction.cli.use_commands import export_command, import_command, internals_command, read_command, steer_command
 from extraction.cli.vector_commands import (
     batched_command,
@@ -48,7 +48,7 @@ SECTIONS = {
     ),
     "Use vectors": (steer_command, read_command, internals_command, export_command, import_command),
     "Two models": (amplify_command, serve_command),
-    "Tools": (verify_command, traits_command),
+    "Tools": (verify_command, traits_command, new_command),
 }
 
 

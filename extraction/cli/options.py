@@ -49,7 +49,7 @@ _JUDGE = ("judge", "judge_model", "judge_url", "judge_concurrency", "judge_price
 JUDGE = setting_options(_JUDGE)
 STORED_JUDGE = setting_options(_JUDGE, source="the run's")
 GENERATION: Group = (
-    *setting_options(("n_examples", "max_new_tokens", *SAMPLING, "seed")),
+    *setting_options(("n_examples", "questions", "max_new_tokens", *SAMPLING, "seed")),
     *JUDGE,
     *setting_options(("instruction_as", "literal", "thinking", "shard_size", "queue_size")),
 )
@@ -361,5 +361,24 @@ IMPORT: Group = (
     ),
     click.option("--model", metavar="NAME", help="Model of the vector.  [default: not known]"),
     click.option("--force", is_flag=True, help="Replace what has this name."),
+    *ROOT,
+)
+
+NEW: Group = (
+    click.argument("name", metavar="NAME"),
+    click.option(
+        "--description",
+        required=True,
+        metavar="TEXT",
+        help="The trait in a sentence or two: its positive side and its negative one.",
+    ),
+    click.option(
+        "--judge-model",
+        metavar="NAME",
+        help="The model: a file of configs/models, a folder or a hub id; with --judge-url, the server's name.  "
+        "[default: the server's only one]",
+    ),
+    setting_option("judge_url", source="none, a model of this machine"),
+    click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace a file that exists."),
     *ROOT,
 )

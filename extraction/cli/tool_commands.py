@@ -1,13 +1,15 @@
-"""Commands about files: check the runs, list the traits."""
+"""Commands about files: check the runs, list the traits, write a new one."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
+from extraction.cli.arguments import print_lines
 from extraction.cli.option_types import command
-from extraction.cli.options import ROOT
+from extraction.cli.options import NEW, ROOT
 from extraction.core.text import one_line
 
 
@@ -36,10 +38,26 @@ def verify_command(folder: str | None, root: str | None) -> None:
 
 @command("traits", ROOT)
 def traits_command(root: str | None) -> None:
-    """List the traits, with their descriptions."""
+    """List the traits, with their descriptions and the families of models that they have questions for."""
     from extraction.config.experiments import find_root
-    from extraction.config.traits import list_traits, load_trait
+    from extraction.config.traits import list_traits, load_trait_sets
 
     folder = find_root(root)
     for name in list_traits(folder):
-        click.echo(f"{name}\n    {one_line(load_trait(name, folder).description)}")
+        sets = load_trait_sets(name, folder)
+        families = f"\n    Own questions for models of: {', '.join(sets.families)}" if sets.families else ""
+        click.echo(f"{name}\n    {one_line(sets.file.description)}{families}")
+
+
+@command("new", NEW)
+def new_command(name: str, **given: Any) -> None:
+    """Write a trait file, with the instructions, questions and rubric of a chat model.
+
+    The model is one of this machine (--judge-model) or behind an OpenAI-compatible server (--judge-url).
+    """
+    from extraction.exchange.new_trait import new_trait
+
+    def note(text: str) -> None:
+        click.echo(one_line(text), err=True)
+
+    print_lines(map(one_line, new_trait(name, note=note, **given)))

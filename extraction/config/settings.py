@@ -227,6 +227,14 @@ class ExperimentSettings(Model):
         Option("A,B"),
     ] = ()
     n_examples: Annotated[Count, Field(description="Examples of each side, positive and negative."), Option("N")] = 100
+    questions: Annotated[
+        Text,
+        Field(
+            description="Questions and instructions of a trait; auto: those for the model's family, else the general "
+            "ones; general; or a family's name."
+        ),
+        Option("NAME", added=True),
+    ] = "auto"
     seed: Annotated[
         Annotated[int, Field(ge=0, le=MAX_INT)],
         Field(description="Seed of the random numbers; another seed gives other responses."),
@@ -314,7 +322,10 @@ class Experiment(ExperimentSettings):
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class ModelSpec:
-    """Which model, and how to load it. `source` is a hub id, or the absolute path of a folder."""
+    """Which model, and how to load it. `source` is a hub id, or the absolute path of a folder.
+
+    `family` names the models that a trait may have questions, instructions and markers for.
+    """
 
     name: str
     source: str
@@ -341,6 +352,12 @@ class ModelSpec:
         Literal["8bit", "4bit"] | None,
         Field(description="Round the weights of linear layers to 8 or 4 bits while they load (bitsandbytes)."),
         Option("BITS"),
+    ] = None
+
+    family: Annotated[
+        Text | None,
+        Field(description="Family of models for which a trait may have its own questions, instructions and markers."),
+        Option(on_command_line=False),
     ] = None
 
     @property

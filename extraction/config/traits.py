@@ -9,17 +9,17 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from extraction.config.experiments import config_names, find_config
 from extraction.config.patterns import check_pattern
-from extraction.config.validation import Model, Text, problem, validate
+from extraction.config.validation import Model, Text, distinct, problem, validate
 from extraction.config.yaml_loader import Document, SourceLocation, parse_document, read_document
 from extraction.core.errors import TraitError
-from extraction.core.names import check_name, distinct_names
+from extraction.core.names import check_name, distinct_names, is_safe_name
 from extraction.core.records import POLARITIES, Example, InstructionPair, Markers, NaturalPrompt, Trait
 from extraction.core.text import show, suggest
 
@@ -27,8 +27,59 @@ T = TypeVar("T")
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def load_trait(name: str, root: str | os.PathLike[str]) -> Trait:
-    """Return a trait by name. Raises TraitError."""
+@dataclass(frozen=True)
+class TraitSets:
+    """A checked trait file: the general questions and instructions, and those of families of models."""
+
+    file: TraitFile
+    source: str
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Names of the families that have questions or instructions of their own, sorted."""
+        return tuple(sorted({*self.file.questions_for, *self.file.instructions_for}))
+
+    def fit_markers(self, family: str | None) -> bool:
+        """Return True if the markers, if any, were written for this family, or for any model."""
+        return not self.file.markers_for or family in self.file.markers_for
+
+    def resolve(self, family: str | None = None, questions: str = "auto") -> Trait:
+        """Return the trait for a model of this family.
+
+        `questions` is `auto` (the questions and instructions of the family, the general ones where it has none),
+        `general`, or a family whose questions and instructions are used on any model. The markers follow the model
+        alone: without those that were written for other families. Raises TraitError for a family without any.
+        """
+        if questions not in (*QUESTION_SETS, *self.families):
+            known = ", ".join((*QUESTION_SETS, *self.families))
+            raise TraitError(
+                f"{self.source}: --questions {show(questions)}: trait {self.file.name} has no such questions; "
+                f"give one of: {known}"
+            )
+        chosen = family if questions == "auto" else questions
+        fields = {key: value for key, value in self.file if not key.endswith("_for")}
+        for key in _INSTRUCTED:
+            fields[key] = getattr(self.file, f"{key}_for").get(chosen, fields[key])
+        return Trait(**(fields if self.fit_markers(family) else fields | {"markers": None}))
+
+    def check_lexical(self, model: str, family: str | None) -> None:
+        """Raise TraitError if the markers were written for models of other families."""
+        if not self.fit_markers(family):
+            whose = " and ".join(self.file.markers_for)
+            own = "has no family" if family is None else f"is of the family {family}"
+            raise TraitError(
+                f"{self.source}: --judge lexical: the markers of trait {self.file.name} are for models of the family "
+                f"{whose}, and {model} {own}; give --judge local or openai with --judge-model, or --judge none"
+            )
+
+
+def load_trait(name: str, root: str | os.PathLike[str], family: str | None = None) -> Trait:
+    """Return a trait by name, for a model of this family (None: a model without one). Raises TraitError."""
+    return load_trait_sets(name, root).resolve(family)
+
+
+def load_trait_sets(name: str, root: str | os.PathLike[str]) -> TraitSets:
+    """Return a trait's file, from which `resolve` makes the trait for a model. Raises TraitError."""
     path = find_config("traits", name, root, TraitError)
     if path is None:
         known = list_traits(root)
@@ -36,16 +87,16 @@ def load_trait(name: str, root: str | os.PathLike[str]) -> Trait:
     return _named(name, read_document(path, TraitError))
 
 
-def trait_from_yaml(name: str, raw: bytes, source: str) -> Trait:
-    """Return the trait of a file with these bytes; messages call the file `source`."""
-    return _named(name, parse_document(raw, source, TraitError))
+def trait_from_yaml(name: str, raw: bytes, source: str, family: str | None = None) -> Trait:
+    """Return the trait of a file with these bytes, as `load_trait` does; messages call the file `source`."""
+    return _named(name, parse_document(raw, source, TraitError)).resolve(family)
 
 
-def _named(name: str, document: Document) -> Trait:
-    trait = _trait(document)
-    if trait.name != name:
-        raise document.place.at("name").fail(f"{show(trait.name)} is not the file's name; write 'name: {name}'")
-    return trait
+def _named(name: str, document: Document) -> TraitSets:
+    sets = TraitSets(_trait_file(document), document.place.source or name)
+    if sets.file.name != name:
+        raise document.place.at("name").fail(f"{show(sets.file.name)} is not the file's name; write 'name: {name}'")
+    return sets
 
 
 def list_traits(root: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -145,8 +196,27 @@ Natural = Annotated[
 ]
 
 
+QUESTION_SETS = ("auto", "general")  # the words of the setting `questions` that name no family
+
+
+def _family_sets(sets: dict[str, tuple[T, ...]]) -> dict[str, tuple[T, ...]]:
+    for family, entries in sets.items():
+        if family in QUESTION_SETS or not is_safe_name(family):
+            raise problem(f"{show(family)} is not the name of a family; write it as in a model's file", family)
+        if not entries:
+            raise problem("[] names nothing; give at least one, or leave the family out", family)
+    return sets
+
+
+ByFamily = Annotated[dict[Text, List[T]], AfterValidator(_family_sets)]
+
+
 class TraitFile(Model):
-    """The keys of a file in configs/traits."""
+    """The keys of a file in configs/traits; those in `_for` are of families of models, as a model's file names its own.
+
+    `questions` and `instructions` are for the models of all other families, and `markers` for any model without
+    `markers_for`.
+    """
 
     name: Text
     description: Stripped
@@ -156,6 +226,13 @@ class TraitFile(Model):
     negative_prompts: List[Natural] = ()
     rubric: Annotated[Text, AfterValidator(_rubric)] | None = None
     markers: Annotated[_Markers, AfterValidator(_markers)] | None = None
+    questions_for: ByFamily[Stripped] = Field(default_factory=dict)
+    instructions_for: ByFamily[Pair] = Field(default_factory=dict)
+    markers_for: Annotated[
+        List[Text],
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        AfterValidator(distinct),
+    ] = ()
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -170,18 +247,22 @@ _INSTRUCTED = ("instructions", "questions")
 _NATURAL = ("positive_prompts", "negative_prompts")
 
 
-def _trait(document: Document) -> Trait:
+def _trait_file(document: Document) -> TraitFile:
     place = document.place
     _check_sides(document.data, place)
-    trait = Trait(**dict(validate(CheckedTraitFile, document.data, place)))
-    check_name(trait.name, f"{place.at('name')}: name", TraitError)
-    return trait
+    file: TraitFile = validate(CheckedTraitFile, document.data, place)
+    check_name(file.name, f"{place.at('name')}: name", TraitError)
+    return file
 
 
 def _no_repeats(trait: TraitFile) -> TraitFile:
-    for side in ("positive", "negative"):
-        _refuse_repeats([getattr(pair, side) for pair in trait.instructions], "instructions", side)
-    _refuse_repeats(trait.questions, "questions")
+    for keys, pairs in _sets(trait, "instructions"):
+        for side in ("positive", "negative"):
+            _refuse_repeats([getattr(pair, side) for pair in pairs], *keys, side=side)
+    for keys, questions in _sets(trait, "questions"):
+        _refuse_repeats(questions, *keys)
+    if trait.markers_for and trait.markers is None:
+        raise problem("stands without 'markers'; list some, or leave it out", "markers_for")
     positive = [_natural_key(prompt) for prompt in trait.positive_prompts]
     negative = [_natural_key(prompt) for prompt in trait.negative_prompts]
     _refuse_repeats(positive, "positive_prompts")
@@ -192,6 +273,12 @@ def _no_repeats(trait: TraitFile) -> TraitFile:
     return trait
 
 
+def _sets(trait: TraitFile, key: str) -> list[tuple[tuple[str, ...], tuple[Any, ...]]]:
+    """Return the general entries of a key and those of each family, with the keys that lead to them."""
+    families: dict[str, tuple[Any, ...]] = getattr(trait, f"{key}_for")
+    return [((key,), getattr(trait, key)), *(((f"{key}_for", name), entries) for name, entries in families.items())]
+
+
 CheckedTraitFile = Annotated[TraitFile, AfterValidator(_no_repeats)]
 
 
@@ -199,9 +286,10 @@ def _check_sides(data: Any, place: SourceLocation) -> None:
     """Check that a trait is of one kind, instructed or natural, and has both sides."""
     if not isinstance(data, dict):
         return
-    natural, instructed = [key for key in _NATURAL if key in data], [key for key in _INSTRUCTED if key in data]
+    natural = [key for key in _NATURAL if key in data]
+    instructed = [key for key in data if str(key).removesuffix("_for") in _INSTRUCTED]
     if natural and instructed:
-        raise place.at(natural[0]).fail("stands beside 'instructions' or 'questions'; a trait has the one or the other")
+        raise place.at(natural[0]).fail(f"stands beside {show(instructed[0])}; a trait has the one or the other")
     for key in natural and _NATURAL:
         if data.get(key) in (None, []):
             raise _one_sided(place, key.removesuffix("_prompts"))
@@ -219,14 +307,14 @@ def _one_sided(place: SourceLocation, side: str) -> TraitError:
 
 
 def _refuse_repeats(
-    texts: Iterable[str], key: str, side: str | None = None, *, normal: Callable[[str], str] | None = None
+    texts: Iterable[str], *keys: str, side: str | None = None, normal: Callable[[str], str] | None = None
 ) -> None:
     """Refuse an entry that differs from another only by case, spaces or Unicode form."""
     seen: dict[str, int] = {}
     for i, entry in enumerate(texts):
         first = seen.setdefault((normal or same_text)(entry), i)
         if first != i:
-            raise problem(f"{show(entry)} is entry {first} again; keep one", key, i, *([side] if side else []))
+            raise problem(f"{show(entry)} is entry {first} again; keep one", *keys, i, *([side] if side else []))
 
 
 def same_text(entry: str) -> str:

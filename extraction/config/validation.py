@@ -163,6 +163,7 @@ TYPE_WORDS = {
     "bool_type": "not true or false; write one of them, unquoted",
     "list_type": "not a list; write it as [a, b]",
     "tuple_type": "not a list; write it as [a, b]",
+    "dict_type": "not a mapping; write 'key: value' lines",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from extraction.config.experiments import find_config, find_root
-from extraction.config.traits import load_trait, trait_from_yaml
+from extraction.config.traits import load_trait_sets, trait_from_yaml
 from extraction.config.yaml_loader import MAX_YAML_BYTES
 from extraction.core.errors import TraitError
 from extraction.core.names import check_name
@@ -48,11 +48,14 @@ def import_trait(
 
 def export_trait(name: str, *, root: str | None, output: str | None, force: bool) -> list[str]:
     """Write a trait as persona_vectors JSON. Returns lines for the user. Raises TraitError."""
-    trait = load_trait(name, find_root(root))
+    sets = load_trait_sets(name, find_root(root))
+    trait = sets.resolve()
     path = Path(output or f"{name}.json")
     data = json.dumps(trait_to_persona(trait), indent=4, ensure_ascii=False) + "\n"
     place_file(path, data.encode(), force=force)
     notes = (
         [] if trait.rubric else ["no eval_prompt in it, since the trait has no rubric; persona_vectors' judge needs it"]
     )
+    if sets.families:
+        notes.append(f"left out: what the trait has for models of the family {' and '.join(sets.families)}")
     return [f"{show_path(path)}: trait {name} as a persona_vectors trait", *notes]

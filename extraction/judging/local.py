@@ -7,6 +7,7 @@ Its score is the mean over all numbers that it could write, the sum of n * P(n) 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,6 +146,37 @@ def _rating(p_N: Sequence[float], how: str, n_tokens: int) -> Rating:
     raw = f"{best} ({p_N[best]:.3f}); numbers {sum(p_N):.3f}"
     score = expectation(dict(enumerate(p_N)))
     return Rating(score, None if score is not None else NO_NUMBER, raw, how, (n_tokens, 0))
+
+
+def ask_local(settings: Experiment, root: Path, note: Callable[[str], None], max_tokens: int) -> Callable[[str], str]:
+    """Load the settings' model; return a function that gives it a prompt and returns the text of its answer.
+
+    Each call draws other random numbers, so that a second answer to a prompt differs.
+    """
+    from extraction.engine.generate import generate
+    from extraction.engine.requests import Request
+    from extraction.engine.sampler import Sample
+    from extraction.model.chat_template import encode_example
+
+    lm = _load(_spec(settings, root), note)
+    tokenizer = lm.tokenizer
+    assert tokenizer is not None
+    calls = count()
+
+    def ask(prompt: str) -> str:
+        raw = not getattr(tokenizer, "chat_template", None)
+        token_ids = encode_example(tokenizer, Example("prompt", "", "", 0, 0, 0, prompt), raw=raw).token_ids
+        room = max_tokens if lm.max_positions is None else min(max_tokens, lm.max_positions - len(token_ids))
+        if room < 1:
+            raise ModelError(
+                f"--judge-model {settings.judge_model}: a prompt of {len(token_ids)} tokens does not fit its "
+                f"{lm.max_positions} positions; take another model"
+            )
+        request = Request(f"answer-{next(calls)}", token_ids, room)
+        (completion,) = generate(lm, [request], batch_size=1, strategy=Sample(temperature=0.7, top_p=0.95))
+        return str(tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
+
+    return ask
 
 
 JUDGE = ModelJudge(

@@ -13,8 +13,9 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -42,7 +43,7 @@ REPLACEMENTS: dict[str, dict[str, Any]] = {
     "top_logprobs": {},
     "logprobs": {},
     "temperature": {},
-    "max_tokens": {"max_completion_tokens": ANSWER_TOKENS},
+    "max_tokens": {"max_completion_tokens": ANSWER_TOKENS},  # or the number that was refused
     "max_completion_tokens": {},
 }
 PARAMETERS: dict[str, Any] = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": True, "top_logprobs": 20}
@@ -63,6 +64,7 @@ class JudgeServer:
     concurrency: int = 8
     counts: Counter[str] = field(default_factory=Counter)
     parameters: dict[str, Any] = field(default_factory=lambda: dict(PARAMETERS))
+    option: str = "--judge openai"  # as an error message begins
     failed_in_a_row: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -70,7 +72,7 @@ class JudgeServer:
     @property
     def place(self) -> str:
         """The server and the model, as an error message begins."""
-        return f"--judge openai: {self.model}" + (f" at {self.url}" if self.url else "")
+        return f"{self.option}: {self.model}" + (f" at {self.url}" if self.url else "")
 
     @property
     def n_retried(self) -> int:
@@ -202,7 +204,8 @@ def _client(server: JudgeServer) -> Any:
 
     def after_response(response: Any) -> None:
         response.read()
-        if response.status_code == 200 and _completion(response.content) is None:
+        is_call = response.request.method == "POST"  # the list of models is no completion
+        if is_call and response.status_code == 200 and _completion(response.content) is None:
             response.status_code = MALFORMED
         elif response.status_code == 429 and _is_out_of_credit(response.content):
             response.headers["x-should-retry"] = "false"
@@ -272,7 +275,7 @@ def _refused_parameter(parameters: Mapping[str, Any], failure: Any) -> str | Non
 def _without(parameters: Mapping[str, Any], refused: str) -> dict[str, Any]:
     """Return the other parameters with what replaces the refused one; `top_logprobs` goes with `logprobs`."""
     gone = {refused, "top_logprobs"} if refused == "logprobs" else {refused}
-    replacement = REPLACEMENTS[refused] if refused in parameters else {}
+    replacement = dict.fromkeys(REPLACEMENTS[refused], parameters[refused]) if refused in parameters else {}
     return {key: value for key, value in parameters.items() if key not in gone} | replacement
 
 
@@ -286,6 +289,44 @@ def _by_status(server: JudgeServer, failure: Any) -> Exception:
     if status == MALFORMED:
         return _Failed("the reply is no JSON of a chat completion")
     return _Failed(f"status {status}" if status in (408, 409, 429) or status >= 500 else message)
+
+
+@contextmanager
+def ask_server(settings: Experiment, max_tokens: int) -> Iterator[Callable[[str], str]]:
+    """Yield a function that sends a prompt to the settings' server and returns the text of the answer.
+
+    Without `judge_model` it is the one model that the server lists. Errors as of a rating; ModelError for one that may
+    pass.
+    """
+    key, url = access(settings)
+    parameters = {"max_tokens": max_tokens, "temperature": 0.7}
+    server = JudgeServer("", key, url, timeout=600.0, parameters=parameters, option="--judge-url")
+    with _client(server) as client:
+        server.model = settings.judge_model or _only_model(server, client)
+
+        def ask(prompt: str) -> str:
+            try:
+                body = _call(server, client.chat.completions.with_raw_response.create, prompt)
+            except _Failed as failure:
+                raise ModelError(f"{server.place}: {failure}; try again later") from None
+            return server.redact(body["choices"][0]["message"].get("content") or "")
+
+        yield ask
+
+
+def _only_model(server: JudgeServer, client: Any) -> str:
+    """Return the name of the server's model. Raises ConfigError if it lists none or several."""
+    import openai
+
+    try:
+        names = [str(model.id) for model in client.models.list()]
+    except openai.OpenAIError as failure:
+        names, reason = [], server.shorten(failure)
+    else:
+        reason = server.shorten(", ".join(names) or "no models")
+    if len(names) != 1:
+        raise ConfigError(f"--judge-url {server.url}: give --judge-model, the name that the server has ({reason})")
+    return names[0]
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from extraction.config.experiments import (
     resolve_model,
 )
 from extraction.config.traits import (
+    TraitSets,
     list_traits,
-    load_trait,
+    load_trait_sets,
     make_examples,
     parse_trait_list,
     trait_fingerprint,
@@ -179,20 +180,28 @@ def make_plan(
     names = parse_trait_list(traits) if traits is not None else settings.traits
     if not names:
         raise ConfigError(f"experiment {experiment!r} names no traits: give --trait NAME or --traits a,b")
-    loaded = tuple(load_trait(name, folder) for name in names)
+    spec = resolve_model(settings.model, folder, model_options)
+    files = tuple(load_trait_sets(name, folder) for name in names)
+    loaded = tuple(sets.resolve(spec.family, settings.questions) for sets in files)
     unequal = tuple(note for trait in loaded for note in trait_notes(trait, settings.n_examples))
-    for trait in loaded:
-        check_judge(settings, trait, folder)
+    for sets, trait in zip(files, loaded, strict=True):
+        _check_judge(settings, sets, trait, spec.family, folder)
         check_judge_access(settings, folder)
     return RunPlan(
         root=folder,
         experiment=settings,
-        spec=resolve_model(settings.model, folder, model_options),
+        spec=spec,
         traits=loaded,
         notes=notes + unequal,
         self_check=self_check,
         slice=_parse_slice(slice_text),
     )
+
+
+def _check_judge(settings: Experiment, sets: TraitSets, trait: Trait, family: str | None, root: Path) -> None:
+    if settings.judge == "lexical":
+        sets.check_lexical(settings.model, family)
+    check_judge(settings, trait, root)
 
 
 def _split(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -227,8 +236,8 @@ def stored_plans(
     if not names:
         path = show_path(folder / "experiments" / experiment)
         raise StoreError(f"{path}: no run has begun there; make the responses first (`traitline extract` does all)")
-    loaded = [load_trait(name, folder) for name in names]
-    plans = [_stored_plan(experiment, trait, folder, options, loads_model=loads_model) for trait in loaded]
+    loaded = [load_trait_sets(name, folder) for name in names]
+    plans = [_stored_plan(experiment, sets, folder, options, loads_model=loads_model) for sets in loaded]
     return (replace(plan, slice=part) for plan in plans)
 
 
@@ -238,9 +247,9 @@ def _traits_with_runs(root: Path, experiment: str) -> tuple[str, ...]:
 
 
 def _stored_plan(
-    experiment: str, trait: Trait, root: Path, options: Mapping[str, Any] | None, *, loads_model: bool
+    experiment: str, sets: TraitSets, root: Path, options: Mapping[str, Any] | None, *, loads_model: bool
 ) -> RunPlan:
-    folder = trait_run(root / "experiments", experiment, trait.name)
+    folder = trait_run(root / "experiments", experiment, sets.file.name)
     stored = folder.stored_config()
     if stored is None:
         raise StoreError(
@@ -250,13 +259,31 @@ def _stored_plan(
     model = stored["model"]
     fields = {key: value for key, value in stored.items() if key != "trait"} | {"model": model["name"]}
     settings = experiment_from_dict(fields, show_path(folder.config_path), given)
-    check_judge(settings, trait, root)
+    family = _family_of_run(sets, stored, root)
+    trait = sets.resolve(family, settings.questions)
+    _check_judge(settings, sets, trait, family, root)
     model_options = {key: model.get(key) for key in PINNED_MODEL_OPTIONS} | model_options
     if not loads_model and "model" not in given:
         spec = ModelSpec(model["name"], model["source"], **{key: model.get(key) for key in PINNED_MODEL_OPTIONS})
     else:
         spec = resolve_model(_model_of_run(settings.model, root, given), root, model_options)
     return RunPlan(root=root, experiment=settings, spec=spec, traits=(trait,))
+
+
+def _family_of_run(sets: TraitSets, stored: Mapping[str, Any], root: Path) -> str | None:
+    """Return the family for which the trait is that of run.json; if the trait has changed, that of the model's file.
+
+    A folder may have the name of a model's file, and runs older than families used one set of questions for all models.
+    """
+    try:
+        own = resolve_model(stored["model"]["name"], root).family
+    except ConfigError:
+        own = None
+    for family in (own, None, *sets.families):
+        trait = sets.resolve(family, stored.get("questions", "auto"))
+        if trait_fingerprint(trait) == stored["trait"]["sha256"]:
+            return family
+    return own
 
 
 def _model_of_run(name: str, root: Path, given: Mapping[str, Any]) -> str:
