@@ -108,7 +108,7 @@ def room_for(n_rows: int) -> Iterator[None]:
 
     def hook(module: torch.nn.Module, _args: object, output: object) -> None:
         rows, width = output.shape[:2] if module.__class__.__name__ == "LlamaDecoderLayer" else (0, 0)
-        if rows > n_rows and width > 8:  # a prompt, not the few tokens of the checks at loading
+        if rows > n_rows and width > 14:  # a prompt, not the few tokens of the checks at loading
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     handle = torch.nn.modules.module.register_module_forward_hook(hook)

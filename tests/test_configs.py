@@ -258,6 +258,8 @@ def test_a_full_experiment_reads_as_written(root):
         "shard_size": 9,
         "queue_size": 30,
         "instruction_as": "user",
+        "literal": False,
+        "thinking": "close",
     }
 
 

@@ -234,19 +234,34 @@ def test_responses_are_filtered_by_judge_score_and_counted(root):
     succeed("batched", "--root", root, "--experiment", "demo")
     generated = contents(run_of(root) / "responses/shards")
     facts = {}
-    for options in ((), ("--threshold", "40"), ("--judge", "none"), ("--judge", "lexical")):
+    again = ("--judge", "lexical", "--threshold", "50")
+    for options in ((), ("--threshold", "40"), ("--judge", "none"), again):
         out = succeed("vectors", "--root", root, "--experiment", "demo", "--method", "mean_diff", *options).stdout
         facts[options] = found = facts_of(run_of(root))
         dropped = [found[f"dropped_{reason}"] for reason in ("empty", "unscored", "wrong_side")]
         assert re.search(rf"kept +{found['kept_pos'] + found['kept_neg']} of {COUNT} ", out)
         assert found["kept_pos"] + found["kept_neg"] + sum(dropped) == COUNT
-    plain, loose, none, again = facts.values()
+    plain, loose, none, judged_again = facts.values()
     assert min(plain["dropped_wrong_side"], plain["dropped_unscored"], plain["kept_pos"], plain["kept_neg"]) > 0
     assert loose["kept_pos"] > plain["kept_pos"]
     assert loose["kept_neg"] < plain["kept_neg"]
     assert (none["dropped_wrong_side"], none["dropped_unscored"], none["threshold"]) == (0, 0, None)
-    assert again == plain
+    assert judged_again == plain
     assert contents(run_of(root) / "responses/shards") == generated
+
+
+def test_a_judge_that_a_stage_is_given_is_remembered_by_the_stages_after_it(root):
+    demo = ("--root", root, "--experiment", "demo")
+    succeed("batched", *demo)
+    assert "lexical judge" in succeed("vectors", *demo).stdout
+    assert "not judged" in succeed("vectors", *demo, "--judge", "none").stdout
+    assert "not judged" in succeed("vectors", *demo).stdout
+    assert facts_of(run_of(root))["judge"] == "none"
+    succeed("validate", *demo, "--quick")
+    succeed("report", *demo)
+    assert "Not judged" in next((run_of(root) / "reports").glob("*.html")).read_text(encoding="utf-8")
+    assert json.loads((run_of(root) / "run.json").read_text())["config"]["judge"] == "none"
+    assert succeed("verify", run_of(root)).exit_code == 0
 
 
 def test_extract_with_another_judge_generates_nothing(extracted):
@@ -261,13 +276,12 @@ def test_extract_with_another_judge_generates_nothing(extracted):
     assert (run_of(root) / "vectors/card.json").read_bytes() == card
 
 
-def test_vectors_and_a_card_of_older_responses_are_not_shown(extracted):
-    root = extracted
-    result = succeed("extract", "--root", root, "--experiment", "demo", "--threshold", "0")
-    assert re.search("calm: .*mean_diff.*negative.* 0 ", result.stderr)
+def test_a_judge_that_keeps_none_of_a_side_ends_the_run_and_no_older_vectors_are_shown(extracted):
+    result = invoke("extract", "--root", extracted, "--experiment", "demo", "--threshold", "0")
+    assert result.exit_code == 2
+    assert "calm: the lexical judge leaves no negative response" in result.stderr
     assert "vectors  " not in result.stdout
     assert "AUROC" not in result.stdout
-    assert re.search(r"kept .*\b0\s+negative", result.stdout, re.DOTALL)
 
 
 def test_stage_3_takes_missing_options_from_the_run(root):
@@ -420,7 +434,7 @@ def test_a_model_of_a_family_gets_its_questions_and_is_scored_by_its_markers(roo
     succeed(*run, "--judge", "lexical")
     assert questions_of(root) == {"Why me?", "Who else?", "When?"}
     before = contents(root / "experiments")
-    succeed(*run)
+    succeed(*run, "--judge", "lexical")
     assert contents(root / "experiments") == before
     assert "general" in refused(*run, "--questions", "general")  # another run
     for other in (None, "other"):  # stage 3 takes the trait that run.json names

@@ -5,7 +5,7 @@ A shard is the unit of commit, a run group the unit of generation: whole shards 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ from extraction.config.traits import (
 from extraction.core.errors import ConfigError, StoreError
 from extraction.core.records import Example, Trait
 from extraction.core.text import show_path
-from extraction.judging.registry import JUDGES, check_judge, check_judge_access
+from extraction.judging.registry import JUDGES, check_judge, check_judge_access, resolve_judge
 from extraction.storage.trait_run import TraitRun, trait_run
 
 
@@ -192,9 +192,21 @@ def make_plan(
         experiment=settings,
         spec=spec,
         traits=loaded,
-        notes=notes + unequal,
+        notes=notes + unequal + _unjudged_note(settings, loaded),
         self_check=self_check,
         slice=_parse_slice(slice_text),
+    )
+
+
+def _unjudged_note(settings: Experiment, traits: Sequence[Trait]) -> tuple[str, ...]:
+    """Return a note if `auto` finds no judge for some traits."""
+    names = [trait.name for trait in traits if resolve_judge(settings.judge, trait) == "none"]
+    if settings.judge != "auto" or not names:
+        return ()
+    which = "responses are" if len(names) == len(traits) else f"responses of {', '.join(names)} are"
+    return (
+        f"{which} not judged but kept as told, so no verdict is better than weak: give --judge local or openai with a "
+        "--judge-model, or --judge likelihood",
     )
 
 
