@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from extraction.cli.terminal import Interrupted
 from extraction.model.memory import CPU_AUTO_BATCH
+from extraction.pipeline import forecast, stages
 from extraction.storage.atomic import read_document, write_document
 from extraction.storage.run_dir import fingerprint
 from tests.forks import Forks, forks
@@ -246,6 +248,18 @@ def test_a_dry_run_prints_plan_and_forecast_and_writes_nothing(root, command):
     assert re.search(rf"examples +48 .* 20, {groups} run groups, batch size {size}\b", out)
     assert "480 new" in out
     assert all(len(line) <= 80 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("options", [("--dry-run",), ("--quick",)])
+def test_an_interrupted_dry_run_names_no_shards(root, monkeypatch, options):
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted(2)
+
+    monkeypatch.setattr(forecast, "forecast", stop)
+    monkeypatch.setattr(stages, "extract", stop)
+    result = invoke("extract", "--root", root, "--experiment", "demo", *options)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert ("shards" in result.stderr) == ("--dry-run" not in options)  # the control: a run has shards to keep
 
 
 def test_a_dry_run_reads_no_weights_and_refuses_the_same_errors(root):

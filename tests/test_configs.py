@@ -421,6 +421,7 @@ def test_an_unknown_model_is_refused_with_the_known_ones(root, name):
         ("source: owner/x\npath: y\n", "'source'"),
         ("dtype: float32\n", "'source'"),
         ("source: justname\n", "justname"),
+        *((f"source: {folder}\n", f"path: {folder}") for folder in ("/a/folder", "./folder", "../folder", "~/folder")),
         ("source: owner/x\ndtype: int8\n", "'int8'"),
         ("source: owner/x\nraw: yes\n", "'yes'"),
         ("source: owner/x\ndevice: gpu\n", "'gpu'"),

@@ -24,7 +24,7 @@ from extraction.config.validation import validate
 from extraction.config.yaml_loader import SourceLocation, read_document
 from extraction.core.errors import ConfigError
 from extraction.core.names import check_name, is_safe_name
-from extraction.core.text import show, show_path, suggest
+from extraction.core.text import one_line, show, show_path, suggest
 
 __all__ = [
     "CaptureSettings",
@@ -140,7 +140,9 @@ def _named_model(name: str, root: str | os.PathLike[str]) -> ModelSpec | None:
     if key == "path":
         return replace(spec, source=str(_model_folder(source, root)))
     if not _HUB_ID.fullmatch(source):
-        raise place.at("source").fail(f"{show(source)} is not a hub id; write it as owner/name")
+        raise place.at("source").fail(
+            f"{show(source)} is not a hub id; write it as owner/name, or give a folder as 'path: {one_line(source)}'"
+        )
     return spec
 
 
@@ -149,6 +151,7 @@ MODEL_FILE_KEYS = ("source", "path", *MODEL_SETTINGS)
 
 def _model_folder(path: str, root: str | os.PathLike[str]) -> Path:
     """Return a relative path under the root if it is a folder there, else under the package (the bundled models)."""
+    path = os.path.expanduser(path)
     own = Path(root) / path
     return own.resolve() if own.is_dir() else PACKAGE / path
 
