@@ -145,7 +145,7 @@ def validate(
         session = session.for_plan(plan) if session else ModelSession(plan)
         for context in trait_contexts(session, progress):
             with locked_runs([context]):
-                inputs = fit_inputs(context, options)
+                inputs = fit_inputs(context, options, like_stored=True)
                 result = TraitResult(context, inputs.kept, inputs.sources)
                 results.append(evaluate_trait(inputs, result, eval_options))
     return results
