@@ -54,7 +54,7 @@ def load_pair(after: ModelSpec, before: ModelSpec) -> ModelPair:
     else:
         after_lm, before_lm = load(after), load(before)
     refuse_different(after_lm, before_lm, (after.name, before.name))
-    notes = tuple(_vocabulary_notes(after_lm, before_lm))
+    notes = tuple(vocabulary_notes(after_lm, before_lm))
     return ModelPair(after_lm, before_lm, after.name, before.name, shares, notes)
 
 
@@ -107,7 +107,7 @@ def compatibility(first: LanguageModel, second: LanguageModel, names: Sequence[s
     return {
         "compatible": not problems,
         "problems": problems,
-        "notes": [*_vocabulary_notes(first, second), *_notes(first, second)],
+        "notes": [*vocabulary_notes(first, second), *_notes(first, second)],
         "models": [_summary(lm, name) for lm, name in zip((first, second), names, strict=True)],
         "differing_tokens": len(differing),
         "first_differing_tokens": differing[:MAX_SHOWN],
@@ -168,7 +168,7 @@ def _problems(first: LanguageModel, second: LanguageModel, differences: Sequence
     return []
 
 
-def _vocabulary_notes(first: LanguageModel, second: LanguageModel) -> list[str]:
+def vocabulary_notes(first: LanguageModel, second: LanguageModel) -> list[str]:
     """Return notes on ids that only one model has, and on special tokens of other names."""
     differences = _differences(first, second)
     unshared, renamed = ([each for each in differences if each.kind == kind] for kind in (UNSHARED, RENAMED))
