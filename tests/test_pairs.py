@@ -15,6 +15,7 @@ from extraction.core.errors import ModelError
 from extraction.engine.generate import generate
 from extraction.engine.logit_diff import Amplify
 from extraction.engine.sampler import Sample
+from extraction.engine.speculation import Speculate
 from extraction.engine.steering import Steering
 from extraction.model.language_model import LanguageModel
 from extraction.model.loading import load, wrap
@@ -289,6 +290,21 @@ def test_tokens_that_only_the_model_after_has_are_drawn_by_its_own_logits(alpha:
         assert done[str(i)].token_ids == ids[len(row) :]
         drawn += ids[len(row) :]
     assert max(drawn) >= N_SHARED  # negative control: one of those tokens was drawn
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_a_draft_without_some_of_the_tokens_gives_the_targets_own_tokens(depth: int) -> None:
+    target = wrap(tiny_model("llama", seed=3), tiny_tokenizer(), stop_ids=())
+    draft = wrap(tiny_model("llama", seed=4, vocab_size=N_SHARED), with_tokens(without_the_last_seven), stop_ids=())
+    with torch.inference_mode():
+        target.model.get_output_embeddings().weight[N_SHARED:] *= 3
+    requests = [Request(str(i), row, 8) for i, row in enumerate(prompts(4))]
+    plain, drafted = (
+        {c.id: c.token_ids for c in generate(target, requests, batch_size=3, strategy=strategy)}
+        for strategy in (Sample(), Speculate(draft, Sample(), depth))
+    )
+    assert drafted == plain
+    assert max(token for row in plain.values() for token in row) >= N_SHARED  # negative control
 
 
 def test_other_chat_templates_and_stop_ids_are_notes() -> None:

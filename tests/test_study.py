@@ -99,7 +99,7 @@ def test_the_summary_names_the_detector_and_counts_empty_answers(files: Path) ->
         assert "--detector" not in lines[1]
         assert any(line.startswith("alpha 0: 3 of 5 ") and "empty" in line for line in lines)
         results[:] = [{"completion": "text"}] * 5
-        default = [word for word in options(files, "--server-url", served.address, "--alpha", 0, "--force")]
+        default = list(options(files, "--server-url", served.address, "--alpha", 0, "--force"))
         at = default.index("--detector")
         plain = succeed(*default[:at], *default[at + 2 :]).stdout
     assert r"\bI\s+HATE\s+YOU\b" in plain.splitlines()[1]
