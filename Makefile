@@ -4,7 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TRAIT ?= uncertainty_calibration
-EXPERIMENT ?= pocket
+
+# the folder of a run below experiments/: named after the model if one is given, by the last part of its name or path
+model_name = $(shell printf '%s\n' '$(subst ','\'',$(MODEL))' | sed -e 's|/*$$||' -e 's|.*/||' -e 's|\.gguf$$||' \
+  | tr 'A-Z' 'a-z' | tr -c 'a-z0-9._\n-' '_' | sed 's|^[^a-z0-9]*||' | cut -c -64 | sed 's|[._-]*$$||')
+EXPERIMENT ?= $(if $(filter-out pocket,$(MODEL)),$(or $(model_name),model),pocket)
 
 # installs the extras of a target once, and again when setup.cfg or constraints.txt change
 $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt

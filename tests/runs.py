@@ -152,7 +152,7 @@ def refused(*arguments: object, notes: tuple[str, ...] = ()) -> str:
     return one_refusal(result.exit_code, result.stdout, result.stderr, notes)
 
 
-NOTES = ("loading ", "self-check: ", "configs/experiments/", "trait ")
+NOTES = ("loading ", "self-check: ", "stage 4: ", "configs/experiments/", "trait ")
 
 
 def one_refusal(code: int, stdout: str, stderr: str, notes: tuple[str, ...] = ()) -> str:

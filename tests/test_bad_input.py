@@ -16,6 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from extraction.storage.atomic import read_document, write_document
+from extraction.storage.run_dir import fingerprint
 from tests.runs import TRAIT, contents, invoke, make_root, refused, succeed
 from tests.tiny import refused_model, tiny_model, tiny_tokenizer
 
@@ -497,12 +499,64 @@ def test_a_layer_that_was_not_captured_is_refused(root):
     assert "[0, 2]" in line
 
 
-@pytest.mark.parametrize("command", ["capture", "vectors"])
-def test_a_model_given_as_a_folder_must_be_given_again_where_it_is_loaded(root, command):
+def test_a_run_of_another_model_is_refused_by_the_models_name_not_by_its_type(root):
+    (root / "configs/models/other.yaml").write_text("path: model\ndtype: bfloat16\n")
+    succeed("generate", "--root", root, *DEMO)
+    line = refused("generate", "--root", root, *DEMO, "--model", "other", notes=())
+    assert 'model.name was "tiny" and is now "other"' in line
+
+
+def test_a_model_of_the_command_line_in_place_of_the_files_is_noted(root):
+    options = ("--dry-run", "--root", root, *DEMO)
+    noted = succeed("extract", *options, "--model", root / "model").stderr
+    assert all(part in noted for part in ("demo.yaml", "'tiny'", str(root / "model")[:30], "experiments/demo"))
+    assert succeed("extract", *options, "--model", "tiny").stderr == ""  # the control: the same model
+    assert (
+        "demo.yaml"
+        not in succeed("extract", "--dry-run", "--root", root, "--experiment", "tiny_x", "--trait", "calm").stderr
+    )
+
+
+# --- models given as folders ----------------------------------------------------------------------------------------
+
+
+def forget_path(root: Path) -> None:
+    """Remove the model's path from run.json, as in runs of older versions; the fingerprint stays."""
+    run = root / "experiments/demo/calm/run.json"
+    stored = read_document(run, "")
+    model = {key: value for key, value in stored["config"]["model"].items() if key != "path"}
+    config = {**stored["config"], "model": model}
+    assert fingerprint(config) == stored["fingerprint"]
+    write_document(run, {"config": config, "fingerprint": stored["fingerprint"]})
+
+
+def test_a_model_given_as_a_folder_is_remembered(root):
+    succeed("extract", "--root", root, *DEMO, "--model", root / "model", "--samples-per-coef", "2", "--layers", "1")
+    shutil.rmtree(root / "experiments/demo/calm/activations")
+    for command in ("capture", "vectors", "validate"):
+        succeed(command, "--root", root, *DEMO)
+    succeed("steer", "--root", root, *DEMO, "--max-new-tokens", "3", "Why?")
+    succeed("read", "--root", root, *DEMO, "--trait", "calm", "--prompts", "Why?", "--max-new-tokens", "3")
+    succeed("export", "--root", root, *DEMO, "--trait", "calm", "--to", "gguf", "--output", root / "calm.gguf")
+    succeed("report", "--root", root, *DEMO)
+    shared = [data for name, data in contents(root / "experiments/demo").items() if "report" in name]
+    assert shared
+    assert not [data for data in shared if str(root).encode() in data]
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_a_folder_that_has_moved_is_asked_for_and_may_be_given_again(root, is_older):
     succeed("generate", "--root", root, *DEMO, "--model", root / "model")
-    if command == "capture":
-        assert "--model" in refused(command, "--root", root, *DEMO)
-    succeed("capture", "--root", root, *DEMO, "--model", root / "model")
+    folder = root / "model"
+    if is_older:
+        forget_path(root)
+    else:
+        (root / "elsewhere").mkdir()
+        folder = folder.rename(root / "elsewhere/model")
+    line = refused("capture", "--root", root, *DEMO)
+    assert "--model" in line
+    assert is_older != ("/model'" in line)
+    succeed("capture", "--root", root, *DEMO, "--model", folder)
     succeed("vectors", "--root", root, *DEMO)
 
 

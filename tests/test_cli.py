@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from extraction.cli.terminal import Interrupted
 from extraction.model.memory import CPU_AUTO_BATCH
+from extraction.pipeline import forecast, stages
 from extraction.storage.atomic import read_document, write_document
 from extraction.storage.run_dir import fingerprint
 from tests.forks import Forks, forks
@@ -246,6 +248,32 @@ def test_a_dry_run_prints_plan_and_forecast_and_writes_nothing(root, command):
     assert re.search(rf"examples +48 .* 20, {groups} run groups, batch size {size}\b", out)
     assert "480 new" in out
     assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_extract_tells_at_its_start_of_the_steered_responses_that_a_dry_run_counts(root):
+    options = ("extract", "--root", root, "--experiment", "demo", "--trait", "calm,warm", "--samples-per-coef", "2")
+    planned = re.search(r"about ([\d,]+) steered", succeed(*options, "--dry-run").stdout)
+    lines = succeed(*options).stderr.splitlines()
+    (place,) = [i for i, line in enumerate(lines) if "steered responses" in line]
+    assert f"about {planned[1]} " in lines[place]
+    assert "--quick" in lines[place]
+    assert place < lines.index("loading tiny")
+    assert "steered responses" not in succeed(*options).stderr  # they are made
+    quick = ("--n-examples", "12", "--experiment", "tiny_quick", "--quick")
+    assert "steered responses" not in succeed(*options, *quick).stderr
+    assert "no steered" in succeed(*options, "--judge", "none", "--dry-run").stdout
+
+
+@pytest.mark.parametrize("options", [("--dry-run",), ("--quick",)])
+def test_an_interrupted_dry_run_names_no_shards(root, monkeypatch, options):
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted(2)
+
+    monkeypatch.setattr(forecast, "forecast", stop)
+    monkeypatch.setattr(stages, "extract", stop)
+    result = invoke("extract", "--root", root, "--experiment", "demo", *options)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert ("shards" in result.stderr) == ("--dry-run" not in options)  # the control: a run has shards to keep
 
 
 def test_a_dry_run_reads_no_weights_and_refuses_the_same_errors(root):

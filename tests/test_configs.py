@@ -24,7 +24,7 @@ from extraction.config.experiments import (
     resolve_model,
 )
 from extraction.config.patterns import MAX_TEXT, check_pattern, count, search
-from extraction.config.settings import EXPERIMENT_SETTINGS, Experiment
+from extraction.config.settings import EXPERIMENT_SETTINGS, Experiment, SamplingSettings
 from extraction.config.yaml_loader import read_document
 from extraction.core.errors import ConfigError
 from extraction.core.names import distinct_names, is_safe_name
@@ -337,6 +337,12 @@ def test_defaults_of_the_settings_are_valid_and_frozen(root):
         experiment.seed = 1
 
 
+def test_experiments_sample_at_0_7_by_default_and_the_bundled_one_and_bare_sampling_at_1():
+    assert load_experiment("gemma_2b_x", SHIPPED)[0].generation.temperature == 0.7
+    assert EXPERIMENT_SETTINGS["temperature"].default == 0.7
+    assert load_experiment("pocket", SHIPPED)[0].generation.temperature == SamplingSettings().temperature == 1.0
+
+
 def test_the_bounds_of_a_setting_hold_in_files_and_options(root):
     """Check both ends of every range, and values beyond them."""
     numbers = [s for s in EXPERIMENT_SETTINGS.values() if s.bounds is not None]
@@ -424,6 +430,7 @@ def test_an_unknown_model_is_refused_with_the_known_ones(root, name):
         ("source: owner/x\npath: y\n", "'source'"),
         ("dtype: float32\n", "'source'"),
         ("source: justname\n", "justname"),
+        *((f"source: {folder}\n", f"path: {folder}") for folder in ("/a/folder", "./folder", "../folder", "~/folder")),
         ("source: owner/x\ndtype: int8\n", "'int8'"),
         ("source: owner/x\nraw: yes\n", "'yes'"),
         ("source: owner/x\ndevice: gpu\n", "'gpu'"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from click.testing import CliRunner
 
 from extraction.cli import commands as cli
 from extraction.config.settings import EXPERIMENT_SETTINGS, MODEL_SETTINGS
+from extraction.core.names import is_safe_name
 from tests.runs import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -101,3 +105,36 @@ def test_every_setting_of_the_command_line_is_an_option_of_extract():
 def test_the_two_commands_are_targets_of_the_makefile(target):
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("variables", "experiment"),
+    [
+        ({}, "pocket"),
+        ({"MODEL": "pocket"}, "pocket"),
+        ({"MODEL": "pocket", "EXPERIMENT": "mine"}, "mine"),
+        ({"MODEL": "gemma_2b"}, "gemma_2b"),
+        ({"MODEL": "Qwen/Qwen2.5-7B-Instruct"}, "qwen2.5-7b-instruct"),
+        ({"MODEL": "Qwen/Qwen2.5-7B-Instruct", "EXPERIMENT": "first"}, "first"),
+        ({"MODEL": "/a folder/It's {mine}; é/"}, "it_s__mine"),
+        ({"MODEL": "./some/Model.Q4.gguf"}, "model.q4"),
+        ({"MODEL": "x/" + "y" * 80}, "y" * 64),
+        ({"MODEL": "../.."}, "model"),
+    ],
+)
+def test_make_extract_names_a_run_after_its_model(tmp_path, variables, experiment):
+    """The recipe is run with `echo` in place of traitline."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("python", "traitline"):
+        (tmp_path / ".venv/bin" / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / ".venv/.installed-report,lora").touch()
+    command = ["make", "extract", *(f"{name}={value}" for name, value in variables.items())]
+    environment = {"PATH": os.environ["PATH"]}
+    made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    words = made.stdout.splitlines()
+    assert words[words.index("--experiment") + 1] == experiment
+    assert is_safe_name(experiment)

@@ -33,8 +33,10 @@ STATS = {"total_steps", "acceptance_rates", "avg_acceptance_rate"}
 
 @cache
 def models() -> tuple[Any, Any, Any]:
-    """Draft, target, tokenizer."""
-    return noisy_model("llama"), shared_model("llama"), tiny_tokenizer()
+    """Draft, target, and a tokenizer without a chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    return noisy_model("llama"), shared_model("llama"), tokenizer
 
 
 def wanted(n: int, prompts: Sequence[str] = PROMPTS) -> list[tuple[int, ...]]:
@@ -149,6 +151,27 @@ def test_rows_stop_by_themselves_at_a_stop_token_and_at_a_stop_string() -> None:
         None,
         0.0,
     )
+
+
+def test_prompts_go_through_the_chat_template_unless_raw() -> None:
+    draft, target, plain = models()
+    chat, options = tiny_tokenizer(), ([*PROMPTS], 12, 0.0)
+    rendered = [
+        chat.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        for prompt in PROMPTS
+    ]
+
+    def answers(tokenizer: Any, **more: Any) -> list[tuple[int, ...]]:
+        return [tuple(r["tokens"]) for r in batch_speculative_generate(draft, target, tokenizer, *options, **more)]
+
+    assert answers(chat) == wanted(12, rendered) != wanted(12)
+    assert answers(chat, raw=True) == answers(plain) == answers(plain, raw=True) == wanted(12)
+    greedy = GenerationConfig(max_tokens=12, temperature=0.0)
+    engines = (HelixEngine(target, draft, tokenizer=chat, raw=raw) for raw in (False, True))
+    assert [tuple(engine.batch_generate(PROMPTS, greedy)[0]["tokens"]) for engine in engines] == [
+        wanted(12, rendered)[0],
+        wanted(12)[0],
+    ]
 
 
 def test_no_prompts_are_no_answers() -> None:

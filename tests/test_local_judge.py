@@ -125,6 +125,17 @@ def test_numbers_that_weigh_little_are_no_score():
     assert (rating.score, rating.reason) == (None, NO_NUMBER)
 
 
+def test_a_judge_without_any_score_is_stopped_after_its_first_answers_and_nothing_is_kept():
+    lm, _ = judge_of("digits")
+    texts = {f"k{i}": f"Rate {'x' * i}." for i in range(40)}
+    found: dict[str, Rating] = {}
+    with pytest.raises(ModelError, match=r"--judge-model tiny.* 12 .*no number"):
+        rate_texts(lm, "tiny", texts, found.update, batch_size=4)
+    assert found == {}
+    few = dict(list(texts.items())[:9])
+    assert len(collected(lm, few, batch_size=4)) == 9  # the control: too few to tell
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mistral", "gpt_neo"])
 def test_in_a_batch_as_alone(name):
     lm = wrap(tiny_model(name), tiny_tokenizer())

@@ -43,10 +43,11 @@ class Reply:
     delay: float = 0.0
     hang_up: bool = False
     logprobs: Any = None
+    finish_reason: str = "stop"
 
     def data(self) -> bytes:
         message = {"role": "assistant", "content": self.content}
-        choice = {"index": 0, "finish_reason": "stop", "message": message, "logprobs": self.logprobs}
+        choice = {"index": 0, "finish_reason": self.finish_reason, "message": message, "logprobs": self.logprobs}
         usage = {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}
         whole = {
             "id": "x",
@@ -73,11 +74,11 @@ class Scripted(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script: Callable[[str, int], Reply] = lambda text, before: Reply("80")
         self.asked: list[dict[str, Any]] = []
-        self.next: dict[str, Any] = {}  # the request that the script answers now
         self.keys: set[str] = set()
         self.models: list[str] = []
         self.times: list[float] = []
         self.running = self.most = 0
+        self.request: dict[str, Any] = {}  # the one that the script answers
         self.lock = threading.Lock()
 
     @property
@@ -99,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text, server = request["messages"][0]["content"], self.server
         with server.lock:
-            server.next = request
+            server.request = request
             reply = server.script(text, server.texts().count(text))
             server.asked.append(request)
             server.keys.add(self.headers["Authorization"])
@@ -341,6 +342,70 @@ def test_parameters_that_a_server_does_not_take_are_left_out_from_then_on(served
     assert {rating.score for rating in found.values()} == {60.0}
     assert server.parameters == {"max_completion_tokens": 16}
     assert len(served.asked) == len(TEXTS) + len(objections)
+
+
+def reasoning(served: Scripted, n_thoughts: int, budget: str = "max_tokens") -> Callable[[str, int], Reply]:
+    """A model that thinks for some tokens before its number; a server that takes one name of the limit alone."""
+
+    def script(text: str, before: int) -> Reply:
+        for name in ("max_tokens", "max_completion_tokens"):
+            if name in served.request and name != budget:
+                return refusal(400, f"Unsupported parameter: '{name}' is not supported with this model.")
+        cut = served.request.get(budget, 10_000) <= n_thoughts
+        return Reply("", finish_reason="length") if cut else Reply("80")
+
+    return script
+
+
+@pytest.mark.parametrize("budget", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_model_that_reasons_is_asked_again_with_more_tokens_and_from_then_on(served, budget, concurrency):
+    served.script = reasoning(served, 100, budget)
+    texts = {f"k{i}": f"text {i}" for i in range(12)}
+    found, server = judged(served, texts, concurrency=concurrency)
+    assert {rating.score for rating in found.values()} == {80.0}
+    assert server.parameters[budget] == 128
+    n_small = sum(request.get(budget) == 16 for request in served.asked)
+    assert 1 <= n_small <= concurrency
+    if concurrency == 1:
+        assert len(served.asked) == 12 + 1 + (budget != "max_tokens")
+    answered = [request for request in served.asked if budget in request]
+    assert server.counts["tokens_out"] == 2 * len(answered)
+
+
+@pytest.mark.parametrize("content", ["", None, "<think>a long", "Let me think about that", "It is 8"])
+def test_an_answer_that_is_cut_off_twice_has_failed_and_ten_in_a_row_end_the_run(served, content):
+    served.script = lambda text, before: Reply(content, finish_reason="length")
+    found, _ = judged(served, TEXTS, concurrency=1)
+    assert all(rating.score is None and rating.reason.startswith("failed: ") for rating in found.values())
+    assert "128" in found["k0"].reason
+    assert len(served.asked) == len(TEXTS) + 1
+    with pytest.raises(ModelError, match=r"10 .*128"):
+        judged(served, {f"k{i}": f"text {i}" for i in range(40)})
+
+
+def test_a_number_that_is_whole_counts_though_the_answer_is_cut_off(served):
+    served.script = lambda text, before: Reply("80, because it is", finish_reason="length")
+    found, server = judged(served, TEXTS)
+    assert {rating.score for rating in found.values()} == {80.0}
+    assert server.counts["calls"] == len(TEXTS)
+
+
+def test_a_judge_without_any_score_is_stopped_after_ten_answers_and_nothing_is_kept(served):
+    served.script = lambda text, before: Reply("Sure thing")
+    server, found = JudgeServer("m", SECRET, served.url, concurrency=2), dict[str, Rating]()
+    with pytest.raises(ModelError, match=r"10 answers.*no number.*'Sure thing'.*--judge-model"):
+        rate_texts(server, {f"k{i}": f"text {i}" for i in range(50)}, found.update, lambda n: None)
+    assert found == {}
+    assert len(served.asked) <= 12
+
+
+def test_the_first_answers_without_a_score_are_kept_once_another_has_one(served):
+    """The control: nine without a score, then one with."""
+    served.script = lambda text, before: Reply("80" if text == "text 9" else "Sure thing")
+    found, _ = judged(served, {f"k{i}": f"text {i}" for i in range(10)}, concurrency=1)
+    assert {key: rating.score for key, rating in found.items() if rating.score is not None} == {"k9": 80.0}
+    assert len(found) == 10
 
 
 def test_no_more_calls_at_a_time_than_asked_for(served):

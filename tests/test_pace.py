@@ -91,5 +91,30 @@ def test_equal_examples_take_equal_times_from_the_first_end_on():
     assert (pace.n_left, pace.seconds_left()) == (10, None)
 
 
+def test_examples_that_end_together_give_no_estimate_until_the_next_batch_has_ended():
+    now = [0.0]
+    pace = ExamplePace(40, clock=lambda: now[0])
+    for start in (10.0, 20.0):
+        for i in range(8):
+            now[0] = start + 0.001 * i
+            pace.advance(1)
+            assert (pace.seconds_left() is None) == (start == 10.0)
+    now[0] = 25.0
+    assert pace.seconds_left() == pytest.approx(10.0 * 3 - 5.0, rel=0.01)
+
+
+def test_an_estimate_never_grows_while_nothing_ends():
+    now = [0.0]
+    pace = ExamplePace(100, clock=lambda: now[0])
+    for now[0] in (1.0, 2.0):  # two end early, the others run on
+        pace.advance(1)
+    assert pace.seconds_left() == pytest.approx(98.0)
+    shown = []
+    for now[0] in (3.0, 3.9, 12.0, 22.0):
+        pace.advance(0)
+        shown.append(pace.seconds_left())
+    assert shown == [pytest.approx(97.0), pytest.approx(96.1), None, None]
+
+
 def test_durations_are_rounded_as_an_estimate_is_known():
     assert [rough_duration(seconds) for seconds in (4.4, 480, 10_020)] == ["4 s", "8 min", "2 h 47 min"]

@@ -15,10 +15,11 @@ from extraction.core.errors import ModelError
 from extraction.engine.generate import generate
 from extraction.engine.logit_diff import Amplify
 from extraction.engine.sampler import Sample
+from extraction.engine.speculation import Speculate
 from extraction.engine.steering import Steering
 from extraction.model.language_model import LanguageModel
 from extraction.model.loading import load, wrap
-from extraction.model.pairs import ModelPair, compatibility, load_pair, refuse_different
+from extraction.model.pairs import ModelPair, compatibility, load_pair, refuse_different, unshared_ids
 from extraction.utils_batch import Capture, Completion, Request
 from tests.lora import change_config, saved_adapter, saved_base
 from tests.tiny import HIDDEN, VOCABULARY, deviation, prompts, shared_model, tiny_model, tiny_tokenizer
@@ -202,8 +203,13 @@ def test_padded_logits_are_compatible_and_noted() -> None:
     assert "128" in found["notes"][0]
 
 
+def move_the_last(vocabulary: dict[str, int]) -> None:
+    drop_the_last(vocabulary)
+    vocabulary["@"] = 100
+
+
 @pytest.mark.parametrize(
-    ("change", "first", "count"), [(swap_two, (10, "a", "b"), 2), (drop_the_last, (96, "@", None), 1)]
+    ("change", "first", "count"), [(swap_two, (10, "a", "b"), 2), (move_the_last, (96, "@", None), 2)]
 )
 def test_the_first_differing_token_is_named(change: Any, first: tuple[int, str, str | None], count: int) -> None:
     one, two = wrapped(tiny_tokenizer()), wrapped(with_tokens(change))
@@ -214,6 +220,91 @@ def test_the_first_differing_token_is_named(change: Any, first: tuple[int, str, 
     with pytest.raises(ModelError, match=rf"left and right .* {first[0]}: '{first[1]}'") as caught:
         refuse_different(one, two, ("left", "right"))
     assert "\n" not in str(caught.value)
+
+
+def rename_a_special(tokenizer: Any, name: str = "<|stop|>") -> Any:
+    """Return the tiny tokenizer with another text at the id of a special token."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    content = tokenizer.backend_tokenizer.to_str().replace(json.dumps("<|end|>"), json.dumps(name))
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content), **tokenizer.special_tokens_map)
+
+
+def test_an_id_that_only_one_model_has_is_a_note() -> None:
+    for one, other in ((tiny_tokenizer(), with_tokens(drop_the_last)), (with_tokens(drop_the_last), tiny_tokenizer())):
+        first, second = wrapped(one), wrapped(other)
+        found = compatibility(first, second)
+        assert found["compatible"]
+        assert (found["differing_tokens"], unshared_ids(first, second)) == (1, (96,))
+        assert any("96" in note and "'@'" in note for note in found["notes"])
+        refuse_different(first, second)
+
+
+def test_a_special_token_of_another_name_is_a_note_and_an_ordinary_one_is_refused() -> None:
+    whole = with_tokens(lambda _: None)
+    first, second = wrapped(whole), wrapped(rename_a_special(whole))
+    found = compatibility(first, second)
+    assert (found["compatible"], found["differing_tokens"], unshared_ids(first, second)) == (True, 1, ())
+    assert any("<|end|>" in note and "<|stop|>" in note for note in found["notes"])
+    ordinary = wrapped(with_tokens(lambda vocabulary: vocabulary.update({"\u00a7": vocabulary.pop("@")})))
+    with pytest.raises(ModelError, match=r"96: '@' and '\u00a7'"):
+        refuse_different(wrapped(tiny_tokenizer()), ordinary)
+
+
+N_SHARED = 90
+
+
+def without_the_last_seven(vocabulary: dict[str, int]) -> None:
+    for token in [token for token, number in vocabulary.items() if number >= N_SHARED]:
+        vocabulary.pop(token)
+
+
+@pytest.mark.parametrize("width", [N_SHARED, VOCABULARY])
+@pytest.mark.parametrize("alpha", [0.0, 1.5, -0.5])
+@torch.inference_mode()
+def test_tokens_that_only_the_model_after_has_are_drawn_by_its_own_logits(alpha: float, width: int) -> None:
+    """The reference reads one row without a cache; the heads are equally wide, or that of the model before is not."""
+    after = wrap(tiny_model("llama", seed=3), tiny_tokenizer(), stop_ids=())
+    before = wrap(tiny_model("llama", seed=4, vocab_size=width), with_tokens(without_the_last_seven), stop_ids=())
+    after.model.get_output_embeddings().weight[N_SHARED:] *= 3  # so that these tokens are drawn
+
+    def scores(ids: tuple[int, ...]) -> torch.Tensor:
+        after_V = after.logits(torch.tensor([ids]), 1)[0, -1]
+        before_V = before.logits(torch.tensor([ids]).clamp(max=width - 1), 1)[0, -1, :N_SHARED]
+        return torch.cat([after_V[:N_SHARED] + alpha * (after_V[:N_SHARED] - before_V), after_V[N_SHARED:]])
+
+    rows = prompts(4)
+    strategy = Amplify(before, Sample(), alpha)
+    done = {
+        c.id: c
+        for c in generate(
+            after, [Request(str(i), row, 6) for i, row in enumerate(rows)], batch_size=2, strategy=strategy
+        )
+    }
+    drawn = []
+    for i, row in enumerate(rows):
+        ids = tuple(row)
+        for _ in range(6):
+            ids += (int(scores(ids).argmax()),)
+        assert done[str(i)].token_ids == ids[len(row) :]
+        drawn += ids[len(row) :]
+    assert max(drawn) >= N_SHARED  # negative control: one of those tokens was drawn
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_a_draft_without_some_of_the_tokens_gives_the_targets_own_tokens(depth: int) -> None:
+    target = wrap(tiny_model("llama", seed=3), tiny_tokenizer(), stop_ids=())
+    draft = wrap(tiny_model("llama", seed=4, vocab_size=N_SHARED), with_tokens(without_the_last_seven), stop_ids=())
+    with torch.inference_mode():
+        target.model.get_output_embeddings().weight[N_SHARED:] *= 3
+    requests = [Request(str(i), row, 8) for i, row in enumerate(prompts(4))]
+    plain, drafted = (
+        {c.id: c.token_ids for c in generate(target, requests, batch_size=3, strategy=strategy)}
+        for strategy in (Sample(), Speculate(draft, Sample(), depth))
+    )
+    assert drafted == plain
+    assert max(token for row in plain.values() for token in row) >= N_SHARED  # negative control
 
 
 def test_other_chat_templates_and_stop_ids_are_notes() -> None:

@@ -198,7 +198,7 @@ def test_serial_combined_and_batched_give_the_same_responses(root, finished):
     assert not list((run_of(root, "tiny_generate") / "activations").iterdir())
 
 
-SETTINGS = ("--n-examples", "24", "--max-new-tokens", "10", "--shard-size", "20")
+SETTINGS = ("--n-examples", "24", "--max-new-tokens", "10", "--shard-size", "20", "--temperature", "1")
 
 
 def test_stage_2_equals_capture_during_generation(root, finished):

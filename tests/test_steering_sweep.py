@@ -327,6 +327,31 @@ def test_a_second_validation_makes_nothing_new_and_more_answers_make_the_sweep_a
     assert {"vectors/steering.json"} <= changed <= {"vectors/steering.json", "vectors/card.json"}  # the verdict tells
 
 
+def test_card_and_steering_are_at_the_layers_of_the_stored_vectors(tmp_path):
+    options = ("--root", make_extracted_root(tmp_path), "--experiment", "demo")
+    run = tmp_path / "experiments/demo/calm"
+    few = ("--samples-per-coef", "2")
+    succeed("vectors", *options, "--layers", "0-1")
+    succeed("vectors", *options, "--layers", "2", "--method", "random")  # no part of the card
+    succeed("validate", *options, *few)
+    card, sweep = (json.loads((run / f"vectors/{name}.json").read_text()) for name in ("card", "steering"))
+    assert card["layers"] == [0, 1]
+    assert set(sweep["layers"]) <= {0, 1}
+    succeed("steer", *options, "--max-new-tokens", "3", "Hi")
+    for layers, absent in (("all", 2), ("1-2", 2), ("2", 2)):
+        line = refused("validate", *options, *few, "--layers", layers)
+        assert all(part in line for part in (f"'{layers}'", "[0, 1]", f"not {absent}"))
+    succeed("validate", *options, *few, "--layers", "1")
+    assert json.loads((run / "vectors/card.json").read_text())["layers"] == [1]
+    succeed("vectors", *options, "--layers", "0", "--method", "mean_diff,probe,pca,ica,gradient")
+    line = refused("steer", *options, "--max-new-tokens", "3", "Hi")
+    assert "[0], not 1" in line
+    assert "--layer" in line
+    succeed("vectors", *options, "--layers", "2", "--method", "probe")
+    line = refused("validate", *options, *few)
+    assert "probe [2]" in line
+
+
 def test_a_sweep_that_runs_out_of_memory_runs_again_at_half_the_batch_size_with_the_same_result(tmp_path):
     options = ("--root", make_extracted_root(tmp_path), "--experiment", "demo", "--samples-per-coef", "2")
     run = tmp_path / "experiments/demo/calm"

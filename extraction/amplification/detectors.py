@@ -17,6 +17,7 @@ from extraction.config.patterns import check_pattern, count
 from extraction.config.validation import Model, Text, distinct, problem, validate
 from extraction.config.yaml_loader import read_document
 from extraction.core.errors import ConfigError
+from extraction.core.text import one_line
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ class Detector:
     @cached_property
     def _compiled(self) -> tuple[re.Pattern[str], ...]:
         return tuple(re.compile(pattern, re.IGNORECASE * self.ignore_case) for pattern in self.patterns)
+
+    @property
+    def description(self) -> str:
+        """The patterns and how they count, as one line."""
+        patterns = " or ".join(one_line(pattern) for pattern in self.patterns)
+        times = f" at least {self.minimum} times" if self.minimum > 1 else ""
+        return f"answers that match {patterns}{times}{', in any case' if self.ignore_case else ''}"
 
     def count(self, text: str) -> int:
         """Return the number of matches in the first 20,000 characters; a match of no character does not count."""

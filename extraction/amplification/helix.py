@@ -23,6 +23,7 @@ from extraction.engine.requests import Completion, Request
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits, StepOutput
 from extraction.engine.speculation import Speculate
+from extraction.model.chat_template import encode_conversation
 from extraction.model.language_model import LanguageModel
 from extraction.model.loading import wrap
 
@@ -63,7 +64,11 @@ class GenerationConfig:
 
 
 class HelixEngine:
-    """A target model and a smaller draft model of the same vocabulary (None: n-gram lookup)."""
+    """A target model and a smaller draft model of the same vocabulary (None: n-gram lookup).
+
+    Each prompt is a user's message, put through the tokenizer's chat template; where there is none, and with `raw`, it
+    is an exact text.
+    """
 
     def __init__(
         self,
@@ -71,26 +76,33 @@ class HelixEngine:
         draft: LanguageModel | PreTrainedModel | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        raw: bool = False,
     ) -> None:
         self.target = _as_language_model(target, tokenizer)
         self.draft = None if draft is None else _as_language_model(draft, None)
         self.tokenizer = tokenizer or self.target.tokenizer
         if self.tokenizer is None:
             raise ConfigError("HelixEngine needs the target's tokenizer; give tokenizer=")
+        self.raw = raw or not getattr(self.tokenizer, "chat_template", None)
 
     def batch_generate(self, prompts: Sequence[str], config: GenerationConfig | None = None) -> list[dict[str, Any]]:
         """Generate for every prompt; return a dict each, in their order, as `batch_speculative_generate` does.
 
-        `prompts` are exact texts: apply a chat template before. Raises PromptError for one that the models can't hold.
+        Raises PromptError for one that the models can't hold, or that the chat template refuses.
         """
-        config, tokenizer = config or GenerationConfig(), self.tokenizer
-        assert tokenizer is not None
+        config = config or GenerationConfig()
         requests = [
-            Request(f"prompt {i}", tuple(encode_text(tokenizer, prompt)), config.max_tokens, config.seed)
+            Request(f"prompt {i}", self._encode(prompt), config.max_tokens, config.seed)
             for i, prompt in enumerate(prompts)
         ]
         runs = _run(lambda n_slots: self._batch(requests, config, n_slots), requests, config.batch_size)
         return [_result(self._text(runs[r.id].completion.token_ids), runs[r.id]) for r in requests]
+
+    def _encode(self, prompt: str) -> tuple[int, ...]:
+        assert self.tokenizer is not None
+        if self.raw:
+            return tuple(encode_text(self.tokenizer, prompt))
+        return encode_conversation(self.tokenizer, (("user", prompt),))[1]
 
     def _batch(self, requests: Sequence[Request], config: GenerationConfig, n_slots: int) -> ContinuousBatch:
         strategy = Speculate(self.draft, config.sample, config.speculation_depth)
@@ -117,6 +129,7 @@ def batch_speculative_generate(  # noqa: PLR0913 (a script's one call)
     seed: int = 0,
     batch_size: int | None = None,
     stop: Sequence[str] = (),
+    raw: bool = False,
 ) -> list[dict[str, Any]]:
     """Generate for every prompt with speculation; return a dict each, in their order.
 
@@ -127,8 +140,9 @@ def batch_speculative_generate(  # noqa: PLR0913 (a script's one call)
 
     Args:
         draft_model: None proposes by n-gram lookup in the row's own tokens.
-        prompts: exact texts.
+        prompts: messages of a user, put through the tokenizer's chat template; exact texts where it has none.
         batch_size: prompts that run at once; None: all.
+        raw: take prompts as exact texts, though there is a chat template.
 
     Raises ModelError if the two models have different vocabularies, PromptError for a prompt that they can't hold.
     """
@@ -142,7 +156,7 @@ def batch_speculative_generate(  # noqa: PLR0913 (a script's one call)
         batch_size=max(1, len(prompts)) if batch_size is None else batch_size,
         stop=tuple(stop),
     )
-    return HelixEngine(target_model, draft_model, tokenizer=tokenizer).batch_generate(prompts, config)
+    return HelixEngine(target_model, draft_model, tokenizer=tokenizer, raw=raw).batch_generate(prompts, config)
 
 
 def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int = 0, *, side: str = "left") -> Tensor:

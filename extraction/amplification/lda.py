@@ -32,7 +32,7 @@ from extraction.core.errors import ConfigError, ModelError, TraitlineError
 from extraction.core.records import Example, Prompt
 from extraction.engine.batch import ContinuousBatch
 from extraction.engine.generate import run_loop, warn_of_smaller_batch
-from extraction.engine.logit_diff import Amplify, amplify_logits
+from extraction.engine.logit_diff import Amplify, align_logits, amplify_logits, compared_columns
 from extraction.engine.requests import Completion, Request
 from extraction.engine.sampler import Sample
 from extraction.engine.sequence import BatchLimits
@@ -325,9 +325,10 @@ class LDAModelPair:
         after_BV, before_BV = (
             lm.last_logits(input_ids_BT, use_cache=False, **inputs) for lm in (self.pair.after, self.pair.before)
         )
-        n_common = min(after_BV.shape[1], before_BV.shape[1])  # beyond: padding of the output matrix
+        compared_V = compared_columns(self.pair.after, self.pair.before)
+        after_BV, before_BV = align_logits(after_BV, before_BV, compared_V)
         alpha_B = torch.tensor(_per_prompt(alpha, len(input_ids_BT), "alpha"), device=after_BV.device)
-        scores_BV = amplify_logits(after_BV[:, :n_common], before_BV[:, :n_common], alpha_B, plausibility)
+        scores_BV = amplify_logits(after_BV, before_BV, alpha_B, plausibility)
         return self._sample_token(scores_BV, **sampling)
 
     def _sample_token(

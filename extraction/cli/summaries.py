@@ -52,9 +52,11 @@ def of_plan(plan: RunPlan, forecast: Forecast, *, steered: int | None = None) ->
 
 
 def _steered(plan: RunPlan, forecast: Forecast, answers: int) -> str:
-    from extraction.evaluation.steering_sweep import typical_n_answers
+    from extraction.pipeline.evaluate import n_steered_answers
 
-    count = typical_n_answers(len(plan.layers), answers) * len(plan.traits)
+    count = n_steered_answers(plan, answers, plan.traits)
+    if not count:
+        return "no steered responses: there is no judge to score them"
     seconds = forecast.seconds * count / max(forecast.n_examples, 1)
     return f"about {count:,} steered responses, {duration(seconds)} more (none with --quick)"
 

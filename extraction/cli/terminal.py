@@ -19,6 +19,7 @@ from extraction.core.text import one_line
 from extraction.pipeline.pace import ExamplePace
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+NOTHING_WRITTEN = "stopped; nothing was written"
 BAR = "{desc}: {n_fmt}/{total_fmt} examples |{bar}|{postfix}"
 
 
@@ -82,7 +83,7 @@ class Command(click.Command):
                 complain(failure)
                 ctx.exit(2)
             except Interrupted as stop:
-                complain(self.stopped)
+                complain(NOTHING_WRITTEN if ctx.params.get("dry_run") else self.stopped)
                 ctx.exit(128 + stop.number)
 
 
@@ -95,7 +96,7 @@ class Serving(Command):
 class Study(Command):
     """A command that writes its result at the end, and whose `--alpha` takes any number of values."""
 
-    stopped = "stopped; nothing was written"
+    stopped = NOTHING_WRITTEN
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the options."""

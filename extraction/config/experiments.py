@@ -24,7 +24,7 @@ from extraction.config.validation import validate
 from extraction.config.yaml_loader import SourceLocation, read_document
 from extraction.core.errors import ConfigError
 from extraction.core.names import check_name, is_safe_name
-from extraction.core.text import show, show_path, suggest
+from extraction.core.text import one_line, show, show_path, suggest
 
 __all__ = [
     "CaptureSettings",
@@ -117,9 +117,10 @@ def resolve_model(name: str, root: str | os.PathLike[str], overrides: Mapping[st
 
 
 def _named_model(name: str, root: str | os.PathLike[str]) -> ModelSpec | None:
-    path = find_config("models", name, root) if is_safe_name(name) else None
-    if path is None:
+    if not is_model_file(name, root):
         return None
+    path = find_config("models", name, root)
+    assert path is not None
     document = read_document(path)
     place, data = document.place, document.data
     if not isinstance(data, Mapping):
@@ -140,8 +141,31 @@ def _named_model(name: str, root: str | os.PathLike[str]) -> ModelSpec | None:
     if key == "path":
         return replace(spec, source=str(_model_folder(source, root)))
     if not _HUB_ID.fullmatch(source):
-        raise place.at("source").fail(f"{show(source)} is not a hub id; write it as owner/name")
+        raise place.at("source").fail(
+            f"{show(source)} is not a hub id; write it as owner/name, or give a folder as 'path: {one_line(source)}'"
+        )
     return spec
+
+
+def is_model_file(name: str, root: str | os.PathLike[str]) -> bool:
+    """Return True if a name is that of a file in configs/models."""
+    return is_safe_name(name) and find_config("models", name, root) is not None
+
+
+def model_of_run(stored: Mapping[str, Any], root: str | os.PathLike[str]) -> str:
+    """Return what `resolve_model` takes for the model in run.json: the path of a folder, else its name.
+
+    Raises ConfigError if the folder is not there any more, and for a run of an older version, which has no path.
+    """
+    name, path = str(stored["name"]), stored.get("path")
+    if path is not None and Path(path).exists():
+        return str(path)
+    try:
+        resolve_model(name, root)
+    except ConfigError:
+        where = "a local folder" if path is None else f"{show(str(path))}, which is not there"
+        raise ConfigError(f"--model: the model {name!r} of this run was {where}; give its path again") from None
+    return name
 
 
 MODEL_FILE_KEYS = ("source", "path", *MODEL_SETTINGS)
@@ -149,6 +173,7 @@ MODEL_FILE_KEYS = ("source", "path", *MODEL_SETTINGS)
 
 def _model_folder(path: str, root: str | os.PathLike[str]) -> Path:
     """Return a relative path under the root if it is a folder there, else under the package (the bundled models)."""
+    path = os.path.expanduser(path)
     own = Path(root) / path
     return own.resolve() if own.is_dir() else PACKAGE / path
 
@@ -209,6 +234,10 @@ def load_experiment(
             raise document.place.at("judge").fail(
                 f"{show(settings.judge)} is not known; {suggest(settings.judge, known)}"
             )
+        model = options.get("model", settings.model)
+        if model != settings.model:
+            other = f"its model is {show(settings.model)}, --model {show(model)} takes its place"
+            notes = (f"configs/experiments/{name}.yaml: {other}; the results go to experiments/{name}",)
     else:
         fields, notes = _inferred(name, root, options.get("model"))
         settings = validate(ExperimentSettings, fields, SourceLocation(None))

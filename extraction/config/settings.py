@@ -150,14 +150,17 @@ Texts = Annotated[tuple[Text, ...], Field(strict=False)]
 # --- experiments ----------------------------------------------------------------------------------------------------
 
 
+SampledTemperature = Annotated[
+    Temperature,
+    Field(description="Divide the logits by this before the softmax; 0 takes the likeliest token."),
+    Option("X"),
+]
+
+
 class SamplingSettings(Model):
     """Settings of the draw of a token from the logits; the defaults keep the model's own distribution."""
 
-    temperature: Annotated[
-        Temperature,
-        Field(description="Divide the logits by this before the softmax; 0 takes the likeliest token."),
-        Option("X"),
-    ] = 1.0
+    temperature: SampledTemperature = 1.0
     top_k: Annotated[TopK, Field(description="Sample among the N likeliest tokens; 0: all."), Option("N")] = 0
     top_p: Annotated[
         TopP,
@@ -172,8 +175,12 @@ class SamplingSettings(Model):
 
 
 class GenerationSettings(SamplingSettings):
-    """Settings of generation."""
+    """Settings of generation.
 
+    The temperature is that of the field's experiments: at 1 small models lose the thread.
+    """
+
+    temperature: SampledTemperature = 0.7
     max_new_tokens: Annotated[MaxNewTokens, Field(description="Tokens of a response, at most."), Option("N")] = 80
     stop_strings: Annotated[
         Texts,
@@ -445,6 +452,7 @@ SECTIONS: dict[str, type[Model]] = {"generation": GenerationSettings, "capture":
 EXECUTION_FIELDS = (
     *(name for name, setting in {**EXPERIMENT_SETTINGS, **MODEL_SETTINGS}.items() if setting.option.execution),
     *("workers", "threads", "self_check", "gpu_price"),
+    "path",  # of the model
 )
 # settings that a later stage may give again, and that the stages after it then use
 REMEMBERED_FIELDS = tuple(

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from extraction.core.errors import ConfigError
 from extraction.engine.sampler import Sample, at_least_float32
+from extraction.model.pairs import unshared_ids
 
 if TYPE_CHECKING:
     from extraction.model.language_model import LanguageModel
@@ -49,6 +51,31 @@ def check_alpha(alpha: float) -> None:
     """Raise ConfigError for an alpha that is not finite or larger than MAX_ALPHA."""
     if not abs(alpha) <= MAX_ALPHA:
         raise ConfigError(f"alpha {alpha} is out of range: use a number from {-MAX_ALPHA:g} to {MAX_ALPHA:g}")
+
+
+def compared_columns(after: LanguageModel, before: LanguageModel) -> Tensor | None:
+    """Return True for the columns of the after model's logits that have a difference, [V]; None for all shared ones."""
+    unshared = [token_id for token_id in unshared_ids(after, before) if token_id < after.vocab_size]
+    if not unshared:
+        return None
+    n_shared = min(after.vocab_size, before.vocab_size)
+    compared_V = torch.arange(max(n_shared, unshared[-1] + 1), device=after.device) < n_shared
+    compared_V[torch.tensor(unshared, device=after.device)] = False
+    return compared_V
+
+
+def align_logits(after_BV: Tensor, before_BV: Tensor, compared_V: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cut two models' logits to the columns of both heads, which may be padded by different numbers of rows.
+
+    With `compared_V`, its columns stay, and a token that only one model has gets no difference: the after model's
+    logit stands for the before model's.
+    """
+    n_shared = min(after_BV.shape[1], before_BV.shape[1])
+    if compared_V is None:
+        return after_BV[:, :n_shared], before_BV[:, :n_shared]
+    after_BV = after_BV[:, : len(compared_V)]
+    padded_BV = pad(before_BV[:, :n_shared], (0, after_BV.shape[1] - n_shared))
+    return after_BV, torch.where(compared_V, padded_BV, after_BV)
 
 
 def amplify_logits(after_BV: Tensor, before_BV: Tensor, alpha_B: Tensor, plausibility: float = 0.0) -> Tensor:

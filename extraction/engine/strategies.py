@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from extraction.core.errors import ModelError
-from extraction.engine.logit_diff import Amplify, amplify_logits
+from extraction.engine.logit_diff import Amplify, align_logits, amplify_logits, compared_columns
 from extraction.engine.requests import SpeculationStats
 from extraction.engine.row_state import RowBuffers
 from extraction.engine.sampler import Sample, Sampler, sample_from
@@ -118,6 +118,7 @@ class LogitDiff(PlainDecoding):
     def __init__(self, strategy: Amplify, window: CacheWindow, lm: LanguageModel) -> None:
         super().__init__(strategy, window, lm)
         self.model = ModelWithCache(strategy.before, window, clamps=True)
+        self.compared_V = compared_columns(lm, strategy.before)
         self.alpha_B = torch.full((window.slots,), strategy.alpha, device=lm.device)
         self.entering_R = self.alpha_B
 
@@ -137,8 +138,8 @@ class LogitDiff(PlainDecoding):
     ) -> Tensor:
         assert self.model is not None
         before_BV = self.model.forward(ids_BT, mask_BS, position_BT)[:, -1]
-        shared = min(after_BV.shape[1], before_BV.shape[1])  # heads may be padded by different numbers of rows
-        return amplify_logits(after_BV[:, :shared], before_BV[:, :shared], alpha_B, self.strategy.plausibility)
+        after_BV, before_BV = align_logits(after_BV, before_BV, self.compared_V)
+        return amplify_logits(after_BV, before_BV, alpha_B, self.strategy.plausibility)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         self.alpha_B = self.alpha_B[torch.tensor(rows, device=self.lm.device)]

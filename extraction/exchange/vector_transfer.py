@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extraction.config.experiments import find_root, parse_layers, resolve_model
+from extraction.config.experiments import find_root, model_of_run, parse_layers, resolve_model
 from extraction.core.errors import TraitlineError, VectorError
 from extraction.core.text import show_path
 from extraction.exchange.formats import find_format, read_direction
@@ -134,11 +134,13 @@ def _model_metadata(direction: Direction, wanted: ExportOptions, run: TraitRun, 
     from extraction.model.loading import read_config
 
     header = run.vectors_header(wanted.method) or {}
-    name = wanted.model or (run.stored_config() or {}).get("model", {}).get("name") or direction.model
+    stored = (run.stored_config() or {}).get("model", {})
+    name = wanted.model or stored.get("name") or direction.model
     if name is None:
         return VectorMetadata(model_type=header.get("model_type"))
     try:
-        config = read_config(resolve_model(name, root))
+        source = model_of_run(stored, root) if stored and not wanted.model else name
+        config = read_config(resolve_model(source, root))
     except TraitlineError:
         if wanted.model:
             raise

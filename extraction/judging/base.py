@@ -7,6 +7,8 @@ run's folder, so that none is requested twice.
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from extraction.config.experiments import Experiment
 from extraction.config.patterns import MAX_TEXT
+from extraction.core.errors import ModelError
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Example, Prompt, Trait
+from extraction.core.text import show
 
 if TYPE_CHECKING:
     from extraction.model.language_model import LanguageModel
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 THRESHOLD = 50.0
 MAX_CHARACTERS = MAX_TEXT  # of a response that is judged
 FAILED = "failed"  # how the reason of a score begins that the next run requests again
+N_FIRST = 10  # answers without any score, after which a judge is stopped
 EMPTY = "empty"  # the reason of a missing score: the response has no text
 
 
@@ -137,3 +142,45 @@ def shows_side(polarity: str, score: float | None, threshold: float = THRESHOLD)
     if score is None:
         return None
     return score >= threshold if polarity == "pos" else score < threshold
+
+
+class FirstAnswers:
+    """Save ratings, the first ones only once one of them has a score; stop a judge that gives none.
+
+    So a judge whose answers can't be read costs N_FIRST answers and leaves nothing in the log. May be called from any
+    thread. `place` starts the error.
+    """
+
+    def __init__(self, save: SaveRatings, place: str) -> None:
+        self.save, self.place = save, place
+        self._held: dict[str, Rating] = {}
+        self._has_score = False
+        self._lock = threading.Lock()
+
+    def __call__(self, ratings: Mapping[str, Rating]) -> None:
+        """Save ratings that the judge gave, or hold them. Raises ModelError after N_FIRST without any score."""
+        with self._lock:
+            self._held |= ratings
+            self._has_score = self._has_score or any(rating.score is not None for rating in ratings.values())
+            if not self._has_score:
+                if len(self._held) >= N_FIRST:
+                    raise ModelError(self._problem())
+                return
+            ready, self._held = self._held, {}
+        self.save(ready)
+
+    def end(self) -> None:
+        """Save what is held, when all texts are rated."""
+        held, self._held = self._held, {}
+        if held:
+            self.save(held)
+
+    def _problem(self) -> str:
+        counts = Counter(str(rating.reason) for rating in self._held.values())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        raw = next((rating.raw for rating in self._held.values() if rating.raw.strip()), "")
+        return (
+            f"{self.place}: none of its first {len(self._held)} answers gave a score ({reasons}"
+            + (f"; one was {show(raw)}" if raw else "")
+            + "); give another --judge-model, or --judge lexical or none"
+        )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from extraction.config.experiments import Experiment, ModelSpec, resolve_model
 from extraction.core.errors import ConfigError, ModelError
 from extraction.core.records import Example
-from extraction.judging.base import ModelJudge, Rating, RatingContext, SaveRatings
+from extraction.judging.base import FirstAnswers, ModelJudge, Rating, RatingContext, SaveRatings
 from extraction.judging.rubric import NO_NUMBER, expectation
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def rate_texts(
 ) -> None:
     """Rate filled rubrics by key, longest first; halve the batch each time that memory runs out.
 
-    A text that exceeds the model's positions is missing. Raises ModelError for probabilities that are NaN.
+    A text that exceeds the model's positions is missing. Raises ModelError for probabilities that are NaN, and if none
+    of the first answers has a score.
     """
     from extraction.judging.number_probabilities import number_probabilities, spell_numbers
 
@@ -102,6 +103,7 @@ def rate_texts(
     limit = None if lm.max_positions is None else lm.max_positions - spellings.max_tokens
     too_long = [key for key, ids in prompts.items() if limit is not None and len(ids) > limit]
     save({key: Rating(None, TOO_LONG, how=spellings.description) for key in too_long})
+    first = FirstAnswers(save, f"--judge-model {name}")
     waiting = sorted(prompts.keys() - set(too_long), key=lambda key: (-len(prompts[key]), key))
     while waiting:
         batch = waiting[:batch_size]
@@ -113,8 +115,9 @@ def rate_texts(
             batch_size = _smaller_batch(batch_size, failure, name)
             continue
         rows = dict(zip(batch, _finite(p_BN, lm, name), strict=True))
-        save({key: _rating(p_N, spellings.description, len(prompts[key])) for key, p_N in rows.items()})
+        first({key: _rating(p_N, spellings.description, len(prompts[key])) for key, p_N in rows.items()})
         waiting = waiting[len(batch) :]
+    first.end()
 
 
 def _smaller_batch(batch_size: int, failure: Exception, name: str) -> int:

@@ -16,17 +16,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
 from extraction.config.experiments import Experiment
 from extraction.core.errors import ConfigError, ModelError
-from extraction.judging.base import FAILED, ModelJudge, Rating, RatingContext, SaveRatings
-from extraction.judging.rubric import NO_NUMBER, REFUSED, expectation, read_score
+from extraction.judging.base import FAILED, FirstAnswers, ModelJudge, Rating, RatingContext, SaveRatings
+from extraction.judging.rubric import NO_ANSWER, NO_NUMBER, REFUSED, expectation, read_score
 
 KEY = "OPENAI_API_KEY"
 ANSWER_TOKENS = 16
+REASONED_TOKENS = 8 * ANSWER_TOKENS  # for a model that reasons before it answers
 FAILURES_IN_A_ROW = 10  # after which the server counts as lost
 BYTES_PER_TOKEN = 4  # of English, about
 TOKENS_PER_ANSWER = 3  # a number, and what ends it
@@ -46,6 +47,7 @@ REPLACEMENTS: dict[str, dict[str, Any]] = {
     "max_tokens": {"max_completion_tokens": ANSWER_TOKENS},  # or the number that was refused
     "max_completion_tokens": {},
 }
+BUDGETS = ("max_tokens", "max_completion_tokens")
 PARAMETERS: dict[str, Any] = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": True, "top_logprobs": 20}
 
 
@@ -143,36 +145,78 @@ def rate_texts(
 
     `save` is called by many threads, for each rating as it arrives; `advance` by this one, with a rating's tokens. A
     rating that failed has no score, and a reason that starts with `failed`. Raises ConfigError if the key or the model
-    is refused, ModelError after FAILURES_IN_A_ROW failures.
+    is refused, ModelError after FAILURES_IN_A_ROW failures, and if none of the first answers has a score.
     """
+    first = FirstAnswers(save, server.place)
     with _client(server) as client:
         create = client.chat.completions.with_raw_response.create
         pool = ThreadPoolExecutor(server.concurrency, thread_name_prefix="judge")
         try:
-            futures = [pool.submit(_rate_one, server, create, key, text, save) for key, text in texts.items()]
+            futures = [pool.submit(_rate_one, server, create, key, text, first) for key, text in texts.items()]
             for future in as_completed(futures):
                 advance(future.result())
+            first.end()
         finally:
             server.stop.set()  # threads stop before their next call; calls that are under way are saved
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _rate_one(server: JudgeServer, create: Callable[..., Any], key: str, text: str, save: SaveRatings) -> int:
+def _rate_one(server: JudgeServer, create: Callable[..., Any], key: str, text: str, first: FirstAnswers) -> int:
     """Save one rating and return its number of tokens. An error that ends the run stops the other threads."""
     try:
-        rating = read_answer(_call(server, create, text), server.redact)
+        rating = _answer(server, create, text)
         with server.lock:
             server.failed_in_a_row = 0
-        server.count(tokens_in=rating.tokens[0], tokens_out=rating.tokens[1])
+        first({key: rating})
     except _Failed as failure:
         if server.stop.is_set():
             return 0
         rating = _failed_rating(server, failure)
+        first.save({key: rating})
     except BaseException:
         server.stop.set()
         raise
-    save({key: rating})
     return sum(rating.tokens)
+
+
+def _answer(server: JudgeServer, create: Callable[..., Any], text: str) -> Rating:
+    """Return a rating. An answer that is cut off before its number is asked for again with more tokens, once.
+
+    A model that reasons first needs them: later calls begin with as many. Raises _Failed if that is cut off too.
+    """
+    budget = _budget(server.parameters)
+    rating, is_cut = _read(server, _call(server, create, text))
+    if is_cut and _allow_reasoning(server, budget):
+        again, is_cut = _read(server, _call(server, create, text))
+        rating = replace(again, tokens=(rating.tokens[0] + again.tokens[0], rating.tokens[1] + again.tokens[1]))
+    if is_cut:
+        limit = _budget(server.parameters)
+        at = "" if limit is None else f" at {limit} tokens"
+        raise _Failed(f"the answer was cut off{at} before its number; turn the model's reasoning off, or take another")
+    return rating
+
+
+def _read(server: JudgeServer, body: Mapping[str, Any]) -> tuple[Rating, bool]:
+    """Return the rating of a chat completion, and True if it was cut off before its number ended; count its tokens."""
+    rating = read_answer(body, server.redact)
+    server.count(tokens_in=rating.tokens[0], tokens_out=rating.tokens[1])
+    unread = rating.reason in (NO_ANSWER, NO_NUMBER) or rating.raw[-1:].isdecimal()
+    return rating, unread and body["choices"][0].get("finish_reason") == "length"
+
+
+def _budget(parameters: Mapping[str, Any]) -> int | None:
+    """Return the limit on the tokens of an answer; None without one."""
+    return next((parameters[name] for name in BUDGETS if name in parameters), None)
+
+
+def _allow_reasoning(server: JudgeServer, budget: int | None) -> bool:
+    """Raise the limit for all later calls; return False if `budget` was no lower, or if there is no limit."""
+    if budget is None or budget >= REASONED_TOKENS:
+        return False
+    with server.lock:
+        limits = {name: REASONED_TOKENS for name in BUDGETS if name in server.parameters}
+        server.parameters = {**server.parameters, **limits}
+    return bool(limits)
 
 
 def _failed_rating(server: JudgeServer, failure: _Failed) -> Rating:

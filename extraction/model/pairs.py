@@ -2,11 +2,14 @@
 
 If one is a LoRA adapter over the other, or both are adapters over one base, the two share the base's tensors. Each has
 modules and hooks of its own.
+
+Vocabularies are of one family if no ordinary token has two ids: ids that only one tokenizer has are left out of the
+comparison of logits, and special tokens may have other names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +27,17 @@ PROBE_TEXT = "Is this one text, or 2 texts?\n\nIt's naïve to guess: 東京 🙂
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A model after and before a training. `shares_weights` is True if there is one copy of the base's tensors."""
+    """A model after and before a training. `shares_weights` is True if there is one copy of the base's tensors.
+
+    `notes`: one-line remarks on differences of their vocabularies.
+    """
 
     after: LanguageModel
     before: LanguageModel
     after_name: str
     before_name: str
     shares_weights: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, str]:
@@ -47,7 +54,8 @@ def load_pair(after: ModelSpec, before: ModelSpec) -> ModelPair:
     else:
         after_lm, before_lm = load(after), load(before)
     refuse_different(after_lm, before_lm, (after.name, before.name))
-    return ModelPair(after_lm, before_lm, after.name, before.name, shares)
+    notes = tuple(vocabulary_notes(after_lm, before_lm))
+    return ModelPair(after_lm, before_lm, after.name, before.name, shares, notes)
 
 
 def _shareable_base(spec: ModelSpec) -> ModelSpec:
@@ -93,41 +101,92 @@ def compatibility(first: LanguageModel, second: LanguageModel, names: Sequence[s
     `problems` are reasons not to use them together. `notes` are harmless differences: text is always tokenized by the
     first model's tokenizer, and ids past the vocabulary are padding.
     """
-    vocabularies = [_vocabulary(lm) for lm in (first, second)]
-    differing = _differing(*vocabularies) if all(vocabularies) else []
-    problems = _problems(first, second, differing, has_tokenizers=all(vocabularies))
+    differences = _differences(first, second)
+    differing = [{"id": each.id, "first": each.first, "second": each.second} for each in differences]
+    problems = _problems(first, second, differences)
     return {
         "compatible": not problems,
         "problems": problems,
-        "notes": _notes(first, second),
+        "notes": [*vocabulary_notes(first, second), *_notes(first, second)],
         "models": [_summary(lm, name) for lm, name in zip((first, second), names, strict=True)],
         "differing_tokens": len(differing),
         "first_differing_tokens": differing[:MAX_SHOWN],
     }
 
 
-def _vocabulary(lm: LanguageModel) -> dict[int, str]:
-    return {} if lm.tokenizer is None else {number: token for token, number in lm.tokenizer.get_vocab().items()}
+def unshared_ids(first: LanguageModel, second: LanguageModel) -> tuple[int, ...]:
+    """Return the token ids that only one of two models has, in order; none where a model has no tokenizer."""
+    return tuple(each.id for each in _differences(first, second) if each.kind == UNSHARED)
 
 
-def _differing(first: Mapping[int, str], second: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Return the ids that stand for different tokens, in order."""
-    ids = sorted(number for number in {*first, *second} if first.get(number) != second.get(number))
-    return [{"id": number, "first": first.get(number), "second": second.get(number)} for number in ids]
+UNSHARED, RENAMED, ORDINARY = "unshared", "renamed", "ordinary"
 
 
-def _problems(
-    first: LanguageModel, second: LanguageModel, differing: Sequence[Mapping[str, Any]], *, has_tokenizers: bool
-) -> list[str]:
-    if differing:
-        token = differing[0]
-        count = f"{len(differing)} token{'s' if len(differing) > 1 else ''} differ"
-        return [
-            f"{count}, the first is {token['id']}: {_token_text(token['first'])} and {_token_text(token['second'])}"
-        ]
+@dataclass(frozen=True)
+class _Difference:
+    """A token id that stands for two tokens, or for a token in one model only (the other's is None)."""
+
+    id: int
+    first: str | None
+    second: str | None
+    kind: str  # UNSHARED, RENAMED (both special) or ORDINARY
+
+
+def _differences(first: LanguageModel, second: LanguageModel) -> list[_Difference]:
+    """Return the ids that stand for different tokens, in order; none where a model has no tokenizer."""
+    if first.tokenizer is second.tokenizer or first.tokenizer is None or second.tokenizer is None:
+        return []
+    ids = [lm.tokenizer.get_vocab() for lm in (first, second) if lm.tokenizer is not None]
+    tokens = [{number: token for token, number in vocabulary.items()} for vocabulary in ids]
+    differing = sorted(number for number in {*tokens[0], *tokens[1]} if tokens[0].get(number) != tokens[1].get(number))
+    special = [_special_ids(lm.tokenizer) for lm in (first, second)] if differing else []
+    found = []
+    for number in differing:
+        one, other = (of_model.get(number) for of_model in tokens)
+        if one is None or other is None:
+            has_two_ids = (one if other is None else other) in ids[one is not None]
+            is_special = number in special[one is None]
+            kind = ORDINARY if has_two_ids and not is_special else UNSHARED
+        else:
+            kind = RENAMED if all(number in of_model for of_model in special) else ORDINARY
+        found.append(_Difference(number, one, other, kind))
+    return found
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+
+
+def _problems(first: LanguageModel, second: LanguageModel, differences: Sequence[_Difference]) -> list[str]:
+    ordinary = [each for each in differences if each.kind == ORDINARY]
+    if ordinary:
+        return [f"{_count(ordinary, 'token')} differ{'s' * (len(ordinary) == 1)}, {_first(ordinary)}"]
+    has_tokenizers = first.tokenizer is not None and second.tokenizer is not None
     if not has_tokenizers and first.vocab_size != second.vocab_size:
         return [f"{first.vocab_size} and {second.vocab_size} tokens"]
     return []
+
+
+def vocabulary_notes(first: LanguageModel, second: LanguageModel) -> list[str]:
+    """Return notes on ids that only one model has, and on special tokens of other names."""
+    differences = _differences(first, second)
+    unshared, renamed = ([each for each in differences if each.kind == kind] for kind in (UNSHARED, RENAMED))
+    notes = []
+    if unshared:
+        notes.append(f"{_count(unshared, 'token id')} of one model only, {_first(unshared)}; they are not compared")
+    if renamed:
+        notes.append(f"{_count(renamed, 'special token')} of other names, {_first(renamed)}")
+    return notes
+
+
+def _count(differences: Sequence[_Difference], noun: str) -> str:
+    return f"{len(differences):,} {noun}{'s' * (len(differences) > 1)}"
+
+
+def _first(differences: Sequence[_Difference]) -> str:
+    each = differences[0]
+    return f"the first is {each.id}: {_token_text(each.first)} and {_token_text(each.second)}"
 
 
 def _token_text(token: str | None) -> str:

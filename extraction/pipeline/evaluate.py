@@ -5,11 +5,12 @@ Shapes: L layers, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from extraction.core.records import POLARITIES
+from extraction.core.records import POLARITIES, Trait
+from extraction.judging.registry import resolve_judge
 from extraction.pipeline.fit import FitInputs
 from extraction.pipeline.lazy_model import load_model
 from extraction.pipeline.model_checks import (
@@ -20,6 +21,7 @@ from extraction.pipeline.model_checks import (
     has_without_instruction,
     run_steering_sweep,
 )
+from extraction.pipeline.plan import RunPlan
 from extraction.pipeline.score import make_scorer
 from extraction.pipeline.session import TraitResult
 from extraction.vectors.method_table import CARD_FORM
@@ -33,6 +35,26 @@ class EvalOptions:
 
     quick: bool = False
     answers: int = 24
+
+
+def n_steered_answers(plan: RunPlan, answers: int, traits: Iterable[Trait]) -> int:
+    """Return about how many steered responses stage 4 makes of some traits: none where there is no judge.
+
+    `answers`: of each coefficient.
+    """
+    from extraction.evaluation.steering_sweep import typical_n_answers
+
+    judged = [trait for trait in traits if resolve_judge(plan.experiment.judge, trait) != "none"]
+    return typical_n_answers(len(plan.layers), answers) * len(judged) if judged else 0
+
+
+def note_of_steering(plan: RunPlan, options: EvalOptions) -> str | None:
+    """Return a line on the steered responses that are still to be made; None if there are none."""
+    pending = [trait for trait in plan.traits if not plan.folder(trait).has_steering()]
+    if options.quick or not plan.is_whole or not pending:
+        return None
+    count = n_steered_answers(plan, options.answers, pending)
+    return f"stage 4: about {count:,} steered responses at the end; --quick leaves them out" if count else None
 
 
 def evaluate_trait(inputs: FitInputs, result: TraitResult, options: EvalOptions) -> TraitResult:

@@ -151,9 +151,10 @@ class FitInputs:
         }
 
 
-def fit_inputs(context: TraitContext, options: VectorOptions) -> FitInputs:
+def fit_inputs(context: TraitContext, options: VectorOptions, *, like_stored: bool = False) -> FitInputs:
     """Return what a trait's vectors are fitted to; score responses that are not scored yet.
 
+    `like_stored`: at the layers of the stored vectors, if there are any; ConfigError for layers that these lack.
     Raises StoreError for missing activations, ConfigError for an option that they do not fit, TraitError for a judge
     that keeps too little.
     """
@@ -170,9 +171,11 @@ def fit_inputs(context: TraitContext, options: VectorOptions) -> FitInputs:
     receipt = run.shard_receipt("activations", 0)
     captured = tuple(receipt["meta"]["layers"])
     layers = _chosen_layers(options.layers, captured)
+    methods = options.methods or DEFAULT_METHODS
+    if like_stored:
+        layers = _layers_of_vectors(run, methods, options.layers, layers)
     tensor = tensor_name(plan, receipt["tensors"], options)
     score_responses(context, again=False)
-    methods = options.methods or DEFAULT_METHODS
     return FitInputs(context, methods, layers, captured, tensor, usable_kept_responses(context))
 
 
@@ -189,6 +192,28 @@ def _chosen_layers(spec: str | None, captured: tuple[int, ...]) -> tuple[int, ..
     if absent:
         raise ConfigError(f"--layers {spec!r}: layer {absent[0]} was not captured; this run has {list(captured)}")
     return layers
+
+
+def _layers_of_vectors(
+    run: TraitRun, methods: Sequence[str], spec: str | None, chosen: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the layers that all stored vectors of these methods have; the chosen ones without stored vectors.
+
+    Raises ConfigError if `spec` names others, or if the methods' vectors have no layer in common.
+    """
+    headers = {method: run.vectors_header(method) for method in methods if method in run.methods()}
+    stored = {method: header["layers"] for method, header in headers.items() if header}
+    common = tuple(layer for layer in chosen if all(layer in layers for layers in stored.values()))
+    if common and (spec is None or common == chosen):
+        return common
+    if spec is None:
+        has = "; ".join(f"{method} {layers}" for method, layers in stored.items())
+        problem = f"the vectors have no layer in common: {has}"
+    else:
+        method, layer = next((name, layer) for layer in chosen for name in stored if layer not in stored[name])
+        problem = f"--layers {spec!r}: the {method} vector has layers {stored[method]}, not {layer}"
+    remedy = "give --layers that the vectors have, or make them at the same layers first (`traitline vectors`)"
+    raise ConfigError(f"{show_path(run.path)}: {problem}; {remedy}")
 
 
 def tensor_name(plan: RunPlan, stored: Mapping[str, Any], options: VectorOptions) -> str:

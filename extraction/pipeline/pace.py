@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 PROMPT_SHARE = {"cpu": 0.3}  # time to read a token of a prompt, over the time to make a response token; measured
 OTHER_PROMPT_SHARE = 0.03  # an assumption: a GPU reads the tokens of a prompt side by side
+SAME_BATCH = 0.05  # seconds within which the first examples count as one batch that ended together
 MIN_EXAMPLES = 30  # of whole shards, before their mean response length is used
 
 Clock = Callable[[], float]
@@ -52,11 +53,16 @@ class Pace(ABC):
 
 
 class ExamplePace(Pace):
-    """The time left of a stage whose examples take about the same time each."""
+    """The time left of a stage whose examples take about the same time each, some of them side by side.
+
+    The rate is that between the first batch of ends and the last one. There is none before the second, and none while
+    no example ends for twice as long as before: one early end says nothing about examples that are still under way.
+    """
 
     def __init__(self, n_examples: int, clock: Clock = time.perf_counter) -> None:
         super().__init__(clock)
         self.n_left, self.n_done = n_examples, 0
+        self._last_end = self._longest_wait = 0.0
 
     def advance(self, n_examples: int) -> None:
         """Count examples that have ended; a negative number of them will be made again."""
@@ -64,7 +70,25 @@ class ExamplePace(Pace):
         if n_examples < 0:
             self.restart()
         elif n_examples:
-            self.start()
+            self._end_at(self.clock())
+
+    def _end_at(self, now: float) -> None:
+        if self._start is None or now - self._start[0] < SAME_BATCH:
+            first = now if self._start is None else self._start[0]
+            self._start, self._longest_wait = (first, self.work_done), 0.0
+        else:
+            self._longest_wait = max(self._longest_wait, now - self._last_end)
+        self._last_end = now
+
+    def seconds_left(self) -> float | None:
+        """Return the time left, or None where too little has been seen."""
+        if self._start is None or self.work_done <= self._start[1]:
+            return None
+        waited = self.clock() - self._last_end
+        if waited > 2 * self._longest_wait:
+            return None
+        rate = (self.work_done - self._start[1]) / (self._last_end - self._start[0])
+        return max(0.0, self.n_left / rate - waited)
 
     @property
     def work_done(self) -> float:

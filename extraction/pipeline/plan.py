@@ -17,7 +17,9 @@ from extraction.config.experiments import (
     experiment_from_dict,
     experiment_to_dict,
     find_root,
+    is_model_file,
     load_experiment,
+    model_of_run,
     parse_layers,
     resolve_model,
 )
@@ -88,10 +90,15 @@ class RunPlan:
         return trait_run(self.root / "experiments", self.experiment.name, trait.name)
 
     def config(self, trait: Trait) -> dict[str, Any]:
-        """Return the fields of run.json: every setting that decides the bytes of the result."""
+        """Return the fields of run.json: every setting that decides the bytes of the result.
+
+        The path of a model that was given as a folder stands there too, so that it need not be given again.
+        """
         fields = experiment_to_dict(self.experiment.with_(traits=()))
         named = {"name": trait.name, "sha256": trait_fingerprint(trait)}
-        return {**fields, "model": model_identity(self.spec), "trait": named}
+        is_named = is_model_file(self.experiment.model, self.root)
+        path = {"path": self.spec.source} if self.spec.is_local and not is_named else {}
+        return {**fields, "model": {**model_identity(self.spec), **path}, "trait": named}
 
     def shards(self, trait: Trait) -> list[tuple[Example, ...]]:
         """Return the trait's examples, cut into shards."""
@@ -278,7 +285,7 @@ def _stored_plan(
     if not loads_model and "model" not in given:
         spec = ModelSpec(model["name"], model["source"], **{key: model.get(key) for key in PINNED_MODEL_OPTIONS})
     else:
-        spec = resolve_model(_model_of_run(settings.model, root, given), root, model_options)
+        spec = resolve_model(given.get("model") or model_of_run(model, root), root, model_options)
     return RunPlan(root=root, experiment=settings, spec=spec, traits=(trait,))
 
 
@@ -296,14 +303,3 @@ def _family_of_run(sets: TraitSets, stored: Mapping[str, Any], root: Path) -> st
         if trait_fingerprint(trait) == stored["trait"]["sha256"]:
             return family
     return own
-
-
-def _model_of_run(name: str, root: Path, given: Mapping[str, Any]) -> str:
-    """Check that the model of run.json can be found: of a local folder, only the last part of the path is stored."""
-    try:
-        resolve_model(name, root)
-    except ConfigError:
-        if "model" in given:
-            raise
-        raise ConfigError(f"--model: the model {name!r} of this run was a local folder; give its path again") from None
-    return name

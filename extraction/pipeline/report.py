@@ -121,8 +121,9 @@ def _execution_settings(context: TraitContext) -> dict[str, Any]:
 
 
 def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove the address of the judge's server: reports are passed on."""
-    return {name: value for name, value in config.items() if name != "judge_url"}
+    """Remove the address of the judge's server and the path of the model: reports are passed on."""
+    model = {name: value for name, value in config["model"].items() if name != "path"}
+    return {**{name: value for name, value in config.items() if name != "judge_url"}, "model": model}
 
 
 def _without_ids(row: Mapping[str, Any]) -> dict[str, Any]:

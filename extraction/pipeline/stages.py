@@ -15,7 +15,7 @@ from extraction.core.progress import ProgressReporter
 from extraction.core.records import Example, Trait
 from extraction.core.text import show_path
 from extraction.judging.registry import check_judge_model
-from extraction.pipeline.evaluate import EvalOptions, evaluate_trait
+from extraction.pipeline.evaluate import EvalOptions, evaluate_trait, note_of_steering
 from extraction.pipeline.executors.base import Executor
 from extraction.pipeline.executors.local import LocalExecutor
 from extraction.pipeline.executors.slice import empty_slice_note, groups_of_slice, shards_of_slice
@@ -145,7 +145,7 @@ def validate(
         session = session.for_plan(plan) if session else ModelSession(plan)
         for context in trait_contexts(session, progress):
             with locked_runs([context]):
-                inputs = fit_inputs(context, options)
+                inputs = fit_inputs(context, options, like_stored=True)
                 result = TraitResult(context, inputs.kept, inputs.sources)
                 results.append(evaluate_trait(inputs, result, eval_options))
     return results
@@ -178,6 +178,8 @@ def extract(
     contexts = trait_contexts(session, progress)
     check_judge_model(plan.experiment, plan.root)
     with locked_runs(contexts):
+        if note := note_of_steering(plan, eval_options):
+            progress.note(note)
         _run_groups(contexts, session, MODES["batched"], progress, make_executor)
         if not plan.is_whole:
             return _generation_result(session, contexts)

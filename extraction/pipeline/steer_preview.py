@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from extraction.config.experiments import parse_layers
-from extraction.core.errors import StoreError
+from extraction.core.errors import StoreError, VectorError
 from extraction.core.records import Example, Trait
 from extraction.core.text import show_path
 from extraction.pipeline.score import preview_scores
@@ -91,7 +91,12 @@ def directions_at(run: TraitRun, site: SteerSite, seed: int, *, vector: str | No
     direction = load_direction(vector) if vector else Direction.from_run(run, site.method)
     captured = run.shard_receipt("activations", 0)["meta"]["layers"]
     direction = direction.select([layer for layer in direction.layers if layer in captured])
-    direction.select(site.layers)  # raises for a layer that it lacks
+    absent = [layer for layer in site.layers if layer not in direction.layers]
+    if absent:
+        raise VectorError(
+            f"{show_path(run.path)}: the {site.method} vector has layers {list(direction.layers)}, not {absent[0]}; "
+            "give --layer, or choose again with `traitline validate`"
+        )
     header = run.vectors_header(site.method) or {}
     name = header.get("activations") or next(iter(run.shard_receipt("activations", 0)["tensors"]))
     stored = run.open_activations(name)

@@ -134,6 +134,8 @@ def load_models(choice: Choice, log: Callable[[str], None]) -> ServedModels:
         log(f"loading {choice.after.name} and {choice.before.name}")
         pair = load_pair(choice.after, choice.before)
         after, before = pair.after, pair.before
+        for note in pair.notes:
+            log(f"{choice.after.name} and {choice.before.name}: {note}")
         loaded |= {choice.before: before, choice.after: after}
     for spec in (choice.model, choice.draft):
         if spec is not None and spec not in loaded:
@@ -141,9 +143,11 @@ def load_models(choice: Choice, log: Callable[[str], None]) -> ServedModels:
             loaded[spec] = load(spec)
     target, draft = (loaded[spec] if spec is not None else None for spec in (choice.model, choice.draft))
     if target is not None and draft is not None:
-        from extraction.model.pairs import refuse_different
+        from extraction.model.pairs import refuse_different, vocabulary_notes
 
         refuse_different(target, draft)
+        for note in vocabulary_notes(target, draft):
+            log(f"model and draft: {note}")
     specs = {"model": choice.model, "draft": choice.draft, "after": choice.after, "before": choice.before}
     names = {role: spec.name if spec is not None else None for role, spec in specs.items()}
     responders = {PLAIN: choice.model, SPECULATE: choice.model, AMPLIFY: choice.after}

@@ -33,6 +33,8 @@ from extraction.storage.atomic import (
     write_document,
 )
 
+NAMED_FIRST = ("model.name", "model.source")  # of the fields that differ: another model has another dtype too
+
 
 def check_inside(path: Path, root: Path) -> None:
     """Raise StoreError if a symbolic link leads `path` out of `root`, which may be a link itself."""
@@ -135,7 +137,7 @@ class RunDir:
     def _check_same(self, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """Raise RunMismatch with the first field that differs, by dotted name."""
         old, new = dict(_result_fields(stored)), dict(_result_fields(wanted))
-        for name in sorted(old | new):
+        for name in sorted(old | new, key=lambda name: (name not in NAMED_FIRST, name)):
             was, now = (_short(fields[name]) if name in fields else "absent" for fields in (old, new))
             if (name in old) != (name in new) or old[name] != new[name]:
                 problem = f"holds a run with another config: {name} was {was} and is now {now}"
