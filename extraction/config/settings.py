@@ -455,9 +455,7 @@ EXECUTION_FIELDS = (
     "path",  # of the model
 )
 # settings that a later stage may give again, and that the stages after it then use
-REMEMBERED_FIELDS = tuple(
-    name for name in ExperimentSettings.model_fields if name.startswith("judge") or name.endswith("threshold")
-)
+REMEMBERED_FIELDS = ("judge", "judge_model", "judge_url", "threshold", "coherence_threshold")
 # settings that older runs lack, by their place in run.json: at these values they are no part of a run's identity
 ADDED = {setting.path: setting.default for setting in EXPERIMENT_SETTINGS.values() if setting.option.added}
 
