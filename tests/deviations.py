@@ -7,6 +7,7 @@ example of the engine's laws (tests/test_engine_laws.py). `single` is batch size
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -17,9 +18,16 @@ import transformers
 from extraction.engine.generate import teacher_force
 from extraction.utils_batch import Capture, Completion
 from tests.test_engine_laws import ALL_LAYERS, POOLINGS, Case, case_of, deviation, run, tokens_of, worst
-from tests.tiny import ARCHITECTURES
+from tests.tiny import ARCHITECTURES, HYBRID, MORE, MULTIMODAL
 
 CAPTURE = Capture(ALL_LAYERS, poolings=POOLINGS)
+CLAMPED = ("nemotron_h", "zamba2")  # their scan of a text clamps time steps where their decode steps don't
+GROUPS = {
+    "attention-only architectures": (*ARCHITECTURES, *MORE),
+    "multimodal architectures, their text side": tuple(MULTIMODAL),
+    "architectures with states": tuple(name for name in HYBRID if name not in CLAMPED),
+    "whose scan clamps": CLAMPED,
+}
 COLUMNS = ("architecture", "tokens equal", "captured, single", "captured, batched", "batched vs single", "forced")
 
 
@@ -57,8 +65,14 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32\n")
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
+    for group, names in GROUPS.items():
+        print_group(group, names)
+
+
+def print_group(group: str, names: Iterable[str]) -> None:
+    """Print a row per architecture of a group, and the sums and largest deviations of its rows."""
     rows = []
-    for name in ARCHITECTURES:
+    for name in names:
         try:
             rows.append(measure(name))
         except pytest.skip.Exception as absent:
@@ -68,7 +82,7 @@ def main() -> None:
         print(f"| {name} | {equal}/{total} | " + " | ".join(f"{value:.1e}" for value in deviations) + " |", flush=True)
     equal, total = (sum(row[i] for row in rows) for i in (0, 1))
     largest = " | ".join(f"{max(row[i] for row in rows):.1e}" for i in range(2, 6))
-    print(f"| **{len(rows)} architectures** | {equal}/{total} | {largest} |")
+    print(f"| **{len(rows)} {group}** | {equal}/{total} | {largest} |", flush=True)
 
 
 if __name__ == "__main__":
