@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from benchmarks.hardware import threads
 from extraction.config.experiments import find_root, resolve_model
 from extraction.config.traits import load_trait
+from extraction.core.errors import ModelError
 from extraction.core.records import Example, Prompt, Trait
 from extraction.judging.base import JudgedResponse
 from extraction.judging.lexical import judge_lexical
@@ -86,7 +88,8 @@ def by_rubric(lm: LanguageModel, answers: Sequence[Answer]) -> Scores:
     def save(ratings: Mapping[str, Any]) -> None:
         scores.update({int(key): rating.score for key, rating in ratings.items() if rating.score is not None})
 
-    rate_texts(lm, "own", texts, save, batch_size=BATCH_SIZE)
+    with suppress(ModelError):  # none of its first answers was a number: the judge is stopped
+        rate_texts(lm, "own", texts, save, batch_size=BATCH_SIZE)
     return scores
 
 

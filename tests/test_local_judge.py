@@ -20,6 +20,7 @@ from extraction.judging.base import Rating
 from extraction.judging.local import TOO_LONG, encode_rubric, rate_texts
 from extraction.judging.number_probabilities import Spellings, number_probabilities, spell_numbers
 from extraction.judging.rubric import COHERENCE, NO_NUMBER, fill
+from extraction.model.kv_cache import SlotCache
 from extraction.model.language_model import LanguageModel
 from extraction.model.loading import read_tokenizer, wrap
 from tests.runs import contents, demo_rows, make_root, refused, succeed
@@ -60,6 +61,7 @@ def judge_of(kind: str) -> tuple[LanguageModel, Spellings]:
     tokenizer, model = {
         "single": (number_tokenizer, number_model),
         "digits": (tiny_tokenizer, lambda: tiny_model("llama", max_position_embeddings=2048)),
+        "states": (tiny_tokenizer, lambda: tiny_model("falcon_h1", max_position_embeddings=2048)),
     }[kind]
     lm = wrap(model(), tokenizer())
     return lm, spell_numbers(lm.tokenizer, kind)
@@ -94,16 +96,24 @@ def by_hand(lm: LanguageModel, ids: tuple[int, ...], spellings: Spellings) -> li
     return found
 
 
-@pytest.mark.parametrize("kind", ["single", "digits"])
+@pytest.mark.parametrize("kind", ["single", "digits", "states"])
 def test_the_weights_are_those_of_a_softmax_by_hand(kind):
     lm, spellings = judge_of(kind)
-    assert spellings.description == {"single": "number tokens", "digits": "numbers of several tokens"}[kind]
+    assert spellings.description == ("number tokens" if kind == "single" else "numbers of several tokens")
     ids = encode_rubric(lm, "Rate 1 of 2.")
     got = number_probabilities(lm, [ids], spellings)[0].double()
     wanted = torch.tensor(by_hand(lm, ids, spellings)).double()
     assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-9)
     assert wanted.std() > 1e-4
     assert not torch.allclose(got, torch.tensor(by_hand(lm, ids[:-1], spellings)).double(), rtol=1e-2)
+
+
+def test_negative_control_a_state_that_is_not_put_back_gives_other_weights(monkeypatch):
+    lm, spellings = judge_of("states")
+    ids = encode_rubric(lm, "Rate 1 of 2.")
+    wanted = number_probabilities(lm, [ids], spellings)
+    monkeypatch.setattr(SlotCache, "restore_states", lambda cache, saved: None)
+    assert not torch.allclose(number_probabilities(lm, [ids], spellings), wanted, rtol=1e-2)
 
 
 def test_the_score_is_the_mean_over_the_101_number_tokens():
@@ -136,7 +146,9 @@ def test_a_judge_without_any_score_is_stopped_after_its_first_answers_and_nothin
     assert len(collected(lm, few, batch_size=4)) == 9  # the control: too few to tell
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mistral", "gpt_neo"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "bloom", "gemma2", "mistral", "gpt_neo", "falcon_h1", "mamba", "qwen3_next"]
+)
 def test_in_a_batch_as_alone(name):
     lm = wrap(tiny_model(name), tiny_tokenizer())
     spellings = spell_numbers(lm.tokenizer, name)

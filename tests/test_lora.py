@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from extraction.config.experiments import ModelSpec
 from extraction.core.errors import ModelError
@@ -77,6 +79,30 @@ def test_an_adapters_logits_equal_pefts(tmp_path: Path, kind: str) -> None:
     assert deviation(logits(load(spec(base))), expected) > 1e-2  # negative control: without the adapter
     assert lm.n_layers == LAYERS
     assert not [name for name, _ in lm.model.named_parameters() if "lora" in name]
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's and transformers' of each other
+def test_an_adapter_with_added_tokens_brings_their_embeddings(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>", "<other>"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    trained.save_pretrained(adapter, save_embedding_layers=True)
+    tokenizer.save_pretrained(adapter)
+    change_config(adapter, base_model_name_or_path=str(base))
+    ids_BT = torch.tensor([[5, VOCABULARY, 7, VOCABULARY + 1]])
+    with torch.inference_mode():
+        expected = trained.eval()(input_ids=ids_BT).logits
+        plain = load(spec(base))
+        for lm in (load(spec(adapter)), load_over(plain, spec(adapter))):
+            assert deviation(lm.logits(ids_BT, 4), expected) < 1e-5
+            assert lm.n_embeddings == VOCABULARY + 2
+    assert plain.n_embeddings == VOCABULARY  # the base that shares its weights keeps its own
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -175,10 +175,15 @@ def _peft_model(model: PreTrainedModel, adapter: LoraAdapter) -> Any:
 
 def _add_embeddings(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Give a model as many embeddings as the adapter's file has: it was trained with added tokens."""
+    import torch
+
     embeddings: Any = model.get_input_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     saved = [t for name, t in tensors.items() if f"{names[id(embeddings)]}.weight" in name]
     if saved and len(saved[0]) > len(embeddings.weight):
+        for module in (embeddings, model.get_output_embeddings()):  # the base may share these tensors, and keeps them
+            module.weight = torch.nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+        model.tie_weights()
         model.resize_token_embeddings(len(saved[0]), mean_resizing=False)
 
 

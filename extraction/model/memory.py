@@ -67,7 +67,8 @@ def shape_of(config: Any, dtype: torch.dtype, quantize: str | None = None) -> Mo
         kv_width=kv_width,
         state_bytes=state_bytes,
         n_parameters=n_parameters,
-        n_multiplied=n_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size),
+        n_multiplied=n_parameters
+        - (0 if getattr(config, "tie_word_embeddings", False) else config.vocab_size * config.hidden_size),
         n_bytes=dtype.itemsize,
         weights=round((n_parameters - n_quantized) * dtype.itemsize + n_quantized * quantized_bytes),
         keeps_scores=is_eager,
@@ -92,7 +93,11 @@ def _count_parameters(model: PreTrainedModel) -> tuple[int, int, bool]:
     config: Any = model.config.get_text_config()
     head: Any = model.get_output_embeddings()
     linear: list[Any] = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    n_head = 0 if head is not None or config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    n_head = (
+        0
+        if head is not None or getattr(config, "tie_word_embeddings", False)
+        else config.vocab_size * config.hidden_size
+    )
     n_parameters = sum(p.numel() for p in model.parameters()) + n_head
     return n_parameters, sum(module.weight.numel() for module in linear), config._attn_implementation == "eager"
 
