@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from extraction.config.prompt_files import PromptEntry, read_prompt_set
 from extraction.core.errors import TraitError
@@ -65,7 +68,7 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "no JSON": ("p.json", "[1", "not JSON"),
     "an object": ("p.json", '{"prompt": "a"}', "not a list"),
     "a number": ("p.jsonl", "3\n", "p.jsonl:1: 3 is no prompt"),
-    "no known key": ("p.json", '["a", {"text": "b"}]', r"'1': .*is no prompt; .*prompt, instruction, messages"),
+    "no known key": ("p.json", '["a", {"words": "b"}]', r"'1': .*is no prompt; .*prompt, instruction, messages"),
     "prompt is a number": ("p.jsonl", '{"prompt": 3}', "'prompt': 3 is not text"),
     "blank prompt": ("p.jsonl", '{"prompt": " "}', "empty"),
     "surrogate": ("p.jsonl", '{"prompt": "\\ud800"}', "no text"),
@@ -95,3 +98,51 @@ def test_only_regular_files_are_opened(tmp_path: Path, suffix: str) -> None:
     for name, word in (("pipe", "pipe"), ("folder", "folder"), ("absent", "no such file")):
         with pytest.raises(TraitError, match=word):
             read_prompt_set(tmp_path / f"{name}.{suffix}")
+
+
+@pytest.mark.parametrize(("name", "comma"), [("p.csv", ","), ("P.TSV", "\t")])
+def test_a_table_is_read_by_its_column_and_never_by_lines(tmp_path: Path, name: str, comma: str) -> None:
+    asked = f'Why{comma} "you"?\nReally?'
+    rows = [["id", "Question", "system"], ["1", asked, ""], ["", "", ""], ["2", "Who?", "Go."]]
+    file = tmp_path / name
+    with file.open("w", newline="", encoding="utf-8-sig") as out:
+        csv.writer(out, delimiter=comma).writerows(rows)
+    found = read_prompt_set(file)
+    assert list(found.prompts) == [PromptEntry(asked), PromptEntry("Who?", "Go.")]
+    assert found.skipped_blank == 1
+    only = written(tmp_path, "only.csv", "anything\nOne\nTwo\n")
+    assert [entry.prompt for entry in read_prompt_set(only).prompts] == ["One", "Two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("id,words\n1,a\n", "p.csv:1: .*words"),
+        ("id,prompt\n1,a\n2,b,c\n", "p.csv:3: 3 "),
+        ('prompt\n"a\n', "p.csv:"),
+        ("id,prompt\n1, \n", "p.csv:2"),
+        ("prompt\n", "p.csv: no prompt"),
+        ("", "p.csv:1"),
+    ],
+)
+def test_a_bad_table_is_refused_with_its_line(tmp_path: Path, content: str, place: str) -> None:
+    with pytest.raises(TraitError, match=place) as caught:
+        read_prompt_set(written(tmp_path, "p.csv", content))
+    assert "\n" not in str(caught.value)
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1).filter(str.strip)
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6))
+def test_prompts_survive_a_table(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]) -> None:
+    file = tmp_path_factory.mktemp("table") / "p.csv"
+    with file.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([("prompt", "system"), *rows])
+    assert [(entry.prompt, entry.system) for entry in read_prompt_set(file).prompts] == rows
+
+
+@pytest.mark.parametrize("key", ["question", "text"])
+def test_a_prompt_may_be_called_a_question_or_a_text(tmp_path: Path, key: str) -> None:
+    file = written(tmp_path, "p.jsonl", json.dumps({key: "Why?", "system": "Go.", "answer": "x"}) + "\n")
+    assert list(read_prompt_set(file).prompts) == [PromptEntry("Why?", "Go.")]

@@ -1,23 +1,30 @@
-"""Prompt files in three formats: one prompt a line, a JSON list, or one JSON object a line.
+"""Prompt files in four formats: one prompt a line, a JSON list, one JSON object a line, or a table (CSV, TSV).
 
-An entry of JSON is a text, {"prompt": ...}, an instruction of Alpaca's ({"instruction": ..., "input": ...}), or a
-conversation ({"messages": [{"role": ..., "content": ...}]}) of one user's turn, with a system text before it or none.
+A table has a header; the prompts are in its column `prompt`, `question`, `text` or `instruction`, or in its only one. A
+column `system` may stand beside it.
+
+An entry of JSON is a text, {"prompt": ...} (or `question`, `text`), an instruction of Alpaca's ({"instruction": ...,
+"input": ...}), or a conversation ({"messages": [{"role": ..., "content": ...}]}) of one user's turn, with a system text
+before it or none.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from extraction.config.yaml_loader import SourceLocation, text
 from extraction.core.errors import TraitError
 from extraction.core.text import show, show_path
-from extraction.core.text_files import decode_utf8, open_input, read_text
+from extraction.core.text_files import decode_utf8, open_input, read_text, refuse_nul
 
 MAX_FILE_BYTES = 100_000_000
 MAX_LINE_BYTES = 1_000_000
@@ -78,10 +85,44 @@ def _from_json(path: str | os.PathLike[str]) -> PromptSet:
     return _some(PromptSet(source, tuple(_entry(entry, _place(source).at(i)) for i, entry in enumerate(data))))
 
 
+def _from_table(path: str | os.PathLike[str], delimiter: str) -> PromptSet:
+    """Read a table with a header. A quoted field may span lines; rows are named by their last line."""
+    source = show_path(path)
+    content = read_text(path, MAX_FILE_BYTES, TraitError)
+    refuse_nul(content, source, TraitError)
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as failure:
+        raise TraitError(f"{source}:{reader.line_num}: not a table ({failure}); correct its quotes") from failure
+    header = [name.strip().lower() for name in rows[0][1]] if rows else []
+    column = next((header.index(name) for name in TABLE_COLUMNS if name in header), 0 if len(header) == 1 else None)
+    if column is None:
+        known = " or ".join(TABLE_COLUMNS)
+        raise TraitError(f"{source}:1: no column of prompts among {show(header)}; call it {known} in the first line")
+    entries, n_blank = list[PromptEntry](), 0
+    for number, row in rows[1:]:
+        if not any(field.strip() for field in row):
+            n_blank += 1
+            continue
+        entries.append(_table_entry(row, header, column, _place(f"{source}:{number}")))
+    return _some(PromptSet(source, tuple(entries), n_blank))
+
+
+def _table_entry(row: list[str], header: list[str], column: int, place: SourceLocation) -> PromptEntry:
+    if len(row) != len(header):
+        raise place.fail(f"{len(row)} fields where the header has {len(header)}; quote a field that holds a separator")
+    cells = dict(zip(header, row, strict=True))
+    return PromptEntry(_words(row[column], place.at(header[column])), _optional(cells, "system", place))
+
+
+TABLE_COLUMNS = ("prompt", "question", "text", "instruction")
 READERS: dict[str, Callable[[str | os.PathLike[str]], PromptSet]] = {
     "json": _from_json,
     "jsonl": _from_json_lines,
     "ndjson": _from_json_lines,
+    "csv": partial(_from_table, delimiter=","),
+    "tsv": partial(_from_table, delimiter="\t"),
 }
 
 
@@ -161,8 +202,8 @@ def _entry(value: Any, place: SourceLocation) -> PromptEntry:
     raise place.fail(f"{show(value)} is no prompt; write a text, or one of {', '.join(FORMS)}")
 
 
-def _prompt(value: dict[str, Any], place: SourceLocation) -> PromptEntry:
-    return PromptEntry(_words(value["prompt"], place.at("prompt")), _optional(value, "system", place))
+def _prompt(value: dict[str, Any], place: SourceLocation, *, key: str = "prompt") -> PromptEntry:
+    return PromptEntry(_words(value[key], place.at(key)), _optional(value, "system", place))
 
 
 def _instruction(value: dict[str, Any], place: SourceLocation) -> PromptEntry:
@@ -188,6 +229,8 @@ FORMS: dict[str, Callable[[dict[str, Any], SourceLocation], PromptEntry]] = {
     "prompt": _prompt,
     "instruction": _instruction,
     "messages": _conversation,
+    "question": partial(_prompt, key="question"),
+    "text": partial(_prompt, key="text"),
 }
 
 
