@@ -74,10 +74,10 @@ class Scripted(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script: Callable[[str, int], Reply] = lambda text, before: Reply("80")
         self.asked: list[dict[str, Any]] = []
+        self.next: dict[str, Any] = {}  # the request that the script answers now
         self.keys: set[str] = set()
         self.times: list[float] = []
         self.running = self.most = 0
-        self.next: dict[str, Any] = {}  # the request that the script answers now
         self.lock = threading.Lock()
 
     @property
