@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -186,8 +186,7 @@ def _answer(server: JudgeServer, create: Callable[..., Any], text: str) -> Ratin
     rating, is_cut = _read(server, _call(server, create, text))
     if is_cut and _allow_reasoning(server, budget):
         again, is_cut = _read(server, _call(server, create, text))
-        tokens = rating.tokens[0] + again.tokens[0], rating.tokens[1] + again.tokens[1]
-        rating = Rating(again.score, again.reason, again.raw, again.how, tokens)
+        rating = replace(again, tokens=(rating.tokens[0] + again.tokens[0], rating.tokens[1] + again.tokens[1]))
     if is_cut:
         limit = _budget(server.parameters)
         at = "" if limit is None else f" at {limit} tokens"
