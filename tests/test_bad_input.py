@@ -7,8 +7,13 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from extraction.storage.atomic import read_document, write_document
 from extraction.storage.run_dir import fingerprint
-from tests.runs import TRAIT, contents, invoke, make_root, refused, succeed
+from tests.runs import TRAIT, contents, environment, invoke, make_root, refused, succeed
 from tests.tiny import refused_model, tiny_model, tiny_tokenizer
 
 DEMO = ("--experiment", "demo")
@@ -334,6 +339,50 @@ def test_an_absent_model_is_refused_offline_without_the_hub_token(root, monkeypa
     assert "nobody/no-such-model" in line
     assert len(line) < 250
     assert nothing_written(root)
+
+
+class EmptyHub(BaseHTTPRequestHandler):
+    """A hub without any model."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.mark.parametrize("is_reached", [False, True])
+def test_a_model_that_is_not_cached_is_refused_at_once_where_the_hub_cant_be_reached(root, is_reached):
+    """The hub is a port that nothing listens on; the control: one that has no model."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        port = hub.server_address[1] if is_reached else 9
+        home = {"HF_HOME": str(root / "home"), "HF_HUB_CACHE": str(root / "home/hub"), "NO_PROXY": "127.0.0.1"}
+        env = environment(HF_HUB_OFFLINE="0", HF_ENDPOINT=f"http://127.0.0.1:{port}", **home)
+        command = [
+            sys.executable,
+            "-m",
+            "extraction",
+            "extract",
+            "--root",
+            root,
+            *DEMO,
+            "--model",
+            "nobody/no-such-model",
+        ]
+        started = time.monotonic()
+        done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, check=False)
+        hub.shutdown()
+    assert done.returncode == 2
+    assert time.monotonic() - started < 40
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("configs/experiments/")]
+    assert len(errors) == 1, errors
+    assert ("can't be reached" in errors[0]) != is_reached
 
 
 def test_a_models_own_code_is_refused_and_not_run(root):

@@ -74,11 +74,11 @@ class Scripted(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script: Callable[[str, int], Reply] = lambda text, before: Reply("80")
         self.asked: list[dict[str, Any]] = []
+        self.next: dict[str, Any] = {}  # the request that the script answers now
         self.keys: set[str] = set()
         self.models: list[str] = []
         self.times: list[float] = []
         self.running = self.most = 0
-        self.request: dict[str, Any] = {}  # the one that the script answers
         self.lock = threading.Lock()
 
     @property
@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text, server = request["messages"][0]["content"], self.server
         with server.lock:
-            server.request = request
+            server.next = request
             reply = server.script(text, server.texts().count(text))
             server.asked.append(request)
             server.keys.add(self.headers["Authorization"])
@@ -349,9 +349,9 @@ def reasoning(served: Scripted, n_thoughts: int, budget: str = "max_tokens") -> 
 
     def script(text: str, before: int) -> Reply:
         for name in ("max_tokens", "max_completion_tokens"):
-            if name in served.request and name != budget:
+            if name in served.next and name != budget:
                 return refusal(400, f"Unsupported parameter: '{name}' is not supported with this model.")
-        cut = served.request.get(budget, 10_000) <= n_thoughts
+        cut = served.next.get(budget, 10_000) <= n_thoughts
         return Reply("", finish_reason="length") if cut else Reply("80")
 
     return script

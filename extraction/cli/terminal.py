@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from extraction.core.errors import TraitlineError
+from extraction.core.errors import TraitFailures, TraitlineError
 from extraction.core.text import one_line
 from extraction.pipeline.pace import ExamplePace
 
@@ -80,7 +80,8 @@ class Command(click.Command):
             except TraitlineError as failure:
                 if debug:
                     raise
-                complain(failure)
+                for line in failure.lines() if isinstance(failure, TraitFailures) else [failure]:
+                    complain(line)
                 ctx.exit(2)
             except Interrupted as stop:
                 complain(NOTHING_WRITTEN if ctx.params.get("dry_run") else self.stopped)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -39,6 +39,8 @@ from extraction.cli.terminal import Terminal
 if TYPE_CHECKING:
     from extraction.pipeline.plan import RunPlan
 
+Result = TypeVar("Result")
+
 
 @command("extract", INPUTS, GENERATION, CAPTURE, BATCH, VECTORS, EVALUATION, DEVICE, CHECK, RUN)
 def extract_command(**given: Any) -> None:
@@ -51,9 +53,11 @@ def extract_command(**given: Any) -> None:
     from extraction.pipeline import stages
 
     prepare(run.threads)
-    result = stages.extract(plan, wanted, checks, Terminal())
     summary = summaries.of_run if plan.is_whole else summaries.of_generation
-    print_lines(summary(result, run.seconds, run.gpu_price))
+    _print_result(
+        lambda: stages.extract(plan, wanted, checks, Terminal()),
+        lambda result: summary(result, run.seconds, run.gpu_price),
+    )
 
 
 @command("generate", INPUTS, GENERATION, CAPTURE, DEVICE, CHECK, RUN)
@@ -91,8 +95,10 @@ def capture_command(**given: Any) -> None:
     from extraction.pipeline import stages
 
     prepare(run.threads)
-    result = stages.capture(plans, Terminal())
-    print_lines(summaries.of_generation(result, run.seconds, run.gpu_price))
+    _print_result(
+        lambda: stages.capture(plans, Terminal()),
+        lambda result: summaries.of_generation(result, run.seconds, run.gpu_price),
+    )
 
 
 @command("vectors", INPUTS, VECTORS, STORED)
@@ -106,7 +112,7 @@ def vectors_command(**given: Any) -> None:
     from extraction.cli import summaries
     from extraction.pipeline import stages
 
-    print_lines(summaries.of_vectors(stages.fit_vectors(plans, wanted, Terminal())))
+    _print_result(lambda: stages.fit_vectors(plans, wanted, Terminal()), summaries.of_vectors)
 
 
 @command("validate", INPUTS, VECTORS, STORED, EVALUATION, BATCH, DEVICE, THREADS)
@@ -118,7 +124,7 @@ def validate_command(**given: Any) -> None:
     from extraction.pipeline import stages
 
     prepare(threads)
-    print_lines(summaries.of_cards(stages.validate(plans, wanted, checks, Terminal())))
+    _print_result(lambda: stages.validate(plans, wanted, checks, Terminal()), summaries.of_cards)
 
 
 @command("report", INPUTS, JUDGE, PAGE)
@@ -146,8 +152,22 @@ def _make_responses(mode: str, given: dict[str, Any]) -> None:
     from extraction.pipeline import stages
 
     prepare(run.threads)
-    result = stages.generate(plan, MODES[mode], Terminal())
-    print_lines(summaries.of_generation(result, run.seconds, run.gpu_price))
+    _print_result(
+        lambda: stages.generate(plan, MODES[mode], Terminal()),
+        lambda result: summaries.of_generation(result, run.seconds, run.gpu_price),
+    )
+
+
+def _print_result(work: Callable[[], Result], summary: Callable[[Result], Iterable[str]]) -> None:
+    """Print the summary of a stage; where some traits failed, that of the others before the error is raised."""
+    from extraction.core.errors import TraitFailures
+
+    try:
+        print_lines(summary(work()))
+    except TraitFailures as failure:
+        if failure.has_result:
+            print_lines(summary(cast("Result", failure.result)))
+        raise
 
 
 def _print_plans(plans: Iterable[RunPlan], work: str, run: RunOptions, *, steered: int | None = None) -> None:

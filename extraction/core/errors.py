@@ -5,6 +5,7 @@
     |   |-- TraitError     a trait or a prompt file is wrong
     |   |-- VectorError    a file of vectors is wrong, or two directions don't fit
     |   `-- MissingPackage an optional package is not installed
+    |-- TraitFailures      some traits of several failed, the others are done
     |-- ModelError         the model can't be loaded, or can't do what it is used for
     |   |-- PromptError    one prompt can't be encoded for this model
     |   `-- ActivationError  an activation is NaN or Inf
@@ -15,6 +16,10 @@
 
 A message carries the value, the place and the remedy, in one line. The command line prints it and exits 2.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class TraitlineError(Exception):
@@ -68,3 +73,25 @@ class RunMismatch(StoreError):
 
 class RequestError(TraitlineError):
     """A server did not answer, or refused a request; the message has the reason."""
+
+
+class TraitFailures(TraitlineError):
+    """Some traits of several failed, and the others are done.
+
+    `failures` are by trait; `result` is that of the stage for the others, and `has_result` is False if there are none.
+    """
+
+    def __init__(self, failures: Mapping[str, TraitlineError], result: object, *, has_result: bool = True) -> None:
+        self.failures, self.result, self.has_result = failures, result, has_result
+        super().__init__("; ".join(self.lines()))
+
+    def lines(self) -> list[str]:
+        """Return a line for each trait that failed."""
+        return [_with_trait(name, str(failure)) for name, failure in self.failures.items()]
+
+
+def _with_trait(name: str, text: str) -> str:
+    return text if text.startswith((f"trait {name}:", f"{name}:", f"{name}/")) else f"trait {name}: {text}"
+
+
+ONE_TRAIT = (TraitError, ActivationError, PromptError)  # errors that may be about one trait of several

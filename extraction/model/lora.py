@@ -55,7 +55,9 @@ def find_lora(source: str, revision: str | None = None) -> LoraAdapter | None:
     """Return the adapter in a folder or under a hub id; None for a full model. Raises ModelError if unsupported."""
     from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-    path = _find_file(source, ADAPTER_CONFIG_NAME, revision)
+    path = None
+    if os.path.isdir(source) or _can_be_fetched(source, ADAPTER_CONFIG_NAME, revision):
+        path = _find_file(source, ADAPTER_CONFIG_NAME, revision)
     if path is None:
         return None
     config = _read_config(path)
@@ -72,6 +74,27 @@ def find_lora(source: str, revision: str | None = None) -> LoraAdapter | None:
         )
     base_revision = config.get("revision")
     return LoraAdapter(source, revision, config, _base_source(config, path), base_revision and str(base_revision))
+
+
+def _can_be_fetched(source: str, name: str, revision: str | None) -> bool:
+    """Return False if a file of a hub repository is not in the cache and the hub can't be reached.
+
+    Asks once: loaders try for a minute. Raises ConnectionError if the cache has no model of this name either.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE or try_to_load_from_cache(source, name, revision=revision) is not None:
+        return True
+    try:
+        get_hf_file_metadata(hf_hub_url(source, name, revision=revision))
+    except HfHubHTTPError:
+        return True  # it was reached, and loaders report what it says
+    except Exception as failure:  # of the HTTP client, which differs by version
+        if not isinstance(try_to_load_from_cache(source, "config.json", revision=revision), str):
+            raise ConnectionError("couldn't connect to the hub") from failure
+        return False
+    return True
 
 
 def _find_file(source: str, name: str, revision: str | None) -> Path | None:

@@ -160,6 +160,13 @@ class ModelSession(LazyModel):
                 session.encoder = self.encoder
         return session
 
+    def take_counters(self, last: ModelSession) -> None:
+        """Take over the counters and the model of the last of the sessions that went on from this one."""
+        self.n_made, self.n_tokens, self.seconds = last.n_made, last.n_tokens, last.seconds
+        self.checked, self.batch_sizes, self.fits = last.checked, last.batch_sizes, last.fits
+        if last.is_loaded and not self.is_loaded:
+            self.lm = last.lm
+
     def note_work(self, done: Collection[Completion], batch_size: int, seconds: float) -> None:
         """Count a finished shard."""
         self.n_made += len(done)

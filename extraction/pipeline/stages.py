@@ -7,10 +7,13 @@ written when the first shard of a run is due: a start that fails earlier leaves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
-from extraction.core.errors import MissingPackage, StoreError, TraitError
+from extraction.core.errors import ONE_TRAIT, MissingPackage, StoreError, TraitError, TraitFailures, TraitlineError
 from extraction.core.progress import ProgressReporter
 from extraction.core.records import Example, Trait
 from extraction.core.text import show_path
@@ -19,7 +22,7 @@ from extraction.pipeline.evaluate import EvalOptions, evaluate_trait, note_of_st
 from extraction.pipeline.executors.base import Executor
 from extraction.pipeline.executors.local import LocalExecutor
 from extraction.pipeline.executors.slice import empty_slice_note, groups_of_slice, shards_of_slice
-from extraction.pipeline.fit import VectorOptions, check_options, fit_inputs, fit_trait
+from extraction.pipeline.fit import FitInputs, VectorOptions, check_options, fit_inputs, fit_trait
 from extraction.pipeline.lazy_model import load_model
 from extraction.pipeline.plan import MODES, GenerationMode, RunPlan
 from extraction.pipeline.report import stored_result, write_index, write_report
@@ -34,7 +37,40 @@ from extraction.pipeline.session import (
 )
 from extraction.pipeline.shards import capture_shard
 
+Result = TypeVar("Result", RunResult, list[TraitResult])
 ExecutorFactory = Callable[[ModelSession, GenerationMode, ProgressReporter], Executor]
+
+
+@dataclass
+class _Attempts:
+    """The traits of a command that failed, by name: the others go on. The error of a single trait is raised at once."""
+
+    n_traits: int
+    failures: dict[str, TraitlineError] = field(default_factory=dict)
+
+    @contextmanager
+    def at(self, trait: Trait) -> Iterator[None]:
+        """Keep an error of the block that is about this trait."""
+        try:
+            yield
+        except ONE_TRAIT as failure:
+            if self.n_traits == 1:
+                raise
+            self.failures[trait.name] = failure
+
+    def remaining(self, contexts: Iterable[TraitContext]) -> list[TraitContext]:
+        """Return the contexts of traits that have not failed."""
+        return [context for context in contexts if context.trait.name not in self.failures]
+
+    def finish(self, result: Result) -> Result:
+        """Return the result of the other traits. Raises TraitFailures, or the one error that all traits have."""
+        texts = {str(failure) for failure in self.failures.values()}
+        if len(self.failures) == self.n_traits and len(texts) == 1:
+            raise next(iter(self.failures.values()))
+        if self.failures:
+            has_result = bool(result if isinstance(result, list) else result.traits)
+            raise TraitFailures(self.failures, result, has_result=has_result)
+        return result
 
 
 # --- stage 1 and 2: responses and activations -----------------------------------------------------------------------
@@ -47,13 +83,37 @@ def generate(
     session = ModelSession(plan)
     contexts = trait_contexts(session, progress)
     check_judge_model(plan.experiment, plan.root)
+    attempts = _Attempts(len(contexts))
     with locked_runs(contexts):
-        _run_groups(contexts, session, mode, progress, make_executor)
-        return _generation_result(session, contexts)
+        _run_all_groups(attempts, contexts, session, mode, progress, make_executor)
+        return attempts.finish(_generation_result(session, attempts.remaining(contexts)))
 
 
 def _generation_result(session: ModelSession, contexts: Sequence[TraitContext]) -> RunResult:
     return RunResult(session, tuple(TraitResult(context, stored_kept_responses(context)) for context in contexts))
+
+
+def _run_all_groups(
+    attempts: _Attempts,
+    contexts: Sequence[TraitContext],
+    session: ModelSession,
+    mode: GenerationMode,
+    progress: ProgressReporter,
+    make_executor: ExecutorFactory,
+) -> None:
+    """Run the groups of this slice. If a trait fails, run what is left of a whole plan one trait at a time."""
+    try:
+        return _run_groups(contexts, session, mode, progress, make_executor)
+    except ONE_TRAIT:
+        if len(contexts) == 1 or not session.plan.is_whole:
+            raise
+    progress.note("a trait failed: the traits now run one at a time")
+    last = session
+    for context in contexts:
+        last = last.for_plan(replace(session.plan, traits=(context.trait,)))
+        with attempts.at(context.trait):
+            _run_groups([context], last, mode, progress, make_executor)
+    session.take_counters(last)
 
 
 def _run_groups(
@@ -83,14 +143,19 @@ def capture(plans: Iterable[RunPlan], progress: ProgressReporter) -> RunResult:
     """
     session: ModelSession | None = None
     results: list[TraitResult] = []
+    attempts = _attempts(plans := list(plans))
     for plan in plans:
         session = session.for_plan(plan) if session else ModelSession(plan)
         for context in trait_contexts(session, progress):
-            with locked_runs([context]):
+            with attempts.at(context.trait), locked_runs([context]):
                 _capture_trait(context)
                 results.append(TraitResult(context, stored_kept_responses(context)))
     assert session is not None
-    return RunResult(session, tuple(results))
+    return attempts.finish(RunResult(session, tuple(results)))
+
+
+def _attempts(plans: Sequence[RunPlan]) -> _Attempts:
+    return _Attempts(sum(len(plan.traits) for plan in plans))
 
 
 def _capture_trait(context: TraitContext) -> None:
@@ -128,11 +193,12 @@ def _capture_shards(
 def fit_vectors(plans: Iterable[RunPlan], options: VectorOptions, progress: ProgressReporter) -> list[TraitResult]:
     """Stage 3: fit a direction for each method and layer to the kept responses of every trait."""
     results: list[TraitResult] = []
+    attempts = _attempts(plans := list(plans))
     for plan in plans:
         for context in trait_contexts(ModelSession(plan), progress):
-            with locked_runs([context]):
+            with attempts.at(context.trait), locked_runs([context]):
                 results.append(fit_trait(context, options)[1])
-    return results
+    return attempts.finish(results)
 
 
 def validate(
@@ -141,14 +207,15 @@ def validate(
     """Stage 4: evaluate each method and layer on held-out questions, and by steering. Plans of one model share it."""
     session: ModelSession | None = None
     results: list[TraitResult] = []
+    attempts = _attempts(plans := list(plans))
     for plan in plans:
         session = session.for_plan(plan) if session else ModelSession(plan)
         for context in trait_contexts(session, progress):
-            with locked_runs([context]):
+            with attempts.at(context.trait), locked_runs([context]):
                 inputs = fit_inputs(context, options, like_stored=True)
                 result = TraitResult(context, inputs.kept, inputs.sources)
                 results.append(evaluate_trait(inputs, result, eval_options))
-    return results
+    return attempts.finish(results)
 
 
 def report(plans: Sequence[RunPlan], progress: ProgressReporter) -> tuple[list[Path], Path]:
@@ -180,24 +247,33 @@ def extract(
     with locked_runs(contexts):
         if note := note_of_steering(plan, eval_options):
             progress.note(note)
-        _run_groups(contexts, session, MODES["batched"], progress, make_executor)
+        attempts = _Attempts(len(contexts))
+        _run_all_groups(attempts, contexts, session, MODES["batched"], progress, make_executor)
         if not plan.is_whole:
             return _generation_result(session, contexts)
-        fitted = [fit_trait(context, options) for context in contexts]
+        fitted = []
+        for context in attempts.remaining(contexts):
+            with attempts.at(context.trait):
+                fitted.append(fit_trait(context, options))
         results: list[TraitResult] = []
         to_report: list[TraitResult] = []
         for inputs, result in fitted:
-            try:
-                evaluated = evaluate_trait(inputs, result, eval_options)
-            except TraitError as failure:
-                progress.note(f"{inputs.context.trait.name}: no held-out figures: {failure}")
-                evaluated = result
-            else:
-                if evaluated.n_new > result.n_new or not inputs.context.run.report_path().exists():
+            with attempts.at(inputs.context.trait):
+                evaluated = _evaluate(inputs, result, eval_options)
+                results.append(evaluated or result)
+                if evaluated and (evaluated.n_new > result.n_new or not inputs.context.run.report_path().exists()):
                     to_report.append(evaluated)
-            results.append(evaluated)
         _write_reports(plan, to_report, progress)
-    return RunResult(session, tuple(results))
+    return attempts.finish(RunResult(session, tuple(results)))
+
+
+def _evaluate(inputs: FitInputs, result: TraitResult, options: EvalOptions) -> TraitResult | None:
+    """Return the result with stage 4's; None, with a note, where the trait has too few responses."""
+    try:
+        return evaluate_trait(inputs, result, options)
+    except TraitError as failure:
+        inputs.context.progress.note(f"{inputs.context.trait.name}: no held-out figures: {failure}")
+        return None
 
 
 def _write_reports(plan: RunPlan, results: Sequence[TraitResult], progress: ProgressReporter) -> None:

@@ -137,7 +137,8 @@ class RunDir:
     def _check_same(self, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """Raise RunMismatch with the first field that differs, by dotted name."""
         old, new = dict(_result_fields(stored)), dict(_result_fields(wanted))
-        for name in sorted(old | new, key=lambda name: (name not in NAMED_FIRST, name)):
+        named_first = {name for name in NAMED_FIRST if name in old and name in new}
+        for name in sorted(old | new, key=lambda name: (name not in named_first, name)):
             was, now = (_short(fields[name]) if name in fields else "absent" for fields in (old, new))
             if (name in old) != (name in new) or old[name] != new[name]:
                 problem = f"holds a run with another config: {name} was {was} and is now {now}"
