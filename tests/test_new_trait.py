@@ -197,7 +197,7 @@ def test_a_limit_of_tokens_that_a_server_calls_otherwise_is_kept(root, served):
     author = Author()
 
     def script(text: str, before: int) -> Reply:
-        if "max_tokens" in served.request:
+        if "max_tokens" in served.next:
             return refusal(400, "Unsupported parameter: 'max_tokens'")
         return Reply(author(text))
 

@@ -60,7 +60,7 @@ def trying_of(scorer=None, batch_size: int = 5, **options) -> SteeredGeneration:
 
 def vowels(pairs):
     """A scorer: 100 for an answer whose first character sorts before `n`."""
-    return [Judgement((100.0 if answer[:1] < "n" else 0.0) if answer else None) for _, answer in pairs]
+    return [Judgement((100.0 if answer[:1] < "n" else 0.0) if answer else None) for _, answer, _ in pairs]
 
 
 def directions(seed: int = 0, size: float = 3.0):
@@ -177,7 +177,7 @@ def test_an_evaluation_is_whole_and_json_ready_and_reports_on_other_questions_th
     asked: list[set[str]] = []
 
     def scorer(pairs):
-        asked.append({question for question, _ in pairs})
+        asked.append({question for question, *_ in pairs})
         return vowels(pairs)
 
     counted = []
@@ -441,7 +441,7 @@ def test_a_reversed_direction_moves_the_trait_the_wrong_way(pocket_root):
     lm = load(plan.spec)
 
     def scorer(pairs):
-        return [Judgement(judge_lexical(question, answer, trait)) for question, answer in pairs]
+        return [Judgement(judge_lexical(question, answer, trait)) for question, answer, _ in pairs]
 
     questions = [Example(f"q{i}", trait.name, "pos", 0, i, 0, text) for i, text in enumerate(trait.questions[:6])]
     prompts = PromptEncoder(plan, lm.tokenizer, max_tokens=None).encode(questions)
