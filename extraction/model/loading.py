@@ -218,6 +218,7 @@ _REMEDIES = {
     "trust remote code": "it runs code from its repository; read that code, then give --trust-remote-code",
     "gated repo": "it is gated; accept its licence on the hub and log in",
     "401 Client": "it is private or gated; log in to the hub",
+    "GGUF checkpoint": "a GGUF file needs the package gguf; run: pip install 'traitline[exchange]'",
     "Unrecognized configuration class": "it is not a causal language model; a decoder-only text model is needed",
     "couldn't connect": "it is not in the local cache and the hub can't be reached; fetch it first, or give a folder",
     "offline mode": "it is not in the local cache and offline mode is on; download it first, or give a folder",
