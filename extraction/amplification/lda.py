@@ -159,7 +159,6 @@ class LDAModelPair:
         """Generate responses to prompts, `batch_size` rows at a time. A result does not depend on the other rows.
 
         Args:
-            prompts: Texts.
             alpha: Strength of the amplification, one for all or one a prompt.
             batch_size: Rows that run at a time.
             max_new_tokens: Limit on the tokens of a response.

@@ -141,6 +141,7 @@ def over_http(client: HttpClient) -> TrialRunner:
     """Return a runner that uses a server, one request a batch. A failed request fails the trials of its batch."""
 
     def run(study: Study, trials: Sequence[Trial], on_tokens: Callable[[int], None]) -> Iterator[TrialResult]:
+        """Yield the result of every trial, request by request."""
         for indices in request_batches(trials, study.batch_size):
             batch = [trials[i] for i in indices]
             try:

@@ -99,6 +99,7 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node of plain data. Raises _Refused for anything else."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor:
             raise _Refused(f"'{event.anchor}' is an anchor or alias; write the value out", event.start_mark)
@@ -215,6 +216,7 @@ def section(table: Mapping[str, Rule], required: Iterable[str] = ()) -> Rule:
     """Return a check of a mapping with the keys of `table`."""
 
     def check(value: Any, place: SourceLocation) -> dict[str, Any]:
+        """Return the checked values by key."""
         if not isinstance(value, Mapping):
             raise place.fail(f"{show(value)} is not a mapping; write 'key: value' lines")
         for key in value:

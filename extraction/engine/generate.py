@@ -117,6 +117,7 @@ def generate(  # noqa: PLR0913
     """
 
     def make_batch(n_slots: int) -> ContinuousBatch:
+        """Make an empty batch of at most this many slots."""
         return ContinuousBatch(
             lm,
             BatchLimits.of(requests, n_slots),

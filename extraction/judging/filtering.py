@@ -110,7 +110,7 @@ class KeptResponses:
 
     @property
     def remedy(self) -> str:
-        """What to do where the scores can't be used."""
+        """Advice for the user if the scores can't be used."""
         return REMEDIES.get(self.judge, "give another --judge-model, or --judge likelihood or none")
 
 

@@ -22,20 +22,15 @@ from extraction.core.records import Example, Prompt, Trait
 from extraction.judging.base import JudgedResponse, OwnModelJudge, judged_part
 
 if TYPE_CHECKING:
+    from extraction.engine.teacher_forcing import Text
     from extraction.model.language_model import LanguageModel
 
 SCALE = 20.0  # of the logistic: a contrast of 0.1 nats a token scores 88
 Encode = Callable[[Sequence[Example]], list[Prompt]]
-Text = tuple[str, tuple[int, ...], tuple[int, ...]]  # id, prompt, response
-
-
-def can_judge(trait: Trait) -> bool:
-    """Return True if a trait has at least two instruction pairs, so that a response is judged by other ones."""
-    return len(trait.instructions) >= 2
 
 
 def _check(trait: Trait) -> None:
-    if not can_judge(trait):
+    if len(trait.instructions) < 2:
         raise TraitError(
             f"trait {trait.name}: the likelihood judge needs two instruction pairs or more, so that a response is "
             "judged by other pairs than its own; add pairs, or give another --judge"
@@ -61,11 +56,12 @@ def contrasts(
         totals[i] += (1 if side == "pos" else -1) * float(log_p_T.double().mean())
         left[i] -= 1
         if not left[i]:
-            yield i, totals[i] / len(list(_pairs(trait, responses[i])))
+            yield i, totals[i] / len(_other_pairs(trait, responses[i]))
 
 
-def _pairs(trait: Trait, response: JudgedResponse) -> Iterator[int]:
-    return (k for k in range(len(trait.instructions)) if k != response.instruction_id)
+def _other_pairs(trait: Trait, response: JudgedResponse) -> list[int]:
+    """Return the indices of the trait's pairs without the one that the response was made with."""
+    return [k for k in range(len(trait.instructions)) if k != response.instruction_id]
 
 
 def _texts(lm: LanguageModel, encode: Encode, trait: Trait, i: int, response: JudgedResponse) -> list[Text]:
@@ -74,7 +70,7 @@ def _texts(lm: LanguageModel, encode: Encode, trait: Trait, i: int, response: Ju
     ids = lm.tokenizer(judged_part(response.text), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if not ids:
         return []
-    sides = [(side, pair) for pair in _pairs(trait, response) for side in ("pos", "neg")]
+    sides = [(side, pair) for pair in _other_pairs(trait, response) for side in ("pos", "neg")]
     prompts = encode([_example(trait, response.question, side, pair) for side, pair in sides])
     room = None if lm.max_positions is None else lm.max_positions - max(len(prompt.token_ids) for prompt in prompts)
     return [
@@ -90,7 +86,7 @@ def _example(trait: Trait, question: str, side: str, pair: int) -> Example:
 
 def score_of(contrast: float) -> float:
     """Return the score of a contrast: 0 to 100."""
-    return 100 / (1 + math.exp(-max(-700.0, min(700.0, SCALE * contrast))))
+    return 50 * (1 + math.tanh(SCALE * contrast / 2))  # the logistic function, without overflow
 
 
 def _score(

@@ -167,6 +167,7 @@ def ask_local(settings: Experiment, root: Path, note: Callable[[str], None], max
     calls = count()
 
     def ask(prompt: str) -> str:
+        """Return the model's answer to a prompt. Raises ModelError for one that does not fit."""
         raw = not getattr(tokenizer, "chat_template", None)
         token_ids = encode_example(tokenizer, Example("prompt", "", "", 0, 0, 0, prompt), raw=raw).token_ids
         room = max_tokens if lm.max_positions is None else min(max_tokens, lm.max_positions - len(token_ids))

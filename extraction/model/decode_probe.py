@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from extraction.core.errors import ModelError
-from extraction.model.kv_cache import CacheWindow, make_cache
+from extraction.model.kv_cache import CacheWindow, cache_argument, make_cache
 
 if TYPE_CHECKING:
     from extraction.model.language_model import LanguageModel
@@ -81,12 +81,12 @@ class ProbeText:
 
     def _decode_row(self, row: int) -> Tensor:
         ids_1T = self._row(row)
-        name = "cache_params" if "cache_params" in self.lm.inputs else "past_key_values"
+        name = cache_argument(self.lm.inputs)
         n_read, cache, logits = 0, None, []
         for n_new in (ids_1T.shape[1] - self.n_steps, *[1] * self.n_steps):
-            position_1T = torch.arange(n_read, n_read + n_new, device=ids_1T.device).unsqueeze(0)
-            inputs: dict[str, Any] = {name: cache, "use_cache": True, "position_ids": position_1T}
-            inputs = {key: value for key, value in inputs.items() if key != "position_ids" or key in self.lm.inputs}
+            inputs: dict[str, Any] = {name: cache, "use_cache": True}
+            if "position_ids" in self.lm.inputs:
+                inputs["position_ids"] = torch.arange(n_read, n_read + n_new, device=ids_1T.device).unsqueeze(0)
             output = self.lm.model(input_ids=ids_1T[:, n_read : n_read + n_new], **inputs)
             cache, n_read = getattr(output, name), n_read + n_new
             logits.append(output.logits[0, -1])

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -287,6 +287,11 @@ def _own_cache_class(model: PreTrainedModel) -> type[Cache] | None:
     )
 
 
+def cache_argument(inputs: Collection[str]) -> str:
+    """Return the name of the argument that takes the cache, of a forward with these arguments."""
+    return "cache_params" if "cache_params" in inputs else "past_key_values"  # a model without attention calls it so
+
+
 class SlotCache(Cache):
     """A transformers cache whose layers keep their state in slots. Built by `make_cache`."""
 
@@ -306,16 +311,6 @@ class SlotCache(Cache):
     def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
         """Store a layer's recurrent state."""
         self.slot_layers[layer_idx].update_recurrent_state(linear_cache)
-
-    @property
-    def has_states(self) -> bool:
-        """True if a layer keeps a convolution or recurrent state. Known after the first prefill."""
-        return any(layer.states for layer in self.slot_layers)
-
-    @property
-    def has_columns(self) -> bool:
-        """True if a layer keeps keys and values. Known after the first prefill."""
-        return any(layer.keys is not None for layer in self.slot_layers)
 
     @property
     def state_bytes(self) -> int:

@@ -109,9 +109,10 @@ def _auto_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto_map = getattr(config, "auto_map", None) or {}
-    is_known = [type(config) in auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForImageTextToText)]
-    use_multimodal = is_known == [False, True] and "AutoModelForCausalLM" not in auto_map
-    return AutoModelForImageTextToText if use_multimodal else AutoModelForCausalLM
+    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in auto_map:
+        return AutoModelForCausalLM
+    is_multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
 
 
 def without_vision(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from extraction.model.devices import free_memory, is_cuda, prefill_tokens
-from extraction.model.kv_cache import CacheWindow, make_cache
+from extraction.model.kv_cache import CacheWindow, cache_argument, make_cache
 from extraction.model.language_model import MAIN_MEMORY
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ def _cached_per_row(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> 
     A model whose pass needs numbers counts as one with keys and values of `head_dim` in all layers.
     """
     cache = make_cache(model, CacheWindow(slots=1, columns=4))
-    name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
-    inputs: dict[str, Any] = {name: cache, "use_cache": True}
+    inputs: dict[str, Any] = {cache_argument(inspect.signature(model.forward).parameters): cache, "use_cache": True}
     try:
         model.set_experts_implementation("batched_mm")  # one that chooses experts without looking at numbers
         module: torch.nn.Module = model.eval()

@@ -167,6 +167,7 @@ def _run_shard(
     response_lengths: list[int] = []
 
     def run(batch_size: int) -> None:
+        """Generate and write the shard at this batch size."""
         response_lengths.clear()
         for completion in generate(
             lm,

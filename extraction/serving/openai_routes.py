@@ -90,6 +90,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/completions")
     async def completions(body: Completions, http: HttpRequest) -> Any:
+        """Continue texts as they are, without a chat template."""
         require_model(body.model)
         fields = [f"prompt.{i}" for i in range(len(body.prompt))] if len(body.prompt) > 1 else ["prompt"]
         prompts: list[PromptInput] = [

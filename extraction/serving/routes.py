@@ -54,6 +54,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/generate/batch")
     async def generate_batch(body: GenerateBatch, http: HttpRequest) -> Any:
+        """Generate responses to several prompts, with speculation where the server has a draft model."""
         depth = body.speculation_depth or service.settings.depth
         handle = _make_handle(service, SPECULATE, body, body.max_tokens, field="max_tokens", depth=depth)
         started = time.perf_counter()
